@@ -19,7 +19,7 @@ from common import VERSIONS, Parser, head, new_model, row
 
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.objectives.grpo import GRPO
-from rwkv_peft.training.drawing.answers import Manner, draw, packed
+from rwkv_peft.training.rollout import RolloutSettings, packed, sample_rollouts
 from rwkv_peft.training.step.forked import forked
 from rwkv_peft.training.step.steps import Whole
 
@@ -63,14 +63,13 @@ def ours(version, args):
     channels, ffn, layers = map(int, args.shape.split("x"))
     family, model = new_model(version, layers, channels, args.vocab, dim_ffn=ffn)
     tokenizer = SimpleNamespace(vocab_size=args.vocab, end_id=None, decode=lambda ids: "x" * len(ids))
-    manner = Manner(Sampling(top_p=1.0, measured=True), args.tokens, (), args.prompts * args.answers, tokenizer, False)
     step, number = Whole(GRPO()), args.prompts * args.answers
+    settings = RolloutSettings(Sampling(top_p=1.0, measured=True), args.tokens, (), number, tokenizer, False)
 
     def take():
         prompts = [torch.randint(1, args.vocab, (args.length,)).tolist() for _ in range(args.prompts)]
         began = time.process_time()
-        samples = SimpleNamespace(prompt=prompts.__getitem__)
-        groups = draw(model, manner, samples, range(args.prompts), args.answers, lambda doing: None)
+        groups = sample_rollouts(model, settings, dict(enumerate(prompts)), args.answers, lambda doing: None)
         drawn = time.process_time()
         answers = [answer for group in groups for answer in group]
         assert all(len(answer.tokens) == args.tokens for answer in answers)

@@ -21,7 +21,7 @@ from common import Parser, head, row, run, split
 
 from rwkv_peft.checkpoints.adapters import AdapterSource
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.evals.asking import GREEDY, write
+from rwkv_peft.evals.questions import GREEDY, sample
 from rwkv_peft.inference.loading import Subject, load_model
 
 NAMES = ["".join(pair) for pair in product("BDFGHKLMNPRSTVWYZ", "aeiou")]
@@ -79,12 +79,12 @@ def train_base(folder, rounds, more):
 def right(facts, subject, before=None):
     """The share of facts that a model tells if it is asked; before gives the text before the question on a fact."""
     tokenizer = subject.tokenizer
-    prompts = [
-        tokenizer.encode((before(place) if before else "") + ANSWER.format(question=name))
+    prompts = {
+        place: tokenizer.encode((before(place) if before else "") + ANSWER.format(question=name))
         for place, (name, _) in enumerate(facts)
-    ]
-    answers = write(subject, prompts, [(STOP,)] * len(prompts), GREEDY, 8, 32)
-    return sum(answer.text.strip() == str(facts[place][1]) for place, answer in answers) / len(facts)
+    }
+    answers = sample(subject, prompts, dict.fromkeys(prompts, (STOP,)), GREEDY, 8, 32)
+    return sum(answer.text.strip() == str(facts[answer.number][1]) for answer in answers) / len(facts)
 
 
 def subject_of(path, adapter=None):

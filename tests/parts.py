@@ -50,14 +50,10 @@ PARTS = (
     ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("train flags",)),
     ("measuring", ("training/measuring", "training/inputs"), ("ranks", "evals")),
-    ("drawing", ("training/drawing",), ("step", "inference", "rewards")),
-    ("engine", ("training/engine",), ("measuring", "drawing", "inspect")),
+    ("rollouts", ("training/rollout",), ("step", "inference", "rewards")),
+    ("engine", ("training/engine",), ("measuring", "rollouts", "inspect")),
     ("training", ("training",), ("engine",)),
-    (
-        "run",
-        ("training/run", "training/measuring/exams", "training/rank"),
-        ("training", "evals", "rewards"),
-    ),  # they give the run what it asks
+    ("run", ("training/run", "training/rank"), ("training", "evals", "rewards")),
     ("tools/plan", ("tools/plan",), ("training",)),
     ("page", ("tools/ui",), ("train flags", "data", "gate")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too

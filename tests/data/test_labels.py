@@ -10,7 +10,7 @@ from rwkv_peft.data.row_forms import label_of, labelled
 from rwkv_peft.data.show import show_samples
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.evals.exam import rows_of
+from rwkv_peft.evals.questions import rows_of
 
 PROMPT = "User: Hi?\n\nAssistant:"
 

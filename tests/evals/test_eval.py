@@ -198,20 +198,13 @@ def test_examples_stand_before_the_question(run, tmp_path, monkeypatch):
     "arguments, message",
     [
         (["choice", "--data", "d.jsonl"], "did you mean choices"),
-        (["jsonl", "--data", "d.jsonl", "--shots", "2"], "--shots 2 needs --shots_data or .*; give both"),
-        (["choices", "--data", "d.jsonl", "--stop", "x"], "--stop x does not go with the task choices: it is"),
         (["gsm8k", "--data", "d.jsonl"], "--data d.jsonl does not .*harness .gsm8k.: it is for jsonl and choices, "),
-        (
-            ["lambada", "--data", "d.jsonl"],
-            "a task of earlier versions .lambada. does not go .*: lm_eval has lambada_op",
-        ),
-        (
-            ["math", "--data", "d.jsonl"],
-            "a task of earlier versions .math. does not .*: lm_eval has .*, hendrycks_math",
-        ),
         (["jsonl", "--data", "d.jsonl", "--stop", ""], "empty text"),
         (["jsonl", "--data", "d.jsonl", "--batch", "0"], "--batch: 0 is below 1"),
         (["jsonl", "--data", "d.jsonl", "--at_least", "90"], "--at_least: 90 is no share"),
+        (["x", "--limit", "0"], "0 is below 1"),
+        (["x", "--include_path", "absent"], "--include_path absent is no folder"),
+        (["x", "--fewshot", "2"], "did you mean --num_fewshot"),
     ],
 )
 def test_mistaken_flags_are_told(arguments, message):

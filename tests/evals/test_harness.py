@@ -14,8 +14,8 @@ from evals.local_tasks import PASSAGES, TASKS, offline, write_tasks
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals import command, flags
-from rwkv_peft.evals.asking import score
-from rwkv_peft.inference.loading import Subject, load_model
+from rwkv_peft.evals.scoring import score
+from rwkv_peft.inference.loading import load_model
 from rwkv_peft.inference.settings import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,22 +67,16 @@ def test_choices_are_as_probable_as_ours(done, folder):
     assert results["config"]["model"] == MODEL[1]
 
 
-def test_last_words_are_as_probable_as_their_tokens(done, folder):
-    _, _, samples = done
-    model, start, tokenizer = subject()
-    for row, sample in zip(PASSAGES, samples["our_lambada"], strict=True):
+def test_last_words_and_whole_texts_are_as_probable_as_their_tokens(done):
+    (model, start), tokenizer, samples = load_model(MODEL[1]), load_tokenizer("bytes"), done[2]
+    for row, last, whole in zip(PASSAGES, samples["our_lambada"], samples["our_rolling"], strict=True):
         before, word = row["text"].rsplit(" ", 1)
-        ((found,),) = score(model, [tokenizer.encode(before)], [[tokenizer.encode(f" {word}")]], start)
-        ((logprob, greedy),) = sample["resps"][0]
-        assert float(logprob) == pytest.approx(found.logprob, abs=1e-4) and greedy is found.greedy
-
-
-def test_a_whole_text_is_as_probable_as_its_tokens(done, folder):
-    _, _, samples = done
-    model, start, tokenizer = subject()
-    for row, sample in zip(PASSAGES, samples["our_rolling"], strict=True):
-        ((found,),) = score(model, [[0]], [[tokenizer.encode(row["text"])]], start)
-        assert float(sample["resps"][0][0]) == pytest.approx(found.logprob, abs=1e-3)
+        prompts = [tokenizer.encode(before), [0]]
+        texts = [[tokenizer.encode(f" {word}")], [tokenizer.encode(row["text"])]]
+        (word_score,), (text_score,) = score(model, prompts, texts, start)
+        ((logprob, greedy),) = last["resps"][0]
+        assert float(logprob) == pytest.approx(word_score.logprob, abs=1e-4) and greedy is word_score.greedy
+        assert float(whole["resps"][0][0]) == pytest.approx(text_score.logprob, abs=1e-3)
 
 
 def test_answers_are_those_that_we_write(done, folder):
@@ -95,13 +89,8 @@ def test_answers_are_those_that_we_write(done, folder):
     assert [bool(sample["exact_match"]) for sample in samples["our_gsm8k"]] == [True, False]
 
 
-def subject():
-    model, start = load_model(MODEL[1])
-    return Subject(model, start, load_tokenizer("bytes"))
-
-
 def test_what_a_task_asks_of_its_answers(harness):
-    manner, stops = harness.manner, harness.stops_of_request
+    manner, stops = harness.generation_of, harness.stops_of_request
     assert manner({"until": ["x"], "do_sample": False, "temperature": 0.7}) == (Sampling(temperature=0), 256)
     assert manner({"max_new_tokens": 9, "num_beams": 1}) == (Sampling(temperature=0), 9)
     assert manner({"do_sample": True, "temperature": 0.7, "top_p": 0.9}) == (Sampling(temperature=0.7, top_p=0.9), 256)
@@ -138,7 +127,7 @@ def test_a_broken_task_is_named_with_its_file(folder, tmp_path, monkeypatch, har
 
 def test_requests_that_are_no_texts_are_told(harness):
     world = load_tokenizer("world")
-    for kind, arguments in ((harness.SCORED, ("a", ["b"])), (harness.ROLLING, (5,)), (harness.WRITTEN, (None, {}))):
+    for kind, arguments in ((harness.SCORED, ("a", ["b"])), (harness.ROLLING, (5,)), (harness.GENERATED, (None, {}))):
         with pytest.raises(UserError, match="a text is due .doc_to_text, doc_to_target"):
             harness.question(kind, arguments, world, 0)
     for until in (5, ["a", 5], {"a": 1}):
@@ -150,7 +139,8 @@ def test_requests_that_are_no_texts_are_told(harness):
 def test_ranks_share_questions_and_those_of_one_context_stay_together(harness, ranks):
     contexts = [[1], [2], [1], [3], [2]]
     shares = [
-        harness.share([harness.Question(context, [0]) for context in contexts], rank, ranks) for rank in range(ranks)
+        harness.share_of_rank([harness.Question(context, [0]) for context in contexts], rank, ranks)
+        for rank in range(ranks)
     ]
     assert sorted(sum(shares, [])) == list(range(5))
     assert not any(contexts[a] == contexts[b] for mine in shares for a in mine for b in set(range(5)) - set(mine))
@@ -199,26 +189,6 @@ def test_a_group_of_a_folders_own_tasks_needs_no_others(
     assert names == [group] and any(read) == reads_all
     leaves = {"own": "our_lambada", "mixed": "of_theirs", "nested": "our_lambada"}
     assert tasks.load(names)["tasks"].keys() == {"our_choices", leaves[group]}
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["x", "--batch", "0"], "--batch: 0 is below 1"),
-        (["x", "--limit", "0"], "0 is below 1"),
-        (["x", "--include_path", "absent"], "--include_path absent is no folder"),
-        (["x", "--fewshot", "2"], "did you mean --num_fewshot"),
-        (["choic", "--data", "d"], r"--data d does not .* .choic; did you mean choices\?.: it is for jsonl"),
-        (["gsm8k", "--stop", "x"], "--stop x does not .*: it is for jsonl and choices, .*; leave it out"),
-        (["jsonl", "--data", "d", "--limit", "2"], "--limit 2 does not go with .* .jsonl.: it is for .*; leave"),
-        (["jsonl", "arc_easy"], "a task of ours .jsonl. does not go with further tasks .arc_easy."),
-        (["jsonl"], "a task of ours .jsonl. needs --data: .*; name it"),
-        (["lambada"], "a task of earlier versions .lambada. does not go with .*; name one of these, or ask"),
-    ],
-)
-def test_mistaken_flags_are_told(arguments, message):
-    with pytest.raises(UserError, match=message):
-        flags.parse_flags([*arguments, *MODEL])
 
 
 def test_without_the_harness_its_package_is_named(monkeypatch):

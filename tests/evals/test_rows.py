@@ -7,8 +7,8 @@ import pytest
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.cli.tables import TASKS as CLASSES
 from rwkv_peft.data.templates import stops_of
-from rwkv_peft.evals.records import standard_error, summary
-from rwkv_peft.evals.rows import LAYOUTS, Score, example, layout_of, stops_of_prompt
+from rwkv_peft.evals.command import standard_error, summary
+from rwkv_peft.evals.rows import LAYOUTS, example, layout_of, stops_of_prompt
 
 CHAT = LAYOUTS["chat"]
 TASKS = {name: task() for name, task in CLASSES.items()}
@@ -72,7 +72,7 @@ def test_choices_rows(row):
     task = TASKS["choices"]
     problem = task.problem(row, LAYOUTS["question"])
     assert problem[2:] == ("yes", (" no", " yes"), 1) and problem.prompt == "Question: q\n\nAnswer:"
-    by_length = [Score(-3.0, False), Score(-3.9, False)]  # a byte of " yes" costs less, all of it more
+    by_length = [-3.0, -3.9]  # a byte of " yes" costs less, all of it more
     assert task.judge(by_length, problem) == {"by sum": False, "by byte": True}
 
 

@@ -16,7 +16,7 @@ from rwkv_peft.data.folders import held_out_split
 from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.evals.records import Records, summary
+from rwkv_peft.evals.command import AnswerFile, summary
 from rwkv_peft.inference.continuation import Continuation
 from rwkv_peft.inference.loading import load_model, read_state_file
 from rwkv_peft.inference.prompts import encode, read_prompt_file
@@ -168,9 +168,10 @@ def stored_read(folder):
 
 
 def answers_read(folder):
-    with Records.open(str(folder / "answers.jsonl"), {"task": "jsonl"}, ("strict", "flexible")) as records:
+    answers = AnswerFile(folder / "answers.jsonl", {"task": "jsonl"})
+    with answers.open():
         pass
-    return records.found and summary("jsonl", records.measures, records.ordered())
+    return answers.found and summary("jsonl", ("strict", "flexible"), answers.ordered())
 
 
 def settings_read(folder):

@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.rewards.judges import Formula, Number
 from rwkv_peft.rewards.numbers import (
     boxed,
     final_answer,
@@ -17,7 +18,6 @@ from rwkv_peft.rewards.numbers import (
     same_anywhere,
     strict_number,
 )
-from rwkv_peft.rewards.tasks import Formula, Number
 
 
 @pytest.mark.parametrize(

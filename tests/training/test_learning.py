@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,14 +14,11 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.evals.exam import RowsExam, rows_of
-from rwkv_peft.objectives import OBJECTIVES
+from rwkv_peft.evals.questions import RowsExam, rows_of
 from rwkv_peft.training.flags.rates import with_chosen_epochs
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
-from rwkv_peft.training.measuring.before_after import read_before, unended
-from rwkv_peft.training.measuring.exams import find_rows
-from rwkv_peft.training.measuring.learned import doubts, fall_of, notes_on, nothing_learned
+from rwkv_peft.training.measuring.questions import find_rows, read_before, unended
 from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
 
@@ -107,79 +103,6 @@ def test_what_is_read_is_told_in_rows_and_passes(folder):
     samples = build_samples(stream.data, 257)
     (told,) = outlook(stream, samples, Plan(1, len(samples), len(samples), 0, 0))
     assert f"{len(samples)} windows, 1 epoch of" in told and told.endswith("each window is seen 1 time")
-
-
-def test_too_little_to_learn_from_is_told_with_its_flag(folder):
-    few = doubts(config(folder, "chats", "--micro_bsz", "8"), Plan(8, 13, 39, 0, 0))
-    told = "39 steps are few to learn from: --epoch_count 4 has 50 or more, or a smaller --micro_bsz has more steps an"
-    assert few == [f"{told} epoch"]
-    assert doubts(config(folder, "chats"), Plan(8, 13, 52, 0, 0)) == []
-    (low,) = doubts(config(folder, "chats", "--lr_init", "2e-5"), Plan(8, 13, 52, 0, 0))
-    assert low.startswith("a rate of 2e-05 is far below 0.00063") and low.endswith("--lr_init auto takes it")
-    assert "far above 0.00063" in doubts(config(folder, "chats", "--lr_init", "0.1"), Plan(8, 13, 52, 0, 0))[0]
-    lora = config(folder, "chats", "--peft", "lora", "--lora_config", '{"lora_r":8}', "--lr_init", "6.3e-4")
-    (low,) = doubts(lora, Plan(8, 13, 52, 0, 0))
-    assert "far below 0.0043, that of lora" in low
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_fall_of_the_loss_is_told_from_its_noise(seed):
-    noise = np.random.default_rng(seed).normal(0, 0.1, 200)
-    assert not fall_of(list(2 + noise)).real and not fall_of(list(2 + noise + np.linspace(0, 1, 200))).real
-    assert fall_of(list(2 + noise - np.linspace(0, 0.2, 200))).real
-    assert fall_of([2.0] * 7) is None and not fall_of([2.0] * 8).real
-
-
-@pytest.mark.parametrize(
-    "losses, changed, words",
-    [
-        ([2.0] * 60, False, "loss did not fall by more than its noise (2.0000 to 2.0000) and the rows are answered"),
-        ([2.0] * 60, None, "(2.0000 to 2.0000). A rate of 2e-05 is far below 0.00063"),
-        ([2.0], False, "the rows are answered as before training. A rate of 2e-05 is far below"),
-        ([2.0] * 60, True, ""),
-        (list(np.linspace(2, 1, 60)), False, ""),
-        ([2.0], None, ""),
-    ],
-)
-def test_a_run_that_learned_nothing_says_so(folder, losses, changed, words):
-    note = nothing_learned(config(folder, "chats", "--lr_init", "2e-5"), Plan(8, 30, 60, 0, 0), losses, changed)
-    assert words in note and bool(note) == bool(words)
-    enough = nothing_learned(config(folder, "chats"), Plan(8, 30, 60, 0, 0), losses, changed)
-    worse = nothing_learned(config(folder, "chats"), Plan(8, 30, 60, 0, 0), list(np.linspace(1, 2, 60)), changed)
-    assert "made the model worse: the loss rose (1.1186 to 1.8814). Try a lower rate: --lr_init 0.0002" in worse
-    assert ("The rate may be too low: try --lr_init 0.002" in enough) == bool(words)
-    fast = nothing_learned(config(folder, "chats", "--lr_init", "1e-2"), Plan(8, 30, 60, 0, 0), losses, changed)
-    assert ("The rate may be too high: --lr_init auto takes 0.00063" in fast) == bool(words)
-
-
-@pytest.mark.parametrize("data_type, objective", [(kind, one) for one, o in OBJECTIVES.items() for kind in o.rows])
-def test_notes_at_the_end_are_those_of_what_is_learned(folder, data_type, objective):
-    """A loss of preferences falls without a change of any answer; who has a teacher stops as it does."""
-    name = {"binidx": "chats", "sft": "chats.jsonl"}.get(data_type, f"{data_type}.jsonl")
-    more = [
-        "--data_type",
-        data_type,
-        "--objective",
-        objective,
-        *(() if data_type == "binidx" else ("--tokenizer", "bytes")),
-    ]
-    more += ["--max_completion_length", "8"] if data_type == "prompts" else []
-    more += {"grpo": ("--reward", "gsm8k"), "distill": ("--teacher_model", str(DEMO))}.get(objective, ())
-    flags, plan = config(folder, name, *more), Plan(8, 30, 60, 0, 0)
-    due, cut = {"text": "3", "end": "end"}, {"text": "3 and", "end": "length"}
-    of_preferences = data_type in ("pairs", "labels")
-    for changed, words in ((True, "stops as its row does yet"), (False, "are answered as before training")):
-        rows = SimpleNamespace(changed=changed, known=False, records=[{"answer": due, "before": cut, "after": cut}])
-        notes = notes_on(flags, plan, list(np.linspace(4, 1, 60)), [], rows)
-        told = objective != "distill" if changed else of_preferences
-        assert any(words in note for note in notes) is told, notes
-    assert flags.train.epochs_chosen  # one rule for all rows
-
-
-def test_rows_that_the_base_knew_are_no_mistake_of_the_run(folder):
-    flags, plan = config(folder, "chats"), Plan(8, 30, 60, 0, 0)
-    for known, losses in ((True, [2.0] * 60), (False, [0.01] * 60)):
-        assert "the base knew these rows already" in nothing_learned(flags, plan, losses, False, known)
 
 
 def test_the_last_answer_of_a_row_is_what_is_asked(folder):

@@ -1,4 +1,4 @@
-"""Rows of one's own as problems: the layouts of a question, the two tasks, and how answers are judged."""
+"""Rows of one's own as problems: the layouts of a question, the two tasks, and how their answers are judged."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from ..data.templates import UnknownForm, layout_named, segments, stops_of
 from ..data.turns import TURN_END, cleaned, field
 from ..inference.prompts import made_of
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]  # of a row
 FIELD = "{question}"
 LAYOUTS = MappingProxyType(
     {
@@ -27,10 +27,9 @@ METAMATH_STOP = "\n\n### Instruction"
 
 
 class Problem(NamedTuple):
-    """One problem.
+    """A prompt with its right answer; solution is the row's text after the prompt, for few-shot examples.
 
-    prompt is the text that the model reads, solution the row's text after it (for examples), answer the right answer.
-    For choices, continuations are the texts that may follow the prompt, and right is the number of the right one.
+    Choices have continuations, the texts that may follow the prompt, and the number of the right one.
     """
 
     prompt: str
@@ -40,23 +39,16 @@ class Problem(NamedTuple):
     right: int = 0
 
 
-class Score(NamedTuple):
-    """The log-probability of a continuation, in nats; greedy is True if each of its tokens is the most probable."""
-
-    logprob: float
-    greedy: bool
-
-
 class Exact:
-    """The task `jsonl`: the model writes an answer, which is right if it is the row's. strict: the same text except for
-    space at its ends; flexible: also except for case, spacing and a final . ! ?"""
+    """The task `jsonl`: a generated answer is compared with the row's. strict: the same text except for space at its
+    ends; flexible: also except for case, spacing and a final . ! ?"""
 
     layout: ClassVar[str] = ""  # the rows' own
     measures: ClassVar[tuple[str, ...]] = ("strict", "flexible")
 
-    def problem(self, row: Row, layout: str, clean: bool = True) -> Problem:
-        """Make the Problem of a row, in a layout's text if that is not ""; clean: clean the questions (data/turns.py).
-        Raises UserError for a row without question and answer."""
+    def problem(self, row: Fields, layout: str, clean: bool = True) -> Problem:
+        """The Problem of a row, in a layout's text ("": the row's own form); clean: its questions are cleaned
+        (data/turns.py). Raises UserError for a row without question and answer."""
         if layout:
             solution = text_of(row, "answer", "response", "output", "completion", "solution")
             question = text_of(row, "question", "query", "instruction", "prompt", "problem")
@@ -75,37 +67,37 @@ class Exact:
 
     @staticmethod
     def judge(text: str, answer: str) -> dict[str, bool]:
-        """Judge the text of an answer by the right one -> {measure: True if it is right}."""
+        """Compare an answer's text with the right one -> {measure: True if it is right}."""
         return {"strict": text.strip() == answer, "flexible": plain(text) == plain(answer)}
 
 
 class Choices:
-    """The task `choices`: the model's probabilities of a row's choices are compared. by sum: right if the right one has
-    the highest log-probability; by byte: right if it has the highest log-probability per byte."""
+    """The task `choices`: the log-probabilities of a row's choices are compared. by sum: right if the right choice has
+    the highest; by byte: right if it has the highest per byte."""
 
     layout: ClassVar[str] = "question"
     measures: ClassVar[tuple[str, ...]] = ("by sum", "by byte")
 
-    def problem(self, row: Row, layout: str, clean: bool = True) -> Problem:
-        """Make the Problem of a row in a layout's text, as Exact does."""
+    def problem(self, row: Fields, layout: str, clean: bool = True) -> Problem:
+        """The Problem of a row in a layout's text, as Exact has it."""
         question = text_of(row, "question", "query", "prompt", "ctx", "goal")
         texts, labels = choices_of(row)
         right = right_of(row, texts, labels)
         continuations = tuple(map(behind, texts))
         return Problem(laid_out(layout, question, clean), continuations[right], texts[right], continuations, right)
 
-    def judge(self, scores: Sequence[Score], problem: Problem) -> dict[str, bool]:
-        """Judge the Scores of the choices -> {measure: True if the model prefers the right one}."""
-        sums = [score.logprob for score in scores]
-        means = [total / len(text.encode()) for total, text in zip(sums, problem.continuations)]
-        return {name: values.index(max(values)) == problem.right for name, values in zip(self.measures, (sums, means))}
+    def judge(self, logprobs: Sequence[float], problem: Problem) -> dict[str, bool]:
+        """Compare the choices' log-probabilities, in nats -> {measure: True if the right choice has the highest}."""
+        means = [total / len(text.encode()) for total, text in zip(logprobs, problem.continuations)]
+        pairs = zip(self.measures, (logprobs, means))
+        return {name: values.index(max(values)) == problem.right for name, values in pairs}
 
 
 Task = Exact | Choices
 
 
-def text_of(row: Row, *names: str) -> str:
-    """Return the text of the first of some fields that the row has. Raises UserError if there is none, or no text."""
+def text_of(row: Fields, *names: str) -> str:
+    """The text of the first of some fields that a row has. Raises UserError if it has none, or it holds no text."""
     if not isinstance(row, Mapping):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields")
     name = next((name for name in names if name in row), None)
@@ -115,12 +107,12 @@ def text_of(row: Row, *names: str) -> str:
 
 
 def laid_out(layout: str, question: str, clean: bool) -> str:
-    """Put a question into the text of a layout; one that has turns takes it cleaned if `clean`."""
+    """A question in the text of a layout; in a layout of turns it is cleaned if `clean`."""
     return layout.replace(FIELD, cleaned(question.strip(), clean and bool(stops_of(layout))))
 
 
 def behind(solution: str) -> str:
-    """Lay out a solution as it follows a prompt: after one space."""
+    """A solution as it follows a prompt: after one space."""
     return f" {solution.strip()}"
 
 
@@ -129,8 +121,8 @@ def plain(text: str) -> str:
     return re.sub(r"[\s.!?]+$", "", " ".join(text.casefold().split()))
 
 
-def choices_of(row: Row) -> tuple[list[str], list[str]]:
-    """Return (the texts to choose from, their labels: A, B, … or the row's). Raises UserError for a row without."""
+def choices_of(row: Fields) -> tuple[list[str], list[str]]:
+    """The texts to choose from and their labels (A, B, … or the row's). Raises UserError for a row without choices."""
     found: Any = next((row[name] for name in ("choices", "endings", "options") if name in row), None)
     labels = None
     if isinstance(found, Mapping):  # as ARC has them
@@ -142,24 +134,24 @@ def choices_of(row: Row) -> tuple[list[str], list[str]]:
     return [text.strip() for text in found], [str(label) for label in labels]
 
 
-def right_of(row: Row, texts: Sequence[str], labels: Sequence[str]) -> int:
-    """Return the number of the right choice, which the row names by its place from 0, its label or its text. Labels are
-    tried first; a JSON number is then read as a place before it is read as a text, because choices may be numbers too.
-    Raises UserError if it names none."""
-    told: Any = next((row[name] for name in ("answer", "label", "answerKey", "gold") if name in row), None)
+def right_of(row: Fields, texts: Sequence[str], labels: Sequence[str]) -> int:
+    """The number of the right choice, by its place from 0, its label or its text in the row. Labels are tried first; a
+    JSON number is then read as a place before it is read as a text, because choices may be numbers too. Raises
+    UserError if it is none of them."""
+    gold: Any = next((row[name] for name in ("answer", "label", "answerKey", "gold") if name in row), None)
     places = [str(number) for number in range(len(texts))]
-    for known in (labels, places, texts) if isinstance(told, int) else (labels, texts, places):
-        if not isinstance(told, bool) and isinstance(told, (str, int)) and str(told).strip() in known:
-            return list(known).index(str(told).strip())
+    for names in (labels, places, texts) if isinstance(gold, int) else (labels, texts, places):
+        if not isinstance(gold, bool) and isinstance(gold, (str, int)) and str(gold).strip() in names:
+            return list(names).index(str(gold).strip())
     raise UserError(
-        f"its answer {quoted(told)} is none of its choices: a place from 0, one of {some(labels, 26)}, or the text is "
+        f"its answer {quoted(gold)} is none of its choices: a place from 0, one of {some(labels, 26)}, or the text is "
         "due, as answer, label, answerKey or gold"
     )
 
 
 def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:
-    """Return the text of the layout that a flag names, one of LAYOUTS or a file, else the task's; "": the rows' own.
-    Raises UserError if it has no {question}."""
+    """The text of a flag's layout (a name of LAYOUTS, or a file), else the task's; "": the rows' own form. Raises
+    UserError if it has no {question}."""
     if not (name := name or task.layout):
         return ""
     text = layout_named(name, LAYOUTS, flag)
@@ -169,17 +161,18 @@ def layout_of(task: Task, name: str | None, flag: str = "--template") -> str:
 
 
 def stops_of_prompt(prompt: str) -> tuple[str, ...]:
-    """The texts that end an answer: the opening of the next question in a known layout, else none."""
+    """The stop texts of an answer: the beginning of the next question in a known layout, else none."""
     return (METAMATH_STOP,) if "### Response:" in prompt else stops_of(prompt)
 
 
 def example(problem: Problem) -> str:
-    """Lay out a solved problem as an example before the question."""
+    """A solved problem as a few-shot example."""
     return problem.prompt + problem.solution.rstrip() + TURN_END
 
 
 def read_problems(task: Task, path: str, split: str, layout: str, clean: bool) -> list[Problem]:
-    """Read the Problems of a file. Raises UserError for a row that is none, with its place, and if there are none."""
+    """Read the Problems of a file's rows. Raises UserError for an unfit row, with its place, and for a file without
+    rows."""
     problems = made_of(path, lambda row: task.problem(row, layout, clean), split)
     if not problems:
         raise UserError(f"{path} holds no problem" + (f" in {split}" if split else ""))

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Draws(Objective):
-    """Settings of drawing. A batch of drawn answers (training/drawing/) has besides its tokens, targets, mask, counted
-    and cu_seqlens
+    """Settings of drawing. A batch of rollouts (training/rollout.py) has besides its tokens, targets, mask, counted and
+    cu_seqlens
 
     - lengths (answers,): the tokens of each answer, what ends it included
     - sampled (n,): the log-probability by which each of them was drawn

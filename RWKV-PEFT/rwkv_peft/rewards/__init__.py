@@ -1,4 +1,4 @@
-"""Judges answers that a model drew: by the right one of a row, by their form, by functions of the user's."""
+"""Rewards of sampled completions: by the right answer of a row, by their form, by functions of the user's."""
 
 from .rewards import Judged, Rewards
 

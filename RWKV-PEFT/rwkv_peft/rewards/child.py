@@ -2,13 +2,13 @@
 
     rwkv_peft.rewards.child FD SECONDS SPEC…      FD is its end of a pipe
 
-It says ("done", the rewards' names), and then replies to one request after the other:
+It replies ("done", the rewards' names), and then to one request after the other:
 
     ("check", rows)        ("done", None)
     ("judge", answers)     ("done", the values of each reward)
 
-or ("failed", words). Before that, and before each call of a reward, it says ("at", (reward, first item, last item)), so
-that this is known if it is heard of no more.
+or ("failed", message). Before each call of a reward it sends ("at", (reward, first item, last item)), so that the
+message on a process that hangs or dies can name them.
 """
 
 import faulthandler
@@ -23,35 +23,33 @@ from typing import Any
 
 from ..children import when_parent_ends
 from ..cli.errors import UserError, quoted
-from .functions import FunctionReward, raised
-from .reward import Answer, Reward
-from .tasks import reward_of
+from .judges import Answer, FunctionReward, Reward, raised, reward_of
 
 LARGEST = 1e15  # reward: sums and squares of larger ones overflow
 GRACE = 30  # seconds after which a process ends itself that its parent should have ended
 
 
 class Bench:
-    """The rewards of a process, the seconds that each call may take, and the pipe to the process that asks."""
+    """The rewards of a process, the seconds that each call may take, and the pipe to the parent."""
 
     def __init__(self, pipe: "Connection[Any, Any]", seconds: float) -> None:
         self.pipe, self.seconds = pipe, seconds
         self.rewards: list[Reward] = []
 
     def at(self, reward: int, first: int, last: int) -> None:
-        # a thread of C ends the process then: neither signals nor threads of Python come through a regular expression
+        # a regular expression that never ends holds off signals and Python's threads, but not this thread of C
         faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True)
         self.pipe.send(("at", (reward, first, last)))
 
     def open(self, specs: Sequence[str]) -> list[str]:
-        """Make the rewards; -> their names."""
+        """Make the rewards -> their names."""
         for number, spec in enumerate(specs):
             self.at(number, 0, 0)
             self.rewards.append(reward_of(spec))
         return [reward.name for reward in self.rewards]
 
     def check(self, rows: Sequence[Any]) -> None:
-        """Raise UserError for the first row to which a reward cannot judge answers."""
+        """Raise UserError for the first row that a reward refuses."""
         for place, row in enumerate(rows):
             for number, reward in enumerate(self.rewards):
                 try:
@@ -61,29 +59,24 @@ class Bench:
                     raise
 
     def judge(self, answers: Sequence[Answer]) -> list[list[float | None]]:
-        """Ask each reward for its numbers of the answers."""
+        """Each reward's values of the answers."""
         return [self.values(number, answers) for number in range(len(self.rewards))]
 
-    def serve(self, act: Callable[[Any], object], work: Any) -> None:
-        """Reply with the result of act(work), or tell why there is none."""
-        try:
-            reply = "done", act(work)
-        except UserError as error:
-            reply = "failed", str(error)
-        faulthandler.cancel_dump_traceback_later()
-        self.pipe.send(reply)
-
     def values(self, number: int, answers: Sequence[Answer]) -> list[float | None]:
-        """Ask a reward for its numbers of the answers. Raises UserError if it raises, or returns another thing."""
+        """One reward's values of the answers. Raises UserError if it raises, or returns anything but numbers."""
         reward, found = self.rewards[number], []
         parts = [[answer] for answer in answers] if reward.alone else [list(answers)]
         for first, part in enumerate(parts):
             self.at(number, first, first + len(part) - 1)
             try:
                 values = reward.judge(part)
+            except UserError:
+                raise
             except (Exception, SystemExit) as error:
                 self.find_culprit(number, part)
-                raise told_failure(reward, error) from error
+                file = reward.file if isinstance(reward, FunctionReward) else ""
+                message = f"it raised {raised(error, file)}; mend it, or return None for what it cannot judge"
+                raise UserError(message) from error
             for place, value in enumerate(values):
                 try:
                     found.append(number_in(value))
@@ -93,10 +86,8 @@ class Bench:
         return found
 
     def find_culprit(self, number: int, answers: Sequence[Answer]) -> None:
-        """Call a reward that failed with each answer alone, and stop at the first with which it fails again; if it
-        fails with none, all of them are what it was at."""
-        if len(answers) < 2:
-            return
+        """Call a reward that failed with each answer alone, up to the first with which it fails again, so that the
+        message names that one; if it fails with none, the message names all."""
         for place, answer in enumerate(answers):
             self.at(number, place, place)
             try:
@@ -105,12 +96,14 @@ class Bench:
                 return
         self.at(number, 0, len(answers) - 1)
 
-
-def told_failure(reward: Reward, error: BaseException) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    file = reward.file if isinstance(reward, FunctionReward) else ""
-    return UserError(f"it raised {raised(error, file)}; mend it, or return None for what it cannot judge")
+    def serve(self, act: Callable[[Any], object], work: Any) -> None:
+        """Reply with the result of act(work), or with the message of its UserError."""
+        try:
+            reply = "done", act(work)
+        except UserError as error:
+            reply = "failed", str(error)
+        faulthandler.cancel_dump_traceback_later()
+        self.pipe.send(reply)
 
 
 def number_in(value: Any) -> float | None:
@@ -130,13 +123,13 @@ def number_in(value: Any) -> float | None:
 
 
 def main(argv: list[str]) -> None:
-    """Serve one process until it is gone."""
+    """Serve the parent until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     when_parent_ends(end_all)
     os.set_inheritable(int(argv[0]), False)
     pipe: Connection[Any, Any] = Connection(int(argv[0]))
     bench = Bench(pipe, float(argv[1]))
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the pipe may tell of the parent's end first
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         bench.serve(bench.open, argv[2:])
         while True:
             kind, work = pipe.recv()

@@ -8,7 +8,7 @@ from fractions import Fraction
 from ..cli.errors import UserError
 from ..cli.installing import how_to_install
 
-DIGITS = 1000  # digits of a number that are read: no answer has as many, and Python converts at most 4,300
+DIGITS = 1000  # digits of a number that are read: a model may repeat one for ever, and Python converts at most 4,300
 # the marker before a final answer: GSM8K's sign, or MetaMath's words
 MARKER = re.compile(r"####|[Tt]he (?:final )?answer is:?")
 NUMBER = re.compile(
@@ -74,12 +74,12 @@ def boxed(text: str) -> str | None:
 def final_answer(text: str) -> str | None:
     """The final answer of a solution, in the last box, else after a marker ("The answer is"); None without either."""
     inside = boxed(text)
-    told = marked(text) if inside is None else inside
-    return told.removesuffix(".").strip("$") if told else None
+    found = marked(text) if inside is None else inside
+    return found.removesuffix(".").strip("$") if found else None
 
 
 def same_answer(given: str, gold: str) -> bool:
-    """Tell whether two answers in LaTeX, without their dollar signs, mean the same."""
+    """True if two answers in LaTeX, without their dollar signs, mean the same."""
     if "".join(given.split()) == "".join(gold.split()):
         return True
     from math_verify import parse, verify
@@ -88,7 +88,7 @@ def same_answer(given: str, gold: str) -> bool:
 
 
 def same_anywhere(text: str, gold: str) -> bool:
-    """Tell whether the last formula or number that math-verify finds in a text means the same as gold."""
+    """True if the last formula or number that math-verify finds in a text means the same as gold."""
     from math_verify import parse, verify
 
     return bool(verify(parse(f"${gold}$"), parse(text)))

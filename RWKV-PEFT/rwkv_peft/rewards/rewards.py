@@ -1,18 +1,25 @@
-"""The rewards of a run: several judges of answers, and the weighted sum of what they say."""
+"""The rewards of a run: they judge completions in a process of their own (child.py), with a limit of time for each
+call, and are summed up with weights."""
 
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from itertools import islice
+from multiprocessing.connection import Pipe
 from typing import Any, NamedTuple
 
+from ..children import python_command
 from ..cli.errors import UserError
-from .reward import Answer, beginning
-from .workers import Failure, Place, Worker
+from .judges import Answer
 
 SECONDS = 60.0  # that a call of a reward may take
+LOADING = 60.0  # seconds that a process may take at least to begin, to load each file, and to take a request
 ROWS = 1000  # rows that are checked at a time
-LEVELS = 100  # of lists and objects within each other: Python's pickle, which sends them, stops at some 300
+WORDS = 60  # characters of a prompt that a message quotes
 
 
 class Judged(NamedTuple):
@@ -22,101 +29,155 @@ class Judged(NamedTuple):
     each: dict[str, list[float | None]]
 
 
-class Rewards:
-    """Judges answers in a process of its own, from `Rewards.open` on. names are those of the rewards, in order."""
+class Call(NamedTuple):
+    """The call that the process is in: the reward's number, and the first and the last item that it is given."""
 
-    def __init__(self, specs: Sequence[str], weights: Sequence[float], worker: Worker, listener: Executor) -> None:
-        self.specs, self.weights, self.worker, self.listener = specs, weights, worker, listener
-        self.asked: Future[Any] | None = None
-        try:
-            self.names = numbered(worker.reply())
-        except Failure as failure:
-            raise self.refusal(failure) from None
+    reward: int
+    first: int
+    last: int
+
+
+class Rewards:
+    """Judges of completions, by the words of --reward with a weight each; use `Rewards.open`. names are the rewards',
+    in order. A reward may take `timeout` seconds for the answers that it is given at once: all answers of a request if
+    it is a function, else one."""
+
+    def __init__(self, specs: Sequence[str], weights: Sequence[float], timeout: float) -> None:
+        self.specs, self.weights, self.timeout = specs, weights, timeout
+        self.pipe, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                python_command("rwkv_peft.rewards.child", str(theirs.fileno()), str(timeout), *specs),
+                stdin=subprocess.PIPE,  # the process ends when this one does, which closes it
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self.call, self.seconds, self.since = Call(0, 0, 0), max(timeout, LOADING), time.monotonic()
+        self.call_seconds = self.seconds  # of each call, here of loading a file
+        self.listener = ThreadPoolExecutor(1, "rewards")
+        self.names: list[str] = []
+        self.pending: Future[Any] | None = None
 
     @classmethod
     @contextmanager
     def open(
         cls, specs: Sequence[str], weights: Sequence[float] = (), *, timeout: float = SECONDS
     ) -> "Iterator[Rewards]":
-        """Open the rewards that the words of --reward name, with a weight each (1 if none are given). A reward may take
-        `timeout` seconds for the answers that it is given at once: all of a call if it is a function, else one. Raises
-        UserError for what is wrong with a word, and with what it names."""
-        with ThreadPoolExecutor(1, "rewards") as listener:  # which ends when the process has
-            worker = Worker(specs, timeout)
-            try:
-                yield cls(specs, weights or [1.0] * len(specs), worker, listener)
-            finally:
-                worker.stop()
+        """Within, have the Rewards; a weight is 1 if none are given. Raises UserError for mistakes in a word, and in
+        the file that it names."""
+        rewards = cls(specs, weights or [1.0] * len(specs), timeout)
+        try:
+            rewards.names = numbered(rewards.reply(lambda call: ""))
+            yield rewards
+        finally:
+            rewards.stop()
 
     def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Raise UserError for the first row to which a reward cannot judge answers, with its number from 1."""
+        """Raise UserError for the first row that a reward refuses, with its number from 1."""
         waiting, first = iter(rows), 0
+
+        def place(call: Call) -> str:
+            return f"row {first + call.first + 1}: "
+
         while part := list(islice(waiting, ROWS)):
-            if (number := next((n for n, row in enumerate(part, first + 1) if is_deep(row)), None)) is not None:
-                raise UserError(
-                    f"--reward: row {number} has more than {LEVELS} lists and objects within each other; flatten it"
-                )
-            self.worker.send("check", part, first)
-            try:
-                self.worker.reply()
-            except Failure as failure:
-                raise self.refusal(failure, f"row {failure.place.first + 1}: ") from None
+            self.send("check", part)
+            self.reply(place)
             first += len(part)
 
     def judge(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Judged:
-        """Judge the completions of prompts, each with the row of its prompt. Raises UserError if a reward fails, with
-        the answer at which it does; the Rewards judge no more after that."""
-        return self.ask(prompts, completions, rows)()
+        """Judge the completions of prompts, each with the row of its prompt. Raises UserError if a reward fails, which
+        names the answer; the Rewards judge no more after that."""
+        return self.submit(prompts, completions, rows)()
 
-    def ask(
+    def submit(
         self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Callable[[], Judged]:
-        """Begin to judge completions, as judge does, once those that were asked about before are judged -> a function
-        that waits for the judgement. A thread listens to the process meanwhile."""
+        """Begin to judge completions, as judge does, after those that were submitted before -> a function that waits
+        for the judgement."""
         answers = [Answer(*one) for one in zip(prompts, completions, rows, strict=True)]
-        if self.asked is not None:
-            wait([self.asked])
-        self.worker.send("judge", answers)
-        asked = self.asked = self.listener.submit(self.worker.reply)
+        if self.pending is not None:
+            wait([self.pending])
+        self.send("judge", answers)
+        pending = self.pending = self.listener.submit(self.reply, lambda call: place_of(answers, call))
 
         def judgement() -> Judged:
-            try:
-                found = asked.result()
-            except Failure as failure:
-                raise self.refusal(failure, told_place(answers, failure.place)) from None
-            each = dict(zip(self.names, found))
+            each = dict(zip(self.names, pending.result()))
             return Judged([self.total(values) for values in zip(*each.values())], each)
 
         return judgement
 
     def total(self, values: Sequence[float | None]) -> float | None:
-        """The weighted sum of what the rewards say of an answer."""
-        said = [weight * value for weight, value in zip(self.weights, values, strict=True) if value is not None]
-        return sum(said) if said else None
+        """The weighted sum of the rewards of an answer."""
+        weighted = [weight * value for weight, value in zip(self.weights, values, strict=True) if value is not None]
+        return sum(weighted) if weighted else None
 
-    def refusal(self, failure: Failure, place: str = "") -> UserError:
-        return UserError(f"--reward {self.specs[failure.place.reward]}: {place}{failure.words}")
+    def send(self, kind: str, items: Sequence[object]) -> None:
+        """Send a request about items. The reply shows if the process is gone."""
+        self.call = Call(0, 0, len(items) - 1)
+        self.call_seconds, self.seconds, self.since = self.timeout, max(self.timeout, LOADING), time.monotonic()
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self.pipe.send((kind, items))
+        except RecursionError:  # of pickle
+            raise UserError("--reward: a row has too many lists and objects within each other; flatten it") from None
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left for the call."""
+        return max(0.0, self.since + self.seconds - time.monotonic())
+
+    def reply(self, place: Callable[[Call], str]) -> Any:
+        """Wait for the reply. Raises UserError, with the place of the Call, if the process fails, takes too long, or is
+        gone."""
+        while True:
+            if not self.pipe.poll(self.left):
+                kind, content = "failed", f"it takes longer than {self.seconds:g} seconds; make it faster"
+            else:
+                try:
+                    kind, content = self.pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    kind, content = "failed", self.ending()
+            if kind == "failed":
+                raise UserError(f"--reward {self.specs[self.call.reward]}: {place(self.call)}{content}")
+            if kind == "done":
+                return content
+            self.call, self.seconds, self.since = Call(*content), self.call_seconds, time.monotonic()
+
+    def ending(self) -> str:
+        """The message on a process that ended."""
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            how = "was killed, as the system does when memory runs out"
+        else:
+            how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"the process that judges {how}; mend the reward, which must return"
+
+    def stop(self) -> None:
+        """End the process and those that it started; its pipe is closed once the listener has noticed."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.listener.shutdown()
+        self.pipe.close()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
 
-def is_deep(value: object, levels: int = LEVELS) -> bool:
-    """Whether a value of JSON has more lists and objects within each other than `levels`."""
-    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
-    return inside is not None and (not levels or any(is_deep(one, levels - 1) for one in inside))
-
-
-def told_place(answers: Sequence[Answer], place: Place) -> str:
-    """Name the answers that a reward was given, at the head of a message."""
-    first, last = place.first + 1, place.last + 1
+def place_of(answers: Sequence[Answer], call: Call) -> str:
+    """The answers of a call, at the head of a message."""
+    first, last = call.first + 1, call.last + 1
     which = f"answer {first}" if first == last else f"answers {first} to {last}"
-    return f"{which} of {len(answers)} ({beginning(answers[place.first].prompt)}): "
+    words = " ".join(answers[call.first].prompt.split())
+    return f"{which} of {len(answers)} ({words if len(words) <= WORDS else f'{words[:WORDS]}…'!r}): "
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """Make names differ: those that repeat an earlier one have a number."""
+    """The names, with a number if they repeat an earlier one."""
     found: list[str] = []
     for name in names:
-        times = 2
-        other = name
+        times, other = 2, name
         while other in found:
             other, times = f"{name} {times}", times + 1
         found.append(other)

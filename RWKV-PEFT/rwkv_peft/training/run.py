@@ -1,7 +1,7 @@
 """Take one training run from flags to files; `python train.py --help` shows the flags.
 
 Only here do model, adapters, data and engine meet. The loss is computed in step/ (steps.py, by an objective), answers
-are drawn in drawing/, and saving/ writes checkpoints and products; engine/trainer.py tells the order of a step.
+are sampled in rollout.py, and saving/ writes checkpoints and products; engine/trainer.py tells the order of a step.
 """
 
 import json
@@ -37,8 +37,7 @@ from .flags.request import Request, parse_run
 from .flags.settings_file import write
 from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
-from .measuring.before_after import Questions
-from .measuring.exams import find_questions
+from .measuring.questions import Questions, find_questions
 from .model import make_model, own_device, write_new_model
 from .ranks.agreement import digests_of_inputs, passport
 from .ranks.meeting import Ranks

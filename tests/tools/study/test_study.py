@@ -8,8 +8,9 @@ import pytest
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.checkpoints.state_file import read_states
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.tools.study.command import Likelihood, verdict
 from rwkv_peft.tools.study.flags import ASK, parse_flags
-from rwkv_peft.tools.study.measure import Word, verdict
+from rwkv_peft.tools.study.questions import MOST, cut, read_document
 from training.runs import ROOT, finish, start
 from warm import CHILDREN
 
@@ -98,8 +99,49 @@ def test_flags_of_training_have_defaults_of_their_own():
 
 
 def test_words_on_what_was_learned():
-    behind, alone = Word(1.0, 1.0), Word(3.0, 0.0)
-    assert verdict(behind, alone, Word(1.5, 0.9)) == "learned 75% of what the text before the questions tells"
-    assert verdict(behind, alone, Word(0.5, 1.0)).startswith("learned 100% of")
-    assert verdict(behind, alone, Word(2.99, 0.0)).startswith("nothing was learned")
-    assert verdict(alone, behind, Word(0.9, 1.0)).startswith("nothing can be learned: the text before")
+    behind, alone = Likelihood(1.0, 1.0), Likelihood(3.0, 0.0)
+    assert verdict(behind, alone, Likelihood(1.5, 0.9)) == "learned 75% of what the text before the questions tells"
+    assert verdict(behind, alone, Likelihood(0.5, 1.0)).startswith("learned 100% of")
+    assert verdict(behind, alone, Likelihood(2.99, 0.0)).startswith("nothing was learned")
+    assert verdict(alone, behind, Likelihood(0.9, 1.0)).startswith("nothing can be learned: the text before")
+
+
+PARAGRAPHS = "One. Two three.\nFour\n\n" + "five " * 30 + "\n\n" + "six" * 40 + "\n\nSeven is 7. Eight is 8.\n"
+
+
+@pytest.mark.parametrize("most", [16, 20, 33, 64, 1000])
+def test_parts_are_the_document_and_no_longer_than_asked(most):
+    parts = cut(PARAGRAPHS, most, len)
+    assert all(0 < len(part) <= most for part in parts)
+    assert "".join("".join(parts).split()) == "".join(PARAGRAPHS.split())
+    assert len(parts) <= 2 * -(-len(PARAGRAPHS) // most) + 2  # they are as long as borders let them be
+
+
+def test_parts_end_where_a_paragraph_does():
+    assert cut("One is 1.\n\nTwo is 2.\n\nThree is 3.", 24, len) == ["One is 1.\n\nTwo is 2.", "Three is 3."]
+    assert cut("One is 1. Two is 2.\nThree is 3.", 24, len) == ["One is 1. Two is 2.", "Three is 3."]
+    assert cut("One is 1. Two is 2.", 12, len) == ["One is 1.", "Two is 2."]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "d.txt: no such file; the first word names the document"),
+        (b" \n", "d.txt holds no words, so that there is nothing to learn"),
+        ("Ärger".encode("latin-1"), r"d.txt is not UTF-8 \(byte 0\); a document is a text"),
+        (b"x" * (MOST + 1), "d.txt has 16,777,217 bytes, and a document 16,777,216 at most"),
+    ],
+    ids=("missing", "empty", "latin-1", "long"),
+)
+def test_documents_that_cannot_be_read(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "d.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_document(str(tmp_path / "d.txt"))
+
+
+def test_a_document_is_read_without_its_mark(tmp_path):
+    (tmp_path / "d.txt").write_bytes("\ufeffÄrger".encode())
+    assert read_document(str(tmp_path / "d.txt")) == "Ärger"
+    with pytest.raises(UserError, match="is a folder, and a file is due"):
+        read_document(str(tmp_path))

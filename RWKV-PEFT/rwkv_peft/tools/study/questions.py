@@ -1,14 +1,13 @@
-"""Has a model ask questions about the parts of a document and answer them, each part read once."""
+"""Questions on the parts of a document, which a model generates and answers itself, with each part read once."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from ...checkpoints.readable import require_readable
 from ...cli.errors import UserError
 from ...data.templates import stops_of
 from ...data.turns import TURN_END
-from ...evals.asking import GREEDY, write
+from ...evals.questions import GREEDY, Completion, sample
 from ...inference.loading import Subject
 from ...inference.reading import prefill
 from ...inference.settings import Sampling
@@ -16,33 +15,33 @@ from .flags import Study
 
 SEEDS = 1 << 24  # more than the questions of any document
 BATCH = 32
-Row = dict[str, str]
+MOST = 1 << 24  # bytes of a document
+BORDERS = ("\n\n", "\n", ". ", " ", "")  # where to cut, the best places first
 
 
-def draw(reader: Subject, parts: Sequence[str], study: Study, say: Callable[[str], object]) -> list[Row]:
-    """Draw questions about the parts of a document, with answers, as rows of --data_type contexts. Questions that were
-    asked about the part before, and what has no words or no end, are left out; `say` hears how many."""
-    rows, left_out = list[Row](), Counter[str]()
+def generate_rows(reader: Subject, parts: Sequence[str], study: Study) -> list[dict[str, str]]:
+    """Generate questions on the parts of a document, with answers -> rows of --data_type contexts. Questions that
+    repeat an earlier one of their part, and texts without words or end, are left out; their numbers are printed."""
+    rows, left_out = list[dict[str, str]](), Counter[str]()
     for place, part in enumerate(parts):
         _, state = prefill(reader.model, [reader.tokenizer.encode(part + TURN_END)], reader.start)
         behind = reader._replace(start=state)
         seed = study.seed * SEEDS + place * study.questions
-        questions = ask(behind, study, Sampling(temperature=study.temperature, top_p=study.top_p, seed=seed), left_out)
-        found = answered(behind, study, questions, left_out)
+        sampling = Sampling(temperature=study.temperature, top_p=study.top_p, seed=seed)
+        found = answered(behind, study, generate_questions(behind, study, sampling, left_out), left_out)
         rows += [{"context": part, **row} for row in found]
-        say(f"part {place + 1} of {len(parts)}: {len(found)} questions")
+        print(f"part {place + 1} of {len(parts)}: {len(found)} questions", flush=True)
     for what, number in left_out.items():
-        say(f"left out: {number} {what}")
+        print(f"left out: {number} {what}", flush=True)
     return rows
 
 
-def ask(reader: Subject, study: Study, sampling: Sampling, left_out: Counter[str]) -> list[str]:
+def generate_questions(reader: Subject, study: Study, sampling: Sampling, left_out: Counter[str]) -> list[str]:
     prompt = reader.tokenizer.encode(study.ask)
     stops = (*stops_of(study.ask), *study.stop, "\n")
     found: dict[str, None] = {}
-    prompts = [prompt] * study.questions  # one list, which is read once
-    drawn = dict(write(reader, prompts, [stops] * study.questions, sampling, study.question_tokens, BATCH))
-    for _, question in sorted(drawn.items()):
+    prompts = dict.fromkeys(range(study.questions), prompt)  # one list, which is read once
+    for question in completions(reader, prompts, dict.fromkeys(prompts, stops), sampling, study.question_tokens):
         text = question.text.strip()
         if question.end == "length" or not text:
             left_out["questions without end or words"] += 1
@@ -53,35 +52,42 @@ def ask(reader: Subject, study: Study, sampling: Sampling, left_out: Counter[str
     return list(found)
 
 
-def answered(reader: Subject, study: Study, questions: Sequence[str], left_out: Counter[str]) -> list[Row]:
-    prompts = [(study.answer or "User: {question}\n\nAssistant:").replace("{question}", each) for each in questions]
-    stops = [(*stops_of(prompt), *study.stop) for prompt in prompts]
-    tokens = list(map(reader.tokenizer.encode, prompts))
+def answered(reader: Subject, study: Study, questions: Sequence[str], left_out: Counter[str]) -> list[dict[str, str]]:
+    layout = study.answer or "User: {question}\n\nAssistant:"
+    prompts = [layout.replace("{question}", question) for question in questions]
+    stops = {place: (*stops_of(prompt), *study.stop) for place, prompt in enumerate(prompts)}
+    tokens = dict(enumerate(map(reader.tokenizer.encode, prompts)))
     rows = []
-    for place, answer in sorted(dict(write(reader, tokens, stops, GREEDY, study.answer_tokens, BATCH)).items()):
+    for answer in completions(reader, tokens, stops, GREEDY, study.answer_tokens):
         if answer.end == "length" or not answer.text.strip():
             left_out["answers without end or words"] += 1
         elif study.answer:
             end = study.stop[0] if study.stop and answer.end == "stop" else ""
-            rows.append({"prompt": prompts[place], "completion": answer.text + end})
+            rows.append({"prompt": prompts[answer.number], "completion": answer.text + end})
         else:
-            rows.append({"question": questions[place], "answer": answer.text.strip()})
+            rows.append({"question": questions[answer.number], "answer": answer.text.strip()})
     return rows
 
 
-MOST = 1 << 24  # bytes of a document
-BORDERS = ("\n\n", "\n", ". ", " ", "")  # where to cut, the best places first
+def completions(
+    reader: Subject,
+    prompts: dict[int, list[int]],
+    stops: dict[int, tuple[str, ...]],
+    sampling: Sampling,
+    max_tokens: int,
+) -> list[Completion]:
+    """The Completions of all prompts, in their order."""
+    return sorted(sample(reader, prompts, stops, sampling, max_tokens, BATCH))
 
 
 def read_document(path: str) -> str:
-    """The text of a document. Raises UserError for one that cannot be read, is too long, or holds no words."""
+    """Read the text of a document. Raises UserError for one that cannot be read, is too long, or holds no words."""
     missing = f"{path}: no such file; the first word names the document, which is a text"
     file = require_readable(path, missing)
-    content = file.read_bytes() if (size := Path(path).stat().st_size) <= MOST else b""
-    if size > MOST:
+    if (size := file.stat().st_size) > MOST:
         raise UserError(f"{path} has {size:,} bytes, and a document {MOST:,} at most; study it in several pieces")
     try:
-        text = content.decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start:,}); a document is a text: convert it") from error
     if not text.strip():

@@ -26,9 +26,7 @@ from ...memory import keep_freed_memory
 from ...plots import plot_loss, read_metrics, series
 from ...release.card import card_of, write_card
 from ..inputs import VALIDATION
-from ..measuring.held_out import UNKNOWN, blind, doubt
-from ..measuring.held_out import told as told_held_out
-from ..measuring.learned import aim_of, by_source, fall_of, notes_on
+from ..measuring.learned import UNKNOWN, aim_of, blind, by_source, fall_of, held_out_line, notes_on, overfitted
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..step.compiling import compiled
 from .prepared import Prepared
@@ -153,7 +151,7 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     told, rows = "".join(f"{'' if number else 'sources':<10}{line}\n" for number, line in enumerate(sources)), run.rows
     figures = [("steps", f"{run.plan.total_steps:,}")]
     if fall := fall_of(losses):
-        figures.append((name, f"{fall.told(sign)}, the first and last quarter's mean"))
+        figures.append((name, f"{fall.in_words(sign)}, the first and last quarter's mean"))
     figures += [("sources", line) for line in sources]
     if rows is not None:
         lines = list(rows.lines())
@@ -162,13 +160,13 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
     told += "".join(f"{note}\n" for note in notes_on(run.config, run.plan, losses, records, rows))
     if held_out.losses:
         best = labelled(run.saver.newest, BEST)
-        words = told_held_out(held_out, name, sign)
+        words = held_out_line(held_out, name, sign)
         figures.append(("validation", words))
         told += f"validation  {words}, {best}"
         if run.exhausted:
             told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
         told += "\n"
-        note = doubt(held_out, run.plan, best, run.config.train.lr_init) if sign > 0 else ""
+        note = overfitted(held_out, run.plan, best, run.config.train.lr_init) if sign > 0 else ""
         if note := note or blind(run.validator.swapped if run.validator is not None else ()):
             told += f"{note}\n"
     elif run.config.data.of_answers and VALIDATION not in run.inputs.measured:

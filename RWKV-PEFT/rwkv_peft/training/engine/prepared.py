@@ -4,12 +4,11 @@ from typing import Any
 
 from ...models.parts import LanguageModel
 from ...rewards import Rewards
-from ..drawing.log import AnswersLog
 from ..inputs import Inputs
-from ..measuring.before_after import BeforeAfter, Questions
-from ..measuring.examiner import Examiner
+from ..measuring.questions import BeforeAfter, Examiner, Questions
 from ..measuring.validate import Validator
 from ..ranks.meeting import Ranks
+from ..rollout import RolloutLog
 from ..saving.checkpoints import ANSWERS, ROWS
 from ..saving.saver import Saver
 from ..step.teacher import Teacher
@@ -44,14 +43,16 @@ class Prepared:
         self.folder, train, anew = inputs.folder, config.train, inputs.state is None
         self.validator = None
         if inputs.measured:
-            self.validator = Validator(inputs, self.saver, watch)
+            self.validator = Validator(inputs, self.saver, watch.moved)
         exams = asked.exams.items()
-        self.examiners: list[Any] = [Examiner(exam, self.folder / name, train, plan, watch) for name, exam in exams]
+        self.examiners: list[Any] = [
+            Examiner(exam, self.folder / name, train, plan, watch.moved) for name, exam in exams
+        ]
         if config.data.of_prompts:
-            self.examiners.append(AnswersLog(self.folder / ANSWERS, plan))
+            self.examiners.append(RolloutLog(self.folder / ANSWERS, plan))
         self.rows = None
         if asked.rows is not None:
-            self.rows = BeforeAfter(asked.rows, self.folder / ROWS, watch, train.compile, anew)
+            self.rows = BeforeAfter(asked.rows, self.folder / ROWS, watch.moved, train.compile, anew)
         # its optimizer's state may belong to other ranks
         self.checkpoint = None if train.fresh_optimizer else inputs.checkpoint
 

@@ -36,8 +36,7 @@ from ...models import family_named
 from ...models.state import TIME_STATE
 from ...objectives.draws import Draws
 from ...objectives.next_token import NextToken
-from ..drawing.answers import Manner
-from ..drawing.drawn import Drawing, Place
+from ..rollout import PromptPlan, RolloutSettings, RolloutStep
 from ..step.contexts import Contexts
 from ..step.forked import saved_tokens
 from ..step.lit import Lit
@@ -64,11 +63,13 @@ def drawn_step(run: Prepared) -> Step:
     """Choose the Step of a run whose model answers prompts itself."""
     config, objective, data = run.config, run.config.objective, run.config.data
     assert isinstance(objective, Draws)  # because others do not take prompts
-    manner = Manner.of(config, objective, find_tokenizer(None, config.model.vocab_size, run.samples.vocabulary))
+    settings = RolloutSettings.of(
+        config, objective, find_tokenizer(None, config.model.vocab_size, run.samples.vocabulary)
+    )
     apart, end = data.micro_bsz * run.ranks.world.size, run.plan.total_steps * run.plan.step_samples
-    place = Place(data.micro_bsz, apart, config.train.accumulate_grad_batches, end // objective.together)
+    prompts = PromptPlan(data.micro_bsz, apart, config.train.accumulate_grad_batches, end // objective.together)
     teacher = None if run.teacher is None else run.teacher.model
-    return Drawing(objective, manner, run.rewards, teacher, data.num_generations, place, run.watch.moved)
+    return RolloutStep(objective, settings, run.rewards, teacher, data.num_generations, prompts, run.watch.moved)
 
 
 def shared_step(run: Prepared) -> Step:

@@ -1,1 +1,1 @@
-"""Measurements while training: losses of held-out samples, answers to questions, whether rows were learned."""
+"""Measurements of a run: losses of held-out samples, answers to questions, and notes at its end."""

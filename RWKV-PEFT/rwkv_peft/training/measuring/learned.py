@@ -1,11 +1,13 @@
-"""Judge whether a run learned anything, by its losses and by the rows that it answered before and after."""
+"""Notes at the end of a run on its success, by its losses, by held-out rows, and by rows answered before and after."""
 
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
+from ...checkpoints.best import HeldOut
 from ...cli.numeric import is_number
 from ...cli.parser import counted
 from ...config import FEW, RunConfig
@@ -13,16 +15,17 @@ from ...config.objective import REWARDS, TEACHER
 from ...plots import LOSSES, of_files
 from ..flags.rates import Rate, automatic_rate
 from ..step.plan import Plan
-from .before_after import BeforeAfter, unended
+from .questions import BeforeAfter, unended
 
 FAR, TOO_FAR = 3, 30  # a rate so many times below that of the method's rule is far below, and one so many above it
-LEAST = 8  # losses, or answers: fewer do not tell the noise
+LEAST = 8  # losses, or answers: fewer do not show the noise
 SURE = 2  # standard errors
 KNOWN = 0.05  # nats a token: of rows with less there is little left to learn
+UNKNOWN = "none: how well it does on other rows is not known (--val_split 0.1 holds some back, and tells)"
 
 
 class Fall(NamedTuple):
-    """The mean loss of the first and of the last quarter of a run's steps, and how much of a fall may be noise."""
+    """The mean loss of the first and of the last quarter of a run's steps, and the part of a fall that may be noise."""
 
     first: float
     last: float
@@ -32,19 +35,19 @@ class Fall(NamedTuple):
     def real(self) -> bool:
         return self.first - self.last > self.noise
 
-    def told(self, sign: int) -> str:
-        """Both means, of values whose `sign` (1 or -1) multiple is to fall."""
+    def in_words(self, sign: int) -> str:
+        """Both means as they stand in the metrics, which are `sign` (1 or -1) times a loss."""
         return f"{shown(self.first, sign)} to {shown(self.last, sign)}"
 
 
 def shown(value: float, sign: int) -> str:
-    """Write the measure whose `sign` (1 or -1) multiple a value is."""
+    """A loss as it stands in the metrics, which are `sign` (1 or -1) times it."""
     return f"{sign * value + 0.0:.4f}"  # + 0.0: no -0.0000
 
 
 def fall_of(losses: Sequence[float]) -> Fall | None:
-    """The Fall of a run's losses in their order; None if they are fewer than LEAST. The noise is estimated from how
-    much neighbours differ (von Neumann 1941), to which a slow fall adds little."""
+    """The Fall of a run's losses in their order; None if they are fewer than LEAST. The noise is estimated by the
+    differences of neighbours (von Neumann 1941), to which a slow fall adds little."""
     if len(losses) < LEAST:
         return None
     quarter = len(losses) // 4
@@ -63,17 +66,14 @@ def by_source(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"{LOSSES[loss]} of {source}: {first:.4f} at first, {last:.4f} at last"
 
 
+def aim_of(config: RunConfig) -> tuple[str, int]:
+    """The name of a run's measure in the metrics, and the sign with which it is to fall."""
+    return ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
+
+
 def doubts(config: RunConfig, plan: Plan) -> list[str]:
-    """List the reasons why a run may learn too little, each with the flag that changes it."""
+    """The reasons why a run may learn too little, each with the flag that changes it."""
     return [doubt for doubt in (few_steps(config, plan), odd_rate(config)) if doubt]
-
-
-def reasons(config: RunConfig, plan: Plan) -> str:
-    """A sentence on why a run learned too little: the doubts, or, if there are none, its rate."""
-    rate, rule = config.train.lr_init, rate_of(config).value
-    guess = f"low: try --lr_init {FAR * rate:.1g}" if rate < FAR * rule else f"high: --lr_init auto takes {rule:g}"
-    found = "; ".join(doubts(config, plan)) or f"the rate may be too {guess}"
-    return found[0].upper() + found[1:]
 
 
 def few_steps(config: RunConfig, plan: Plan) -> str:
@@ -87,11 +87,6 @@ def few_steps(config: RunConfig, plan: Plan) -> str:
     return f"{few}: --epoch_count {epochs} has {FEW} or more{smaller}"
 
 
-def rate_of(config: RunConfig) -> Rate:
-    """The Rate that --lr_init auto takes for a run."""
-    return automatic_rate(config.adapter, config.model.n_embd, config.objective, not config.train.load_model)
-
-
 def odd_rate(config: RunConfig) -> str:
     rate, rule, method = config.train.lr_init, rate_of(config).value, method_of(config.adapter)
     if config.adapter.states_alone or rule / FAR < rate < rule * TOO_FAR:
@@ -103,27 +98,17 @@ def odd_rate(config: RunConfig) -> str:
     )
 
 
-def aim_of(config: RunConfig) -> tuple[str, int]:
-    """The name of a run's measure in the metrics, and the sign with which it is to fall."""
-    return ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
+def rate_of(config: RunConfig) -> Rate:
+    """The Rate that --lr_init auto takes for a run."""
+    return automatic_rate(config.adapter, config.model.n_embd, config.objective, not config.train.load_model)
 
 
-def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> str:
-    """A note if a run on pairs made the chosen answers less likely themselves: margins grow then in a model that comes
-    to answer in neither way (Pal et al. 2024, arXiv 2402.13228); "" if it did not."""
-    if config.objective.unit != "pair":
-        return ""
-    told = ""
-    for name, sign in (("chosen", 1), ("nll", -1)):  # the gain over the base, which begins at 0; the loss
-        values = [sign * record[name] for record in records if is_number(record.get(name))]
-        if (fall := fall_of(values)) and fall.last < (fall.first - fall.noise if sign < 0 else 0.0):
-            told = f"{name} {fall.told(sign)}"
-    if not told:
-        return ""
-    return (
-        f"note: the chosen answers became less likely themselves ({told}), so that the model may answer in neither "
-        "way, whatever accuracy and margin say; a lower --lr_init, --dpo_nll 1 or --objective orpo keeps them likely"
-    )
+def reasons(config: RunConfig, plan: Plan) -> str:
+    """A sentence on why a run learned too little: the doubts, or, if there are none, its rate."""
+    rate, rule = config.train.lr_init, rate_of(config).value
+    guess = f"low: try --lr_init {FAR * rate:.1g}" if rate < FAR * rule else f"high: --lr_init auto takes {rule:g}"
+    found = "; ".join(doubts(config, plan)) or f"the rate may be too {guess}"
+    return found[0].upper() + found[1:]
 
 
 def notes_on(
@@ -133,10 +118,10 @@ def notes_on(
     records: Sequence[Mapping[str, Any]],
     rows: BeforeAfter | None,
 ) -> list[str]:
-    """The notes on what a run learned, by its losses, the records of its metrics and its rows before and after."""
+    """The notes on a run's success, by its losses, the records of its metrics and its rows before and after."""
     changed, known = (None, False) if rows is None else (rows.changed, rows.known)
     found = [nothing_learned(config, plan, losses, changed, known), unlikely_answers(config, records)]
-    # who learns from a teacher stops as that does, whatever the rows do
+    # a student stops as its teacher does, and not as the rows do
     if not any(found) and rows is not None and TEACHER not in config.objective.needs and unended(rows.records):
         found.append(f"note: no answer stops as its row does yet. {reasons(config, plan)}")
     return [note for note in found if note]
@@ -145,13 +130,15 @@ def notes_on(
 def nothing_learned(
     config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None, known: bool = False
 ) -> str:
-    """A note if a run seems to have learned nothing or got worse, with the likely reason and the flag; "" if neither
-    losses (of a run that learned from rewards, these below 0) nor answers tell. `changed` is true if an answer differs
-    from the one before training, None if that is not known; `known` if all were those of the rows before it. A loss of
-    preferences may fall although the model answers as before; that of tokens says more than a few answers."""
+    """A note if a run seems to have learned nothing or got worse, with the likely reason and the flag; else "".
+
+    losses: the measure of aim_of, with its sign. changed: an answer differs from the one before training (None: not
+    known). known: all answers were the rows' own before it. A loss of preferences may fall although the model answers
+    as before; one of tokens is a better sign than a few answers.
+    """
     fall = fall_of(losses)
     name, sign = aim_of(config)
-    way, why = "" if fall is None else f"({fall.told(sign)})", reasons(config, plan)
+    way, why = "" if fall is None else f"({fall.in_words(sign)})", reasons(config, plan)
     if fall is not None and fall.last - fall.first > fall.noise:
         lower = f"--lr_init {config.train.lr_init / FAR:.1g}"
         moved = "fell" if sign < 0 else "rose"
@@ -169,3 +156,67 @@ def nothing_learned(
     if changed is False:
         found.append("the rows are answered as before training")
     return f"note: this run seems to have learned nothing: {' and '.join(found)}. {why}"
+
+
+def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> str:
+    """A note if a run on pairs made the chosen answers less likely themselves: margins then grow in a model that comes
+    to answer in neither way (Pal et al. 2024, arXiv 2402.13228); else ""."""
+    if config.objective.unit != "pair":
+        return ""
+    found = ""
+    for name, sign in (("chosen", 1), ("nll", -1)):  # the gain over the base, which begins at 0; the loss
+        values = [sign * record[name] for record in records if is_number(record.get(name))]
+        if (fall := fall_of(values)) and fall.last < (fall.first - fall.noise if sign < 0 else 0.0):
+            found = f"{name} {fall.in_words(sign)}"
+    if not found:
+        return ""
+    return (
+        f"note: the chosen answers became less likely themselves ({found}), so that the model may answer in neither "
+        "way, whatever accuracy and margin say; a lower --lr_init, --dpo_nll 1 or --objective orpo keeps them likely"
+    )
+
+
+def held_out_line(held_out: HeldOut, name: str, sign: int) -> str:
+    """The course of a run's measure on held-out rows, with the best value last; the sign is aim_of's."""
+    (step, lowest), (_, last) = held_out.lowest, held_out.losses[-1]
+    before = "" if held_out.start is None else f"{shown(held_out.start, sign)} before training, "
+    best = f"{'lowest' if sign > 0 else 'highest'} {name} {shown(lowest, sign)}"
+    return f"{name} {before}{shown(last, sign)} at the end; after step {step:,} the {best}"
+
+
+def overfitted(held_out: HeldOut, plan: Plan, best: Path, rate: float) -> str:
+    """A note if the held-out loss never fell, or rose again by much of its fall, with the remedy; else ""."""
+    step, lowest = held_out.lowest
+    if not lowest < held_out.first:
+        known = f"known better before training ({held_out.first:.4f}, and {lowest:.4f} at best)"
+        if held_out.first < KNOWN:
+            return f"note: the held-out rows were {known}: the base has learned such rows already"
+        return (
+            f"note: the held-out rows were {known}: this run learned nothing that holds for other rows. Their answers "
+            "may not follow from the questions, the rows may be too few, or the rate too high: try "
+            f"--lr_init {rate / 3:.1g}"
+        )
+    if not held_out.rose:
+        return ""
+    epochs = -(-step // plan.epoch_steps)
+    fewer = f"--epoch_count {epochs}, or " if epochs * plan.epoch_steps < plan.total_steps else ""
+    return (
+        f"note: after step {step:,} the run learned its own rows by heart, and forgot others: commands take {best} of "
+        f"this folder. What ends sooner: {fewer}--early_stop 2. More rows help most"
+    )
+
+
+def blind(losses: Sequence[Sequence[float]]) -> str:
+    """A note if answers are no likelier behind their own prompts than behind others, by the losses [(behind its own,
+    behind another)] of each; "" if they are, or if there are too few answers."""
+    if len(losses) < LEAST:
+        return ""
+    gains = [other - own for own, other in losses]
+    if statistics.fmean(gains) > SURE * statistics.stdev(gains) / math.sqrt(len(gains)):
+        return ""
+    own, other = (statistics.fmean(column) for column in zip(*losses))
+    return (
+        f"note: held-out answers are no likelier behind their own questions ({own:.4f} nats a token) than behind those "
+        f"of other rows ({other:.4f}): this run learned how answers look, and not what they say. They may not follow "
+        "from the questions, or that may take more rows or steps"
+    )

@@ -1,8 +1,8 @@
-"""Measure losses while training: that of held-out samples, which decides the best adapter and early stopping, and that
-of what should be retained."""
+"""Losses while training: of held-out samples, by which the best adapter is chosen and early stopping ends a run, and of
+data to retain."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,6 @@ from ...data.mixture import Several
 from ...data.samples import Samples
 from ...data.swapped import swapped
 from ..inputs import VALIDATION, Inputs
-from ..ranks.watch import Watch
 from ..saving.partitions import averaged
 from ..saving.saver import Saver
 from ..step.compiling import uncompiled
@@ -24,54 +23,47 @@ if TYPE_CHECKING:
 
 
 class Validator:
-    """Measure VALIDATION, RETAINED or both: every val_every steps (0: every epoch) and after the last one, go once
-    through the samples of each data set. All ranks call it after each step.
+    """Goes once through the samples of each data set, VALIDATION and RETAINED, every val_every steps (0: every epoch)
+    and after the last one. All ranks call it after each step.
 
     A new lowest loss of VALIDATION saves the trained tensors under the label BEST. After early_stop validations in a
-    row without one (0: never) `exhausted` becomes true. RETAINED decides nothing. `watch` (training/ranks/watch.py)
-    hears of every batch.
+    row without one (0: never) `exhausted` is true. `moved` is called with the work in progress, for each batch.
     """
 
-    def __init__(self, inputs: Inputs, saver: Saver, watch: Watch) -> None:
+    def __init__(self, inputs: Inputs, saver: Saver, moved: Callable[[str], object]) -> None:
         self.measured, self.plan, self.lowest, self.anew = inputs.measured, inputs.plan, inputs.lowest, not inputs.state
-        self.saver, self.watch, train = saver, watch, inputs.config.train
-        self.of_tokens = inputs.config.objective.of_tokens
-        self.micro_bsz, self.train_config = inputs.config.data.micro_bsz, train
+        self.saver, self.moved, self.train = saver, moved, inputs.config.train
+        self.of_tokens, self.micro_bsz = inputs.config.objective.of_tokens, inputs.config.data.micro_bsz
         self.swapped: Sequence[Sequence[float]] = ()  # (loss behind its own prompt, behind another's) of each answer
-        self.every, self.patience = train.val_every or inputs.plan.epoch_steps, train.early_stop
+        self.every = self.train.val_every or inputs.plan.epoch_steps
 
     @property
     def exhausted(self) -> bool:
-        return self.lowest.exhausts(self.patience)
+        return self.lowest.exhausts(self.train.early_stop)
 
     def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
-        """Return the losses before a run's first step as {"val_start", "retain_start"}; {} if it goes on."""
+        """The losses before a run's first step, {"val_start", "retain_start"}; {} if it is resumed."""
         if not self.anew:
             return {}
         sums = {name: [self.sums(part, trainer, lit) for part in found.parts] for name, found in self.measured.items()}
         return {f"{name}_start": means([sum(each) for each in zip(*found)])[0] for name, found in sums.items()}
 
     def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
-        """Return {"val_loss"} and its perplexity "val_ppl", or in its place the step's other measures, if it has any;
-        and the same of RETAINED as "retain_…"; of several data sets also
-        "val_loss/NAME", the loss of each. {} if this step does not validate."""
+        """{"val_loss"}, with the step's other measures or else the perplexity "val_ppl", and the same of RETAINED as
+        "retain_…"; of several data sets also "val_loss/NAME". {} if this step does not validate."""
         if done % self.every and done != self.plan.total_steps:
             return {}
-        with averaged(trainer.optimizers[0]):
-            return self.measure(trainer, lit)
-
-    def measure(self, trainer: Any, lit: "Lit") -> dict[str, float]:
-        """Return __call__'s numbers of the weights as they are now."""
         found: dict[str, float] = {}
-        for name, samples in self.measured.items():
-            sums = [self.sums(part, trainer, lit) for part in samples.parts]
-            loss, *numbers = means([sum(each) for each in zip(*sums)])
-            measures = dict(zip(lit.compute.measures, numbers)) or {"ppl": math.exp(min(loss, 700.0))}
-            found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
-            if isinstance(samples, Several):
-                found |= {f"{name}_loss/{of}": means(each)[0] for of, each in zip(samples.sources, sums)}
-        if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
-            self.saver.save_tensors(trainer, lit, [BEST])
+        with averaged(trainer.optimizers[0]):
+            for name, samples in self.measured.items():
+                sums = [self.sums(part, trainer, lit) for part in samples.parts]
+                loss, *numbers = means([sum(each) for each in zip(*sums)])
+                measures = dict(zip(lit.compute.measures, numbers)) or {"ppl": math.exp(min(loss, 700.0))}
+                found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
+                if isinstance(samples, Several):
+                    found |= {f"{name}_loss/{of}": means(each)[0] for of, each in zip(samples.sources, sums)}
+            if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
+                self.saver.save_tensors(trainer, lit, [BEST])
         return found
 
     def after(self, trainer: Any, lit: "Lit") -> None:
@@ -84,13 +76,13 @@ class Validator:
 
     @torch.no_grad()
     def sums(self, samples: Samples, trainer: Any, lit: "Lit", rows: int = 0) -> list[float]:
-        """Return [the items that count, sums over them of the loss and the step's other measures], over all ranks."""
-        device, train = trainer.strategy.root_device, self.train_config
+        """[the items that count, sums over them of the loss and of the step's other measures], over all ranks."""
+        device, train = trainer.strategy.root_device, self.train
         sums: list[torch.Tensor] = []
         lit.model.eval()
         group = trainer.global_rank // train.context_parallel
         for batch in EvalBatches(samples, rows or self.micro_bsz, group, train.groups):
-            self.watch.moved(f"the validation at step {lit.step + 1}")
+            self.moved(f"the validation at step {lit.step + 1}")
             tensors = {name: item.to(device) for name, item in batch.items() if isinstance(item, torch.Tensor)}
             batch |= tensors | lit.compute.sent(batch, device)
             with uncompiled(train.compile):

@@ -13,18 +13,18 @@ from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.rewards import Judged
-from rwkv_peft.training.drawing.answers import Manner, draw, packed
-from rwkv_peft.training.drawing.drawn import Drawing, Place
+from rwkv_peft.training.rollout import PromptPlan, RolloutSettings, RolloutStep, packed, sample_rollouts
 from rwkv_peft.training.step.forked import forked
 from rwkv_peft.training.step.steps import Whole
 
 PROMPTS = {3: [5, 9, 2, 7], 4: [8], 9: [1] * 9}
-MANNER = Manner(Sampling(temperature=1.3, top_p=0.95, seed=7, measured=True), 6, (), 5, BytesTokenizer(), False)
+SETTINGS = RolloutSettings(
+    Sampling(temperature=1.3, top_p=0.95, seed=7, measured=True), 6, (), 5, BytesTokenizer(), False
+)
 
 
 def drawn(model, times=4):
-    samples = SimpleNamespace(prompt=PROMPTS.__getitem__)
-    groups = draw(model, MANNER, samples, list(PROMPTS), times, lambda doing: None)
+    groups = sample_rollouts(model, SETTINGS, PROMPTS, times, lambda doing: None)
     assert model.training and [group[0].prompt for group in groups] == list(PROMPTS.values())
     return [answer for group in groups for answer in group]
 
@@ -106,10 +106,10 @@ def test_answers_are_judged_while_the_step_before_learns():
 
     model = make(DISTINCT[1], dtype=torch.float32)
     samples = SimpleNamespace(prompt=lambda n: [n + 1], row=int, place=int, original=int)
-    place = Place(micro_bsz=1, apart=1, accumulate=1, end=3)
-    drawing = Drawing(GRPO(ahead=True), MANNER, SimpleNamespace(ask=ask), None, 2, place, lambda doing: None)
+    plan = PromptPlan(micro_bsz=1, apart=1, accumulate=1, end=3)
+    step = RolloutStep(GRPO(ahead=True), SETTINGS, SimpleNamespace(submit=ask), None, 2, plan, lambda doing: None)
     for first in range(3):
-        batch = drawing.completed(model, {"samples": samples, "first": first, "tokens": torch.zeros(1, 1)})
+        batch = step.completed(model, {"samples": samples, "first": first, "tokens": torch.zeros(1, 1)})
         events.append(("learned", first))
         assert torch.equal(batch["parts"][0]["old"], batch["parts"][0]["sampled"])
     words = "asked 0, judged 0, asked 1, learned 0, judged 1, asked 2, learned 1, judged 2, learned 2"

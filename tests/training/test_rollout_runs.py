@@ -1,5 +1,5 @@
-"""--objective grpo: what a run draws, writes down, refuses and tells. test_objectives.py trains, resumes and spreads
-it."""
+"""Runs that learn from their own answers: --objective grpo and distill. test_objectives.py trains, resumes and spreads
+them."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ import pytest
 
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.training.drawing.drawn import pieces
 from rwkv_peft.training.flags.request import parse_flags
+from rwkv_peft.training.rollout import part_slices
 from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
 from training.runs import ROOT, finish, metrics, rewound, start
 
@@ -91,7 +91,7 @@ def test_drawing_does_not_depend_on_how_many_are_drawn_at_a_time(folder, train):
 
 
 def test_answers_are_cut_into_parts_of_whole_groups_or_within_one():
-    cut = [[(part.start, part.stop) for part in pieces(8, 4, most)] for most in (8, 7, 4, 3, 1)]
+    cut = [[(part.start, part.stop) for part in part_slices(8, 4, most)] for most in (8, 7, 4, 3, 1)]
     assert cut[0] == [(0, 8)] and cut[1] == cut[2] == [(0, 4), (4, 8)]
     assert cut[3] == [(0, 3), (3, 4), (4, 7), (7, 8)] and len(cut[4]) == 8
 
@@ -177,52 +177,33 @@ def test_rows_without_what_a_reward_reads_are_refused_before_training(folder, tr
     assert "--reward gsm8k: row 1: " in err and not (folder / "gsm8k" / "metrics.jsonl").exists()
 
 
-def flags(*more):
-    return ["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", "--reward", "gsm8k", *more]
+GRPO = "--load_model b.pth --data_file r.jsonl --data_type prompts --reward gsm8k"
+TAUGHT = "--load_model b.pth --data_file r.jsonl --data_type prompts --objective distill --teacher_model t.pth"
 
 
 @pytest.mark.parametrize(
-    "more, words",
+    "given, more, words",
     [
-        (["--strategy", "deepspeed_stage_3"], "--strategy deepspeed_stage_3: ranks draw different numbers of tokens"),
-        (["--reward_weights", "1", "2"], "--reward_weights 1 2: there are 1 rewards"),
-        (["--learn_batch", "0"], "0 is below 1"),
-        (["--num_iterations", "4", "--save_every", "6"], "--save_every 6: --num_iterations 4 steps learn"),
-        (["--kl_beta", "0.1", "--peft", "none"], "--peft none: answers are compared with what the base says"),
-        (["--retain_data", "x"], "--retain_data x: "),
-        (["--ctx_len", "256"], "--max_completion_length 256 leaves nothing of --ctx_len 256 for a prompt"),
-        (["--num_generations", "1"], "grpo does not go with --num_generations 1: an answer is compared with others"),
-        (["--reward", "gsm8k", "gsm8k"], "--reward gsm8k is given twice; give it a weight"),
+        (GRPO, "--reward_weights 1 2", "--reward_weights 1 2: there are 1 rewards"),
+        (GRPO, "--learn_batch 0", "0 is below 1"),
+        (GRPO, "--num_iterations 4 --save_every 6", "--save_every 6: --num_iterations 4 steps learn"),
+        (GRPO, "--kl_beta 0.1 --peft none", "--peft none: answers are compared with what the base says"),
+        (GRPO, "--retain_data x", "--retain_data x: "),
+        (GRPO, "--ctx_len 256", "--max_completion_length 256 leaves nothing of --ctx_len 256 for a prompt"),
+        (GRPO, "--num_generations 1", "grpo does not go with --num_generations 1: an answer is compared with others"),
+        (GRPO, "--reward gsm8k gsm8k", "--reward gsm8k is given twice; give it a weight"),
+        (GRPO, "--strategy deepspeed_stage_3", "--strategy deepspeed_stage_3: ranks draw different numbers of tokens"),
+        (GRPO, "--data_type sft --num_generations 4", "--num_generations 4 does not go with --data_type sft"),
+        (TAUGHT, "--distill_weight 0.5", "--distill_weight 0.5 does not go with --data_type prompts: the student's"),
+        (TAUGHT, "--reward gsm8k", "--reward gsm8k needs --objective grpo"),
+        (TAUGHT, "--data_type sft --top_p 0.9", "--top_p 0.9 does not go with --data_type sft: it is about drawn"),
     ],
 )
-def test_flags_that_do_not_go_together(more, words):
+def test_flags_that_do_not_go_together(given, more, words):
     with pytest.raises(UserError, match=words):
-        parse_flags(flags(*more))
+        parse_flags([*given.split(), *more.split()])
 
 
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        (["--distill_weight", "0.5"], "--distill_weight 0.5 does not go with --data_type prompts: the student's"),
-        (["--strategy", "deepspeed_stage_3"], "--data_type prompts does not go with --strategy deepspeed_stage_3"),
-        (["--reward", "gsm8k"], "--reward gsm8k needs --objective grpo"),
-        (["--data_type", "sft", "--top_p", "0.9"], "--top_p 0.9 does not go with --data_type sft: it is about drawn"),
-    ],
-)
-def test_flags_that_do_not_go_with_a_teacher_of_drawn_answers(more, words):
-    taught = ["--objective", "distill", "--teacher_model", "t.pth"]
-    with pytest.raises(UserError, match=words):
-        parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
-    more = ["--num_generations", "1", "--temperature", "0.9", "--distill_temperature", "2"]
-    found = parse_flags(["--load_model", "b.pth", "--data_file", "r.jsonl", "--data_type", "prompts", *taught, *more])
+def test_temperatures_of_drawing_and_of_distilling_are_two():
+    found = parse_flags([*TAUGHT.split(), *"--num_generations 1 --temperature 0.9 --distill_temperature 2".split()])
     assert (found.objective.draw_temperature, found.objective.temperature) == (0.9, 2)
-
-
-def test_flags_need_their_data():
-    for more, words in (
-        ("prompts", "--objective grpo needs --reward: that judges the answers; name a task"),
-        ("sft --num_generations 4", "--num_generations 4 does not go with --data_type sft"),
-        ("sft --reward gsm8k", "--reward gsm8k needs --objective grpo"),
-    ):
-        with pytest.raises(UserError, match=words):
-            parse_flags(f"--load_model b.pth --data_file r --data_type {more}".split())

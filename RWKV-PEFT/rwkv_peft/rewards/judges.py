@@ -1,0 +1,349 @@
+"""The kinds of rewards: right answers (gsm8k, math, jsonl, choices), forms (a regular expression, a JSON schema), and
+functions of the user's."""
+
+import importlib.util
+import inspect
+import json
+import re
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+from ..checkpoints.readable import require_readable
+from ..cli.errors import UNREADABLE, UserError, field_names, quoted, short, told
+from ..cli.installing import how_to_install
+from ..evals.rows import Exact, Fields, choices_of, right_of, text_of
+from .numbers import (
+    final_answer,
+    flexible_number,
+    numbers_in,
+    require_math_verify,
+    same_answer,
+    same_anywhere,
+    strict_number,
+)
+
+
+class Answer(NamedTuple):
+    """A completion to judge, with its prompt as the model read it, and the prompt's row."""
+
+    prompt: str
+    completion: str
+    row: Fields
+
+
+class Reward(ABC):
+    """Judges answers; name is its key among the rewards of a run. With `alone` it is given one answer at a time, so
+    that a message can name the one at which it fails."""
+
+    name: str
+    alone: ClassVar[bool] = True
+
+    def check(self, row: Fields) -> None:  # noqa: B027  (a reward of the text alone reads no row)
+        """Raise UserError for a row that lacks the right answer, or another field that is read."""
+
+    @abstractmethod
+    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+        """A number for each answer, or None for one that it does not judge."""
+
+
+class RightAnswer(Reward):
+    """1 if an answer is right by its row and a measure, `strict` unless another is named, else 0."""
+
+    task: ClassVar[str]
+
+    def __init__(self, measure: str = "") -> None:
+        if measure not in ("", "strict", "flexible"):
+            raise UserError(f"{self.task} has no measure {measure!r}; name strict or flexible")
+        self.name = f"{self.task}:{measure}" if measure else self.task
+        self.strict = measure != "flexible"
+
+    def check(self, row: Fields) -> None:
+        self.due(row)
+
+    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+        return [float(self.right(answer.completion, self.due(answer.row))) for answer in answers]
+
+    @abstractmethod
+    def due(self, row: Fields) -> str:
+        """The right answer of a row. Raises UserError if it has none."""
+
+    @abstractmethod
+    def right(self, text: str, due: str) -> bool:
+        """True if a text gives the right answer."""
+
+
+class Number(RightAnswer):
+    """Numbers, as in GSM8K's rows and MetaMath's of that kind. strict: the number after #### or "The answer is" is
+    right; flexible: the last number of the answer is."""
+
+    task = "gsm8k"
+
+    def due(self, row: Fields) -> str:
+        solution = text_of(row, "answer", "response", "solution")
+        value = strict_number(solution)
+        if value is None and len(found := numbers_in(solution)) == 1:
+            value = found[0]
+        if value is None:
+            raise UserError(f"its answer {short(solution)!r} has no number after #### or 'The answer is'")
+        return str(value)
+
+    def right(self, text: str, due: str) -> bool:
+        value = strict_number(text) if self.strict else flexible_number(text)
+        return value is not None and str(value) == due
+
+
+class Formula(RightAnswer):
+    """Formulas, as in MATH's rows and MetaMath's of that kind. strict: the formula in the last box, or after "The
+    answer is", is right; flexible: that or the last formula or number is."""
+
+    task = "math"
+
+    def __init__(self, measure: str = "") -> None:
+        super().__init__(measure)
+        require_math_verify()
+
+    def due(self, row: Fields) -> str:
+        solution = text_of(row, "solution", "response", "answer")
+        gold = text_of(row, "answer") if "solution" in row and "answer" in row else final_answer(solution)
+        if not gold:
+            raise UserError(f"its solution {short(solution)!r} has no \\boxed{{answer}}, nor 'The answer is'")
+        return gold
+
+    def right(self, text: str, due: str) -> bool:
+        given = final_answer(text)
+        if given is not None and same_answer(given, due):
+            return True
+        return not self.strict and same_anywhere(text, due)
+
+
+class Text(RightAnswer):
+    """Texts, judged as the task jsonl of `rwkv-peft eval` judges them."""
+
+    task = "jsonl"
+
+    def due(self, row: Fields) -> str:
+        return Exact().problem(row, "").answer
+
+    def right(self, text: str, due: str) -> bool:
+        return Exact.judge(text, due)["strict" if self.strict else "flexible"]
+
+
+class ChoicesReward(Reward):
+    """1 if the answer is the right one of the row's choices, as its text or its label: "B", "(B)" and "B." are one."""
+
+    name = "choices"
+
+    def check(self, row: Fields) -> None:
+        self.right(row)
+
+    def right(self, row: Fields) -> tuple[str, str]:
+        """The text and the label of a row's right choice."""
+        texts, labels = choices_of(row)
+        number = right_of(row, texts, labels)
+        return texts[number], labels[number]
+
+    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+        return [float(bare(answer.completion) in map(bare, self.right(answer.row))) for answer in answers]
+
+
+def bare(text: str) -> str:
+    """An answer without the marks around it."""
+    return text.strip().removeprefix("(").removesuffix(".").removesuffix(")")
+
+
+class Match(Reward):
+    """1 if the whole answer, without space at its ends, matches a regular expression, else 0."""
+
+    name = "match"
+
+    def __init__(self, pattern: str) -> None:
+        try:
+            self.pattern = re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"no regular expression of Python: {told(error)}; mend it") from error
+
+    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+        return [float(bool(self.pattern.fullmatch(answer.completion.strip()))) for answer in answers]
+
+
+class Schema(Reward):
+    """1 if the whole answer is JSON that satisfies a JSON schema, else 0."""
+
+    def __init__(self, file: str) -> None:
+        self.name = Path(file).stem
+        if importlib.util.find_spec("jsonschema") is None:
+            raise UserError(f"this Python has no package jsonschema; {how_to_install('eval')}")
+        from jsonschema import exceptions, validators
+        from referencing import Registry, Resource
+        from referencing.exceptions import Unresolvable
+        from referencing.jsonschema import DRAFT202012
+
+        schema, reference = read_schema(file), ""
+        try:
+            kind = validators.validator_for(schema, validators.Draft202012Validator)
+            kind.check_schema(schema)
+            resource = Resource.from_contents(schema, DRAFT202012)
+            address = resource.id() or ""
+            registry = Registry().with_resource(address, resource).crawl()  # the default one would use the network
+            for reference in references(schema):
+                registry.resolver(address).lookup(reference)
+        except exceptions.SchemaError as error:
+            raise UserError(f"no JSON schema: {told(error)} (at {short(error.json_path)}); mend it") from error
+        except Unresolvable as error:
+            raise UserError(
+                f"its $ref {quoted(reference)} leads to nothing within the file, and no other is read; put it under "
+                "$defs"
+            ) from error
+        except UNREADABLE as error:
+            raise UserError(
+                f"no JSON schema that is read here: {told(error, named=True)}; write it by draft 2020-12, and with "
+                "fewer schemas within each other"
+            ) from error
+        self.validator = kind(schema, registry=registry)
+
+    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+        return [float(self.satisfied(answer.completion)) for answer in answers]
+
+    def satisfied(self, text: str) -> bool:
+        """True if a text is JSON, without NaN and Infinity, that satisfies the schema."""
+        try:
+            value = json.loads(text, parse_constant=no_constant)
+            return bool(self.validator.is_valid(value))
+        except (ValueError, RecursionError):  # no JSON, or brackets within a thousand others
+            return False
+
+
+def read_schema(file: str) -> Any:
+    """Read the JSON of a schema. Raises UserError if the file is missing or no JSON object."""
+    path = Path(file)
+    require_readable(path, "no such file; name a JSON schema")
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {told(error)}; mend it") from error
+    if not isinstance(schema, (dict, bool)):
+        raise UserError(f"a JSON schema is an object, not {type(schema).__name__}")
+    return schema
+
+
+def references(schema: object) -> Iterator[str]:
+    """Yield the values of all "$ref" and "$dynamicRef" of a schema."""
+    if isinstance(schema, dict):
+        yield from (schema[name] for name in ("$ref", "$dynamicRef") if isinstance(schema.get(name), str))
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            yield from references(part)
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+class FunctionReward(Reward):
+    """A function of a Python file in trl's form, f(prompts, completions, **fields): it is given lists of those that it
+    takes, with None for a row that lacks a field."""
+
+    alone = False
+
+    def __init__(self, file: str, function: str) -> None:
+        self.name, self.file = function, file
+        require_readable(file, "no such file; name a Python file, as FILE.py:FUNCTION")
+        found = getattr(load(file), function, None)
+        if found is None:
+            raise UserError(f"the file has no {function}; name a function of it")
+        if not callable(found) or inspect.isclass(found):
+            raise UserError(f"{function} is {type(found).__name__}, not a function; name one")
+        if inspect.iscoroutinefunction(found):
+            raise UserError(f"{function} is async, and rewards are called one after the other; leave out async")
+        self.function: Callable[..., Any] = found
+        try:
+            self.parameters = inspect.signature(found).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"its parameters are not known: {told(error)}; write it in Python") from error
+        for one in self.parameters:
+            if one.kind is one.POSITIONAL_ONLY:
+                raise UserError(f"parameters are given by name, which {one.name} does not take; leave out the /")
+        self.takes_all = any(one.kind is one.VAR_KEYWORD for one in self.parameters)
+
+    def check(self, row: Fields) -> None:
+        given = {"prompts", "completions", *row}
+        for one in self.parameters:
+            variadic = one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+            if one.default is one.empty and not variadic and one.name not in given:
+                raise UserError(
+                    f"the function takes {one.name}, and the row has the fields {field_names(row)}; "
+                    "add the field, or give the parameter a default"
+                )
+
+    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+        names = dict.fromkeys(name for answer in answers for name in answer.row)
+        given = {name: [answer.row.get(name) for answer in answers] for name in names}
+        given["prompts"] = [answer.prompt for answer in answers]
+        given["completions"] = [answer.completion for answer in answers]
+        if not self.takes_all:
+            given = {one.name: given[one.name] for one in self.parameters if one.name in given}
+        found = self.function(**given)
+        if isinstance(found, (str, bytes, Mapping)) or not hasattr(found, "__len__") or not hasattr(found, "__iter__"):
+            raise UserError(f"it returned {type(found).__name__}; return a list with a number for each completion")
+        if len(found) != len(answers):
+            raise UserError(
+                f"it returned {len(found)} values for {len(answers)} completions; return one for each, None for one "
+                "that it does not judge"
+            )
+        return list(found)
+
+
+def load(file: str) -> ModuleType:
+    """Run a Python file as a module. It can import the files beside it, after everything that is installed, so that
+    none of them stands in for a package. Raises UserError if the file raises."""
+    path = Path(file).absolute()
+    sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"reward of {path.stem}", path)
+    assert spec is not None and spec.loader is not None  # because the name ends with .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"the file cannot be loaded: {raised(error, file)}; mend it") from error
+    return module
+
+
+def raised(error: BaseException, file: str) -> str:
+    """An exception of a user's file in one line, with the last line of the file that led to it."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).name == Path(file).name
+    ]
+    return told(error, named=True) + (f" ({file}, line {lines[-1]})" if lines else "")
+
+
+RIGHT = MappingProxyType({reward.task: reward for reward in (Number, Formula, Text)})
+KINDS = (
+    f"a task ({', '.join(RIGHT)}, choices; gsm8k:flexible names its measure), match:REGEX, json:SCHEMA.json or "
+    "FILE.py:FUNCTION"
+)
+
+
+def reward_of(spec: str) -> Reward:
+    """The Reward of a word of --reward. Raises UserError, without the word, if it names none."""
+    kind, _, rest = spec.partition(":")
+    file, _, function = spec.rpartition(":")
+    if kind in RIGHT:
+        return RIGHT[kind](rest)
+    if spec == ChoicesReward.name:
+        return ChoicesReward()
+    if kind == "match" and rest:
+        return Match(rest)
+    if kind == "json" and rest:
+        return Schema(rest)
+    if file.endswith(".py") and function.isidentifier():
+        return FunctionReward(file, function)
+    raise UserError(f"rewards are {KINDS}")

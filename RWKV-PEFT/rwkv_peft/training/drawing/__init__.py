@@ -1,1 +1,0 @@
-"""A step that learns from the model's own answers: it draws them, has them judged, and writes them down."""

@@ -1,0 +1,261 @@
+"""The questions of a run to its model: exams that flags name, put every few steps, and rows of its own data, answered
+before the first step and after the last one."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.distributed as dist
+
+from ...checkpoints.atomic import append_text
+from ...cli.errors import UNREADABLE, UserError, in_line
+from ...cli.parser import counted
+from ...config import RunConfig, TrainConfig
+from ...data.recorded import find_tokenizer
+from ...data.samples import Samples
+from ...data.tokenizer import KNOWN_SIZES
+from ...evals.questions import LONGEST, OF, Exam, Record, RowsExam, rows_of
+from ...inference.flags import unescaped
+from ..inputs import VALIDATION, Inputs
+from ..saving.checkpoints import ANSWERS, LM_EVAL
+from ..saving.history import write_records
+from ..saving.partitions import averaged
+from ..step.compiling import uncompiled
+from ..step.plan import Plan
+
+if TYPE_CHECKING:
+    from ...evals.harness import HarnessExam
+
+TRAINING, HELD_OUT = "training", "held-out"
+BATCH = 8  # rows that are answered at once
+SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
+NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone or damaged
+Moved = Callable[[str], object]  # is called with the work in progress, for each part of it
+
+
+class Questions(NamedTuple):
+    """The questions of a run: exams by the file of their results, and the rows to answer, if any."""
+
+    exams: "Mapping[str, Exam | HarnessExam]"
+    rows: RowsExam | None
+
+
+def find_questions(inputs: Inputs, speaks: bool) -> Questions:
+    """The Questions of a run; notes on them join those on its samples. Raises UserError as find_exams does."""
+    exams = find_exams(inputs.config, inputs.samples, speaks)
+    rows, note = find_rows(inputs.config, inputs.samples, inputs.measured)
+    inputs.samples.notes += filter(None, [note])
+    return Questions(exams, rows)
+
+
+def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> "dict[str, Exam | HarnessExam]":
+    """The exams of --eval_data and --lm_eval, in the tokens of the data, by the file of their results; notes on them
+    join samples.notes. A process that `speaks` shows lm_eval's progress bars. Raises UserError if the data's tokenizer
+    is unknown, and as the exams do."""
+    train, vocab_size = config.train, config.model.vocab_size
+    if not train.eval_data and not train.lm_eval:
+        return {}
+    if samples.vocabulary is None and vocab_size not in dict(KNOWN_SIZES):
+        given = f"--eval_data {train.eval_data}" if train.eval_data else f"--lm_eval {' '.join(train.lm_eval)}"
+        raise UserError(
+            f"{given}: no record beside {config.data.path} names its tokenizer, and no known tokenizer has "
+            f"{vocab_size} tokens; make the data with rwkv-peft preprocess, which records it"
+        )
+    tokenizer = find_tokenizer(None, vocab_size, samples.vocabulary)
+    exams: dict[str, Exam | HarnessExam] = {}
+    if train.eval_data:
+        exams[ANSWERS] = Exam(train, tokenizer, config.data.clean_turns)
+    if train.lm_eval:
+        from ...evals import harness  # only now, because lm_eval takes seconds to import
+
+        exams[LM_EVAL] = harness.HarnessExam(train, tokenizer, speaks)
+    sources = {ANSWERS: train.eval_data, LM_EVAL: f"lm_eval {' '.join(train.lm_eval)}"}
+    often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
+    for name, exam in exams.items():
+        samples.notes.append(f"{counted(len(exam), 'question')} of {sources[name]}, asked {often} and at the end")
+    return exams
+
+
+def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Samples]) -> tuple[RowsExam | None, str]:
+    """The exam of rows to answer, with a note; or None, with the reason, "" if --answer_rows is 0."""
+    train, number = config.train, config.train.answer_rows
+    if not number:
+        return None, ""
+    if train.stage == 3:
+        return None, f"no rows are answered before and after: with {train.strategy} no rank has a whole model"
+    try:
+        tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
+        of = {TRAINING: samples} | ({HELD_OUT: measured[VALIDATION]} if VALIDATION in measured else {})
+        found = {name: rows_of(name, data, number) for name, data in of.items()}
+        stops = list(map(unescaped, train.eval_stop))
+        exam = RowsExam([row for rows in found.values() for row in rows], tokenizer, BATCH, stops)
+    except UserError as error:
+        return None, f"no rows are answered before and after training: {error}"
+    numbers = " and ".join(counted(len(rows), f"{name} row") for name, rows in found.items())
+    held_out = "" if HELD_OUT in of else "; --val_split 0.1 would hold some out"
+    return exam, f"{numbers} are answered before and after training (--answer_rows){held_out}"
+
+
+def answers_of(
+    exam: "Exam | RowsExam | HarnessExam", moved: Moved, compiles: bool, trainer: Any, lit: Any, doing: str
+) -> list[Record]:
+    """The Records of an exam on every rank, in the order of their numbers; each rank answers a share of it. compiles:
+    the run compiles blocks; moved(doing) is called after each answer."""
+    records: list[Record] = []
+    lit.model.eval()
+    with averaged(trainer.optimizers[0]), uncompiled(compiles):
+        for record in exam.ask(lit.model, trainer.global_rank, trainer.world_size):
+            moved(doing)
+            records.append(record)
+    lit.model.train()
+    if trainer.world_size > 1:
+        parts: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(parts, records)
+        records = [record for part in parts for record in part]
+    return sorted(records, key=lambda record: record["number"])
+
+
+class Examiner:
+    """Called on all ranks after each step; every eval_every steps (0: every epoch), and when the run ends, the model
+    answers the exam, and rank 0 adds the judgement's records to the file at `path`, with step and samples."""
+
+    def __init__(self, exam: "Exam | HarnessExam", path: Path, train: TrainConfig, plan: Plan, moved: Moved) -> None:
+        self.exam, self.path, self.plan, self.moved = exam, path, plan, moved
+        self.every, self.compile = train.eval_every or plan.epoch_steps, train.compile
+
+    def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
+        """(numbers by name, lines to print) on rank 0 if the exam is due after this step; else ({}, [])."""
+        if done % self.every and not ending:
+            return {}, []
+        records = answers_of(self.exam, self.moved, self.compile, trainer, lit, f"the questions after step {done}")
+        if not trainer.is_global_zero:
+            return {}, []
+        self.moved(f"the scores after step {done}")
+        metrics, lines, words = self.exam.judge(records)
+        place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
+        append_text(self.path, "".join(json.dumps(place | line, ensure_ascii=False) + "\n" for line in lines))
+        return metrics, words
+
+
+class BeforeAfter:
+    """Answers the rows of a RowsExam, on all ranks: before() ahead of the first step, after() when the last one is
+    done.
+
+    Rank 0 writes the answers to `path`, a row a line. A resumed run (`anew` is false) does not answer before its first
+    step: it reads the run's first answers there.
+    """
+
+    def __init__(self, exam: RowsExam, path: Path, moved: Moved, compiles: bool, anew: bool) -> None:
+        self.exam, self.path, self.moved, self.compiles, self.anew = exam, path, moved, compiles, anew
+        self.records: list[dict[str, Any]] = []
+
+    def before(self, trainer: Any, lit: Any) -> None:
+        answers: Sequence[Record | None] = read_before(self.path, self.exam) if not self.anew else ()
+        if self.anew:
+            answers = answers_of(self.exam, self.moved, self.compiles, trainer, lit, "the rows before training")
+        self.records = [
+            {
+                "rows": self.exam.digest,
+                "of": self.exam.rows[number].of,
+                "prompt": self.exam.prompts[number],
+                "answer": self.exam.answer(number),
+                "before": answer and {name: answer[name] for name in ("text", "end")},
+            }
+            for number, answer in enumerate(answers)
+        ]
+        self.write(trainer)
+
+    def after(self, trainer: Any, lit: Any) -> None:
+        answers = answers_of(self.exam, self.moved, self.compiles, trainer, lit, "the rows after training")
+        for record, answer in zip(self.records, answers):
+            record["after"] = {name: answer[name] for name in ("text", "end")}
+        self.write(trainer)
+
+    def write(self, trainer: Any) -> None:
+        if trainer.is_global_zero:
+            write_records(self.path, self.records)
+
+    @property
+    def changed(self) -> bool | None:
+        """True if an answer differs from the one before training; None if those are lost."""
+        pairs = [(record["before"], record.get("after")) for record in self.records]
+        if not pairs or not all(before and after for before, after in pairs):
+            return None
+        return any(before != after for before, after in pairs)
+
+    @property
+    def known(self) -> bool:
+        """True if every row was answered word for word before training."""
+        answers = [(record["before"], record["answer"]) for record in self.records]
+        return bool(answers) and all(given and same(given, due) for given, due in answers)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines to print at the end of a run; none if it ended before the last step."""
+        done = [record for record in self.records if "after" in record]
+        for name in dict.fromkeys(record["of"] for record in done):
+            mine = [record for record in done if record["of"] == name]
+            data, of, source = name.partition(OF)
+            yield f"{counted(len(mine), f'{data} row')}{of}{source}: {agreement(mine)}"
+            for record in mine[:SHOWN]:
+                prompt, before = in_line(record["prompt"].strip()), record["before"]
+                yield f"  prompt  {prompt if len(prompt) <= WIDTH else '…' + prompt[-WIDTH:]}"
+                yield f"  row     {quoted(record['answer'])}"
+                yield f"  before  {quoted(before) if before else NEVER}"
+                yield f"  after   {quoted(record['after'])}"
+
+
+def read_before(path: Path, exam: RowsExam) -> Sequence[Record | None]:
+    """The answers before training in a run's file; None for each row if it is gone, damaged or has other rows."""
+    unknown = [None] * len(exam)
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        answers = [record["before"] for record in records if record["rows"] == exam.digest]
+        texts = [(answer["text"], answer["end"]) for answer in answers if answer is not None]
+    except UNREADABLE:
+        return unknown
+    whole = all(isinstance(word, str) for pair in texts for word in pair)
+    return answers if whole and len(answers) == len(records) == len(exam) else unknown
+
+
+def agreement(records: Sequence[Mapping[str, Any]]) -> str:
+    """The numbers of answers that are the rows' own, and of those that stop as the rows do, after training and
+    before."""
+    whole, words = [record for record in records if ends(record["answer"])], list[str]()
+    for some, agrees, what, then in (
+        (records, same, "answered word for word", "before training"),
+        (whole, end_alike, "stop as the row does", "before"),
+    ):
+        before = [agrees(record["before"], record["answer"]) for record in some if record["before"]]
+        after = sum(agrees(record["after"], record["answer"]) for record in some)
+        words += [f"{after} {what} ({sum(before) if before else NEVER} {then})"] * bool(some)
+    if longer := len(records) - len(whole):
+        words.append(f"{longer} {'is' if longer == 1 else 'are'} longer than the {LONGEST} tokens that are compared")
+    return ", ".join(words)
+
+
+def unended(records: Iterable[Mapping[str, Any]]) -> bool:
+    """True if none of the answers after training stops as its row's does, and some rows' end within LONGEST."""
+    done = [record for record in records if "after" in record and ends(record["answer"])]
+    return bool(done) and not any(end_alike(record["after"], record["answer"]) for record in done)
+
+
+def ends(answer: Mapping[str, str]) -> bool:
+    """True if an answer ends within LONGEST tokens, with the document or at the next turn."""
+    return answer["end"] != "length"
+
+
+def same(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
+    """True if two answers have the same words and both stop, or both go on."""
+    return given["text"].strip() == due["text"].strip() and end_alike(given, due)
+
+
+def end_alike(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
+    """True if two answers both stop, or are both cut off at the limit."""
+    return ends(given) == ends(due)
+
+
+def quoted(answer: Mapping[str, str]) -> str:
+    """An answer in one line, WIDTH characters of it at most; … follows if there are more, or if it was cut off."""
+    line = in_line(answer["text"].strip())
+    return line if len(line) <= WIDTH and ends(answer) else f"{line[:WIDTH]}…"

@@ -1,0 +1,465 @@
+"""Rollouts: completions that the model in training samples itself, several to a prompt, and the step that learns from
+them.
+
+A step samples the completions of all of its prompts before its first micro batch, has rewards judge them if its
+objective needs some, and then learns from them as from any batch. With --draw_ahead the next step's completions are
+sampled before a step learns, and rewards judge them, in processes of their own, while it does. Checkpoints keep them.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..checkpoints.atomic import append_text
+from ..cli.errors import UNREADABLE, UserError, told
+from ..config import RunConfig
+from ..data.answer_samples import PromptSamples
+from ..data.collate import collate_packed
+from ..data.templates import stops_of
+from ..data.tokenizer import Tokenizer
+from ..evals.questions import sample
+from ..inference.flags import unescaped
+from ..inference.loading import Subject
+from ..inference.settings import Sampling
+from ..models.parts import LanguageModel
+from ..objectives.draws import Draws
+from ..rewards import Judged, Rewards
+from .step.compiling import uncompiled
+from .step.forked import forked, on_device
+from .step.plan import Plan
+from .step.steps import Batch, Whole, add, delivered
+
+SEEDS = 1 << 44  # more than the completions that any run samples: no two seeds of a run share a draw
+FILE = "drawn-{}.jsonl"  # of a rank, in a checkpoint
+LARGEST = ("gap_max",)  # figures that are maxima; the others are means
+FLAT = 10  # steps in a row without spread of rewards, after which a run says so
+
+Judgement = Callable[[], Judged]  # waits for it
+Moved = Callable[[str], object]  # is called with the work in progress, for each part of it
+
+
+class Rollout(NamedTuple):
+    """A completion: the tokens of its prompt, its own, with the one that ends it, their log-probabilities and
+    entropies, its text, and its end: "end" (of the document), "stop" or "length"."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    entropies: list[float]
+    text: str
+    end: str
+
+    @property
+    def cut(self) -> bool:
+        return self.end == "length"
+
+
+class RolloutSettings(NamedTuple):
+    """How completions are sampled: at most `longest` tokens, up to a text of `stop` or of a known layout, `batch` at a
+    time; compiles: the run compiles blocks."""
+
+    sampling: Sampling
+    longest: int
+    stop: tuple[str, ...]
+    batch: int
+    tokenizer: Tokenizer
+    compiles: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, objective: Draws, tokenizer: Tokenizer) -> "RolloutSettings":
+        seed = config.train.random_seed * SEEDS
+        sampling = Sampling(temperature=objective.draw_temperature, top_p=objective.top_p, seed=seed, measured=True)
+        stop = tuple(map(unescaped, objective.stop))
+        return cls(sampling, config.data.max_completion_length, stop, objective.batch, tokenizer, config.train.compile)
+
+
+class PromptPlan(NamedTuple):
+    """The numbers of a rank's prompts: micro_bsz in a micro batch, the first ones of two micro batches `apart`,
+    accumulate micro batches in a step; `end` of them in a run, of all ranks."""
+
+    micro_bsz: int
+    apart: int
+    accumulate: int
+    end: int
+
+    def firsts(self, first: int) -> range:
+        """The numbers of the first prompts of a step's micro batches; `first` is the first one's."""
+        return range(first, first + self.apart * self.accumulate, self.apart)
+
+    def numbers(self, first: int) -> list[int]:
+        """The numbers of a step's prompts."""
+        return [begin + row for begin in self.firsts(first) for row in range(self.micro_bsz)]
+
+
+def sample_rollouts(
+    model: LanguageModel, settings: RolloutSettings, prompts: Mapping[int, list[int]], times: int, moved: Moved
+) -> list[list[Rollout]]:
+    """Sample `times` Rollouts of each prompt, {number: token ids}, with adapters on. The draws of a completion depend
+    on the run's seed, the prompt's number and its own alone."""
+    tokenizer = settings.tokenizer
+    stops = {number: (*stops_of(tokenizer.decode(prompt)), *settings.stop) for number, prompt in prompts.items()}
+    due = {number * times + place: prompt for number, prompt in prompts.items() for place in range(times)}
+    found: dict[int, Rollout] = {}
+    trains = model.training
+    model.eval()
+    with uncompiled(settings.compiles):
+        for completion in sample(
+            Subject(model, model.tuned_states(), tokenizer),
+            due,
+            {key: stops[key // times] for key in due},
+            settings.sampling,
+            settings.longest,
+            settings.batch,
+        ):
+            key, tokens, text, end, logprobs, entropies = completion
+            found[key] = Rollout(due[key], tokens, logprobs, entropies, text, end)
+            moved("the answers")
+    model.train(trains)
+    return [[found[number * times + place] for place in range(times)] for number in prompts]
+
+
+def packed(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
+    """A batch of whole rows, each a prompt with a completion, as collate_packed makes it; with the completions' lengths
+    (answers,) and the log-probabilities by which they were sampled (n,)."""
+    documents = []
+    for rollout in rollouts:
+        tokens = torch.tensor([*rollout.prompt, *rollout.tokens])
+        documents.append((tokens, torch.arange(1, len(tokens)) >= len(rollout.prompt)))
+    return collate_packed(documents) | {
+        "lengths": torch.tensor([len(rollout.tokens) for rollout in rollouts]),
+        "sampled": torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
+    }
+
+
+def write_rollouts(folder: Path, rank: int, rollouts: Mapping[int, Sequence[Rollout]]) -> None:
+    """Write rollouts, by the numbers of their prompts; nothing if there are none."""
+    if rollouts:
+        lines = (json.dumps([number, rollout]) + "\n" for number, group in rollouts.items() for rollout in group)
+        (folder / FILE.format(rank)).write_text("".join(lines))
+
+
+def read_rollouts(folder: Path) -> dict[int, list[Rollout]]:
+    """Read the rollouts of all ranks in a checkpoint, by the numbers of their prompts. Raises UserError for damage."""
+    found: dict[int, list[Rollout]] = {}
+    for path in folder.glob(FILE.format("*")):
+        try:
+            for number, rollout in map(json.loads, path.read_text().splitlines()):
+                found.setdefault(number, []).append(Rollout(*rollout))
+        except UNREADABLE as error:
+            raise UserError(f"{path} is damaged: {told(error)}; delete {folder} to resume from an older one") from error
+    return found
+
+
+class RolloutStep(Whole):
+    """The step that learns from rollouts. Its batch is a list of parts, each as Draws describes it; their gradients are
+    added up.
+
+    times: rollouts of a prompt. RolloutLog reads records, the newest step's rollouts with their rewards, [] if it
+    learned once more from the same ones; seconds, of its parts; and most, the step's figures that are maxima.
+    """
+
+    objective: Draws
+
+    def __init__(
+        self,
+        objective: Draws,
+        settings: RolloutSettings,
+        rewards: Rewards | None,
+        teacher: nn.Module | None,
+        times: int,
+        plan: PromptPlan,
+        moved: Moved,
+    ) -> None:
+        super().__init__(objective, teacher=teacher)
+        self.settings, self.rewards, self.times, self.plan, self.moved = settings, rewards, times, plan, moved
+        self.ready: dict[int, dict[str, Any]] = {}  # batches by the number of their first prompt
+        self.ahead: dict[int, list[Rollout]] = {}  # sampled ahead, by the numbers of their prompts
+        self.judging: Judgement | None = None  # of these; None if they are of a checkpoint
+        self.records: list[dict[str, Any]] = []
+        self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
+        self.most: dict[str, torch.Tensor] = {}
+
+    def completed(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
+        first = batch["samples"].original(batch["first"])
+        if first not in self.ready:
+            self.ready = self.prepared(model, batch["samples"], first, batch["tokens"].device)
+        return self.ready[first]
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any], count: float) -> torch.Tensor:
+        parts = batch["parts"]
+        if len(parts) == 1:
+            return self.part_loss(model, parts[0], count)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sums: list[torch.Tensor] = []
+        losses, measures = [], []
+        for part in parts:
+            loss = self.part_loss(model, part, count)
+            add(sums, torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+            losses.append(loss.detach())
+            measures.append(self.measures)
+        self.measures = {name: torch.stack([each[name] for each in measures]).sum() for name in self.measures}
+        return delivered(torch.stack(losses).sum(), sums, parameters)
+
+    def part_loss(self, model: nn.Module, part: Batch, count: float) -> torch.Tensor:
+        loss = super().loss(model, part, count)
+        measures = dict(self.measures)
+        largest = {name: measures.pop(name) for name in LARGEST if name in measures}
+        self.most = {name: value.maximum(self.most.get(name, value)) for name, value in largest.items()}
+        self.measures = measures
+        return loss
+
+    def prepared(
+        self, model: nn.Module, samples: PromptSamples, first: int, device: torch.device
+    ) -> dict[int, dict[str, Any]]:
+        """The batches of the step that begins with original sample `first`, by their first ones."""
+        numbers, following = self.plan.numbers(first), self.plan.firsts(first).stop
+        self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
+        if all(len(self.ahead.get(number, ())) == self.times for number in numbers):
+            rollouts = [rollout for number in numbers for rollout in self.ahead[number]]
+            judgement = self.judging or self.judgement(samples, numbers, rollouts)
+        else:
+            rollouts, judgement = self.sampled(model, samples, numbers, self.times)
+        judged = self.waited(judgement)
+        self.ahead, self.judging = {}, None
+        if self.objective.ahead and following < self.plan.end:
+            others = self.plan.numbers(following)
+            found, self.judging = self.sampled(model, samples, others, self.times)
+            self.ahead = {n: found[self.times * at :][: self.times] for at, n in enumerate(others)}
+        advantages = self.advantages(judged)
+        mean = over_ranks(self.counted(rollouts) / len(rollouts), device)
+        self.records = self.recorded(samples, numbers, rollouts, judged, advantages.tolist())
+        rows, times = self.plan.micro_bsz * self.times, self.times
+        cuts = part_slices(rows, times, self.objective.learned or rows)
+
+        def part(place: int, cut: slice) -> dict[str, Any]:
+            here = slice(place * rows + cut.start, place * rows + cut.stop)
+            return self.laid(rollouts[here], times, advantages[here], mean, device)
+
+        begins = enumerate(self.plan.firsts(first))
+        return {begin: {"parts": [part(place, cut) for cut in cuts]} for place, begin in begins}
+
+    def sampled(
+        self, model: nn.Module, samples: PromptSamples, numbers: Sequence[int], times: int
+    ) -> tuple[list[Rollout], Judgement]:
+        """Sample `times` rollouts of each of these samples, and begin to judge them."""
+        assert isinstance(model, LanguageModel)
+        began = time.perf_counter()
+        prompts = {number: samples.prompt(number) for number in numbers}
+        groups = sample_rollouts(model, self.settings, prompts, times, self.moved)
+        rollouts = [rollout for group in groups for rollout in group]
+        self.seconds["draw_s"] += time.perf_counter() - began
+        return rollouts, self.judgement(samples, numbers, rollouts)
+
+    def judgement(self, samples: PromptSamples, numbers: Sequence[int], rollouts: Sequence[Rollout]) -> Judgement:
+        """Begin to judge the rollouts of samples, as many of each; without rewards nothing is judged."""
+        if self.rewards is None:
+            return lambda: Judged([], {})
+        prompts = [self.settings.tokenizer.decode(rollout.prompt) for rollout in rollouts]
+        rows = [row for number in numbers for row in [samples.row(number)] * (len(rollouts) // len(numbers))]
+        return self.rewards.submit(prompts, [rollout.text for rollout in rollouts], rows)
+
+    def waited(self, judgement: Judgement) -> Judged:
+        """The Judged, once it is there."""
+        began = time.perf_counter()
+        judged = judgement()
+        self.moved("the judged answers")
+        self.seconds["judge_s"] += time.perf_counter() - began
+        return judged
+
+    def advantages(self, judged: Judged) -> torch.Tensor:
+        """The advantages of judged rollouts (answers,); (0,) without rewards."""
+        rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
+        return self.objective.advantages(rewards.view(-1, self.times)).flatten() if len(rewards) else rewards
+
+    def counted(self, rollouts: Sequence[Rollout]) -> float:
+        """The number of tokens of rollouts that count in the loss."""
+        return sum(len(rollout.tokens) * self.objective.share(rollout.cut) for rollout in rollouts)
+
+    def laid(
+        self, rollouts: Sequence[Rollout], times: int, advantages: torch.Tensor, mean: float, device: torch.device
+    ) -> dict[str, Any]:
+        """The batch of rollouts, `times` of a prompt, as Draws describes it; advantages are (0,) without rewards."""
+        batch = packed(rollouts)
+        batch |= {"shares": torch.tensor([self.objective.share(rollout.cut) for rollout in rollouts])}
+        batch |= {"advantages": advantages.float()} if len(advantages) else {}
+        batch |= {"old": batch["sampled"]} if self.objective.ahead else {}  # the model has changed since
+        numbers = {"prompts": len(rollouts) / times, "limit": self.settings.longest, "mean_length": max(mean, 1.0)}
+        batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
+        return on_device(batch | forked(batch, min(times, len(rollouts))), device)
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The sum over a validation batch's prompts, with a rollout of each, of the rewards, negated; without rewards,
+        the rollouts' mean loss of a token, times the number of prompts."""
+        samples, first, device = batch["samples"], batch["first"], batch["tokens"].device
+        numbers = range(first, min(first + self.plan.micro_bsz, len(samples)))
+        seconds, most = dict(self.seconds), self.most
+        rollouts, judged = list[Rollout](), Judged([], {})
+        if numbers:
+            rollouts, judgement = self.sampled(model, samples, numbers, 1)
+            judged = self.waited(judgement)
+        if self.rewards is None and rollouts:
+            mean = self.counted(rollouts) / len(rollouts)
+            loss = self.part_loss(model, self.laid(rollouts, 1, torch.zeros(0), mean, device), 1)
+        elif self.rewards is None:
+            loss = torch.zeros((), device=device)
+            self.measures = {figure.name: loss for figure in self.objective.figures}
+        else:
+            reward = torch.tensor(sum(total or 0.0 for total in judged.total), device=device)
+            self.measures, loss = {"reward": reward}, -reward
+        self.seconds, self.most = seconds, most
+        return loss
+
+    def items(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        rows = min(self.plan.micro_bsz, max(0, len(batch["samples"]) - batch["first"]))
+        return torch.tensor(float(rows), device=batch["tokens"].device)
+
+    def keep(self, folder: Path, rank: int) -> None:
+        write_rollouts(folder, rank, self.ahead)
+
+    def restore(self, checkpoint: Path) -> None:
+        self.ahead = read_rollouts(checkpoint) if self.objective.ahead else {}
+
+    def recorded(
+        self,
+        samples: PromptSamples,
+        numbers: Sequence[int],
+        rollouts: Sequence[Rollout],
+        judged: Judged,
+        advantages: Sequence[float],
+    ) -> list[dict[str, Any]]:
+        """The records of rollouts: each with its sample, its row, and its rewards, if there are any."""
+        owners = [number for number in numbers for _ in range(self.times)]
+        records: list[dict[str, Any]] = []
+        for place, (owner, rollout) in enumerate(zip(owners, rollouts)):
+            record = {
+                "sample": owner,
+                "row": samples.place(owner),
+                "prompt": self.settings.tokenizer.decode(rollout.prompt),
+                "completion": rollout.text,
+                "end": rollout.end,
+                "length": len(rollout.tokens),
+                "entropy": math.fsum(rollout.entropies) / len(rollout.entropies),
+            }
+            if judged.total:
+                record["reward"] = judged.total[place]
+                record["rewards"] = {name: values[place] for name, values in judged.each.items()}
+                record["advantage"] = advantages[place]
+            records.append(record)
+        return records
+
+
+def part_slices(rows: int, times: int, most: int) -> list[slice]:
+    """Cut `rows` rollouts, `times` of a prompt, into pieces of at most `most`: of whole groups, or each within one."""
+    size = most // times * times
+    if size:
+        return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+    starts = [(group, first) for group in range(0, rows, times) for first in range(group, group + times, most)]
+    return [slice(first, min(first + most, group + times)) for group, first in starts]
+
+
+def over_ranks(number: float, device: torch.device) -> float:
+    """The mean of a number over all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    total = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+class RolloutLog:
+    """Called on all ranks after each step, as an Examiner is; rank 0 adds the step's rollouts to the file at `path`."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, plan
+        self.flat, self.noted = 0, set[str]()
+        self.numbers: dict[str, float] = {}
+
+    def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
+        """(numbers by name, lines of text to print) on rank 0; ({}, []) otherwise."""
+        step: RolloutStep = lit.compute
+        found: list[Any] = [(step.records, {name: value.item() for name, value in step.most.items()})]
+        if trainer.world_size > 1:
+            own, found = found[0], [None] * trainer.world_size
+            dist.all_gather_object(found, own)
+        step.records, step.most = [], {}
+        if not trainer.is_global_zero:
+            return {}, []
+        parts, largest = zip(*found)
+        most = {name: max(each[name] for each in largest) for name in largest[0]}
+        if not parts[0]:  # learned once more from the same rollouts
+            return self.numbers | most, []
+        records = sorted((record for part in parts for record in part), key=lambda record: record["sample"])
+        place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
+        append_text(self.path, "".join(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records))
+        numbers = figures_of(records)
+        self.numbers = numbers | {"draw_s": 0.0, "judge_s": 0.0}
+        return numbers | most | step.seconds, list(self.notes(records, numbers))
+
+    def notes(self, records: Sequence[dict[str, Any]], numbers: dict[str, float]) -> Iterator[str]:
+        """Yield notes for a reader of the log, each kind of them once."""
+        self.flat = self.flat + 1 if numbers.get("flat") == 1 else 0
+        empty = next((record["row"] for record in records if not record["completion"].strip()), None)
+        for kind, holds, words in (
+            (
+                "flat",
+                self.flat == FLAT,
+                f"for {FLAT} steps the answers to a prompt all earned the same ({numbers.get('reward', 0):g} on "
+                "average), so that nothing is learned. If none is right, the task is too hard: teach a few answers "
+                "first, by --data_type sft, or raise --num_generations. If all are right, stop here, or give harder "
+                "prompts",
+            ),
+            (
+                "cut",
+                numbers["cut"] > 0.5,
+                "more than half of the answers were cut at --max_completion_length; raise it, or first teach the model "
+                "how answers end, by --data_type sft",
+            ),
+            (
+                "empty",
+                empty is not None,
+                f"an answer to row {empty} is empty (rows count from 0); it is judged as it is",
+            ),
+        ):
+            if holds and kind not in self.noted:
+                self.noted.add(kind)
+                yield words
+
+
+def figures_of(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The figures of a step's rollouts: of rewards, if there are any; means of length and entropy; the share cut."""
+    tokens = sum(record["length"] for record in records)
+    found = reward_figures(records) if "reward" in records[0] else {}
+    found["length"] = tokens / len(records)
+    found["cut"] = mean([float(record["end"] == "length") for record in records])
+    found["entropy"] = math.fsum(record["entropy"] * record["length"] for record in records) / tokens
+    return found
+
+
+def reward_figures(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The means of the reward, of each reward by itself and of a group's spread; the share of groups without spread."""
+    groups: dict[int, list[float]] = {}
+    for record in records:
+        groups.setdefault(record["sample"], []).extend(known([record["reward"]]))
+    found = {"reward": mean(known(record["reward"] for record in records))}
+    found["reward_std"] = mean([stdev(group) for group in groups.values() if len(group) > 1])
+    found["flat"] = mean([float(len(set(group)) < 2) for group in groups.values()])
+    for name in records[0]["rewards"]:
+        found[f"reward/{name}"] = mean(known(record["rewards"][name] for record in records))
+    return found
+
+
+def known(values: Any) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else 0.0
