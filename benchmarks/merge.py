@@ -19,7 +19,7 @@ from common import ROOT, Parser, head, row
 
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.base import open_base
-from rwkv_peft.checkpoints.pth_writer import TensorSpec, write_pth
+from rwkv_peft.checkpoints.tensors import TensorSpec, write_pth
 from rwkv_peft.models.rwkv6 import keys
 
 

@@ -1,6 +1,7 @@
-"""Adapter files: they carry their own description, and a faulty one is refused with a message."""
+"""Adapter files and folders: they carry their own description, and a faulty or half-written one is refused."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 from rwkv_peft.adapters.inject import load_tensors
 from rwkv_peft.checkpoints.adapter_file import ENTRY, METADATA_KEY, AdapterMetadata, Origin, save_adapter
 from rwkv_peft.checkpoints.adapters import read_adapter
-from rwkv_peft.checkpoints.safetensors_file import read_safetensors
+from rwkv_peft.checkpoints.peft_folder import CONFIG, TENSORS, is_adapter_folder, read_config, replacing
+from rwkv_peft.checkpoints.tensors import read_safetensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
 
@@ -57,10 +59,9 @@ def test_what_a_file_tells_people_is_an_entry_that_it_may_lack(tmp_path):
     assert read_adapter(path).metadata == AdapterMetadata("bone", rank=2)
     save_file(tensors, path, metadata=header | {ENTRY: '{"later": 1, "rate": "1e-4"}'})
     assert read_adapter(path).metadata.origin == Origin(rate="1e-4")
-    for damaged in ("{", "[]", '{"base": 1}', '{"base": "\\u001b[2J"}', json.dumps({"base": "x" * 2000})):
+    for damaged, base in (("{", ""), ("[]", ""), ('{"base": 1}', "1"), ('{"base": "\\u001b[2J"}', "?[2J")):
         save_file(tensors, path, metadata=header | {ENTRY: damaged})
-        with pytest.raises(UserError, match="rwkv_peft_run in its header is damaged"):
-            read_adapter(path)
+        assert read_adapter(path).metadata.origin == Origin(base)
 
 
 def test_equal_adapters_are_equal_files_in_any_order(tmp_path):
@@ -167,3 +168,43 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_changes(tensors
     with pytest.raises(UserError, match=message):
         load_tensors(model, tensors)
     assert not model.key.bone.any() and torch.equal(model.ln.weight, torch.ones(4))
+
+
+def write(folder, word):
+    with replacing(folder) as (config, tensors):
+        config.write_text('{"peft_type": "' + word + '"}')
+        tensors.write_text(word)
+
+
+def test_a_kill_between_the_names_leaves_no_folder_of_two_halves(tmp_path, monkeypatch):
+    write(tmp_path, "old")
+    rename = os.replace
+
+    def killed(source, target):
+        if os.path.basename(target) == CONFIG:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        write(tmp_path, "new")
+    assert not is_adapter_folder(tmp_path)
+    with pytest.raises(UserError, match="has no adapter_config.json"):
+        read_config(tmp_path)
+    write(tmp_path, "new")
+    assert read_config(tmp_path) == {"peft_type": "new"} and (tmp_path / TENSORS).read_text() == "new"
+
+
+def test_a_writing_that_fails_leaves_the_old_folder(tmp_path):
+    write(tmp_path, "old")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path) as (config, _):
+        config.write_text("{}")
+        raise ZeroDivisionError
+    assert read_config(tmp_path) == {"peft_type": "old"} and sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "no settings, but a list")])
+def test_settings_that_cannot_be_read_are_refused(tmp_path, text, message):
+    (tmp_path / CONFIG).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path)

@@ -1,5 +1,6 @@
-"""Base checkpoints: right ones are read exactly, wrong ones are refused with a message."""
+"""Base checkpoints and files of tensors: right ones are read exactly, wrong ones are refused with a message."""
 
+import io
 import os
 import pickle
 import sys
@@ -10,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rwkv_peft.checkpoints import pth
-from rwkv_peft.checkpoints.base import base_of, open_base, save_model
-from rwkv_peft.checkpoints.fingerprint import fingerprint
-from rwkv_peft.checkpoints.pth import read_tensors, stream_tensors
+from rwkv_peft.checkpoints import tensors as tensors_file
+from rwkv_peft.checkpoints.base import base_of, fingerprint, open_base, save_model
+from rwkv_peft.checkpoints.readable import reading
+from rwkv_peft.checkpoints.tensors import read_tensors, save_pth, stream_tensors
 from rwkv_peft.cli.errors import UserError
 
 LAYER = "blocks.0.att.key"
@@ -93,7 +94,7 @@ def renamed(old, new):
         (with_entry("epoch", 3), "entry 'epoch' is of type int"),
         (with_entry("blocks.99999999999.x", torch.zeros(2)), "has layer 99999999999, and there are"),
         (with_entry("blocks.0.ffn.key.weight", torch.zeros(0, 64)), "none of its widths may be 0.* 0 feed-forward"),
-        (with_entry("\ud800", torch.zeros(2)), r"the name '.ud800' is no Unicode"),
+        (with_entry("\ud800", torch.zeros(2)), "is damaged: .*surrogates not allowed"),
         (with_entry("ln_out.bias", torch.zeros(1).expand(1 << 40)), "is a view that repeats its values"),
         (with_entry("ln_out.bias", torch._neg_view(torch.ones(64))), "is a negated view"),
         (with_entry("ln_out.bias", torch.ones(64, dtype=torch.uint16)), "is uint16"),
@@ -179,6 +180,7 @@ def test_a_truncated_file_is_refused(base, keep):
         (lambda weight: weight.to_sparse(), "is sparse"),
         (lambda weight: weight.to("meta"), "is without its data"),
         (lambda weight: weight.to(torch.int8), "is int8"),
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "is qint8"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # torch's, on what it will deprecate
@@ -186,15 +188,6 @@ def test_tensors_that_are_no_weights_are_refused(base, change, message):
     path, state = base
     torch.save(state | {f"{LAYER}.weight": change(state[f"{LAYER}.weight"])}, path)
     with pytest.raises(UserError, match=f"{LAYER}.weight {message}"):
-        open_base(path)
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's, on what it will deprecate
-def test_quantized_tensors_are_refused_before_room_is_made_for_them(base):
-    path, state = base
-    weight = state[f"{LAYER}.weight"]
-    torch.save(state | {f"{LAYER}.weight": torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)}, path)
-    with pytest.raises(UserError, match="holds quantized tensors; weights are bfloat16, float16 or float32"):
         open_base(path)
 
 
@@ -211,7 +204,7 @@ def test_missing_files_folders_and_other_zips_are_refused(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory as Linux tells it")
 def test_streaming_keeps_little_of_a_file_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(pth, "MAPPED", 1 << 26)
+    monkeypatch.setattr(tensors_file, "MAPPED", 1 << 26)
     save_model(tmp_path / "m.pth", {f"t{i}": torch.zeros(1 << 22) for i in range(16)})  # 256 MB
 
     def resident():
@@ -244,8 +237,60 @@ def test_fingerprint_knows_values_and_not_dtype_or_order(tiny_state):
     assert own != fingerprint(without("head.weight")(state))
 
 
-def test_a_pipe_is_refused_where_a_file_is_read_twice(tmp_path):
-    os.mkfifo(tmp_path / "base.pth")  # which, opened, would wait for a writer
-    for read in (open_base, read_tensors):
-        with pytest.raises(UserError, match="base.pth is a pipe or a device, which cannot be read twice"):
-            read(tmp_path / "base.pth")
+def rewritten(path, change):
+    """Rewrite the archive at `path`, each record as change(name, content) returns it."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(target, "w") as copy:
+        for name in archive.namelist():
+            copy.writestr(name, change(name, archive.read(name)))
+    path.write_bytes(target.getvalue())
+
+
+@pytest.mark.parametrize("save", [save_pth, lambda path, tensors: torch.save(tensors, path)], ids=["ours", "torch"])
+def test_views_of_one_storage_and_empty_tensors_are_read(tmp_path, save):
+    whole = torch.arange(12.0)
+    tensors = {"whole": whole, "part": whole[3:7], "rows": whole.view(3, 4)[1:], "none": torch.ones(0), "copy": whole}
+    save(tmp_path / "a.pth", tensors)
+    for key, tensor in read_tensors(tmp_path / "a.pth").items():
+        assert torch.equal(tensor, tensors[key]), key
+
+
+@pytest.mark.parametrize("left", [0, 4, 127])
+def test_a_record_shorter_than_its_tensor_is_not_completed_by_its_neighbour(tmp_path, left):
+    path = tmp_path / "a.pth"
+    save_pth(path, {"a": torch.ones(32), "b": torch.full((32,), 2.0), "empty": torch.ones(0)})
+    rewritten(path, lambda name, content: content[:left] if name.endswith("data/0") else content)
+    with pytest.raises(UserError, match="a tensor takes 128 bytes, and no record of that length is left"):
+        read_tensors(path)
+
+
+def test_a_packed_archive_is_refused(base):
+    path, _ = base
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("base/data/more", bytes(1000))
+    with pytest.raises(UserError, match="is packed .base/data/more., and a .pth is not"):
+        read_tensors(path)
+
+
+def test_an_embedding_that_is_the_head_as_well_is_read(base):
+    path, state = base
+    torch.save(state | {"head.weight": state["emb.weight"]}, path)
+    assert torch.equal(open_base(path).tensors["head.weight"], state["emb.weight"])
+
+
+def test_the_guard_names_the_file_and_the_reason_and_lets_messages_and_signals_pass():
+    for error in (
+        RuntimeError("broken\nby torch"),
+        KeyError("x"),
+        RecursionError("deep"),
+        MemoryError(),
+        OSError(5, "io"),
+    ):
+        with (
+            pytest.raises(UserError, match="^a.pth is damaged: .+; copy it again$"),
+            reading("a.pth", "is damaged", "copy it again"),
+        ):
+            raise error
+    for passing in (UserError("as it is"), KeyboardInterrupt()):
+        with pytest.raises(type(passing), match="^(as it is)?$"), reading("a.pth"):
+            raise passing

@@ -5,9 +5,6 @@ import fcntl
 import os
 import random
 import struct
-import warnings
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.prefix import binidx_prefix
-from rwkv_peft.data.samples import WindowSamples
 from rwkv_peft.data.shard_writer import ShardWriter
 
 IDX = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ2i2q3q", 1, 8, 2, 3, 3, 1, 0, 6, 0, 1, 2)
@@ -183,47 +178,6 @@ def test_a_file_of_rows_in_place_of_a_prefix_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"rows\.jsonl is a file of rows or text.*--data_type sft"):
         BinidxDataset(tmp_path / "rows.jsonl")
-
-
-@pytest.mark.parametrize("end, content", [(".bin", b""), (".mask", b"1"), (".idx", IDX + b"1")])
-@pytest.mark.parametrize("batches", [partial(TrainBatches, read_ahead=0), EvalBatches])
-def test_a_file_that_is_written_over_while_it_is_read_is_told(tmp_path, end, content, batches):
-    dataset = BinidxDataset(write(tmp_path, mask=b"\1\0\1\0"))
-    reading = iter(batches(WindowSamples(dataset, 1, None), 1))
-    next(reading)
-    file = tmp_path / f"data{end}"
-    os.replace(file, file.with_suffix(".old"))
-    file.write_bytes(content)  # another file of the name, which is no matter
-    next(reading)
-    file.with_suffix(".old").write_bytes(content)
-    os.replace(file.with_suffix(".old"), file)
-    with pytest.raises(UserError, match=f"data{end} was overwritten while it is read: it has {len(content)} bytes"):
-        next(reading)
-
-
-def test_a_file_of_the_same_length_that_is_written_over_is_warned_of_once(tmp_path):
-    prefix = write(tmp_path)
-    os.utime(f"{prefix}.bin", (1e9, 1e9))  # long before: the clock of a disk goes in steps
-    dataset = BinidxDataset(prefix)
-    Path(f"{prefix}.bin").write_bytes(b"12345678")
-    with pytest.warns(UserWarning, match="data.bin was touched or overwritten while it is read, at 20"):
-        dataset.require_unchanged()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dataset.require_unchanged()
-
-
-@pytest.mark.parametrize("end, words", [(".bin", "token 65535 at position 0"), (".idx", "data.idx")])
-def test_a_file_that_is_written_over_is_judged_anew(tmp_path, end, words):
-    with ShardWriter(tmp_path / "data", vocab_size=300) as writer:
-        writer.add([1, 2, 3, 4])
-    path = tmp_path / f"data{end}"
-    os.utime(path, (1e9, 1e9))
-    dataset = BinidxDataset(tmp_path / "data")
-    dataset.check_vocab(300)
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.warns(UserWarning, match="overwritten"), pytest.raises(UserError, match=words):
-        dataset.require_unchanged()
 
 
 def test_two_writers_of_one_data_set_do_not_mix(tmp_path):

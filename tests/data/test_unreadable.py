@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.checkpoints.pth import read_pth
+from rwkv_peft.checkpoints.tensors import read_pth
 from rwkv_peft.cli.errors import UserError, exit_on_user_error
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.preprocess import main

@@ -1,25 +1,6 @@
-"""Writes small files that claim to hold gigabytes: objects, rows, lists and tensors."""
+"""Writes small GGUF files that claim to hold gigabytes: rows, lists and tensors."""
 
-import pickle
-import re
 import struct
-import zipfile
-
-
-def item(value):
-    """The instructions of a pickle that make a value."""
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def call(name, argument):
-    """A pickle that calls a function."""
-    return b"\x80\x02c" + name.replace(".", "\n").encode() + b"\n" + item(argument) + b"\x85R."
-
-
-def zipped(path, pickled):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled)
-        archive.writestr("archive/version", "3\n")
 
 
 def gguf(path, *settings, tensors=0, count=None):
@@ -47,9 +28,3 @@ GGUFS = {  # a setting, and what is said of it
     "name": (named(b"\xff\xfe", 4, b"\0\0\0\0"), "codec can't decode"),
     "length": (named(b"a", 8, struct.pack("<Q", 1 << 62)), "it ends within"),
 }
-
-
-def one_layer_for_all(state):
-    """The state of a model whose layers after the first share one storage, which a file of it holds once."""
-    shared = {key: "blocks.1." + key.split(".", 2)[2] for key in state if re.match(r"blocks\.[1-9]", key)}
-    return state | {key: state[other] for key, other in shared.items()}

@@ -13,8 +13,7 @@ import torch
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.checkpoints.lightning_folder import FORM
-from rwkv_peft.checkpoints.pth_writer import TensorSpec
-from rwkv_peft.checkpoints.safetensors_file import write_safetensors
+from rwkv_peft.checkpoints.tensors import TensorSpec, write_safetensors
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.models.state import time_state_key

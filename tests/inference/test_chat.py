@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from inference.chats import after, tokens_of, trained
-from rwkv_peft.checkpoints.pth import read_tensors
+from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.cli.streams import Patient

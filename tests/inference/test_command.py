@@ -10,7 +10,7 @@ import torch
 
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model
-from rwkv_peft.checkpoints.pth import read_tensors
+from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.recorded import record_of
 from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer

@@ -6,8 +6,7 @@ import torch
 
 from rwkv_peft.adapters.methods import METHODS, is_saved
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata
-from rwkv_peft.checkpoints.base import open_base
-from rwkv_peft.checkpoints.fingerprint import fingerprint
+from rwkv_peft.checkpoints.base import fingerprint, open_base
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.release import merge_command as merge_cli
 

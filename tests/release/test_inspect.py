@@ -59,7 +59,7 @@ def test_an_adapter_says_what_it_is_and_what_it_was_trained_on(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, base", [("RWKV/rwkv-6-1b6", "RWKV/rwkv-6-1b6"), ("/home/me/rwkv6.pth", "rwkv6.pth"), (None, "not told")]
+    "name, base", [("RWKV/rwkv-6-1b6", "RWKV/rwkv-6-1b6"), ("/home/me/rwkv6.pth", "rwkv6.pth"), (None, "unknown")]
 )
 def test_a_folder_of_peft_names_its_base(tmp_path, capsys, name, base):
     tensors = {f"base_model.model.blocks.0.att.key.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}

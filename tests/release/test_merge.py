@@ -10,8 +10,7 @@ from release.merges import RANK, VARIANTS, adapter_of, run
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.checkpoints.adapter_file import Adapter, AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.adapters import read_adapter
-from rwkv_peft.checkpoints.base import base_of, open_base, save_model
-from rwkv_peft.checkpoints.fingerprint import fingerprint
+from rwkv_peft.checkpoints.base import base_of, fingerprint, open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.release.merge import Merge, MergeOptions, merged_tensors

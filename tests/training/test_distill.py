@@ -17,7 +17,6 @@ from rwkv_peft.tools.plan.command import main as plan
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.step.teacher import make_teacher, open_teacher, require_own_tokens
 from training.runs import finish, metrics, start, start_ranks
-from training.test_base_guard import begun
 
 
 def write_model(path, family, **sizes):
@@ -77,19 +76,6 @@ def test_a_run_goes_on_with_its_own_teacher_alone(files, distil):
     _, err = finish(start(distil("ended", "--resume", "--teacher_model", str(other))), 2)
     assert "has teacher " in err and "give the first run's flags" in err
     finish(start(distil("ended", "--resume")))
-
-
-def test_a_teacher_that_is_overwritten_ends_the_run(files, command, tiny_state):
-    path = write_model(files / "torn.pth", DISTINCT[1])
-    more = ("--objective", "distill", "--teacher_model", str(path))
-    process, _ = begun(files, command, tiny_state, "of-torn", *more)
-    (files / "other").mkdir(exist_ok=True)
-    other = write_model(files / "other" / path.name, DISTINCT[1], seed=2).read_bytes()
-    assert len(other) == path.stat().st_size
-    with open(path, "r+b") as file:
-        file.write(other)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode in (1, 2) and f"{path} was overwritten while it is read" in err
 
 
 @pytest.mark.parametrize(

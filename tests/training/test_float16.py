@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rwkv_peft.checkpoints.safetensors_file import read_safetensors, save_safetensors
+from rwkv_peft.checkpoints.tensors import read_safetensors, save_safetensors
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
 from rwkv_peft.training.saving.optimizer_files import METADATA_KEY, SCALE, SavedOptimizer

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from rwkv_peft.checkpoints.safetensors_file import read_safetensors, save_safetensors
+from rwkv_peft.checkpoints.tensors import read_safetensors, save_safetensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.training.saving.optimizer_files import METADATA_KEY, SavedOptimizer, write_pieces
 from rwkv_peft.training.saving.partitions import KINDS, Piece

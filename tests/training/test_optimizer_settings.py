@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from rwkv_peft.checkpoints.pth import read_pth
+from rwkv_peft.checkpoints.tensors import read_pth
 from rwkv_peft.training.saving.checkpoints import find_checkpoint
 from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from families import DISTINCT, shaken
 from rwkv_peft.checkpoints.adapter_file import read_own
 from rwkv_peft.checkpoints.base import open_base, save_model
-from rwkv_peft.checkpoints.pth import read_tensors
 from rwkv_peft.checkpoints.state_file import read_states
+from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference.command import main as generate
 from rwkv_peft.models.state import time_state_shapes

@@ -115,9 +115,6 @@ def test_files_of_another_tokenizer_and_damaged_ones_are_refused(stored, tmp_pat
     with open(other, "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"?")
-    os.utime(other, (1e9, 1e9))
-    with pytest.raises(UserError, match="was overwritten while it is read: it holds other words of a teacher"):
-        found.require_unchanged()
     with open(other, "r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="b.safetensors is no whole file of --store_teacher "):

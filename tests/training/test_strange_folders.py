@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from rwkv_peft.checkpoints.safetensors_file import read_safetensors, save_safetensors
+from rwkv_peft.checkpoints.tensors import read_safetensors, save_safetensors
 from rwkv_peft.training.saving.run_state import record_of, write_state
 
 

@@ -16,8 +16,7 @@ from ..checkpoints.adapter_file import save_adapter as write_adapter
 from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.atomic import atomic_write, check_output, require_room
 from ..checkpoints.base import open_base
-from ..checkpoints.pth import stream_tensors
-from ..checkpoints.pth_writer import DTYPES, write_pth
+from ..checkpoints.tensors import DTYPES, stream_tensors, write_pth
 from ..cli.errors import UserError
 from ..cli.names import NONE, STATE
 from ..cli.numeric import all_finite, is_number

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.base import Base, open_base
-from ..checkpoints.pth_writer import DTYPES
+from ..checkpoints.tensors import DTYPES
 from ..cli.errors import UserError, quoted
 from ..config import AdapterConfig
 from ..data.recorded import find_tokenizer, recorded_beside

@@ -1,4 +1,4 @@
-"""Adapter files: safetensors that hold the trained tensors and say what they are.
+"""Adapter files: safetensors with the trained tensors and their description.
 
 An adapter's own tensors are named by their module and a parameter (`blocks.0.att.receptance.bone`, `….lora_A`,
 `….lora_B`); tensors of the base that were trained whole keep the base's key (`blocks.0.ln1.weight`). Time states
@@ -16,7 +16,7 @@ import torch
 
 from ..adapters.method import Method
 from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of, words_of
-from ..cli.errors import UNREADABLE, UserError, told
+from ..cli.errors import UserError
 from ..cli.names import NONE
 from ..cli.numeric import all_finite, is_finite, is_whole
 from ..cli.tables import GENERATIONS
@@ -24,8 +24,8 @@ from ..config import QUANTIZATIONS, AdapterConfig
 from ..models.family import Family
 from .atomic import atomic_write
 from .base import Base
-from .pth_writer import DTYPES
-from .safetensors_file import read_safetensors, save_safetensors
+from .readable import object_of, reading
+from .tensors import DTYPES, read_safetensors, save_safetensors
 
 ENTRY = "rwkv_peft_run"
 MOST = 1000  # characters of a text
@@ -33,11 +33,12 @@ FORMAT_VERSION = 1
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
 FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
+COPY = "copy the file that the training wrote"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The base's file name, the flags that say how the data was read, the learning rate, and so on; "": unknown."""
+    """A training's history for people: file name of the base, flags of the data, learning rate; "": unknown."""
 
     base: str = ""
     tokenizer: str = ""
@@ -50,32 +51,25 @@ class Origin:
 
 
 def shown(text: str) -> str:
-    """Make a text printable and at most MOST long: names of files and fields may hold any character."""
+    """A text with "?" for characters that are not printable, cut to MOST, because names of files may hold any."""
     return "".join(character if character.isprintable() else "?" for character in text)[:MOST]
 
 
-def read_origin(path: str | Path, header: dict[str, str]) -> Origin:
-    """Read the Origin in a file's header, empty if there is none. Raises UserError if an entry is not printable text of
-    at most MOST characters."""
-    try:
-        told = json.loads(header.get(ENTRY, "{}"))
-        values = {field.name: told.get(field.name, "") for field in fields(Origin)}
-    except UNREADABLE:
-        values = {ENTRY: None}
-    if not all(isinstance(text, str) and text.isprintable() and len(text) <= MOST for text in values.values()):
-        raise UserError(f"{path}: {ENTRY} in its header is damaged; copy the file that the training wrote")
-    return Origin(**values)
+def read_origin(header: dict[str, str]) -> Origin:
+    """The Origin in a file's header, made printable; empty if there is none."""
+    found = object_of(header.get(ENTRY, "{}"))
+    return Origin(**{field.name: shown(str(found.get(field.name, ""))) for field in fields(Origin)})
 
 
 @dataclass(frozen=True)
 class AdapterMetadata:
     """Describes an adapter, so that merging needs no retyped flags.
 
-    variant is a method's name ("none": only whole tensors); rank, mini_rank and entries are those of AdapterConfig
-    (0: the method has none); scale multiplies lora_B lora_A; targets and train_parts say what was trained, quant how
-    the frozen weights were quantized. base_fingerprint identifies the base, and generation is its --model_version ("":
-    unknown). precision is the dtype that the base was cast to for training, before anything was quantized or taken out
-    of it ("": none, or unknown). source is the tool that wrote the file; origin describes the training to people.
+    variant is a method's name ("none": only whole tensors); rank, mini_rank and entries are AdapterConfig's (0: the
+    method has none); scale multiplies lora_B lora_A; targets and train_parts name the trained places, quant the
+    quantization of the frozen weights. base_fingerprint identifies the base, and generation is its --model_version
+    ("": unknown). precision is the dtype that the base was cast to for training, before anything was quantized or
+    taken out of it ("": none, or unknown). source is the tool that wrote the file; origin the history for people.
     """
 
     variant: str
@@ -115,12 +109,12 @@ class AdapterMetadata:
 
     @property
     def base_words(self) -> str:
-        """The base's name in messages: its file's name, if known, and its fingerprint."""
+        """The base's name in messages: its file's name, if recorded, and its fingerprint."""
         words = [self.origin.base, self.base_fingerprint and f"fingerprint {self.base_fingerprint}"]
-        return ", ".join(filter(None, words)) or "not told"
+        return ", ".join(filter(None, words)) or "unknown"
 
     def require_base(self, name: str | Path, base: Base, remedy: str) -> None:
-        """Raise UserError, which ends in `remedy`, if the file called `name` tells another base than this one."""
+        """Raise UserError, which ends in `remedy`, if the file called `name` records another base than this one."""
         if self.base_fingerprint not in ("", base.fingerprint):
             raise UserError(
                 f"{name} was trained on another base: {self.base_words}; {base.path} has the fingerprint "
@@ -198,16 +192,16 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     for key, tensor in tensors.items():
         if not all_finite(tensor):
             raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
-    told = {name: value for name, value in asdict(metadata).items() if name != "origin"}
+    values = {name: value for name, value in asdict(metadata).items() if name != "origin"}
     if not metadata.entries:
-        del told["entries"]  # earlier versions do not know it
-    header = {"format": "pt", METADATA_KEY: json.dumps(told, sort_keys=True), ENTRY: metadata.origin.to_json()}
+        del values["entries"]  # earlier versions refuse an entry that they do not have
+    header = {"format": "pt", METADATA_KEY: json.dumps(values, sort_keys=True), ENTRY: metadata.origin.to_json()}
     with atomic_write(path) as temporary:
         save_safetensors(temporary, dict(sorted(tensors.items())), header)
 
 
 def read_own(path: str | Path) -> Adapter:
-    """Read the Adapter in a .safetensors file of `save_adapter`. Raises UserError for a file that is broken, of a later
+    """The Adapter in a .safetensors file of `save_adapter`. Raises UserError for a file that is broken, of a later
     format or without adapter metadata, and for an adapter's tensors under metadata that names no method."""
     tensors, header = read_safetensors(path)
     if METADATA_KEY not in header:
@@ -217,12 +211,12 @@ def read_own(path: str | Path) -> Adapter:
             else "an adapter that train.py saved"
         )
         raise UserError(f"{path} does not say which adapter it holds (its header has no {METADATA_KEY!r}); give {hint}")
-    metadata = replace(_parse_metadata(path, header[METADATA_KEY]), origin=read_origin(path, header))
+    metadata = replace(_parse_metadata(path, header[METADATA_KEY]), origin=read_origin(header))
     adapter = Adapter(tensors, metadata)
     if adapter.metadata.method is None and (modules := adapter.modules()):
         raise UserError(
             f"{path}: its metadata names no method (variant = {NONE!r}), and it holds tensors of an adapter on "
-            f"{len(modules)} layers, such as {next(iter(modules))}; copy the file that the training wrote"
+            f"{len(modules)} layers, such as {next(iter(modules))}; {COPY}"
         )
     return adapter
 
@@ -240,14 +234,10 @@ def check_names(path: str | Path, adapter: Adapter) -> None:
 
 
 def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
-    try:
+    with reading(f"{path}: its metadata", remedy=COPY):
         values = json.loads(text)
         version = int(values["format_version"])
-    except UNREADABLE as error:
-        raise UserError(
-            f"{path}: its metadata cannot be read: {told(error)}; copy the file that the training wrote"
-        ) from error
-    values = {key: value for key, value in values.items() if key not in FORGOTTEN}
+        values = {key: value for key, value in values.items() if key not in FORGOTTEN}
     known = {field.name for field in fields(AdapterMetadata)} - {"origin"}
     if version > FORMAT_VERSION or set(values) - known:
         raise UserError(
@@ -259,8 +249,8 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
 
 
 def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
-    """Raise UserError unless metadata names a known variant, quantization, precision and generation, and its other
-    entries have the right types."""
+    """Raise UserError unless metadata names a variant, quantization, precision and generation of the tables, and its
+    other entries have the right types."""
     known = {
         "variant": (*filter(is_saved, METHODS), NONE),
         "quant": QUANTIZATIONS,
@@ -279,7 +269,4 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
         else:
             fits, due = isinstance(value, str), "a text"
         if not fits:
-            raise UserError(
-                f"{path}: its metadata has {name} = {reprlib.repr(value)}, and {due} is due; copy the file that the "
-                "training wrote"
-            )
+            raise UserError(f"{path}: its metadata has {name} = {reprlib.repr(value)}, and {due} is due; {COPY}")

@@ -22,7 +22,7 @@ from .rwkv_peft_file import read_rwkv_peft
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter's path, and what its file may leave out (None: unknown).
+    """An adapter's path, and facts that its file may lack (None: unknown).
 
     For RWKV-PEFT's files mode is the form of Bone, init the path of PiSSA's initial factors, alpha LoRA's alpha. guess
     is a form that is used if mode is None; a file of another form contradicts mode, but not guess.
@@ -37,8 +37,8 @@ class AdapterSource:
     def read(self, base: Mapping[str, torch.Tensor] | None = None) -> Adapter:
         """Read the Adapter, ours or another tool's (rwkv_peft_file.py, peft_folder.py, lightning_folder.py).
 
-        base is {key: tensor}; its shapes may tell the form. Raises UserError for a file that is missing, broken, of a
-        later format or no adapter; a form that contradicts mode or cannot be told; init or alpha that contradicts the
+        base is {key: tensor}; its shapes may decide the form. Raises UserError for a file that is missing, broken, of a
+        later format or no adapter; a form that contradicts mode or is ambiguous; init or alpha that contradicts the
         file; a tensor that is empty or holds NaN or Inf.
         """
         path = adapter_of_run(self.path, tell=True)
@@ -51,7 +51,7 @@ class AdapterSource:
         else:
             adapter = read_rwkv_peft(path, self.mode or self.guess, base, self.init, self.alpha)
         check_names(path, adapter)
-        self._check_told(path, adapter)
+        self._check_facts(path, adapter)
         if self.mode is not None and adapter.modules() and adapter.metadata.variant != self.mode:
             raise UserError(f"{path} is a {adapter.metadata.variant} adapter, not {self.mode}; leave --bone_mode out")
         for key, tensor in adapter.tensors.items():
@@ -63,7 +63,7 @@ class AdapterSource:
                 )
         return adapter
 
-    def _check_told(self, path: Path, adapter: Adapter) -> None:
+    def _check_facts(self, path: Path, adapter: Adapter) -> None:
         """Raise UserError for init beside a file that needs none, and for an alpha that is not the adapter's."""
         metadata, alpha = adapter.metadata, self.alpha
         if self.init is not None and (path.is_dir() or path.suffix == ".safetensors"):
@@ -86,7 +86,7 @@ class AdapterSource:
 
 def adapter_of_run(path: str | Path, tell: bool = False) -> Path:
     """The path of the adapter to take in the folder of a train.py run (best.py); any other path, also a folder of
-    Hugging Face peft, unchanged. With `tell` a note says so if it is not the newest. Raises UserError if the run
+    Hugging Face peft, unchanged. With `tell` a note is printed if it is not the newest. Raises UserError if the run
     trained the model itself or has saved nothing yet, or if the folder is both a run's and peft's."""
     path = Path(path)
     if is_adapter_folder(path) and (path / ADAPTER).exists():
@@ -109,8 +109,8 @@ def adapter_of_run(path: str | Path, tell: bool = False) -> Path:
 
 
 def product_of_run(path: str | Path, tell: bool = False) -> Path:
-    """The path of the model or the adapter to take in the folder of a train.py run; any other path unchanged. Tells
-    and raises UserError as adapter_of_run does."""
+    """The path of the model or the adapter to take in the folder of a train.py run; any other path unchanged.
+    Prints and raises UserError as adapter_of_run does."""
     path = Path(path)
     return taken(path, MODEL, tell) if (path / MODEL).is_file() else adapter_of_run(path, tell)
 
@@ -122,9 +122,9 @@ def taken(folder: Path, name: str, tell: bool) -> Path:
     return found.path
 
 
-def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **told: Any) -> Adapter:
-    """Read the Adapter at path; told are AdapterSource's other fields."""
-    return AdapterSource(path, **told).read(base)
+def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **facts: Any) -> Adapter:
+    """The Adapter at path; facts are AdapterSource's other fields."""
+    return AdapterSource(path, **facts).read(base)
 
 
 def source_of(args: argparse.Namespace, path: str | Path) -> AdapterSource:

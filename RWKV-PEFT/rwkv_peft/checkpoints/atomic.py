@@ -1,9 +1,7 @@
-"""Writes files atomically: a reader sees the old file or the whole new one, and no input is overwritten.
+"""Writes files atomically: a reader gets the old file or the whole new one, and no input is overwritten.
 
-A temporary file is called `.NAME.PLACE-PID-TOKEN.tmp`: PLACE identifies the machine and the container on it, PID the
-process that writes the file. The next writer in the folder removes the files whose process is gone. If several machines
-share a folder, each sees only its own processes and leaves the others' files. A name works on every file system; a lock
-does not, and would be lost if a writer makes the file anew.
+A temporary file is called `.NAME.HOST-PID-TOKEN.tmp`, after the process that writes it. The next writer in the folder
+removes the leftovers of processes that are gone.
 """
 
 import errno
@@ -23,11 +21,9 @@ from ..cli.errors import UserError
 from ..cli.streams import encoded
 from .readable import home_meant
 
-TRIES = 100  # at making a file whose folder another process may remove in the same moment
-
 
 class CannotWrite(UserError):
-    """A file cannot be written; the message says why."""
+    """A file cannot be written; the message gives the reason."""
 
 
 @contextmanager
@@ -35,18 +31,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on success it is fsynced and renamed to `path`.
 
     The folder is made if it is missing. If the body raises, the temporary file and a folder that was made for it are
-    removed, and the old file at `path` stays as it was. A link at `path` is followed.
-
-    Raises UserError if the file cannot be written: a full disk, a folder that cannot be written or made, a name that is
-    too long or that of a folder or device.
+    removed, and the old file at `path` stays as it was. A link at `path` is followed. Raises CannotWrite if the file
+    cannot be written.
     """
     path = _real(path, f"cannot write {path}")
     with temporary_beside(path) as temporary:
-        mode = temporary.stat().st_mode & 0o777  # what the user's umask grants
+        mode = temporary.stat().st_mode & 0o777  # the umask's
         with suppress(FileNotFoundError):
-            mode &= path.stat().st_mode | 0o700  # what others could not read stays so
+            mode &= path.stat().st_mode | 0o700  # a file that others could not read stays so
         yield temporary
-        temporary.chmod(mode)  # a writer may have made the file anew, for the owner alone
+        temporary.chmod(mode)  # a library may have made the file anew, for the owner alone
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
@@ -84,8 +78,8 @@ def check_output(flag: str, path: str | Path, inputs: Iterable[tuple[str, str | 
 
 
 def _real(path: str | Path, given: str) -> Path:
-    """Follow the links of a path. Raises UserError, with `given` in front, for a path that would make a folder called
-    ~, and for one that holds NUL."""
+    """A path without links. Raises UserError, with `given` in front, for a path that would make a folder called ~, and
+    for one with NUL, which a chat can be given."""
     if "\0" in str(path):
         raise UserError(f"{given}: a name holds no NUL; leave it out")
     if meant := home_meant(path):
@@ -101,12 +95,12 @@ def without_empty_folders(folder: Path) -> Iterator[None]:
         yield
     finally:
         for path in missing:
-            with suppress(OSError):  # it is not empty (another process may use it), or another process removed it
+            with suppress(OSError):  # it is not empty
                 path.rmdir()
 
 
 def same_file(left: str | Path, right: str | Path) -> bool:
-    """Return whether two paths, which need not exist, lead to one file."""
+    """True if two paths, which need not exist, lead to one file."""
     return os.path.exists(left) and os.path.exists(right) and os.path.samefile(left, right)
 
 
@@ -124,7 +118,7 @@ def scratch_folder() -> Iterator[Path]:
 @contextmanager
 def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing was changed there") -> Iterator[Path]:
     """Yield a new empty file, or folder, beside `path`, and remove it afterwards. The folder around it is made if it is
-    missing, and removed again if it stays empty. Failures to write become UserErrors that end in `remedy`."""
+    missing, and removed again if it stays empty. Failures to write become CannotWrite, which ends in `remedy`."""
     with telling_failures(path, remedy), without_empty_folders(path.parent):
         if os.path.isdir(path):
             raise UserError(f"{path} is a folder; give the name of the file to write")
@@ -132,26 +126,14 @@ def temporary_beside(path: Path, folder: bool = False, remedy: str = "nothing wa
             raise UserError(
                 f"{path} is a device or a pipe, which cannot be replaced; give the name of the file to write"
             )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         temporary = path.with_name(f".{path.name}.{place()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        _make(temporary, folder)
+        temporary.mkdir(mode=0o700) if folder else temporary.touch(exist_ok=False)
         try:
-            remove_leftovers(path.parent)
             yield temporary
         finally:
             _remove(temporary)
-
-
-def _make(temporary: Path, folder: bool) -> None:
-    """Make a new empty file, or folder, and the missing folders above it. Try again if another process removes those
-    while they are empty (without_empty_folders)."""
-    for tries_left in reversed(range(TRIES)):
-        try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir(mode=0o700) if folder else temporary.touch(exist_ok=False)
-            return
-        except (FileNotFoundError, FileExistsError):
-            if not tries_left:
-                raise
 
 
 @contextmanager
@@ -167,24 +149,16 @@ def telling_failures(path: Path, remedy: str) -> Iterator[None]:
 
 
 def place() -> str:
-    """A short name for the scope of process numbers: this machine, or this container on it."""
-    identity = [platform.node()]
-    for source in (Path("/etc/machine-id"), Path("/proc/self/ns/pid")):
-        try:
-            identity.append(os.readlink(source) if source.is_symlink() else source.read_text())
-        except OSError:  # other systems have neither, and their names tell them apart
-            identity.append("")
-    return hashlib.sha256("\n".join(identity).encode()).hexdigest()[:8]
+    """A short name for this host, or this container, because another's process numbers mean other processes."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove a folder's temporary files and folders whose process, of this place, is gone."""
+    """Remove a folder's temporary files and folders that belong to processes of this host that are gone."""
     for file in folder.glob(f".*.{place()}-*.tmp"):
         if (match := re.search(r"-([0-9]{1,9})-[0-9a-f]{8}\.tmp$", file.name)) and not is_alive(int(match[1])):
-            try:
+            with suppress(PermissionError, FileNotFoundError):  # another user's, or another writer is removing it too
                 _remove(file)
-            except (PermissionError, FileNotFoundError):  # another user's; or another writer is removing it as well
-                continue
 
 
 def _remove(temporary: Path) -> None:
@@ -195,7 +169,7 @@ def _remove(temporary: Path) -> None:
 
 
 def is_alive(process: int) -> bool:
-    """Return whether there is a process of this number here."""
+    """True if there is a process of this number on this host."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -221,11 +195,11 @@ def write_failure(error: Exception, path: Path) -> str | None:
     """
     text = str(error)
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
-    if number is None and (told := re.search(r"os error (\d+)", text)):
-        number = int(told[1])
+    if number is None and (found := re.search(r"os error (\d+)", text)):
+        number = int(found[1])
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         return "the disk is full; free some space or choose another disk"
-    # torch's and numpy's words for a short write, which do not say why
+    # the messages of torch and numpy for a short write, which give no reason
     if re.search("file write failed|unexpected pos|requested and .* written", text):
         return "the disk refused the data (is it full?)"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -244,7 +218,7 @@ def room_at(path: str | Path) -> int:
     """The bytes free for this user on the disk of `path`, which need not exist yet."""
     place = Path(os.path.realpath(path))
     disk = os.statvfs(next(folder for folder in (place, *place.parents) if folder.exists()))
-    if not disk.f_blocks:  # a file system that does not tell
+    if not disk.f_blocks:  # some file systems give no numbers
         return sys.maxsize
     return disk.f_frsize * (disk.f_bavail if os.geteuid() else disk.f_bfree)  # some blocks are kept for root
 

@@ -1,7 +1,8 @@
-"""Base models: opens a model's file safely and once, checks it, and writes one."""
+"""Base models: opens a model's file safely and once, checks it, fingerprints its weights, and writes one."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,11 +18,9 @@ from ..models.family import Family
 from ..models.state import is_time_state
 from .atomic import atomic_write
 from .best import take
-from .fingerprint import fingerprint
-from .mapped import Mapped, Overwritten, Stamp
-from .pth import read_tensors, require_file
-from .pth_writer import save_pth
-from .safetensors_file import read_safetensors
+from .tensors import read_safetensors, read_tensors, save_pth
+
+WINDOWS, WINDOW = 4, 16  # a fingerprint reads this many runs of this many values in each tensor
 
 # (ending of a file's name, what it is)
 OTHER_FORMATS = (
@@ -37,15 +36,13 @@ AS_ADAPTER = (
 
 
 @dataclass(frozen=True)
-class Base(Mapped):
-    """A model's file: its path, memory-mapped tensors under official keys, generation (family), dimensions (config),
-    and the file's Stamp from before it was read, by its path ({}: not read from a file)."""
+class Base:
+    """A model's file: its path, memory-mapped tensors under official keys, generation (family), dimensions (config)."""
 
     path: str | Path
     tensors: dict[str, torch.Tensor]
     family: Family
     config: ModelConfig
-    stamps: dict[str | Path, Stamp] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -60,10 +57,6 @@ class Base(Mapped):
                     f"{self.path} is not finite: {key} holds NaN or Inf, at {place} first; download or copy it again, "
                     "or take an earlier checkpoint of its training"
                 )
-
-    def judge(self, path: str | Path) -> None:
-        if fingerprint(read_tensors(path)) != self.fingerprint:
-            raise Overwritten(path, "holds other weights")
 
     @property
     def has_states(self) -> bool:
@@ -85,7 +78,7 @@ def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
 def open_base(path: str | Path) -> Base:
     """Open the .pth at `path` as a Base.
 
-    Raises UserError for what read_tensors refuses; the folder of a run; another format; another RWKV version; prefixed
+    Raises UserError as read_tensors does, and for the folder of a run; another format; another RWKV version; prefixed
     keys; adapter tensors that were never merged; missing, extra or misshapen tensors; a dtype that is not a float.
     """
     if (Path(path) / MODEL).is_file():
@@ -108,8 +101,7 @@ def open_base(path: str | Path) -> Base:
         raise UserError(
             f"{path} is {kind}, and a .pth is due here; make one of a model with `rwkv-peft convert {path} model.pth`"
         )
-    stamp = Stamp.of(require_file(path))  # before it is read
-    return replace(base_of(read_tensors(path), path), stamps={path: stamp})
+    return base_of(read_tensors(path), path)
 
 
 def base_of(tensors: dict[str, torch.Tensor], name: str | Path = "the checkpoint") -> Base:
@@ -134,3 +126,30 @@ def save_model(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a model's {key: tensor} as a .pth, atomically. Raises UserError if the file cannot be written."""
     with atomic_write(path) as temporary:
         save_pth(temporary, tensors)
+
+
+def fingerprint(state: dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A short name for a base model's weights, {key: tensor} or (key, tensor) pairs, which an adapter records.
+
+    It is the first half of a SHA-256 over each tensor's key, shape and four evenly spaced runs of 16 values as float32,
+    in any order of the keys. So it reads only a few pages of each tensor of a mapped file, and an exact float32 copy of
+    a bfloat16 model has the same fingerprint. It guards against mistakes, not against forgery.
+    """
+    pairs = state.items() if isinstance(state, dict) else state
+    return fingerprint_of((key, tensor.shape, sample(tensor)) for key, tensor in pairs)
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor that a fingerprint reads: (WINDOWS · WINDOW,), fewer of one that has not WINDOW."""
+    flat = tensor.detach().reshape(-1)
+    last = max(flat.numel() - WINDOW, 0)
+    return torch.cat([flat[start : start + WINDOW] for start in (last * i // (WINDOWS - 1) for i in range(WINDOWS))])
+
+
+def fingerprint_of(samples: Iterable[tuple[str, torch.Size, torch.Tensor]]) -> str:
+    """The fingerprint of a model, from the (key, shape, sample) of each tensor."""
+    digests = []
+    for key, shape, values in samples:
+        content = f"{key}|{tuple(shape)}|".encode() + values.float().cpu().numpy().tobytes()
+        digests.append(hashlib.sha256(content).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:32]

@@ -1,8 +1,8 @@
-"""Which file of a run to take: the newest, or that of the lowest validation loss if it holds clearly better.
+"""The file of a run to take: the newest, or the one with the lowest validation loss if that is clearly better.
 
 python RWKV-PEFT/rwkv_peft/children.py rwkv_peft.checkpoints.best FOLDER
 
-prints its path, and on stderr why, if it is not the newest.
+prints its path, and on stderr the reason, if it is not the newest.
 """
 
 import math
@@ -53,14 +53,14 @@ class HeldOut(NamedTuple):
 
     @property
     def rose(self) -> bool:
-        """Tell whether the last loss is clearly above the lowest: by a share of the fall, and of itself."""
+        """True if the last loss is clearly above the lowest: by a share of the fall, and of itself."""
         lowest, last = self.lowest[1], self.losses[-1][1]
         return last - lowest > LOST * max(self.first - lowest, 0.0) and not math.isclose(last, lowest, rel_tol=CLOSE)
 
 
 class Taken(NamedTuple):
-    """The file of a run to take; the other one, the newest or the best, if there is one; and a note that says why if
-    it is not the newest, else ""."""
+    """The file of a run to take; the other one, the newest or the best, if there is one; and a note with the
+    reason if it is not the newest, else ""."""
 
     path: Path
     other: Path | None = None
@@ -68,7 +68,7 @@ class Taken(NamedTuple):
 
 
 def labelled(path: Path, label: str) -> Path:
-    """Add a label to a path: adapter.safetensors -> adapter-LABEL.safetensors; "", that of the newest, adds nothing."""
+    """Add a label to a path: adapter.safetensors -> adapter-LABEL.safetensors; "", the newest's, adds nothing."""
     return path.with_stem(f"{path.stem}-{label}") if label else path
 
 
@@ -95,7 +95,7 @@ def since_of(folder: Path) -> int:
 
 
 def validations(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records in a run's metrics that tell of validation; broken lines are left out."""
+    """Yield the records of validation in a run's metrics; broken lines are left out."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
@@ -107,13 +107,13 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def is_record(value: object) -> TypeGuard[dict[str, Any]]:
-    """Tell whether a value is that of a line of metrics.jsonl: an object with its step and, if told, its samples."""
+    """True if a value is a record of metrics.jsonl: an object with its step and, in later versions, its samples."""
     places = (value.get("step"), value.get("samples", 0)) if isinstance(value, dict) else (None,)
     return all(map(is_place, places))
 
 
 def is_place(value: object) -> TypeGuard[int]:
-    """Tell whether a value can be the number of a step, or of the samples up to its end."""
+    """True if a value can be the number of a step, or of the samples up to its end."""
     return is_whole(value, 0) and value <= LAST_STEP
 
 

@@ -1,10 +1,11 @@
-"""The digest of a whole file. A large file's digest is cached beside it, or in the user's cache if its folder cannot be
-written, and holds as long as the file's size and time of change stay the same."""
+"""The digest of a whole file. A large file's digest is cached in the user's cache folder, and is valid as long as the
+file's size and time of change stay the same."""
 
 import hashlib
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ..cli.errors import UserError
@@ -13,26 +14,34 @@ from .atomic import write_text
 from .readable import object_in
 
 CHUNK = 1 << 24
-KEPT = 1 << 26  # bytes from which a digest is cached: hashing fewer takes no longer than looking for the cache
+LARGE = 1 << 26  # bytes from which a digest is cached: hashing fewer takes no longer than reading the cache
 SETTLED = 2.0  # seconds since a file's last change before its digest is cached: some file systems' clocks are so coarse
+
+
+def stamp_of(path: str | Path) -> tuple[int, int]:
+    """(size in bytes, time of the last change in ns) of a file, by which a cache notices another content."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def digest_of(path: str | Path) -> str:
     """The first half of the SHA-256 of a file's content, in hexadecimal; "" if there is no file."""
-    path = Path(path)
+    path, cache = Path(path), user_cache()
     if not path.is_file():
         return ""
-    before = os.stat(path)
-    if before.st_size < KEPT:
+    size, changed = stamp_of(path)
+    if size < LARGE or cache is None:
         return sha256_of(path)[:32]
-    stamp = {"bytes": before.st_size, "mtime_ns": before.st_mtime_ns}
-    places = places_of(path)
-    for place in places:
-        if found := kept_in(place, stamp):
-            return found
+    name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:32]
+    place, stamp = cache / "digests" / f"{name}.json", {"bytes": size, "mtime_ns": changed}
+    cached = object_in(place)
+    digest = cached.pop("sha256", None)
+    if isinstance(digest, str) and cached == stamp:
+        return digest
     digest = sha256_of(path)[:32]
-    if time.time() - before.st_mtime > SETTLED:
-        keep(places, stamp | {"sha256": digest})
+    if time.time() - changed / 1e9 > SETTLED:
+        with suppress(UserError):  # a cache that cannot be written costs time alone
+            write_text(place, json.dumps(stamp | {"sha256": digest}))
     return digest
 
 
@@ -46,34 +55,9 @@ def digest_below(path: str | Path) -> str:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def places_of(path: Path) -> list[Path]:
-    """The places for a file's cached digest; the first that can be written is used."""
-    real = Path(os.path.realpath(path))
-    name = hashlib.sha256(str(real).encode(errors="surrogateescape")).hexdigest()[:32]
-    places = [real.with_name(f".{real.name}.digest")]
-    cache = user_cache()
-    return places if cache is None else [*places, cache / "digests" / f"{name}.json"]
-
-
-def kept_in(place: Path, stamp: dict[str, int]) -> str:
-    """The digest cached in a place for a file with this stamp, or ""."""
-    kept = object_in(place)
-    digest = kept.pop("sha256", "")
-    return digest if isinstance(digest, str) and kept == stamp else ""
-
-
-def keep(places: list[Path], record: dict[str, object]) -> None:
-    """Write a record to the first place that can be written; if none can, the digest is computed again next time."""
-    for place in places:
-        try:
-            write_text(place, json.dumps(record))
-            return
-        except UserError:
-            continue

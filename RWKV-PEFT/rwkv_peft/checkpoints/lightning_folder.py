@@ -1,7 +1,7 @@
 """An adapter's folder as rwkv_lightning_cuda serves it: MiSS on an RWKV-7, beside a model that is never merged.
 
 adapter.json describes the layers, and adapter.pth holds each layer's D (out, rank) in 16 bits, under
-`blocks.N.att.key.weight.D`. With the sums S of the inputs whose numbers are equal modulo the rank it computes
+`blocks.N.att.key.weight.D`. With S, the sums of inputs with equal numbers modulo the rank, it computes
 y = W x + scale D S, which is bone with Dᵀ (https://github.com/Alic-Li/rwkv_lightning_cuda, src/miss).
 """
 
@@ -20,9 +20,8 @@ from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
 from .base import Base
 from .digest import sha256_of
-from .pth import read_tensors, require_file
-from .pth_writer import chunks, save_pth
 from .readable import read_settings
+from .tensors import chunks, read_tensors, require_file, save_pth
 
 MANIFEST, WEIGHTS = "adapter.json", "adapter.pth"
 SOURCE = "rwkv_lightning_cuda"
@@ -38,7 +37,7 @@ def is_lightning_folder(folder: str | Path) -> bool:
 
 def read_lightning_folder(folder: Path) -> Adapter:
     """Read a folder as a bone Adapter: the same numbers, in float32 with the scale in them if that is not 1. Raises
-    UserError for another format, and for tensors that are not those of the manifest."""
+    UserError for another format, and for tensors that differ from the manifest's."""
     manifest = read_settings(folder / MANIFEST)
     for name, due in FORM:
         if (value := manifest.get(name)) != due:
@@ -66,8 +65,8 @@ def read_lightning_folder(folder: Path) -> Adapter:
 
 
 def write_lightning_folder(folder: Path, adapter: Adapter, base: Base) -> str:
-    """Write a bone Adapter that was trained on a Base -> a phrase on what the runtime's float16 loses of it. The file
-    has bfloat16 if that holds every number. Raises UserError for an adapter that the runtime cannot serve."""
+    """Write a bone Adapter that was trained on a Base -> a phrase on the loss in the runtime's float16. The file has
+    bfloat16 if that holds every number. Raises UserError for an adapter that the runtime cannot serve."""
     refuse_unserved(adapter, base)
     modules = {module: params["bone"].t().contiguous() for module, params in adapter.modules().items()}
     fits = all(torch.equal(D.bfloat16().to(D.dtype), D) for D in modules.values())
@@ -119,8 +118,8 @@ def refuse_unserved(adapter: Adapter, base: Base) -> None:
 
 
 def content_version(manifest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """The SHA-256 by which the runtime knows a folder: of the manifest's compact JSON, its keys sorted, without this
-    entry, and of the tensors' bytes in the manifest's order."""
+    """The SHA-256 that identifies a folder to the runtime: of the manifest's compact JSON, its keys sorted, without
+    this entry, and of the tensors' bytes in the manifest's order."""
     told = {name: value for name, value in manifest.items() if name != "content_version"}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, separators=(",", ":")).encode())
     for tensor in tensors.values():

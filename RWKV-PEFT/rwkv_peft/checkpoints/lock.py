@@ -1,6 +1,10 @@
-"""Locks: a file that one process holds at a time and that names its holder, which lets one run use a folder and one
-process write a file. The system releases it when the process ends, however it ends."""
+"""Locks: a file that one process holds at a time, so that one run uses a folder and one process writes a file.
 
+filelock holds the file, and the system releases it when the process ends, however it ends. A description of the holder
+lies beside it, in FILE.json: its host, its process, and the time since when.
+"""
+
+import errno
 import fcntl
 import json
 import os
@@ -8,131 +12,76 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ..cli.errors import UNREADABLE, NotNow, told
-from .atomic import check_output, telling_failures, without_empty_folders
-from .readable import object_of
+from filelock import FileLock, Timeout
 
-LONGEST = 1000  # bytes that a holder writes about itself
-LEFT = 0.1  # seconds in which a holder may let go
-ASKED = 30.0  # seconds in which `holder` does, which shares a lock for a moment, or longer on a busy machine
+from ..cli.errors import NotNow
+from .atomic import CannotWrite, check_output, without_empty_folders, write_failure, write_text
+from .readable import object_in
+
+PATIENCE = 0.5  # seconds in which a process that only looks at a lock (holder) lets go of it
 LOCK = ".run.lock"
-OTHERS = "by another user, it seems; if not, remove {}"
 
 
 class Busy(Exception):
-    """Another process holds the file; the text says which, where, and since when."""
-
-
-class NoLocks(Exception):
-    """The file system has no locks; the text is its error."""
+    """Another process holds the file; the text describes that process."""
 
 
 @contextmanager
 def hold(path: Path) -> Iterator[None]:
-    """Make the lock file `path` in an existing folder, hold it, and remove it afterwards. Raises Busy if another
-    process holds it, NoLocks if the file system has none, OSError if the file cannot be made."""
-    with _locked(path) as file:
-        try:
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            if file.writable():
-                file.truncate()
-                file.write(json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}).encode())
-            yield
-        finally:
+    """Hold the lock file `path` in an existing folder, and remove it afterwards. Raises Busy if another process holds
+    it, OSError if the file cannot be made or its file system has no locks."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=PATIENCE, poll_interval=0.01)
+    except Timeout:
+        raise Busy(describe(object_in(beside(path)))) from None
+    try:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_text(beside(path), json.dumps({"host": platform.node(), "process": os.getpid(), "since": now}))
+        yield
+    finally:
+        for file in (beside(path), path):  # while it is held, so that whoever has opened it sees that it is gone
             with suppress(OSError):  # a folder that is read-only by now must not hide the body's own exception
-                path.unlink()  # while it is held, so that whoever has opened it sees that it is gone (_is_at)
+                file.unlink()
+        lock.release()
 
 
-def _locked(path: Path) -> FileIO:
-    """The file at `path`, made if it is missing, open and locked."""
-    began = time.monotonic()
-    while True:
-        file = _opened(path)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with file:
-                if time.monotonic() > began + (LEFT if _is_held(file) else ASKED):
-                    raise Busy(_holder(file)) from None
-            time.sleep(0.005)
-            continue
-        except OSError as error:
-            with file:
-                if not file.writable():  # NFS takes no lock of one that is opened to be read
-                    raise Busy(OTHERS.format(path)) from None
-            with suppress(OSError):
-                path.unlink()
-            raise NoLocks(str(error)) from None
-        except BaseException:
-            file.close()
-            raise
-        if _is_at(file, path):
-            return file
-        file.close()  # its holder removed it after it was opened here
+def beside(path: Path) -> Path:
+    """The path of the description of a lock file's holder."""
+    return path.with_name(f"{path.name}.json")
 
 
-def _opened(path: Path) -> FileIO:
-    """Open the file at `path`, made if it is missing; another user's, who can be locked out all the same, to be read.
-    Raises Busy if that user lets nobody read it. No link is followed, because the text would be written elsewhere."""
-    try:
-        return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
-    except PermissionError:
-        if not os.path.lexists(path):
-            raise
-    try:
-        return FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")
-    except PermissionError:
-        raise Busy(OTHERS.format(path)) from None
-
-
-def _is_held(file: FileIO) -> bool:
-    """Tell whether a process holds a lock alone, rather than shares it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
-
-
-def _is_at(file: FileIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _holder(file: FileIO) -> str:
-    """The file's holder, as it described itself in the file."""
-    try:
-        values = json.loads(file.read(LONGEST))
-        return f"process {values['process']} on {values['host']}, since {values['since']}"
-    except UNREADABLE as error:  # it has not written yet
-        return f"another process, which does not say who it is ({told(error)})"
+def describe(holder: dict[str, Any]) -> str:
+    """A holder in words: "process 12 on node-3, since 2026-01-31 12:00:00"."""
+    if not holder:
+        return "another process"  # which has written nothing yet
+    return f"process {holder.get('process')} on {holder.get('host')}, since {holder.get('since')}"
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """Return what the process that holds a lock file says of itself (host, process, since), {} if it says nothing; None
-    if no process holds it."""
+    """The description of the process that holds a lock file (host, process, since), {} if it has written none; None if
+    no process holds the file."""
     try:
-        file = FileIO(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "r")  # a pipe would be waited for
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
     except OSError:
         return None
-    with file:
-        if not _is_held(file):
-            return None
-        return object_of(file.read(LONGEST))
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError:
+        return object_in(beside(path))
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--proj_dir") -> Iterator[None]:
     """Lock a run's folder, given as `flag`; make it if it is missing, and remove it again if it stays empty. Raises
-    UserError if it cannot be written, NotNow if another process holds it; if the file system has no locks, `say` tells
-    so and the run goes on."""
-    real = Path(os.path.realpath(folder))  # mkdir fails on a link whose target does not exist yet
+    UserError if it cannot be written, NotNow if another process holds it."""
+    real = Path(os.path.realpath(folder))  # mkdir fails on a link to a folder that does not exist yet
     with without_empty_folders(real), ExitStack() as stack:
         check_output(flag, folder / "checkpoints" / "state.json", [])
         real.mkdir(parents=True, exist_ok=True)
@@ -143,8 +92,7 @@ def alone_in(folder: Path, say: Callable[..., object] = print, flag: str = "--pr
 @contextmanager
 def alone_at(path: Path, say: Callable[..., object] = print) -> Iterator[None]:
     """Be the only process that writes a file, given as --output, by a lock beside it; make its folder if it is missing,
-    and remove that again if it stays empty. Raises NotNow if another process holds the lock; if the file system has
-    no locks, `say` tells so."""
+    and remove that again if it stays empty. Raises NotNow if another process holds the lock."""
     with without_empty_folders(path.parent), ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock")
@@ -153,12 +101,14 @@ def alone_at(path: Path, say: Callable[..., object] = print) -> Iterator[None]:
 
 
 def enter(stack: ExitStack, lock: Path, given: str, busy: str, instead: str, say: Callable[..., object]) -> None:
-    """Hold a lock until the stack is closed. For messages, `given` is the flag and its path, `busy` what the lock's
-    holder does, and `instead` what to name instead."""
+    """Hold a lock until the stack is closed. For messages, `given` is the flag and its path, `busy` the work of the
+    lock's holder, and `instead` a name to give instead. If the file system has no locks, `say` prints a warning."""
     try:
-        with telling_failures(lock, f"name {instead}"):
-            stack.enter_context(hold(lock))
+        stack.enter_context(hold(lock))
     except Busy as error:
         raise NotNow(f"{given}: {busy} ({error}); wait for it, or name {instead}") from None
-    except NoLocks as error:
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise CannotWrite(f"cannot write {lock}: {write_failure(error, lock)}; name {instead}") from error
+        lock.unlink(missing_ok=True)
         say(f"output    {given} cannot be locked ({error}): start nothing else that writes there")

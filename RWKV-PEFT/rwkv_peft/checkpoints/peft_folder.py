@@ -1,6 +1,6 @@
 """Adapters in folders of Hugging Face peft, over layers of an RWKV model.
 
-peft's "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also say "bat-in".
+peft's "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also have "bat-in".
 """
 
 import json
@@ -19,9 +19,8 @@ from ..cli.numeric import is_finite, is_whole
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, Origin, target_names
 from .atomic import atomic_write
-from .pth import read_tensors
 from .readable import choice_in, read_settings, require_readable
-from .safetensors_file import read_safetensors, save_safetensors
+from .tensors import read_safetensors, read_tensors, save_safetensors
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 HF_PREFIX = "base_model.model."
@@ -74,7 +73,7 @@ def replacing(folder: Path) -> Iterator[tuple[Path, Path]]:
 def read_hf_folder(folder: str | Path) -> Adapter:
     """Read the Adapter in a folder saved by Hugging Face peft: BONE, MISS or plain LORA over layers of an RWKV model.
 
-    Module names may be official ones or those of a Hugging Face RWKV model. Raises UserError for missing files, another
+    Module names are official, or a Hugging Face RWKV model's. Raises UserError for missing files, another
     kind of adapter, and settings that merging cannot honour.
     """
     folder = Path(folder)

@@ -1,21 +1,44 @@
-"""Checks that a file can be read before any work begins, with an error for each obstacle, and reads settings."""
+"""Reads files from anywhere: the one guard that turns damage into a message, checks of paths, and settings in JSON."""
 
 import json
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..cli.errors import UserError, told
 
 WINDOWS = re.compile(r"([A-Za-z]):[\\/](.*)")  # a path with its drive
-MOST_BYTES = 1 << 24  # of a JSON object that tells of other files, whose values may take twenty times as much memory
+MOST_BYTES = 1 << 24  # of a text that is read whole, such as a template
 SHOWN = 5  # files of a folder that a message names
 
 
+@contextmanager
+def reading(
+    path: str | Path, finding: str = "cannot be read", remedy: str = "download or copy it again"
+) -> Iterator[None]:
+    """Turn whatever a damaged file raises within into a UserError: "PATH FINDING: the library's reason; REMEDY".
+
+    Readers inside are straight code, because libraries raise errors of every type for damaged files. A UserError
+    passes unchanged.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} {finding}: {told(error)}; {remedy}") from error
+
+
+def require_file(path: str | Path) -> Path:
+    """`path` as a Path. Raises UserError unless it is a file, not a pipe or device, that can be read."""
+    return require_readable(path, f"{path} does not exist; check the name", again=True)
+
+
 def require_readable(path: str | Path, missing: str, again: bool = False) -> Path:
-    """Return `path` as a Path to a file that opens for reading. Raises UserError with the text `missing` if nothing is
+    """`path` as a Path to a file that opens for reading. Raises UserError with the text `missing` if nothing is
     there; also for a folder, a file that may not be read, and a pipe or device if it is to be read `again`."""
     path = Path(path)
     try:
@@ -47,8 +70,8 @@ def within(root: Path, name: str | Path) -> Path | None:
 
 
 def home_meant(path: str | Path) -> str:
-    """The remark on a path whose ~ no shell has replaced, as behind a flag's = or in quotes, and on one of Windows; ""
-    for any other path."""
+    """The remark on a path with a ~ that no shell has replaced, as behind a flag's = or in quotes, and on one of
+    Windows; "" for any other path."""
     meant, windows = os.path.expanduser(path), WINDOWS.fullmatch(str(path))
     if (meant == str(path) and not windows) or os.path.lexists(Path(path).parts[0]):
         return ""
@@ -70,8 +93,7 @@ def choice_in(folder: str | Path, *endings: str) -> str:
 
 
 def read_short(path: Path, most: int = MOST_BYTES, given: str = "") -> str:
-    """Read a text in UTF-8, with any line ends. Raises UserError for one of more than `most` bytes, because a device
-    has no end; `given` names it there with its flag."""
+    """The text of a file in UTF-8, with any line ends, of at most `most` bytes. `given` names it in messages."""
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -87,29 +109,24 @@ def files_below(path: str | Path) -> list[Path]:
 
 def object_of(text: str | bytes) -> dict[str, Any]:
     """The object that a text is in JSON, {} if it is none."""
-    try:
+    with suppress(ValueError, RecursionError):
         value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def object_in(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file of at most MOST_BYTES, {} if there is none, or none that can be read."""
+    """The object in a JSON file, {} if there is none, or none that can be read."""
     with suppress(OSError):
-        if os.path.isfile(path) and os.path.getsize(path) <= MOST_BYTES:
+        if os.path.isfile(path):
             return object_of(Path(path).read_bytes())
     return {}
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file. Raises UserError if it holds none, or is a pipe, a device or too large."""
-    if not path.is_file() or path.stat().st_size > MOST_BYTES:
-        raise UserError(f"{path} is no file of settings, of at most {MOST_BYTES >> 20} MiB; copy it again")
-    try:
+    """The object in a JSON file. Raises UserError if there is none."""
+    with reading(require_file(path), "is not JSON", "copy it again"):
         settings = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {told(error)}; copy it again") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings, but a {type(settings).__name__}; copy it again")
     return settings

@@ -21,8 +21,7 @@ from ..models import FAMILIES
 from ..models.family import Family
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write
-from .pth import read_tensors
-from .pth_writer import save_pth
+from .tensors import read_tensors, save_pth
 
 SOURCE = "RWKV-PEFT"  # in the metadata of adapters read here
 # the prefix of keys in PiSSA's init files since 2025-02, when RWKV-PEFT began to wrap the model
@@ -43,10 +42,10 @@ def read_rwkv_peft(
 ) -> Adapter:
     """Read the Adapter in a flat .pth of RWKV-PEFT: .bone, .disha, LoRA, PiSSA, time states, whole tensors.
 
-    mode names the variant of 3-D .bone tensors if neither the file nor base (a state dict, for its shapes) tells it;
-    init is the path of PiSSA's init file; alpha is LoRA's, which RWKV-PEFT does not save. Keys may have a wrapper's
-    prefix. Raises UserError as read_tensors does, for a file that is a model or mixes kinds of adapter, and if the
-    variant or alpha is unknown.
+    mode names the variant of 3-D .bone tensors if it follows neither from the file nor from base (a state dict, for its
+    shapes); init is the path of PiSSA's init file; alpha is LoRA's, which RWKV-PEFT does not save. Keys may have a
+    wrapper's prefix. Raises UserError as read_tensors does, for a file that is a model or mixes kinds of adapter, and
+    if the variant or alpha is unknown.
     """
     state = unwrapped(read_tensors(path))
     adapter = Adapter(state, AdapterMetadata(NONE, source=SOURCE))
@@ -99,7 +98,7 @@ def read_rwkv_peft(
 
 
 def absent(state: Mapping[str, torch.Tensor], family: Family) -> list[str]:
-    """The keys that tell a whole model of a generation from an adapter, of those that a state lacks."""
+    """The keys that a whole model of a generation has, unlike an adapter, and that a state lacks."""
     matrices = (f"blocks.0.{target}.weight" for target in (family.targets[0], family.targets[-1]))
     return [key for key in (*OUTSIDE, *matrices) if key not in state]
 
@@ -163,7 +162,7 @@ def _block_affine_variant(
     path: str | Path, tensors: Mapping[str, torch.Tensor], mode: str | None, base: Mapping[str, torch.Tensor] | None
 ) -> str:
     """The variant of 3-D .bone tensors, bat-in or bat-out, by the layers that are not square in base, or else by mode.
-    Raises UserError if neither tells it, or the layers contradict each other."""
+    Raises UserError if neither decides it, or the layers contradict each other."""
     if base is not None and not any(f"{module}.weight" in base for module in tensors):
         raise UserError(
             f"{path}: its tensors have no place in the base, as there is no {next(iter(tensors))}.weight; it was "
@@ -241,8 +240,8 @@ def write_rwkv_peft(
 
     parameter names Bone's tensors: "disha" (RWKV-PEFT since 2025-02) or "bone" (before). Method.upstream converts a
     method's tensors; some methods need base (a state dict). PiSSA writes a second file, `init_<name>`, which must not
-    exist yet; its keys have the PREFIX that RWKV-PEFT's newest merger needs and that mergers from before 2025-02 do not
-    know. Raises UserError for a method that RWKV-PEFT does not have.
+    exist yet; its keys have the PREFIX that RWKV-PEFT's newest merger needs and that mergers from before 2025-02
+    refuse. Raises UserError for a method that RWKV-PEFT does not have.
     """
     path, metadata = Path(path), adapter.metadata
     own: dict[str, torch.Tensor] = {}

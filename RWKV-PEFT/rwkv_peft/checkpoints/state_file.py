@@ -20,15 +20,14 @@ from .adapter_file import METADATA_KEY, AdapterMetadata, read_own
 from .adapters import adapter_of_run
 from .atomic import atomic_write
 from .base import Base, save_model
-from .pth import read_tensors
 from .rwkv_peft_file import unwrapped
-from .safetensors_file import read_safetensors, save_safetensors
+from .tensors import read_safetensors, read_tensors, save_safetensors
 
 WEB = (".st", ".state", ".safetensors")
 
 
 class StateFile(NamedTuple):
-    """A file of states: its path, {key: tensor} as in a .pth, and metadata, which may tell the base."""
+    """A file of states: its path, {key: tensor} as in a .pth, and metadata, which may name the base."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -105,5 +104,5 @@ def write_states(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def swapped_states(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Turn {key: time state} from the layout of a .pth into that of web-rwkv and Ai00, or the other way round."""
+    """{key: time state} in a .pth's layout -> in web-rwkv's and Ai00's, or the other way round."""
     return {key: swapped(tensor) if tensor.dim() > 1 else tensor for key, tensor in tensors.items()}

@@ -99,7 +99,6 @@ class TrainBatches:
     def _batches(self) -> Iterator[TrainBatch]:
         cursor = self.samples_seen
         while True:
-            require_unchanged(self.samples)
             of_step = {"step_count": self.step_count(cursor), "sources": self.shares(cursor)}
             for micro_batch in range(self.accumulate):
                 yield self.batch(cursor, micro_batch) | of_step
@@ -126,7 +125,6 @@ class EvalBatches:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index in range(len(self)):
             first = (index * self.groups + self.group) * self.micro_bsz
-            require_unchanged(self.samples)
             batch = self.samples.collate([self._row(n) for n in range(first, first + self.micro_bsz)])
             yield batch | {"samples": self.samples, "first": first}
 
@@ -143,12 +141,6 @@ def row_of(counted: torch.Tensor, rows: Sequence[Sample], length: int) -> torch.
     """The row of each of the positions `counted` (n,) in a batch of rows, which are `length` each unless packed."""
     lengths = [sum(len(mask) for _, mask in row) if isinstance(row, list) else length for row in rows]
     return torch.bucketize(counted, torch.tensor(lengths).cumsum(0), right=True)
-
-
-def require_unchanged(samples: Samples) -> None:
-    """Raise UserError if a file that samples are read from was cut since."""
-    for part in samples.parts:
-        part.dataset.require_unchanged()
 
 
 def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:

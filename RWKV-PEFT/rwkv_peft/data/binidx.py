@@ -10,8 +10,6 @@ in an answer labelled undesirable. An optional PREFIX.weights holds the weight o
 
 import os
 import struct
-import time
-import warnings
 from bisect import bisect_right
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +18,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..checkpoints.digest import digest_of
-from ..checkpoints.mapped import Mapped, Stamp
 from ..checkpoints.readable import choice_in, require_readable
 from ..cli.errors import UserError
 from .prefix import ENDINGS, binidx_prefix
@@ -49,7 +46,7 @@ def counting(stored: np.ndarray) -> int:
     return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
 
 
-class BinidxDataset(Mapped):
+class BinidxDataset:
     """A .bin/.idx pair, memory-mapped and validated when opened.
 
     len(dataset) documents; dataset[i] is document i's tokens; tokens (all documents, 1-D), mask (uint8 by
@@ -70,26 +67,11 @@ class BinidxDataset(Mapped):
         )
         if self.weights is not None and not (np.isfinite(self.weights) & (self.weights >= 0)).all():
             raise UserError(f"{self.weights_path}: holds a weight that is negative or no number; {REMEDY}")
-        self.vocab_size: int | None = None  # of the model, once it is checked
-        companions = {self.mask_path: self.mask, self.weights_path: self.weights}
-        mapped = [self.idx_path, self.bin_path, *(path for path, found in companions.items() if found is not None)]
-        self.stamps = {path: Stamp.of(path) for path in mapped}
 
     def digest(self, with_mask: bool) -> str:
         """The digests of the files, with the mask's if that counts, one behind the other."""
         paths = [self.bin_path, self.idx_path, *([self.mask_path] if with_mask and self.mask is not None else [])]
         return "".join(map(digest_of, [*paths, *([] if self.weights is None else [self.weights_path])]))
-
-    def judge(self, path: str | Path) -> None:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(os.path.getmtime(path)))
-        warnings.warn(
-            f"{path} was touched or overwritten while it is read, at {when}: from here on the tokens are those that it "
-            "holds now",
-            stacklevel=3,
-        )
-        now_there = BinidxDataset(self.prefix)
-        if self.vocab_size is not None:
-            now_there.check_vocab(self.vocab_size)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -109,7 +91,6 @@ class BinidxDataset(Mapped):
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError if a token is no id below vocab_size; read .bin once unless its dtype rules that out."""
-        self.vocab_size = vocab_size
         if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
             return
         for start in range(0, len(self.tokens), CHUNK):

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..checkpoints.atomic import check_output, temporary_beside
-from ..checkpoints.mapped import Stamp
+from ..checkpoints.digest import stamp_of
 from ..checkpoints.readable import files_below
 from ..cli.errors import UserError
 from ..cli.parser import counted
@@ -102,7 +102,7 @@ def key_of(settings: EncodeSettings, split: str, drop: bool, shard_tokens: int, 
     """A hash of all that shapes the files of a command, its inputs by name, size and time of change: a command goes on
     from the files that one with the same key left."""
     files = (file for path in inputs for file in files_below(path) if os.path.exists(file))  # reading tells the others
-    stamps = [(str(file.resolve()), *Stamp.of(file)[2:]) for file in files]
+    stamps = [(str(file.resolve()), *stamp_of(file)) for file in files]
     content = [FORMAT, asdict(settings), encoder(settings).tokenizer.vocab_size, split, drop, shard_tokens, stamps]
     return hashlib.blake2b(json.dumps(content).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 

@@ -61,7 +61,7 @@ class ShardedDataset(BinidxDataset):
                     f"{manifest}: {part.bin_path} holds {part.dtype.name} and {first.bin_path} {first.dtype.name}, "
                     f"which are not shards of one set; {REMEDY}"
                 )
-        self.dtype, self.vocab_size = first.dtype, None
+        self.dtype = first.dtype
         sizes = [len(part.tokens) for part in self.parts]
         self.tokens = Chain([part.tokens for part in self.parts], sizes, self.dtype, 0)  # type: ignore[assignment]
         masks, weights = [part.mask for part in self.parts], [part.weights for part in self.parts]
@@ -74,14 +74,9 @@ class ShardedDataset(BinidxDataset):
         self.sizes = np.concatenate([part.sizes for part in self.parts])
         ends = np.cumsum(self.sizes, dtype=np.int64)
         self.pointers = (ends - self.sizes) * self.dtype.itemsize
-        self.stamps = {path: stamp for part in self.parts for path, stamp in part.stamps.items()}
 
     def digest(self, with_mask: bool) -> str:
         return "".join(part.digest(with_mask) for part in self.parts)
-
-    def require_unchanged(self, by_name: bool = False) -> None:
-        for part in self.parts:
-            part.require_unchanged(by_name)
 
     def check_vocab(self, vocab_size: int) -> None:
         for part in self.parts:

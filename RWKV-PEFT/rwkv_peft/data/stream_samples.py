@@ -11,12 +11,10 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..checkpoints.mapped import Stamp
 from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..config import DataConfig
@@ -41,29 +39,22 @@ class Windows(NamedTuple):
 
 
 class HeldDataset(BinidxDataset):
-    """Documents in memory as a BinidxDataset; stamps are of the files that they come from."""
+    """Documents in memory as a BinidxDataset."""
 
     mask: np.ndarray
 
     def __init__(self, rows: RowGroups, part: Encoded, dtype: np.dtype) -> None:
         self.prefix = self.bin_path = self.idx_path = self.mask_path = self.weights_path = str(rows.files[0])
-        self.dtype, self.vocab_size = dtype, None
+        self.dtype = dtype
         self.tokens, self.mask = np.frombuffer(part.tokens, dtype), np.frombuffer(part.mask, np.uint8)
         self.sizes = np.array(part.sizes, dtype=np.int32)
         ends = np.cumsum(self.sizes, dtype=np.int64)
         self.pointers = (ends - self.sizes) * dtype.itemsize
         weights = np.array(part.weights, dtype=np.float32)
         self.weights = weights if (weights != 1).any() else None
-        self.stamps = {str(file): Stamp.of(file) for file in rows.files}
-        sizes = [(path.name, self.stamps[str(path)].size) for path in rows.files]
+        sizes = [(path.name, path.stat().st_size) for path in rows.files]
         groups = [group.rows for group in rows.groups]
         self.identity = hashlib.sha256(repr((sizes, groups)).encode(errors="surrogateescape")).hexdigest()
-
-    def require_unchanged(self, by_name: bool = True) -> None:
-        super().require_unchanged(by_name)
-
-    def judge(self, path: str | Path) -> None:
-        """Pass any content of the same size: rows are read, and judged, group by group."""
 
     def digest(self, with_mask: bool) -> str:
         """The names and sizes of the files and of their groups of rows: reading all would take what --stream saves."""

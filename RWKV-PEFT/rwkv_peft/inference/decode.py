@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ..checkpoints.pth_writer import dtype_name
+from ..checkpoints.tensors import dtype_name
 from ..cli.errors import UserError
 from ..models.parts import LanguageModel
 from ..models.state import State

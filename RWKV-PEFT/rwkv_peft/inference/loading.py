@@ -9,8 +9,8 @@ import torch
 
 from ..checkpoints.adapters import AdapterSource, source_of
 from ..checkpoints.base import Base, base_of, open_base, save_model
-from ..checkpoints.pth_writer import DTYPES
 from ..checkpoints.state_file import read_states
+from ..checkpoints.tensors import DTYPES
 from ..cli.errors import UserError
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..data.tokenizer import Tokenizer

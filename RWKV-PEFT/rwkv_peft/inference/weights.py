@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.digest import digest_of
-from ..checkpoints.safetensors_file import read_safetensors, save_safetensors
+from ..checkpoints.tensors import read_safetensors, save_safetensors
 from ..cli.errors import UserError
 from ..models.parts import HeadFunction
 from ..ops.decode import BITS, BLOCK, Blocks, product, quantize

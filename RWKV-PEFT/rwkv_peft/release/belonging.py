@@ -7,8 +7,8 @@ import torch
 
 from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.base import Base
-from ..checkpoints.pth_writer import TensorSpec
 from ..checkpoints.rwkv_peft_file import SOURCE as RWKV_PEFT
+from ..checkpoints.tensors import TensorSpec
 from ..cli.errors import UserError, short
 from ..config import ModelConfig
 from ..models import FAMILIES, family_named

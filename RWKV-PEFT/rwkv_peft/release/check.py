@@ -21,8 +21,8 @@ from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.adapters import source_of
 from ..checkpoints.atomic import scratch_folder
 from ..checkpoints.base import Base, open_base
-from ..checkpoints.pth_writer import save_pth
 from ..checkpoints.state_file import read_states
+from ..checkpoints.tensors import save_pth
 from ..cli.errors import UserError, told
 from ..cli.parser import counted
 from ..models.state import State, split_time_states, state_of

@@ -15,10 +15,8 @@ from ..checkpoints.adapters import AdapterSource, product_of_run
 from ..checkpoints.base import Base, base_of
 from ..checkpoints.lightning_folder import is_lightning_folder
 from ..checkpoints.peft_folder import is_adapter_folder
-from ..checkpoints.pth import read_tensors
-from ..checkpoints.pth_writer import dtype_name
 from ..checkpoints.rwkv_peft_file import unwrapped
-from ..checkpoints.safetensors_file import read_safetensors
+from ..checkpoints.tensors import dtype_name, read_safetensors, read_tensors
 from ..cli.errors import UserError, in_line, short
 from ..cli.parser import counted
 from ..models.state import check_time_states, is_time_state

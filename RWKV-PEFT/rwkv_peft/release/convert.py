@@ -19,11 +19,9 @@ from ..checkpoints.atomic import check_output
 from ..checkpoints.base import Base, base_of, open_base
 from ..checkpoints.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
 from ..checkpoints.peft_folder import CONFIG, TENSORS, is_adapter_folder
-from ..checkpoints.pth import read_tensors
-from ..checkpoints.pth_writer import DTYPES
 from ..checkpoints.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
-from ..checkpoints.safetensors_file import read_safetensors
 from ..checkpoints.state_file import is_own, read_states, write_states
+from ..checkpoints.tensors import DTYPES, read_safetensors, read_tensors
 from ..cli.errors import UserError, short, some
 from ..cli.parser import counted
 from ..data.asked import clean_beside

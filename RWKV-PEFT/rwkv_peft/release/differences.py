@@ -14,7 +14,7 @@ import torch
 from ..adapters.quant import roundtrip, row_unit
 from ..checkpoints.adapter_file import Adapter, AdapterMetadata
 from ..checkpoints.base import Base
-from ..checkpoints.pth_writer import dtype_name
+from ..checkpoints.tensors import dtype_name
 from ..models.state import is_time_state
 from .definitions import DEFINITIONS, Params, less_first_factors
 

@@ -13,10 +13,8 @@ import torch
 
 from ..checkpoints.atomic import atomic_write
 from ..checkpoints.base import Base
-from ..checkpoints.pth import read_tensors
-from ..checkpoints.pth_writer import TensorSpec, dtype_name, write_pth
 from ..checkpoints.readable import choice_in, read_settings
-from ..checkpoints.safetensors_file import read_safetensors, write_safetensors
+from ..checkpoints.tensors import TensorSpec, dtype_name, read_safetensors, read_tensors, write_pth, write_safetensors
 from ..cli.errors import UserError
 from ..cli.numeric import all_finite
 from ..models import FAMILIES

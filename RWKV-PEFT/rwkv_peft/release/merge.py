@@ -16,10 +16,8 @@ import torch
 
 from ..adapters.quant import roundtrip
 from ..checkpoints.adapter_file import Adapter
-from ..checkpoints.base import Base
-from ..checkpoints.fingerprint import fingerprint_of, sample
-from ..checkpoints.pth import stream_tensors
-from ..checkpoints.pth_writer import DTYPES, TensorSpec, dtype_name
+from ..checkpoints.base import Base, fingerprint_of, sample
+from ..checkpoints.tensors import DTYPES, TensorSpec, dtype_name, stream_tensors
 from ..cli.errors import UserError
 from ..cli.numeric import all_finite
 from .ahead import ahead

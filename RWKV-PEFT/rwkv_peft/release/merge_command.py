@@ -14,9 +14,8 @@ from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.adapters import adapter_of_run, source_of
 from ..checkpoints.atomic import atomic_write, check_output, require_room, same_file
 from ..checkpoints.base import Base, open_base
-from ..checkpoints.pth import stream_tensors
-from ..checkpoints.pth_writer import DTYPES, TensorSpec, dtype_name, write_pth
 from ..checkpoints.state_file import check_state_output, read_states, write_states
+from ..checkpoints.tensors import DTYPES, TensorSpec, dtype_name, stream_tensors, write_pth
 from ..cli.errors import UserError, in_line
 from ..cli.names import NONE
 from ..cli.parser import counted

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..checkpoints.peft_folder import read_config, read_folder_tensors, replacing
-from ..checkpoints.safetensors_file import save_safetensors
+from ..checkpoints.tensors import save_safetensors
 from ..cli.errors import UserError
 
 OTHER = MappingProxyType({"BONE": "MISS", "MISS": "BONE"})

@@ -14,8 +14,8 @@ import torch
 
 from ..checkpoints.atomic import scratch_folder
 from ..checkpoints.base import Base, open_base
-from ..checkpoints.pth_writer import save_pth
 from ..checkpoints.state_file import read_states
+from ..checkpoints.tensors import save_pth
 from ..cli.errors import UserError, told
 from ..config import ModelConfig
 from ..data.tokenizer import WorldTokenizer

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..adapters.inject import InjectReport
 from ..adapters.methods import method_of
-from ..checkpoints.pth_writer import DTYPES
+from ..checkpoints.tensors import DTYPES
 from ..cli.names import NONE, STATE
 from ..cli.parser import counted
 from ..config import AIM, FEW, MOST_EPOCHS, AdapterConfig, RunConfig

@@ -11,7 +11,7 @@ from ..adapters.methods import method_of
 from ..checkpoints.adapters import read_adapter
 from ..checkpoints.atomic import check_output
 from ..checkpoints.base import Base, open_base
-from ..checkpoints.pth_writer import DTYPES
+from ..checkpoints.tensors import DTYPES
 from ..cli.names import ADAPTER, MODEL, STATE
 from ..config import AdapterConfig, RunConfig
 from ..data.batches import TrainBatches

@@ -163,7 +163,7 @@ def require_more_to_train(inputs: Inputs, leads: bool) -> str:
 
 
 def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
-    """Let the ranks meet and compare what each is about to do; watch the files that this one maps."""
+    """Let the ranks meet and compare what each is about to do."""
     config, checkpoint, shared = inputs.config, inputs.checkpoint, {}
     if ranks.world.size > 1:
         others = {
@@ -175,9 +175,6 @@ def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
         }
         shared = passport(config, inputs.identity, others)
     ranks.meet(shared, inputs.folder, config.train.stall_minutes)
-    assert ranks.watch is not None  # because they have met
-    datasets = [part.dataset for samples in (inputs.samples, *inputs.measured.values()) for part in samples.parts]
-    ranks.watch.watch_files([*filter(None, (inputs.base, inputs.teacher, inputs.stored)), *datasets])
 
 
 @contextmanager

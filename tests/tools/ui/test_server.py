@@ -315,7 +315,7 @@ def test_a_command_that_is_killed_is_told(server, folder):
         time.sleep(0.1)
     (run,) = [run for run in server.json("/api/runs") if run["folder"] == "killed"]
     assert run["running"] and run["flags"]["load_model"] == "base.pth" and run["steps"] >= 500
-    os.kill(json.loads(lock.read_text())["process"], signal.SIGKILL)
+    os.kill(json.loads(lock.with_name(".run.lock.json").read_text())["process"], signal.SIGKILL)
     assert wait_for(server, job)["code"] not in (0, None)
     status, text = server.ask("/api/runs/stop", {"folder": "killed"})
     assert status == 400 and "does not run" in text
@@ -357,6 +357,7 @@ def test_strangers_folders_hide_no_other_run(server, folder, tmp_path):
         "config.json": [deep, '{"flags": {"a": 1e999, "b": "\\ud800"}}', "pipe", secret],
         "metrics.jsonl": [f'{deep}\n{{"step": 1, "loss": 1e999}}\n', '{"a": "\\ud800"}\n', "pipe", secret],
         ".run.lock": ["", "", "pipe", secret],
+        ".run.lock.json": ["", "", "pipe", secret],
         "answers.jsonl": ["", "", "pipe", secret],
         os.fsdecode(b"\xff"): ["", "", "pipe", secret],
     }

@@ -82,7 +82,6 @@ class Catalog:
         if len(self.voices) >= self.most:
             raise Refused(409, f"{self.args.max_loaded} are loaded; drop one, or start with a larger --max_loaded")
         try:
-            self.base.require_unchanged()
             voice = self._adapter(name, path) if kind == "adapter" else self._state(name, path)
         except (UserError, OSError) as error:
             message = str(error).replace(str(path), file).replace(str(self.args.model), self.own.name)

@@ -10,7 +10,7 @@ import torch
 from ...adapters.inject import InjectReport
 from ...checkpoints.atomic import room_at
 from ...checkpoints.base import Base
-from ...checkpoints.pth_writer import DTYPES
+from ...checkpoints.tensors import DTYPES
 from ...cli.errors import UserError
 from ...cli.names import NONE
 from ...cli.parser import counted

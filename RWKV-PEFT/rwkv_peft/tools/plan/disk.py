@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from ...checkpoints.base import Base
-from ...checkpoints.pth_writer import DTYPES
+from ...checkpoints.tensors import DTYPES
 from ...cli.names import STATE
 from ...config import TrainConfig
 from ...models.state import time_state_shapes

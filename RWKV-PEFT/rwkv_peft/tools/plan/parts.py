@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
-from ...checkpoints.pth_writer import DTYPES
+from ...checkpoints.tensors import DTYPES
 from ...cli.names import NONE
 from ...config import BUCKET, AdapterConfig, ModelConfig, RunConfig
 from ...inference.reading import PREFILL

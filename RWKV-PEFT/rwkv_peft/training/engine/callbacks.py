@@ -10,10 +10,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
 
-from ...checkpoints.base import Base
-from ...checkpoints.mapped import Mapped
 from ...cli.errors import hangup_signals
 from ...cli.names import METRICS
 from ...data.batches import TrainBatch
@@ -240,29 +237,3 @@ class StopSignals(pl.Callback):
             signal.signal(number, ask)
         for number in hangup_signals():
             signal.signal(number, hang_up)
-
-
-class FileGuard(pl.Callback):
-    """Raises UserError if a file was overwritten that weights, or what a teacher said, are mapped from. It checks at
-    the start and after every micro batch, and must stand before the callbacks that record and save a step."""
-
-    def __init__(self, run: Prepared) -> None:
-        self.models = [(run.saver.base, run.model), *([] if run.teacher is None else [run.teacher])]
-        self.mapped: list[Mapped] = [] if run.inputs.stored is None else [run.inputs.stored]
-
-    def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        for base, model in self.models:
-            if base is not None:
-                base.require_unchanged()
-                self.mapped += [base] * is_mapped(base, model)
-
-    def on_train_batch_end(self, trainer: Any, lit: Lit, *of_batch: Any) -> None:
-        for mapped in self.mapped:
-            mapped.require_unchanged()
-
-
-def is_mapped(base: Base, model: nn.Module) -> bool:
-    """Tell whether a weight of the model lies in the mapped file of its base, as on a CPU in the file's dtype."""
-    mapped = {tensor.untyped_storage().data_ptr() for tensor in base.tensors.values()}
-    held = (tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cpu")
-    return any(tensor.untyped_storage().data_ptr() in mapped for tensor in held)

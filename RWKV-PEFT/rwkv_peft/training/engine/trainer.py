@@ -13,7 +13,6 @@ A step does, in this order, for each of its micro batches:
     DeepSpeedEngine.step                    after the last micro batch: sum over ranks, clip, the optimizer's step
     Moves.on_train_batch_end                tell the watch that the step is done
     FiniteGradients.on_train_batch_end      stop the run if the gradient norm is not finite
-    FileGuard.on_train_batch_end            end the run if its base was written over
     Record.on_train_batch_end               validate, ask questions, write metrics, draw the bar
     Save.on_train_batch_end                 save, if it is time; stop after the last step
     Lit.on_train_batch_end                  count the step
@@ -45,7 +44,7 @@ from ..step.shared import SharedRows, SharedSegments
 from ..step.steps import Segments, Step, Whole
 from ..step.stored import StoredTeacher
 from ..step.teacher import Teacher
-from .callbacks import FileGuard, FiniteGradients, Moves, Record, Save, StopSignals
+from .callbacks import FiniteGradients, Moves, Record, Save, StopSignals
 from .prepared import Prepared
 from .strategy import make_strategy
 
@@ -154,12 +153,5 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=run.folder,
-        callbacks=[
-            Moves(run.watch),
-            FiniteGradients(accumulate),
-            FileGuard(run),
-            Record(run),
-            Save(run),
-            StopSignals(say),
-        ],
+        callbacks=[Moves(run.watch), FiniteGradients(accumulate), Record(run), Save(run), StopSignals(say)],
     )

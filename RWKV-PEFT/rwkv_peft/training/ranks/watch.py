@@ -1,25 +1,19 @@
 """Watch over a run from a thread of its own: end every process, with one message a node, if a rank ends or falls
-silent, if a mapped file becomes shorter, or if the run no longer moves.
-
-A thread that reads a page which a mapped file has lost gets the signal SIGBUS, and again as soon as that is handled: it
-gets no further, and this thread has to end the process.
+silent, or if the run no longer moves.
 
 Time is counted in the thread's own turns, so that a machine that slept, or a process that was stopped, does not take
 others for silent.
 """
 
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 
 import torch.distributed as dist
 
-from ...checkpoints.mapped import Mapped, Overwritten, Stamp
 from ..flags.world import World
 from ..saving.checkpoints import how_to_go_on
 from .processes import Processes
@@ -39,7 +33,6 @@ ACKNOWLEDGED = "acknowledged"  # how many ranks know of the end
 PARENT = 5.0  # seconds for a process to end with the one that started it (processes.py)
 BROKEN = "broken"  # set once a connection between ranks is broken
 LEFT = "left"  # the beat of a rank that is done
-REPORTS = 1 << 16  # bytes read from the pipe at once, one a signal
 
 
 def beat(rank: int) -> str:
@@ -60,7 +53,6 @@ class Watch(threading.Thread):
         self.agent = os.getppid() if world.elastic else 0
         self.broken = self.frozen = False
         self.stopped = threading.Event()
-        self.lost_pages: LostPages | None = None
         others = range(1, world.size) if world.rank == 0 else range(1)
         self.seen = dict.fromkeys(others, (b"", 0)) if store is not None else {}  # beat, turns since it changed
 
@@ -74,16 +66,10 @@ class Watch(threading.Thread):
         self.broken = True
         self.join(SILENT * PERIOD)
 
-    def watch_files(self, mapped: Iterable[Mapped]) -> None:
-        """Also end the run if a mapped file becomes shorter; for the main thread alone."""
-        self.lost_pages = LostPages({path: stamp for one in mapped for path, stamp in one.stamps.items()})
-
     def stop(self) -> None:
         """Stop watching, because the run is over for this process."""
         self.stopped.set()
         self.join()
-        if self.lost_pages is not None:
-            self.lost_pages.close()
 
     def run(self) -> None:
         while not self.stopped.wait(PERIOD):
@@ -121,8 +107,6 @@ class Watch(threading.Thread):
         """Take one turn, and return why the run must end, or ""."""
         self.turn += 1
         self.still += 1
-        if self.lost_pages is not None and (reason := self.lost_pages.reason()):
-            return self.tell(reason)
         if self.agent and os.getppid() != self.agent:  # who would start the others anew, but not this one
             return self.tell(f"torchrun, which had started {self.world.name(self.world.rank)}, is gone")
         stalled = self.doing and 0 < self.stall_minutes * 60 <= self.still * PERIOD
@@ -201,37 +185,3 @@ def where() -> str:
         return "another package"
     file = Path(frame.f_code.co_filename).relative_to(PACKAGE)
     return f"{file}, line {frame.f_lineno} ({frame.f_code.co_name})"
-
-
-class LostPages:
-    """Hears of SIGBUS through a pipe, into which Python's C handler writes the number of each signal. Only the main
-    thread may make and close it."""
-
-    def __init__(self, stamps: Mapping[str | Path, Stamp]) -> None:
-        self.stamps = stamps
-        self.reports, self.pipe = os.pipe()
-        os.set_blocking(self.reports, False)
-        os.set_blocking(self.pipe, False)
-        self.handler = signal.signal(signal.SIGBUS, lambda number, frame: None)
-        self.before = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
-
-    def reason(self) -> str:
-        """Say which file lost pages; "" if no SIGBUS came."""
-        try:
-            if signal.SIGBUS not in os.read(self.reports, REPORTS):
-                return ""
-        except BlockingIOError:  # nothing came
-            return ""
-        try:
-            for path, stamp in self.stamps.items():
-                stamp.now(path)
-        except Overwritten as error:
-            return str(error)
-        return "a file can no longer be read (SIGBUS): was it overwritten, or is its disk or network gone?"
-
-    def close(self) -> None:
-        """Listen no more, and restore the earlier handler and pipe of signals."""
-        signal.set_wakeup_fd(self.before)
-        signal.signal(signal.SIGBUS, self.handler or signal.SIG_DFL)  # None: not set from Python
-        os.close(self.reports)
-        os.close(self.pipe)

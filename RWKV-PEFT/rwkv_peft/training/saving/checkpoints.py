@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...checkpoints.atomic import CannotWrite
-from ...checkpoints.mapped import Overwritten
 from ...cli.errors import UNREADABLE, UserError, in_line
 from .run_state import STATE, read_state
 
@@ -82,7 +81,7 @@ def telling_refusals(folder: Path) -> Iterator[None]:
     threading.excepthook = tell_others
     try:
         yield
-    except (CannotWrite, Overwritten) as error:
+    except CannotWrite as error:
         raise UserError(f"{error}; {how_to_go_on(folder)}") from error
     except OSError as error:
         if not (reason := refusal(error)):

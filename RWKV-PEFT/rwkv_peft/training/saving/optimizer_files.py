@@ -17,8 +17,7 @@ from types import MappingProxyType
 import torch
 
 from ...checkpoints.atomic import fsync
-from ...checkpoints.pth_writer import TensorSpec
-from ...checkpoints.safetensors_file import read_safetensors, write_safetensors
+from ...checkpoints.tensors import TensorSpec, read_safetensors, write_safetensors
 from ...cli.errors import UNREADABLE, UserError, short
 from .partitions import Piece
 from .run_state import MOST, OPTIMIZER, remedy_of

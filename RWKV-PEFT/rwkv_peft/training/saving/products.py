@@ -23,9 +23,8 @@ from ...checkpoints.adapter_file import Adapter, AdapterMetadata, Origin, save_a
 from ...checkpoints.atomic import atomic_write, require_room
 from ...checkpoints.base import Base
 from ...checkpoints.best import labelled
-from ...checkpoints.pth import stream_tensors
-from ...checkpoints.pth_writer import DTYPES, dtype_name, save_pth, write_pth
 from ...checkpoints.state_file import write_states
+from ...checkpoints.tensors import DTYPES, dtype_name, save_pth, stream_tensors, write_pth
 from ...cli.errors import UserError
 from ...cli.names import ADAPTER, MERGED, MODEL, STATE, TUNED
 from ...cli.numeric import all_finite
@@ -134,7 +133,6 @@ class Products:
         assert self.base is not None  # an adapter has one
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
-            self.base.require_unchanged(by_name=True)
             merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
             with atomic_write(paths[0]) as temporary:
                 write_pth(temporary, merge.specs, merge.bands(stream_tensors(self.base.path)))

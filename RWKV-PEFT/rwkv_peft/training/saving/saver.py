@@ -21,7 +21,7 @@ import torch
 from ...adapters.methods import adapter_parameter
 from ...checkpoints.atomic import fsync, write_failure
 from ...checkpoints.base import Base
-from ...checkpoints.pth_writer import save_pth
+from ...checkpoints.tensors import save_pth
 from ...cli.errors import UserError
 from ...cli.numeric import all_finite
 from ...config import RunConfig

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...checkpoints.digest import digest_of
-from ...checkpoints.mapped import Mapped, Overwritten, Stamp
-from ...checkpoints.pth import require_file
+from ...checkpoints.readable import require_file
 from ...cli.errors import UNREADABLE, UserError, told
 from ...cli.numeric import all_finite
 from ...config import Objective
@@ -50,13 +49,13 @@ class Source(NamedTuple):
     left: float
 
 
-class StoredTeacher(Mapped):
+class StoredTeacher:
     """The content of a file, mapped."""
 
     def __init__(self, path: str) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.path, self.stamps = path, {path: Stamp.of(require_file(path))}
+        self.path = str(require_file(path))
         try:
             with safe_open(path, framework="pt") as file:
                 self.source = Source(**json.loads((file.metadata() or {})[ENTRY]))
@@ -72,10 +71,6 @@ class StoredTeacher(Mapped):
     @cached_property
     def fingerprint(self) -> str:
         return digest_of(self.path)
-
-    def judge(self, path: str | Path) -> None:
-        if digest_of(path) != self.fingerprint:
-            raise Overwritten(path, "holds other words of a teacher")
 
     def __str__(self) -> str:
         return (

@@ -6,8 +6,8 @@ import torch
 
 from ...checkpoints.adapters import read_adapter
 from ...checkpoints.base import Base, base_of, open_base
-from ...checkpoints.pth_writer import DTYPES
 from ...checkpoints.state_file import read_states
+from ...checkpoints.tensors import DTYPES
 from ...cli.errors import UserError
 from ...config import Objective, RunConfig
 from ...data.recorded import Vocabulary, recorded_beside
