@@ -46,8 +46,7 @@ from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.release import convert, merge_command
 from rwkv_peft.training.ranks.watch import PERIOD, SILENT
-from rwkv_peft.training.saving.checkpoints import list_checkpoints
-from rwkv_peft.training.saving.run_state import require_files
+from rwkv_peft.training.saving.checkpoints import list_checkpoints, require_files
 
 REFUSED, FAILED = 2, 3  # exit codes of a process that is forked here: a UserError, anything else
 MINUTE, LIMIT = 60, 900  # seconds: in which other ranks end; that a run may take on a machine that others use

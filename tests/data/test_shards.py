@@ -15,7 +15,7 @@ from rwkv_peft.data.prefix import default_mask
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.shards import open_dataset
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.training.saving.identity import digest_of_data
+from rwkv_peft.training.saving.resume import digest_of_data
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import random
 import struct
 from collections.abc import Callable
 
-from rwkv_peft.training.saving.run_state import CHECKSUM, checksum_of
-
 Mutation = Callable[[bytes, random.Random], bytes]
 
 DEEP = 30_000  # nestings: beyond what any recursive reader follows
@@ -163,22 +161,6 @@ def in_metadata(key: str, mutation: Mutation) -> Mutation:
         return json.dumps(values).encode()
 
     return in_safetensors_header(named(of_header, mutation))
-
-
-def in_state(mutation: Mutation) -> Mutation:
-    """Apply a mutation to a state.json, and correct its checksum."""
-
-    def change(content: bytes, rng: random.Random) -> bytes:
-        state = json.loads(content)
-        del state[CHECKSUM]
-        changed = mutation(json.dumps(state).encode(), rng)
-        try:
-            state = json.loads(changed)
-            return json.dumps(state | {CHECKSUM: checksum_of(state)}).encode()
-        except (ValueError, TypeError, RecursionError):  # no JSON object any more
-            return changed
-
-    return named(change, mutation)
 
 
 def odd_yaml(content: bytes, rng: random.Random) -> bytes:

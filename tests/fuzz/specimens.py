@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fuzz import mutations as m
 from fuzz import pickles
-from fuzz.whole import CHECKPOINT, COMPARED, PIECES, RUN, pieces
+from fuzz.whole import CHECKPOINT, COMPARED, RUN
 from rwkv_peft.checkpoints.adapter_file import METADATA_KEY
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.config import TrainConfig
@@ -33,11 +33,14 @@ from rwkv_peft.training.flags.rates import with_first_rates
 from rwkv_peft.training.flags.settings_file import expanded
 from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
-from rwkv_peft.training.saving.history import Lowest, forget_rest, history
-from rwkv_peft.training.saving.identity import read_run_state
-from rwkv_peft.training.saving.optimizer_files import METADATA_KEY as OPTIMIZER_KEY
-from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
-from rwkv_peft.training.saving.resume import other_retained, validated_from
+from rwkv_peft.training.saving.resume import (
+    Lowest,
+    forget_rest,
+    history,
+    other_retained,
+    read_run_state,
+    validated_from,
+)
 from rwkv_peft.training.step.plan import Plan
 from rwkv_peft.training.step.stored import ENTRY, StoredTeacher
 
@@ -153,13 +156,6 @@ def vocabulary_read(folder):
     return remarks(read_record(folder / "config.json"), read_record(folder / "config.json"), 80)
 
 
-def pieces_read(folder):
-    found = SavedOptimizer(folder / CHECKPOINT)
-    for piece in pieces():
-        found.fill(piece)
-    return f"{found.steps:,}"
-
-
 def stored_read(folder):
     found = StoredTeacher(str(folder / "said.safetensors"))
     for key, place in found.places.items():
@@ -186,7 +182,6 @@ def flag_read(folder):
 IN_PTH = (*map(pickles.in_pickle, pickles.PICKLE), pickles.without_a_record, *[pickles.other_tensor] * 4)
 IN_SAFETENSORS = (*map(m.in_safetensors_header, (*m.JSON, m.other_value)), m.other_dtype)
 IN_METADATA = tuple(m.in_metadata(METADATA_KEY, mutation) for mutation in (*m.JSON, m.other_value))
-IN_PIECES = tuple(m.in_metadata(OPTIMIZER_KEY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_SAID = tuple(m.in_metadata(ENTRY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_LINES = tuple(m.in_one_line(mutation) for mutation in (*m.JSON, m.other_value, m.flipped))
 SPECIMENS = (
@@ -234,9 +229,8 @@ SPECIMENS = (
     Specimen("metrics.jsonl", curve_drawn, IN_LINES[:2], 15),
     Specimen("metrics.jsonl", history_read, IN_LINES),
     Specimen("config.json", vocabulary_read, m.JSON, 30),
-    Specimen(PIECES, pieces_read, IN_SAFETENSORS + IN_PIECES, 100),
     Specimen("flag.json", flag_read, m.JSON),
-    Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, (*m.JSON, *map(m.in_state, m.JSON * 8)), 70),
+    Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, m.JSON, 30),
     Specimen("said.safetensors", stored_read, IN_SAFETENSORS + IN_SAID, 60),
     Specimen("answers.jsonl", answers_read, IN_LINES * 2, 40),
     Specimen("run.yaml", settings_read, (m.odd_yaml,) * 20, 60),

@@ -19,9 +19,7 @@ from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.models.state import time_state_key
 from rwkv_peft.objectives.divergence import Stored
 from rwkv_peft.release import convert
-from rwkv_peft.training.saving.optimizer_files import write_pieces
-from rwkv_peft.training.saving.partitions import KINDS, Piece
-from rwkv_peft.training.saving.run_state import write_state
+from rwkv_peft.training.saving.checkpoints import write_state
 from rwkv_peft.training.step.stored import Source, write_stored
 
 LAYER = "blocks.0.att.key"
@@ -35,7 +33,6 @@ RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {
 RUN |= {"objective": "next_token", "teacher": "", "optim": "adamw"}
 RUN |= {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
 CHECKPOINT = "checkpoints/step-00000003"
-PIECES = f"{CHECKPOINT}/optimizer/rank-00000.safetensors"
 
 
 def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -94,7 +91,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / COMPARED / "result.json").write_text(json.dumps(compared))
     (folder / COMPARED / "metrics.jsonl").write_text(lines)
     (folder / CHECKPOINT).mkdir(parents=True)
-    write_pieces(folder / CHECKPOINT, 0, pieces(), steps=3)
+    (folder / CHECKPOINT / "optimizer").mkdir()
     run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
     run |= {"files": {"optimizer/a": {"bytes": 1, "crc32": "0"}}, "validation": "v", "retained": "r"}
     run["config"] = {"train": asdict(TrainConfig(lr_init=0.1, lr_final=0.1))}
@@ -125,13 +122,6 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / "saved" / "state.json").write_text(json.dumps(state))
     (folder / "splits").mkdir()
     (folder / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-
-
-def pieces() -> list[Piece]:
-    """The optimizer's state of a run that trains two tensors."""
-    return [
-        Piece(name, size, 0, {kind: torch.ones(size) for kind in KINDS}) for name, size in (("a.bone", 6), ("b", 4))
-    ]
 
 
 def json_tokenizer() -> dict[str, object]:

@@ -57,7 +57,7 @@ def test_what_keeps_a_checkpoint_from_being_saved_is_told_and_leaves_the_earlier
     monkeypatch.setattr(saver, "steps_taken", lambda optimizer: 8)
     trainer = SimpleNamespace(is_global_zero=True, global_rank=0, optimizers=[SimpleNamespace(optimizer=None)])
     trainer.strategy = SimpleNamespace(barrier=lambda: None)
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=words), telling_refusals(tmp_path):
         saves.save_checkpoint(trainer, SimpleNamespace(model=torch.nn.Linear(2, 2)), 8)
     (earlier,) = list_checkpoints(tmp_path)
     assert earlier.name == "step-00000004"

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from rwkv_peft.checkpoints.tensors import read_safetensors, save_safetensors
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
-from rwkv_peft.training.saving.optimizer_files import METADATA_KEY, SCALE, SavedOptimizer
-from rwkv_peft.training.saving.run_state import STATE, read_state, record_of, write_state
+from rwkv_peft.training.saving.checkpoints import STATE, read_state, record_of, write_state
+from rwkv_peft.training.saving.optimizer_state import METADATA_KEY, SCALE, SavedOptimizer
 from training.runs import metrics, rewound
 
 FLAGS = "--precision fp16 --train_parts ln time --lr_schedule constant".split()

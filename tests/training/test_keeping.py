@@ -17,8 +17,7 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.engine.callbacks import Save
-from rwkv_peft.training.saving.checkpoints import discard_old, list_checkpoints, telling_refusals
-from rwkv_peft.training.saving.run_state import write_state
+from rwkv_peft.training.saving.checkpoints import discard_old, list_checkpoints, telling_refusals, write_state
 from rwkv_peft.training.step.plan import Plan
 
 FILES = ("adapter.safetensors", "state.json", "optimizer/rank-00000.safetensors")
@@ -65,19 +64,19 @@ def test_a_disk_that_refuses_is_told_with_what_is_left(tmp_path, number, kind):
         raise OSError(number, os.strerror(number))
 
 
-@pytest.mark.parametrize("gone", ["run", "run/tensorboard"])
-def test_a_folder_that_is_deleted_while_a_run_goes_on_is_told(tmp_path, gone):
+def test_a_folder_that_is_deleted_while_a_run_goes_on_is_told(tmp_path):
     folder = tmp_path / "run"
     (folder / "tensorboard").mkdir(parents=True)
-    with pytest.raises(UserError, match="tensorboard is no folder any more: "), telling_refusals(folder):
-        shutil.rmtree(tmp_path / gone)
+    words = "cannot write in .*run: no such file.*begin the run anew"
+    with pytest.raises(UserError, match=words), telling_refusals(folder):
+        shutil.rmtree(folder)
         open(folder / "tensorboard" / "events", "ab")
     with pytest.raises(FileNotFoundError), telling_refusals(tmp_path):  # a fault of ours
         open(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("error, told", [(OSError(errno.ENOSPC, "full"), 0), (OSError("other"), 1)])
-def test_what_a_loggers_thread_is_refused_is_told_by_who_writes_next(tmp_path, monkeypatch, error, told):
+@pytest.mark.parametrize("error, printed", [(OSError(errno.ENOSPC, "full"), 0), (OSError("other"), 1)])
+def test_a_loggers_thread_that_a_disk_refuses_prints_no_traceback(tmp_path, monkeypatch, error, printed):
     def write():
         raise error
 
@@ -87,7 +86,7 @@ def test_what_a_loggers_thread_is_refused_is_told_by_who_writes_next(tmp_path, m
         thread = threading.Thread(target=write)
         thread.start()
         thread.join()
-    assert seen == [error] * told
+    assert seen == [error] * printed
 
 
 def killed(folder, operation):

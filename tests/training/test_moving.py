@@ -8,10 +8,9 @@ from rwkv_peft.config import DataConfig, TrainConfig
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.flags.world import World, fit
-from rwkv_peft.training.saving.checkpoints import find_checkpoint
-from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
+from rwkv_peft.training.saving.checkpoints import find_checkpoint, write_state
+from rwkv_peft.training.saving.optimizer_state import SavedOptimizer
 from rwkv_peft.training.saving.resume import with_kept_order
-from rwkv_peft.training.saving.run_state import write_state
 from training.runs import metrics
 
 FLAGS = (

@@ -7,7 +7,7 @@ import torch
 
 from rwkv_peft.checkpoints.tensors import read_pth
 from rwkv_peft.training.saving.checkpoints import find_checkpoint
-from rwkv_peft.training.saving.optimizer_files import SavedOptimizer
+from rwkv_peft.training.saving.optimizer_state import SavedOptimizer
 
 BOTH = ("--train_parts", "state", "ln", "--state_lr", "2e-2")
 HALF = ("--epoch_count", "1")

@@ -16,10 +16,17 @@ from rwkv_peft.cli.tables import OPTIMS
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
 from rwkv_peft.training.optimizers import choice, muon
 from rwkv_peft.training.optimizers.choice import Further, make_optimizer
-from rwkv_peft.training.saving.identity import read_run_state
-from rwkv_peft.training.saving.optimizer_files import SavedOptimizer, write_pieces
-from rwkv_peft.training.saving.partitions import averaged, codes_of, moments_of, steps_taken, take_up
-from rwkv_peft.training.saving.run_state import write_state
+from rwkv_peft.training.saving.checkpoints import write_state
+from rwkv_peft.training.saving.optimizer_state import (
+    SavedOptimizer,
+    averaged,
+    codes_of,
+    moments_of,
+    steps_taken,
+    take_up,
+    write_pieces,
+)
+from rwkv_peft.training.saving.resume import read_run_state
 from training.runs import metrics, rewound
 
 RATE, DECAY, STEPS = 1e-2, 0.1, 5

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig, to_json
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.training.saving.identity import read_run_state
-from rwkv_peft.training.saving.run_state import write_state
+from rwkv_peft.training.saving.checkpoints import write_state
+from rwkv_peft.training.saving.resume import read_run_state
 from training.held import held
 from training.runs import finish, metrics, rewound, start, wait_for_steps, wait_for_words
 
@@ -238,12 +238,12 @@ def test_a_damaged_state_is_named(tmp_path, text):
     folder = tmp_path / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(text)
-    with pytest.raises(UserError, match="cannot be read .* delete"):
+    with pytest.raises(UserError, match="cannot be read: .* delete"):
         read_run_state(find_checkpoint(tmp_path), {})
 
 
 def test_a_line_of_metrics_that_was_cut_off_does_not_hinder_resuming(tmp_path):
-    from rwkv_peft.training.saving.history import Lowest, forget_rest, history
+    from rwkv_peft.training.saving.resume import Lowest, forget_rest, history
     from rwkv_peft.training.step.plan import Plan
 
     path = tmp_path / "metrics.jsonl"

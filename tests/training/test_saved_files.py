@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.training.saving.run_state import record_of, require_files
+from rwkv_peft.training.saving.checkpoints import record_of, require_files
 
 NAMES = ("adapter.safetensors", "optimizer/rank-00000.safetensors")
 

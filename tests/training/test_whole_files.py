@@ -15,7 +15,7 @@ from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.agreement import digests_of_inputs, disagreement, passport
-from rwkv_peft.training.saving.identity import data_identity
+from rwkv_peft.training.saving.resume import data_identity
 
 TEACHERS = ("file of the teacher", "teacher's adapters", "teacher's states")
 MODEL = RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96)

@@ -20,10 +20,8 @@ from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
 from .flags.rates import with_chosen_epochs, with_first_rates
 from .flags.request import Request
-from .saving.history import Lowest, history
-from .saving.identity import data_identity
-from .saving.resume import find_state, other_retained, validated_from, with_kept_order
-from .saving.run_state import require_files
+from .saving.checkpoints import require_files
+from .saving.resume import Lowest, data_identity, find_state, history, other_retained, validated_from, with_kept_order
 from .step.plan import Plan
 from .step.stored import StoredTeacher
 from .step.teacher import require_own_tokens

@@ -15,7 +15,7 @@ from ...cli.errors import hangup_signals
 from ...cli.names import METRICS
 from ...data.batches import TrainBatch
 from ..ranks.watch import Watch
-from ..saving.history import forget_rest
+from ..saving.resume import forget_rest
 from ..saving.saver import load_checkpoint
 from ..step.lit import Diverged, Lit
 from ..step.zero import dynamic_scaler, skipped

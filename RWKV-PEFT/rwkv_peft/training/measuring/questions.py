@@ -19,8 +19,8 @@ from ...evals.questions import LONGEST, OF, Exam, Record, RowsExam, rows_of
 from ...inference.flags import unescaped
 from ..inputs import VALIDATION, Inputs
 from ..saving.checkpoints import ANSWERS, LM_EVAL
-from ..saving.history import write_records
-from ..saving.partitions import averaged
+from ..saving.optimizer_state import averaged
+from ..saving.resume import write_records
 from ..step.compiling import uncompiled
 from ..step.plan import Plan
 

@@ -14,7 +14,7 @@ from ...data.mixture import Several
 from ...data.samples import Samples
 from ...data.swapped import swapped
 from ..inputs import VALIDATION, Inputs
-from ..saving.partitions import averaged
+from ..saving.optimizer_state import averaged
 from ..saving.saver import Saver
 from ..step.compiling import uncompiled
 

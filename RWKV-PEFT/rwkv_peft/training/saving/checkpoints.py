@@ -1,43 +1,49 @@
-"""List and remove the checkpoints of a run, and say how a run that ended goes on.
+"""A run's checkpoints on the disk: list, verify and remove them, and describe how a run that ended goes on.
 
-A kill leaves each checkpoint whole or gone, because one is hidden while it is written or removed.
+proj_dir/checkpoints/step-NNNNNNNN/ holds the optimizer's state, the trained tensors, and state.json, the manifest: the
+run's place and identity, and the bytes and CRC-32 of each file. The folder is hidden while it is written or removed, so
+that a kill leaves each checkpoint whole or gone. Nothing here imports torch, because flags are judged before.
 """
 
 import errno
+import json
 import math
-import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...checkpoints.atomic import CannotWrite
-from ...cli.errors import UNREADABLE, UserError, in_line
-from .run_state import STATE, read_state
+from ...checkpoints.readable import reading
+from ...cli.errors import UserError, in_line
 
 CHECKPOINTS = "checkpoints"  # their folder, in the run's folder
+STATE, OPTIMIZER = "state.json", "optimizer"  # a checkpoint's manifest, and its folder of the optimizer's state
+CHECKSUM = "crc32"  # the manifest's entry for itself
 ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # for --eval_data, --lm_eval, --answer_rows
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # by a disk
-DIVERGED = "the run stopped, and nothing of that step was saved"  # told if numbers are no longer finite
-# the files of what was trained, under all labels (products.py), and the number of the epoch
+DIVERGED = "the run stopped, and nothing of that step was saved"  # printed if numbers are no longer finite
+# the files of the trained tensors, under all labels (products.py), and the number of the epoch
 TRAINED = re.compile(r"(?:adapter|rwkv|merged|state)(?:-epoch-(\d+)|-best)?\.(?:safetensors|pth)")
-UNSAVED = ".unsaved"  # marks the folder of a run that has not saved yet; what it holds may be cleared
-KEPT = 2  # checkpoints, if --keep_checkpoints does not say how many; the files of all epochs stay then
-HIDDEN = ".step-"  # how the name of a checkpoint begins while it is written or removed
+UNSAVED = ".unsaved"  # marks the folder of a run that has not saved yet, which a new run may clear
+KEPT = 2  # checkpoints, if --keep_checkpoints gives no number; the files of all epochs stay then
+HIDDEN = ".step-"  # the beginning of a checkpoint's name while it is written or removed
+CHUNK = 1 << 24
 Thing = TypeVar("Thing")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the complete checkpoint folders under proj_dir by samples seen, because a step's size may have changed."""
+    """The complete checkpoint folders under proj_dir by samples seen, because a step's size may have changed."""
 
     def seen(checkpoint: Path) -> float:
         try:
             return float(read_state(checkpoint)["samples_seen"])
-        except UNREADABLE:
-            return math.inf  # read_run_state says what is wrong with it
+        except UserError:  # which a run that goes on from it reports
+            return math.inf
 
     return sorted((path.parent for path in (folder / CHECKPOINTS).glob(f"step-*/{STATE}")), key=seen)
 
@@ -53,67 +59,102 @@ def saved_state(folder: str, resume: str) -> dict[str, Any]:
     checkpoint = find_checkpoint(Path(folder)) if resume else None
     try:
         return {} if checkpoint is None else read_state(checkpoint)
-    except UNREADABLE:
+    except UserError:
         return {}
 
 
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The entries of a checkpoint's state.json. Raises UserError if it cannot be read or was changed."""
+    path = checkpoint / STATE
+    with reading(path, remedy=remedy_of(checkpoint, of_optimizer=False)):
+        state: dict[str, Any] = json.loads(path.read_text())
+        if state.pop(CHECKSUM, None) != checksum_of(state):
+            raise ValueError("it was changed after it was written: its checksum differs")
+    return state
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state.json with its checksum."""
+    path.write_text(json.dumps({**state, CHECKSUM: checksum_of(state)}, indent=1))
+
+
+def checksum_of(state: Mapping[str, Any]) -> str:
+    """The CRC-32 of a state's entries, as eight hexadecimal digits, in any layout of the file."""
+    return f"{zlib.crc32(json.dumps(state, sort_keys=True).encode()):08x}"
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest: {"bytes", "crc32"}."""
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return {"bytes": path.stat().st_size, "crc32": f"{value:08x}"}
+
+
+def require_files(checkpoint: Path, records: Mapping[str, Any], fresh_optimizer: bool, contents: bool = False) -> None:
+    """Raise UserError for a file of a checkpoint that is missing or of another size than in the manifest or, with
+    `contents`, of another checksum. With fresh_optimizer the optimizer's state is not checked."""
+    for name, record in records.items():
+        path, of_optimizer = checkpoint / name, Path(name).parts[:1] == (OPTIMIZER,)
+        if fresh_optimizer and of_optimizer:
+            continue
+        if not path.is_file() or path.stat().st_size != record["bytes"]:
+            found = f"is missing or not of the {record['bytes']:,} bytes that were saved"
+        elif contents and record_of(path) != record:
+            found = "differs from the file that was saved: its checksum is another, and the disk or a copy damaged it"
+        else:
+            continue
+        raise UserError(f"--resume: {path} {found}; {remedy_of(checkpoint, of_optimizer)}")
+
+
+def remedy_of(checkpoint: Path, of_optimizer: bool = True) -> str:
+    """The remedy if a checkpoint, or only the optimizer's state in it, is of no use."""
+    fresh = ", or add --fresh_optimizer to go on without the optimizer's state" if of_optimizer else ""
+    return f"delete {checkpoint} to resume from an older checkpoint{fresh}"
+
+
 def how_to_go_on(folder: Path) -> str:
-    """Say what is left of a run that ended, and how it goes on."""
+    """The last checkpoint of a run that ended, and how the run goes on, in words."""
     last = find_checkpoint(folder)
     if not folder.is_dir():
         return "begin the run anew, or put the folder back and give --resume auto"
     if last is None:
-        return "no checkpoint had been saved yet; the same command with --resume auto begins anew"
+        return "no checkpoint had been saved yet that --resume could go on from"
     return in_line(f"the last checkpoint is {last}; the same command with --resume goes on from there")
 
 
 @contextmanager
 def telling_refusals(folder: Path) -> Iterator[None]:
-    """Turn an OSError of a refusing disk or a missing folder into a UserError, for writers into a run's folder that do
-    not do so themselves: metrics.jsonl and the loggers. A logger's thread passes its error on to whoever writes next,
-    so its own traceback is not printed. These, and refusals of writers and of readers, say how the run goes on."""
-    hook = threading.excepthook
+    """Turn the error of a disk that refuses, or of a run's folder that is gone, into a UserError with how_to_go_on.
 
-    def tell_others(thread: threading.ExceptHookArgs) -> None:
-        if not refusal(thread.exc_value):
+    It surrounds all writers into the folder, also the loggers of other libraries. A logger's thread passes its error on
+    to the next call, so its own traceback is not printed.
+    """
+
+    def refused(error: BaseException | None) -> bool:
+        return isinstance(error, OSError) and (error.errno in REFUSALS or not folder.is_dir())
+
+    def print_others(thread: threading.ExceptHookArgs) -> None:
+        if not refused(thread.exc_value):
             hook(thread)
 
-    threading.excepthook = tell_others
+    hook, threading.excepthook = threading.excepthook, print_others
     try:
         yield
     except CannotWrite as error:
         raise UserError(f"{error}; {how_to_go_on(folder)}") from error
     except OSError as error:
-        if not (reason := refusal(error)):
+        if not refused(error):
             raise
-        raise UserError(f"cannot write in {folder}: {reason}; {how_to_go_on(folder)}") from error
+        raise UserError(f"cannot write in {folder}: {str(error.strerror).lower()}; {how_to_go_on(folder)}") from error
     finally:
         threading.excepthook = hook
 
 
-def refusal(error: BaseException | None) -> str:
-    """Say why a disk refused, or which folder is gone that was to be written into; "" for other errors."""
-    if not isinstance(error, OSError) or error.errno is None:
-        return ""
-    if error.errno in REFUSALS:
-        return os.strerror(error.errno).lower()
-    folder = os.path.dirname(os.fsdecode(error.filename or b"."))
-    gone = error.errno in (errno.ENOENT, errno.ENOTDIR) and folder and not os.path.isdir(folder)
-    return f"{folder} is no folder any more: deleted, moved or replaced while the run went on" if gone else ""
-
-
-def clear_unsaved(folder: Path) -> None:
-    """Remove the trained tensors and answers of a run that is marked as UNSAVED."""
-    if not (folder / UNSAVED).exists():
-        return
-    for file in folder.iterdir():
-        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL, ROWS):
-            file.unlink()
-
-
 def is_of_connection(error: BaseException) -> bool:
-    """Tell whether an error is that of a collective whose connection to another rank broke."""
-    from torch.distributed import DistError  # flags are judged before torch is imported
+    """True if an error means that a collective lost its connection to another rank."""
+    from torch.distributed import DistError
 
     return isinstance(error, DistError) or "gloo" in str(error).lower()
 
@@ -148,3 +189,12 @@ def clear_hidden(folder: Path) -> None:
     """Remove the checkpoints that a run was writing or removing when it was killed."""
     for leftover in (folder / CHECKPOINTS).glob(f"{HIDDEN}*"):
         shutil.rmtree(leftover)
+
+
+def clear_unsaved(folder: Path) -> None:
+    """Remove the trained tensors and answers of a run that is marked as UNSAVED."""
+    if not (folder / UNSAVED).exists():
+        return
+    for file in folder.iterdir():
+        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL, ROWS):
+            file.unlink()

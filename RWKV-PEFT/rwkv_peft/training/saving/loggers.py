@@ -9,11 +9,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from ...cli.errors import UserError, told
 from ...config import RunConfig
-from .trackers import TRACKERS, asked_trackers
+from .trackers import TRACKERS, chosen_trackers
 
 
 class ModuleLogger(Logger):
-    """Logs to a tracker whose module has init, log and finish, as wandb's has; settings are those of its init."""
+    """Logs to a tracker's module with init, log and finish, as wandb's has; settings are init's arguments."""
 
     def __init__(self, tracker: str, **settings: Any) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class ModuleLogger(Logger):
 
 
 class Board(TensorBoardLogger):
-    """Logs to TensorBoard, without Lightning's hparams.yaml: config.json beside it says the same."""
+    """Logs to TensorBoard, without Lightning's hparams.yaml: config.json beside it has the same."""
 
     def save(self) -> None:
         self.experiment.flush()
@@ -61,10 +61,10 @@ def make_tracker(name: str, project: str, config: RunConfig, folder: Path, first
 
 def make_loggers(config: RunConfig, folder: Path, first_step: int) -> list[Logger]:
     """Make Lightning's loggers, which write below `folder` (trackio in a folder of its own), and log the RunConfig.
-    TensorBoard no longer shows what it has of steps from `first_step` on: that run ended before it saved them. Raises
+    TensorBoard hides earlier records of steps from `first_step` on: that run ended before it saved them. Raises
     UserError if a tracker cannot be reached."""
     loggers: list[Logger] = [Board(folder, name="", version="tensorboard", purge_step=first_step)]
-    for name, project in asked_trackers(config.train).items():
+    for name, project in chosen_trackers(config.train).items():
         try:
             loggers.append(make_tracker(name, project, config, folder, first_step))
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Write the files of a run that people take away, each for every label (epoch-N, "best", "" for the newest):
+"""Write a run's files for others, each for every label (epoch-N, "best", "" for the newest):
 
 adapter-LABEL.safetensors   the trained tensors
 rwkv-LABEL.pth              --peft none: the model, with the keys, order and dtypes (or --save_dtype) of its base
@@ -46,9 +46,11 @@ def newest_name(adapter: AdapterConfig) -> str:
 
 
 def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]:
-    """Return {key: dtype} of the file of a model that trains whole, in its order: the keys and dtypes of the base, or
-    for a new model the official keys in the training's dtype; and the keys of time states that train. --save_dtype
-    replaces the dtypes."""
+    """{key: dtype} of the file of a model that trains whole, in its order.
+
+    They are the base's, or for a new model the official keys in the training's dtype; and the keys of time states that
+    train. --save_dtype replaces the dtypes.
+    """
     train = config.train
     if base is not None:
         found = {key: tensor.dtype for key, tensor in base.tensors.items()}
@@ -57,18 +59,18 @@ def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]
         found = dict.fromkeys(keys, DTYPES[train.precision])
     if STATE in config.adapter.train_parts:
         found |= dict.fromkeys(time_state_shapes(config.model), found["emb.weight"]) | found
-    asked = DTYPES.get(train.save_dtype)
-    return {key: asked or dtype for key, dtype in found.items()}
+    given = DTYPES.get(train.save_dtype)
+    return {key: given or dtype for key, dtype in found.items()}
 
 
 def keeps_all(config: RunConfig, base: Base | None) -> bool:
-    """Tell whether the file of a model that trains whole holds every bit of what trains."""
+    """True if the file of a model that trains whole holds every bit of the trained tensors."""
     kept = {torch.float32, DTYPES[config.train.precision]}
     return set(model_dtypes(config, base).values()) <= kept
 
 
-def told_flags(data: DataConfig) -> str:
-    """Tell how rows became samples, as the flags that say so."""
+def data_flags(data: DataConfig) -> str:
+    """The flags by which rows became samples, as on a command line."""
     names = ("data_type", "sft_field", "sft_think", "dataload", "loss_mask", "mask_id", "mask_end_id", "ctx_len")
     values = {name: getattr(data, name) for name in names} | {"clean_turns": "" if data.clean_turns else "0"}
     words = {name: map(str, value if isinstance(value, tuple) else (value,)) for name, value in values.items() if value}
@@ -88,18 +90,18 @@ class Products:
         return self.folder / newest_name(self.config.adapter)
 
     def write(self, tensors: dict[str, torch.Tensor], labels: Sequence[str]) -> None:
-        """Write {name: trained tensor} for each label: adapter or model, states, and the merged model if asked for."""
+        """Write {name: trained tensor} for each label: adapter or model, states, and the merged model."""
         train = self.config.train
         paths = [labelled(self.newest, label) for label in labels]
         if self.config.adapter.whole_model:
             write_model(paths[0], tensors, model_dtypes(self.config, self.base))
         else:
             save_adapter(paths[0], tensors, self.metadata())
-        name_too(paths)
+        add_names(paths)
         if states := split_time_states(tensors)[1]:
             paths = [labelled(self.folder / TUNED, label) for label in labels]
             write_states(paths[0], states)
-            name_too(paths)
+            add_names(paths)
         if train.merge_on_save:
             self.write_merged(tensors, [labelled(self.folder / MERGED, label) for label in labels])
 
@@ -113,7 +115,7 @@ class Products:
 
     @cached_property
     def origin(self) -> Origin:
-        """The part of the metadata that tells people about the run."""
+        """The run's history for people, a part of the metadata."""
         data, train = self.config.data, self.config.train
         recorded = None if data.of_rows else recorded_of_data(data.path)
         tokenizer = Path(data.tokenizer).name if data.of_rows else ""
@@ -123,7 +125,7 @@ class Products:
         return Origin(
             base=Path(train.load_model).name,
             tokenizer=tokenizer,
-            data=told_flags(data),
+            data=data_flags(data),
             rate=f"{rate}, {train.lr_schedule}",
             versions=f"rwkv_peft {__version__}, torch {torch.__version__}",
         )
@@ -136,14 +138,14 @@ class Products:
             merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
             with atomic_write(paths[0]) as temporary:
                 write_pth(temporary, merge.specs, merge.bands(stream_tensors(self.base.path)))
-            name_too(paths)
+            add_names(paths)
         except UserError as error:
             tqdm.write(f"--merge_on_save: {paths[0]} was not written: {error}", file=sys.stderr)
 
 
 def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
     """Write {key: tensor} as a .pth in the order and dtypes of `dtypes`. If a value is too large for its dtype, all
-    tensors keep the training's dtype, and a message says so."""
+    tensors keep the training's dtype, with a message."""
     too_large = next((key for key, dtype in dtypes.items() if not all_finite(tensors[key].to(dtype))), None)
     if too_large is not None:
         name = dtype_name(dtypes[too_large])
@@ -153,7 +155,7 @@ def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping
         save_pth(temporary, tensors, dtypes)
 
 
-def name_too(paths: Sequence[Path]) -> None:
+def add_names(paths: Sequence[Path]) -> None:
     """Give the first file the other paths as further names, because a model of 7B is 14 GB to write."""
     for path in paths[1:]:
         with atomic_write(path) as temporary:
@@ -170,8 +172,8 @@ def share_file(path: Path, copy: Path) -> None:
 
 
 def optimizer_size(optim: str, trains: int, matrices: int) -> int:
-    """The bytes of an optimizer, and of a checkpoint's tensors beside the file of what trained, if `trains` numbers
-    train by --optim, `matrices` of them in matrices."""
+    """The bytes of an optimizer, and of its state in a checkpoint, if `trains` numbers train by --optim, `matrices` of
+    them in matrices."""
     return OPTIMIZER[optim] * (trains - matrices) + MATRIX[optim] * matrices
 
 

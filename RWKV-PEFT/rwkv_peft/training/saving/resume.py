@@ -1,30 +1,58 @@
-"""Decide whether a run begins or goes on, by --resume and what its folder holds."""
+"""Begin a run or go on with one: --resume, the identity that both must share, and the records that stay."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from ...checkpoints.atomic import write_text
+from ...checkpoints.readable import reading
 from ...cli.errors import UserError
 from ...cli.names import ADAPTER, METRICS, MODEL
+from ...cli.numeric import is_number
 from ...cli.parser import counted
-from ...config import AdapterConfig, DataConfig, TrainConfig
+from ...cli.tables import OPTIMS
+from ...config import AdapterConfig, DataConfig, RunConfig, TrainConfig, to_json
+from ...data.mixture import shares_of
+from ...data.samples import Samples
+from ...plots import read_metrics
 from ..step.plan import Plan
-from .checkpoints import CHECKPOINTS, TRAINED, UNSAVED, find_checkpoint, saved_state
-from .history import Lowest
-from .identity import read_run_state
+from .checkpoints import (
+    CHECKPOINTS,
+    OPTIMIZER,
+    STATE,
+    TRAINED,
+    UNSAVED,
+    find_checkpoint,
+    read_state,
+    remedy_of,
+    require_files,
+    saved_state,
+)
 from .products import newest_name
 
 MUST, AUTO = "must", "auto"  # --resume by itself, and --resume auto
+HASHED = 64  # samples that are hashed, to distinguish one data set from another
+SAME = ("adapter", "base", "data", "objective", "teacher")  # a resumed run must share these with the first
+SAME_OPTIMIZER = ("precision", "optim")  # and these, to keep the optimizer's state,
+SAME_RANKS = ("strategy", "world_size")  # and these, if that is kept by ranks
+NEEDED = ("retained", "samples_seen", "trained", "validated_from", "validation")  # other entries that are read
+HASHES = MappingProxyType({"content": "tokens", "counted": "loss mask", "files": "files"})
 
 
 def find_state(
     folder: Path, train: TrainConfig, identity: Mapping[str, Any]
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """Return (checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run. A run that ended
-    before its first checkpoint left nothing to resume and nothing to lose, so it starts anew: with or without --resume
-    if it had written no trained tensors yet, else only with --resume auto. Raises UserError if --resume and the folder
-    contradict each other."""
+    """(checkpoint folder, its state.json) to resume from, or (None, None) for a fresh run.
+
+    A run that ended before its first checkpoint left nothing to resume and nothing to lose, so it starts anew: with or
+    without --resume if it had written no trained tensors yet, else only with --resume auto. Raises UserError if
+    --resume and the folder contradict each other.
+    """
     checkpoint = find_checkpoint(folder)
     if checkpoint is not None and train.resume:
         return checkpoint, read_run_state(checkpoint, identity, train.fresh_optimizer)
@@ -48,8 +76,110 @@ def find_state(
     return None, None
 
 
+def find_trained(folder: Path, newest: str) -> str | None:
+    """The file of trained tensors that a new run would overwrite: `newest`, or another in a run's folder; or None."""
+    if (folder / newest).exists():
+        return newest
+    files = [file.name for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]
+    written = [name for name in files if TRAINED.fullmatch(name)]  # a model to start from may lie there
+    return min(written) if written and (folder / METRICS).exists() else None
+
+
+def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
+    """The data's identity: settings that choose and order samples, their number, hashes, and a digest of the files.
+
+    With it a sample number means the same in a resumed run, wherever the files lie.
+    """
+    settings = {
+        name: value
+        for name, value in asdict(config.data).items()
+        if name not in ("path", "more", "tokenizer", "micro_bsz", "bucketed")
+    }
+    if not config.data.clean_turns:
+        del settings["clean_turns"]  # as in runs from before there was such a setting
+    if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
+        settings["rows_share_batches"] = config.data.buckets
+    settings["mix"] = shares_of(config.data.mix)  # 7 3 is the mix 0.7 0.3
+    if config.train.val_seed is not None:
+        settings["val_seed"] = config.train.val_seed
+    content, counted_tokens = hashlib.sha256(), hashlib.sha256()
+    head = samples.head()
+    for n in range(0, len(head), -(-len(head) // HASHED)):
+        sample = head.collate([head[n]])
+        content.update(sample.get("teacher_tokens", sample["tokens"]).numpy().tobytes())
+        counted_tokens.update(sample.get("weights", sample["mask"]).numpy().tobytes())
+    hashes = {"content": content.hexdigest()[:16], "counted": counted_tokens.hexdigest()[:16]}
+    hashes["files"] = digest_of_data(config, samples)
+    return settings | {"val_split": config.train.val_split, "samples": len(samples)} | hashes
+
+
+def digest_of_data(config: RunConfig, samples: Samples) -> str:
+    """The digest of the token files that samples are read from, with weights, and masks if --loss_mask is file."""
+    with_mask = config.data.loss_mask == "file"
+    digests = "".join(part.dataset.digest(with_mask) for part in samples.parts)
+    return hashlib.sha256(digests.encode()).hexdigest()[:16]
+
+
+def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bool = False) -> dict[str, Any]:
+    """The state.json of a checkpoint, compared with `now`, the resuming run's identity.
+
+    Raises UserError if they differ, or if a file is not of its recorded size; fresh_optimizer leaves out entries that
+    only the optimizer's state needs.
+    """
+    now = json.loads(json.dumps(now))
+    state = {"teacher": ""} | read_state(checkpoint)  # 0.2.0 had none
+    if not fresh_optimizer and not (checkpoint / OPTIMIZER).is_dir():
+        raise UserError(
+            f"--resume: {checkpoint} is of 0.2.0 or before, whose form of the optimizer's state is no longer read; "
+            "add --fresh_optimizer: weights and place in the data go on"
+        )
+    other = OPTIMS.get(now["optim"])
+    of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if other is not None and not other.by_parameter else ())
+    with reading(checkpoint / STATE, remedy=remedy_of(checkpoint, of_optimizer=False)):
+        # a setting that the saved run did not have yet had its default
+        defaults = {name: value for name, value in json.loads(to_json(DataConfig())).items() if name in now["data"]}
+        state["data"] = defaults | state["data"]
+        if mix := state["data"].get("mix"):
+            state["data"]["mix"] = shares_of(mix)
+        state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
+        missing = [name for name in NEEDED if name not in state]
+        if missing:
+            raise KeyError(missing[0])
+        require_files(checkpoint, state["files"], fresh_optimizer)
+        different = [key for key in SAME + (() if fresh_optimizer else of_optimizer) if state[key] != now[key]]
+    for key in different:
+        if key in of_optimizer:
+            remedy = (
+                "give the same flags, or add --fresh_optimizer: the optimizer's state cannot move, weights and data go "
+                "on"
+            )
+        elif key == "data":
+            remedy = (
+                "give the first run's flags and data, or another --proj_dir and --bone_load or its kin to train this "
+                "adapter on other data"
+            )
+        else:
+            remedy = "give the first run's flags, or another --proj_dir"
+        raise UserError(
+            f"--resume: the run in {checkpoint.parent.parent} has {difference(key, state[key], now[key])}; {remedy}"
+        )
+    return state
+
+
+def difference(key: str, then: Any, now: Any) -> str:
+    """The difference of an identity's entry in words; hashes of the data are named by their contents."""
+    others = []
+    if isinstance(now, dict):
+        names = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+        others = [HASHES[name] for name in HASHES if key == "data" and name in names]
+        plain = [name for name in names if key != "data" or name not in HASHES]
+        then, now = ({name: values.get(name) for name in plain} for values in (then, now))
+    words = [f"{key} {then}, this command {now}"] if then or not isinstance(now, dict) else []
+    return " and ".join(words + [f"data whose {' and '.join(others)} are others than this command's"] * bool(others))
+
+
 def with_kept_order(data: DataConfig, train: TrainConfig) -> DataConfig:
-    """Return the DataConfig with the order of rows that a run which goes on began with, whatever batches it has now."""
+    """The DataConfig with the order of rows that a run which goes on began with, whatever batches it has now."""
     before = saved_state(train.proj_dir, train.resume).get("data", {})
     return replace(data, bucketed=before["rows_share_batches"]) if "rows_share_batches" in before else data
 
@@ -61,16 +191,36 @@ def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str)
 
 
 def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:
-    """Return a note, as a list, if a run that goes on measures --retain_data on other data than before: its hash in
-    `state` differs from `retained`, and neither is "" (no data)."""
+    """A note, as a list, if a run that goes on measures --retain_data on other data than before: its hash in `state`
+    differs from `retained`, and neither is "" (no data)."""
     before = "" if state is None else state["retained"]
     if not before or retained in ("", before):
         return []
     return ["note: --retain_data is another than before; retain_start and each retain_loss so far are of other samples"]
 
 
+class Lowest:
+    """The lowest validation loss of a run's records, in their order, and how many validations came since."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.loss, self.since = math.inf, 0
+        for record in records:
+            if is_number(record.get("val_loss")):
+                self.note(record["val_loss"])
+
+    def note(self, loss: float) -> bool:
+        """Remember one validation loss; True if it is the lowest so far."""
+        better = loss < self.loss
+        self.loss, self.since = (loss, 0) if better else (self.loss, self.since + 1)
+        return better
+
+    def exhausts(self, patience: int) -> bool:
+        """True if at least `patience` validations in a row were not lower; never for 0."""
+        return 0 < patience <= self.since
+
+
 def completed(train: TrainConfig, plan: Plan, lowest: Lowest) -> tuple[str, str]:
-    """Return (how the resumed run had ended by its checkpoint, what makes it go on), ("", "") if it had not ended."""
+    """(how the resumed run had ended by its checkpoint, the flag that makes it go on); ("", "") if it had not ended."""
     steps = counted(plan.first_step, "step")
     if plan.first_step >= plan.total_steps:
         return f"the run in {train.proj_dir} is complete ({steps})", "raise --epoch_count"
@@ -80,10 +230,24 @@ def completed(train: TrainConfig, plan: Plan, lowest: Lowest) -> tuple[str, str]
     return "", ""
 
 
-def find_trained(folder: Path, newest: str) -> str | None:
-    """The file of trained tensors that a new run would overwrite: `newest`, or another in a run's folder; or None."""
-    if (folder / newest).exists():
-        return newest
-    files = [file.name for name in (ADAPTER, MODEL) for file in folder.glob(name.replace(".", "*."))]
-    written = [name for name in files if TRAINED.fullmatch(name)]  # a model to start from may lie there
-    return min(written) if written and (folder / METRICS).exists() else None
+def history(path: Path, plan: Plan, since: int = 0) -> list[dict[str, Any]]:
+    """The records of a file of lines for steps that ended after sample `since` and by the first sample of a Plan.
+
+    Their "step" is the Plan's: if steps had another size, the one in which the record's samples would have ended.
+    """
+    found = []
+    for record in read_metrics(path) if path.exists() else ():
+        if since < (samples := record.get("samples", 0)) <= plan.first_sample:
+            found.append(record | {"step": max(samples // plan.step_samples - 1, 0)})
+    return found
+
+
+def forget_rest(path: Path, plan: Plan) -> None:
+    """Keep only the history in a file of lines, because a resumed run writes the later records again."""
+    if path.exists():
+        write_records(path, history(path, plan))
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of lines, a record each, atomically."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -1,4 +1,4 @@
-"""Write what a run leaves on disk: adapter or model files, and checkpoints that resume it bitwise; and put them back.
+"""Write a run's files, adapters or models and checkpoints that resume it bitwise; and load a checkpoint.
 
 proj_dir/adapter-epoch-N.safetensors   the trained tensors after epoch N (--peft none: rwkv-epoch-N.pth, the model)
 proj_dir/adapter.safetensors           the same, newest (--peft none: rwkv.pth)
@@ -6,7 +6,7 @@ proj_dir/adapter-best.safetensors      the same, at the lowest validation loss
 proj_dir/state.pth                     tuned time states alone, under the same labels
 proj_dir/checkpoints/step-NNNNNNNN/    the optimizer's state, the trained tensors, state.json
 
-products.py writes the first four; checkpoints.py decides how many saves stay.
+products.py writes the first four; checkpoints.py removes old saves.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...adapters.methods import adapter_parameter
-from ...checkpoints.atomic import fsync, write_failure
+from ...checkpoints.atomic import CannotWrite, fsync, telling_failures
 from ...checkpoints.base import Base
 from ...checkpoints.tensors import save_pth
 from ...cli.errors import UserError
@@ -31,18 +31,27 @@ from ..step.zero import counters_of, go_on_with
 from .checkpoints import (
     CHECKPOINTS,
     HIDDEN,
+    OPTIMIZER,
+    STATE,
     UNSAVED,
     clear_hidden,
     discard_old,
-    find_checkpoint,
-    how_to_go_on,
-    is_of_connection,
+    read_state,
+    record_of,
     remove,
+    write_state,
 )
-from .optimizer_files import SavedOptimizer, write_pieces
-from .partitions import averaged, codes_of, is_by_parameter, pieces_of, steps_taken, take_up
+from .optimizer_state import (
+    SavedOptimizer,
+    averaged,
+    codes_of,
+    is_by_parameter,
+    pieces_of,
+    steps_taken,
+    take_up,
+    write_pieces,
+)
 from .products import Products, keeps_all, model_dtypes, share_file
-from .run_state import OPTIMIZER, STATE, read_state, record_of, write_state
 
 if TYPE_CHECKING:
     from ..step.lit import Lit
@@ -52,8 +61,8 @@ class Saver:
     """Write checkpoints and trained tensors of one run. All ranks call each of save, save_tensors, save_checkpoint and
     trained at once.
 
-    identity goes into state.json: it holds the keys of SAME and SAME_OPTIMIZER (identity.py) among others. Its "base"
-    is the base model's fingerprint, "" for a model that was never loaded from a file; base is the Base itself, or None.
+    identity goes into state.json, with the keys of SAME and SAME_OPTIMIZER (resume.py) among others. Its "base" is the
+    base model's fingerprint, "" for a model that was never loaded from a file; base is the Base itself, or None.
     """
 
     def __init__(
@@ -80,7 +89,7 @@ class Saver:
         trainer.strategy.barrier()
 
     def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
-        """Return {name: tensor} of the model, or of the adapter and what trains along; {} on ranks other than 0."""
+        """{name: tensor} of the model, or of the adapter and the trained parts; {} on ranks other than 0."""
         whole = self.config.adapter.whole_model
         parameters = [(name, p) for name, p in lit.model.named_parameters() if whole or p.requires_grad]
         buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
@@ -91,11 +100,11 @@ class Saver:
         """Write the optimizer's state, the trained tensors and state.json to a folder, hidden until it is complete."""
         hidden = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}"
         if trainer.is_global_zero:
-            with self.telling(hidden):
+            with self.writing(hidden):
                 clear_hidden(self.folder)
                 (hidden / OPTIMIZER).mkdir(parents=True)
         trainer.strategy.barrier()
-        with self.telling(hidden):
+        with self.writing(hidden):
             optimizer = trainer.optimizers[0]
             pieces = pieces_of(optimizer, lit.model.named_parameters())
             write_pieces(
@@ -120,7 +129,7 @@ class Saver:
         }
         if not is_by_parameter(optimizer):
             state["groups"] = grouped_names(lit)
-        with self.telling(hidden):
+        with self.writing(hidden):
             self.complete(hidden, state, exact)
             discard_old(self.folder, self.config.train.keep_checkpoints)
 
@@ -149,25 +158,20 @@ class Saver:
         (self.folder / UNSAVED).unlink(missing_ok=True)
 
     @contextmanager
-    def telling(self, hidden: Path) -> Iterator[None]:
-        """Make a UserError of what the system refuses while a checkpoint is written. The trained tensors of a run that
-        cannot save its first checkpoint are still of use, so the mark UNSAVED goes and no later run clears them
-        away."""
+    def writing(self, hidden: Path) -> Iterator[None]:
+        """Turn the system's refusal to write a checkpoint into CannotWrite, and remove its beginning.
+
+        The trained tensors of a run that cannot save its first checkpoint are still of use, so the mark UNSAVED goes
+        and no later run clears them away.
+        """
         try:
-            yield
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if a disk refuses
-            if is_of_connection(error):
-                raise
+            with telling_failures(hidden, f"the trained tensors are in {self.products.newest}"):
+                yield
+        except CannotWrite:
             (self.folder / UNSAVED).unlink(missing_ok=True)
             if self.identity.get("world_size") == 1:  # of several, others may still be writing into it
                 shutil.rmtree(hidden, ignore_errors=True)
-            reason = write_failure(error, hidden) or f"is the disk full? {error}"
-            left = "no checkpoint had been saved yet that --resume could go on from"
-            if find_checkpoint(self.folder):
-                left = how_to_go_on(self.folder)
-            raise UserError(
-                f"cannot write {hidden}: {reason}; the trained tensors are in {self.newest}; {left}"
-            ) from error
+            raise
 
 
 def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: bool) -> dict[str, torch.Tensor]:
@@ -200,8 +204,8 @@ def grouped_names(lit: "Lit") -> list[list[str]]:
 
 
 def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
-    """Restore weights and the optimizer's state into the engine, on all ranks; the optimizer's settings are those of
-    this run's flags.
+    """Restore weights and the optimizer's state into the engine, on all ranks; the optimizer's settings come from this
+    run's flags.
 
     Frozen parameters come from the base, and the list in state.json shows that nothing else is missing. Raises
     UserError if this run trains other parameters, or in other groups if the state is kept by ranks.

@@ -36,13 +36,13 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
             f"{adapter.load} holds a LoRA or PiSSA adapter, and this run trains {method.file_name}; give --peft lora "
             "or pissa"
         )
-    untold = lora and method.alpha is not None and method.held is None  # RWKV-PEFT's LoRA files do not hold alpha
-    if untold and not adapter.alpha:
+    lacks_alpha = lora and method.alpha is not None and method.held is None  # as RWKV-PEFT's LoRA files do
+    if lacks_alpha and not adapter.alpha:
         raise UserError(f"{adapter.load} does not record alpha; give that of its training as {word.flag_of('alpha')}")
     loaded = AdapterSource(
         adapter.load,
         init=adapter.init or None,
-        alpha=adapter.alpha if untold else None,
+        alpha=adapter.alpha if lacks_alpha else None,
         guess=adapter.mode if len(forms(adapter.method)) > 1 else None,
     ).read(base.tensors)
     theirs = loaded.metadata
@@ -87,7 +87,7 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
 
 
 def start_states(path: str, config: ModelConfig, family: Family, base: Base | None) -> State | None:
-    """The State that --train_parts state starts from: that of --state_load, else the base's, or None for zeros."""
+    """The State that --train_parts state starts from: --state_load's, else the base's, or None for zeros."""
     tensors = {} if base is None else split_time_states(base.tensors)[1]
     if path:
         file = read_states(path)
@@ -99,7 +99,7 @@ def start_states(path: str, config: ModelConfig, family: Family, base: Base | No
 
 
 def check_parts(adapter: AdapterConfig, loaded: Adapter, family: Family) -> None:
-    """Refuse tensors of the base that the earlier run trained and this one would not save with its adapter."""
+    """Raise UserError for tensors of the base that the earlier run trained and this one would not save."""
     frozen = [key for key in loaded.whole() if family.part_of(key) not in adapter.train_parts]
     if not frozen:
         return

@@ -1,4 +1,4 @@
-"""Find, before any work, why a tracker would refuse a run: --wandb, --trackio and --swanlab, by the name of each."""
+"""Check, before any work, that a tracker would take a run: --wandb, --trackio and --swanlab, none of them imported."""
 
 import configparser
 import importlib.util
@@ -17,8 +17,8 @@ OFFLINE = ("offline", "dryrun", "disabled")
 
 
 class Tracker(NamedTuple):
-    """A tracker's demands: `taken` is the pattern of its projects' names, and `rule` the same in words; ready tells if
-    it can log from here, and remedy what to do if not; `again` is the remedy if it fails all the same."""
+    """A tracker's demands: `taken` is the pattern of its projects' names, and `rule` the same in words; ready() is True
+    if it can log from here, with `remedy` if not; `again` is the remedy if it fails all the same."""
 
     taken: str
     rule: str
@@ -28,7 +28,7 @@ class Tracker(NamedTuple):
 
 
 def wandb_is_offline() -> bool:
-    """Tell whether wandb only writes to disk, by WANDB_MODE or the settings of `wandb offline`."""
+    """True if wandb only writes to disk, by WANDB_MODE or the settings of `wandb offline`."""
     mode = os.environ.get("WANDB_MODE")
     if mode is not None:
         return mode in OFFLINE
@@ -42,7 +42,7 @@ def wandb_is_offline() -> bool:
 
 
 def wandb_has_key() -> bool:
-    """Tell whether there is a key: in the environment, or in the netrc file, where `wandb login` puts it."""
+    """True if there is a key: in the environment, or in the netrc file, where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -53,7 +53,7 @@ def wandb_has_key() -> bool:
 
 
 def swanlab_ready() -> bool:
-    """Tell whether SwanLab only writes to disk, or has a key: in the environment, or where `swanlab login` puts it."""
+    """True if SwanLab only writes to disk, or has a key: in the environment, or where `swanlab login` puts it."""
     if os.environ.get("SWANLAB_MODE") in (*OFFLINE, "local") or os.environ.get("SWANLAB_API_KEY"):
         return True
     home = os.environ.get("SWANLAB_ROOT") or os.environ.get("SWANLAB_SAVE_DIR") or Path.home() / ".swanlab"
@@ -87,14 +87,14 @@ TRACKERS = MappingProxyType(
 )
 
 
-def asked_trackers(train: TrainConfig) -> dict[str, str]:
+def chosen_trackers(train: TrainConfig) -> dict[str, str]:
     """The projects to log to: {tracker: project}."""
     return {name: project for name in TRACKERS if (project := getattr(train, name))}
 
 
 def check_trackers(train: TrainConfig) -> Iterator[str]:
-    """Yield refusals of projects that a tracker would refuse, or ask a login or a package for."""
-    for name, project in asked_trackers(train).items():
+    """Yield refusals of projects that a tracker would refuse, or that need a login or a package."""
+    for name, project in chosen_trackers(train).items():
         tracker = TRACKERS[name]
         if not re.fullmatch(tracker.taken, project):
             yield f"--{name} {project!r}: {tracker.rule}"

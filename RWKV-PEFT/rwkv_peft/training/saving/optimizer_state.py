@@ -1,25 +1,46 @@
-"""Find the pieces of the optimizer's state that a rank holds under ZeRO, by parameter.
+"""The optimizer's state by parameter, so that a run may go on on other ranks, stages and devices.
 
 ZeRO lays parameters one behind the other into flat tensors and gives each rank a part of every one: a part of all of
-them together in stages 1 and 2, a part of each parameter in stage 3. What is kept by parameter fits any of these, and
-so any number of ranks.
+them together in stages 1 and 2, a part of each parameter in stage 3. A state that is kept by parameter fits any of
+these, and so any number of ranks.
+
+optimizer/rank-NNNNN.safetensors holds the pieces of one rank, float32 (n,), each called KIND:START:PARAMETER: KIND is
+master or the name of a moment, as exp_avg, and START the piece's first element in the flattened parameter. The header
+counts the optimizer's steps. No rank waits for another, and a rank that reads takes its own pieces from the files of
+all.
+
+An optimizer with other state than by parameter adds codes:RANK:NUMBER:NAME, of the NUMBERth flat tensor, for that rank.
 """
 
+import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from ...checkpoints.atomic import fsync
+from ...checkpoints.readable import reading
+from ...checkpoints.tensors import TensorSpec, read_safetensors, write_safetensors
+from ...cli.errors import UserError
 from ..optimizers.choice import Averaging, Further
+from .checkpoints import OPTIMIZER, remedy_of
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")  # the float32 weight, and Adam's two moments of it
 KINDS = (MASTER, *MOMENTS)
 STEP = "step"  # Adam's count of steps
+METADATA_KEY, FORMAT_VERSION = "rwkv_peft_optimizer", 1
+STEPS, SCALE = "steps", "loss_scale"  # entries in the metadata
+CODES = "codes"
+NO_CODES: Mapping[str, torch.Tensor] = MappingProxyType({})
+NO_SCALE: Mapping[str, float] = MappingProxyType({})
 
 
-class Piece(NamedTuple):
+class Fragment(NamedTuple):
     """The elements from `start` on of a flattened parameter: {kind: float32 (n,)}, views of the optimizer's."""
 
     name: str
@@ -47,7 +68,7 @@ def state_of(optimizer: Any, flat: torch.Tensor) -> dict[str, Any]:
     return state
 
 
-def pieces_of(optimizer: Any, parameters: Iterable[tuple[str, Any]]) -> Iterator[Piece]:
+def pieces_of(optimizer: Any, parameters: Iterable[tuple[str, Any]]) -> Iterator[Fragment]:
     """The pieces that this rank holds of the parameters that train, of all given by name."""
     flats = flat_tensors(optimizer)
     for name, parameter in parameters:
@@ -58,11 +79,11 @@ def pieces_of(optimizer: Any, parameters: Iterable[tuple[str, Any]]) -> Iterator
             flat = flats[number]
             whole = {MASTER: flat.data} | (moments_of(optimizer, flat) if is_by_parameter(optimizer) else {})
             views = {kind: tensor.narrow(0, place, length) for kind, tensor in whole.items()}
-            yield Piece(name, size, start, views)
+            yield Fragment(name, size, start, views)
 
 
 def is_by_parameter(optimizer: Any) -> bool:
-    """Tell whether the optimizer's state is numbers of each parameter's own, which go into pieces."""
+    """True if the optimizer's state has a number for each of a parameter's, so that it goes into pieces."""
     return not isinstance(optimizer.optimizer, Further) or optimizer.optimizer.by_parameter
 
 
@@ -88,7 +109,7 @@ def codes_of(optimizer: Any) -> dict[str, torch.Tensor]:
 
 def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int, int]:
     """(elements of a parameter, the first that this rank holds, its flat tensor's number, the place there, length)."""
-    if hasattr(parameter, "ds_numel"):  # stage 3: each rank has as many, and what is beyond the parameter's end is none
+    if hasattr(parameter, "ds_numel"):  # stage 3: each rank has as many, padded beyond the parameter's end
         number, place, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = dist.get_rank(optimizer.dp_process_group) * length
         return parameter.ds_numel, start, number, place, min(length, parameter.ds_numel - start)
@@ -146,3 +167,74 @@ def averaged(optimizer: Any) -> Iterator[None]:
             for flat, before in zip(flats, weights):
                 flat.copy_(before)  # because train() comes back to them but for rounding
         publish(optimizer)
+
+
+def write_pieces(
+    checkpoint: Path,
+    rank: int,
+    pieces: Iterable[Fragment],
+    steps: int,
+    codes: Mapping[str, torch.Tensor] = NO_CODES,
+    scale: Mapping[str, float] = NO_SCALE,
+) -> None:
+    """Write a rank's pieces, its codes and the loss scale's counters into a checkpoint, a tensor at a time."""
+    tensors = {f"{kind}:{piece.start}:{piece.name}": part for piece in pieces for kind, part in piece.tensors.items()}
+    tensors |= {f"{CODES}:{rank}:{name}": tensor for name, tensor in codes.items()}
+    header = {"format_version": FORMAT_VERSION, STEPS: steps} | ({SCALE: dict(scale)} if scale else {})
+    path = checkpoint / OPTIMIZER / f"rank-{rank:05d}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+    write_safetensors(path, specs, tensors.items(), {"format": "pt", METADATA_KEY: json.dumps(header)})
+    fsync(path)  # by the machine that wrote it
+
+
+class SavedOptimizer:
+    """The optimizer's state in a checkpoint, of all ranks; its count of steps; the counters of the loss scale."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint, self.steps = checkpoint, 0
+        self.scale: dict[str, float] = {}
+        self.found: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        self.codes: dict[tuple[int, str], torch.Tensor] = {}
+        for path in sorted((checkpoint / OPTIMIZER).glob("rank-*.safetensors")):
+            tensors, metadata = read_safetensors(path, weights=False)
+            with reading(path, "does not hold the optimizer's state of this run", remedy_of(checkpoint)):
+                header = json.loads(metadata[METADATA_KEY])
+                if header["format_version"] > FORMAT_VERSION:
+                    raise ValueError(f"its format is {header['format_version']}, and {FORMAT_VERSION} is read here")
+                self.steps, self.scale = header[STEPS], header.get(SCALE, {})
+                for key, tensor in tensors.items():
+                    kind, start, name = key.split(":", 2)
+                    if kind == CODES:
+                        self.codes[int(start), name] = tensor
+                    else:
+                        self.found[kind, name].append((int(start), tensor))
+
+    @torch.no_grad()
+    def fill_codes(self, rank: int, codes: Mapping[str, torch.Tensor]) -> None:
+        """Copy a rank's codes into its tensors. Raises UserError if some are missing."""
+        for name, into in codes.items():
+            saved = self.codes.get((rank, name))
+            if saved is None or (saved.shape, saved.dtype) != (into.shape, into.dtype):
+                raise self.mismatch(f"{CODES}:{rank}:{name} is no {into.dtype} of shape {tuple(into.shape)}")
+            into.copy_(saved)
+
+    @torch.no_grad()
+    def fill(self, piece: Fragment) -> None:
+        """Copy the values of a piece into its tensors. Raises UserError if some are missing."""
+        for kind, into in piece.tensors.items():
+            done, due = piece.start, piece.start + len(into)
+            for start, tensor in sorted(self.found.get((kind, piece.name), ()), key=lambda part: part[0]):
+                end = min(start + len(tensor), due)
+                if start <= done < end:
+                    into[done - piece.start : end - piece.start] = tensor[done - start : end - start].to(into.device)
+                    done = end
+            if done != due:
+                raise self.mismatch(f"{kind} of {piece.name} lacks element {done:,}")
+
+    def mismatch(self, reason: str) -> UserError:
+        """The error that the folder lacks a part of the state."""
+        return UserError(
+            f"{self.checkpoint / OPTIMIZER} does not hold the optimizer's state of this run: {reason}; "
+            + remedy_of(self.checkpoint)
+        )
