@@ -15,7 +15,7 @@ import torch
 from common import Parser
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, wait, without_room
 
-from rwkv_peft.inference import replay
+from rwkv_peft.inference import forward
 from rwkv_peft.inference.decode import generate
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.inference.weights import quantize_products, rounded
@@ -37,7 +37,7 @@ def decode(model, prompts, tokens, device):
 
 def measure(args, model, weights, sequences, graphs):
     """Print the result for one number of sequences, with CUDA graphs or without."""
-    with patch.object(replay, "recordable", replay.recordable if graphs else lambda model: False):
+    with patch.object(forward, "recordable", forward.recordable if graphs else lambda model: False):
         measured(args, model, weights, sequences, graphs)
 
 

@@ -35,8 +35,8 @@ PARTS = (
     ),
     ("check", ("release/check", "release/verify", "release/runtimes"), ("convert", "merge")),
     ("inference", ("inference",), ("merge", "data")),
-    ("gate", ("inference/serve/gate", "inference/serve/web"), ("base",)),  # of any server
-    ("inference/serve", ("inference/serve",), ("inference", "gate")),
+    ("web", ("inference/serve/web",), ("base",)),  # of any server
+    ("inference/serve", ("inference/serve",), ("inference", "web")),
     ("python", ("api",), ("inference", "check")),  # what `import rwkv_peft as rp` offers
     ("evals", ("evals",), ("inference",)),
     ("rewards", ("rewards",), ("evals",)),
@@ -55,7 +55,7 @@ PARTS = (
     ("training", ("training",), ("engine",)),
     ("run", ("training/run", "training/rank"), ("training", "evals", "rewards")),
     ("tools/plan", ("tools/plan",), ("training",)),
-    ("page", ("tools/ui",), ("train flags", "data", "gate")),  # it starts the commands that compute
+    ("page", ("tools/ui",), ("train flags", "data", "web")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too
     ("tools/compare", ("tools/compare",), ("run",)),
     ("tools/study", ("tools/study",), ("run",)),

@@ -13,7 +13,7 @@ PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
     *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "relay", "shared")),
     *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
-    *("inference/rows.py", "inference/replay.py", "inference/sampling.py"),  # of a token that is drawn
+    *("inference/batch.py", "inference/forward.py", "inference/sampling.py"),  # of a token that is drawn
     *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "adapters").rglob("*.py")),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "ops").rglob("*.py") if path.parent.name != "native"),
@@ -25,9 +25,11 @@ WAITS = {
     *("equal", "allclose"),
 }
 ALLOWED = {
-    ("inference/rows.py", "heard", "synchronize"): "for the token before",
-    ("inference/rows.py", "heard", "tolist"): "of what was copied by then",
-    ("inference/rows.py", "placed", "tensor"): "on the CPU, which is pinned then",
+    ("inference/batch.py", "results", "synchronize"): "for the token before",
+    ("inference/batch.py", "results", "tolist"): "of what was copied by then",
+    ("inference/batch.py", "on_device", "tensor"): "on the CPU, which is pinned then",
+    ("inference/forward.py", "prefill", "tensor"): "of prompts",
+    ("inference/forward.py", "read_packed", "tensor"): "of prompts",
     ("inference/sampling.py", "most_probable", "nonzero"): "on a CPU: a GPU sorts all at once",
     ("inference/sampling.py", "pick", "as_tensor"): "of a tensor that is there",
     ("adapters/bat_in_scaled.py", "make", "cpu"): "before the first step",

@@ -15,8 +15,8 @@ from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference import command
+from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model, save_state_file
-from rwkv_peft.inference.reading import prefill
 from rwkv_peft.ops.decode import Tape
 from rwkv_peft.release import check, merge_command
 

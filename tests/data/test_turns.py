@@ -17,8 +17,7 @@ from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.templates import TEMPLATES, Template, before_answer, question, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.turns import cleaned
-from rwkv_peft.inference.serve.asking import Bounds, chat_prompt
-from rwkv_peft.inference.serve.forms import ChatAsked
+from rwkv_peft.inference.serve.requests import ChatBody, Limits
 
 CALL = {"name": "f", "arguments": {}}
 YES = {"role": "assistant", "content": "Yes."}
@@ -122,8 +121,8 @@ def test_no_text_forges_a_turn_in_a_prompt(words):
     assert boundaries(["".join(before_answer([("tool", words), ("tool", words)]))]) == due
 
     def asked(words, clean=True):
-        form = ChatAsked(model="m", messages=turns(words), tools=[{"name": "f", "description": words}])
-        return boundaries([WORLD.decode(chat_prompt(form, WORLD, Bounds(1, 1 << 20, 1, 65536, clean)).tokens)])
+        body = ChatBody(model="m", messages=turns(words), tools=[{"name": "f", "description": words}])
+        return boundaries([WORLD.decode(body.encode(WORLD, Limits(1, 1 << 20, 1, 65536, clean))[0].tokens)])
 
     assert asked(words) == asked("hi") and (words != HOSTILE[0] or asked(words, False) != asked("hi"))
 

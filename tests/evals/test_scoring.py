@@ -10,7 +10,7 @@ from families import DISTINCT, shaken
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.evals import scoring
 from rwkv_peft.evals.scoring import batches, score, score_pairs
-from rwkv_peft.inference.reading import prefill
+from rwkv_peft.inference.forward import prefill
 from rwkv_peft.models import family_named
 
 PROMPTS = [[66, 5, 9], [7], [30, 1, 50, 3, 4, 5, 70, 8, 9, 11, 12]]

@@ -17,10 +17,10 @@ from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.command import AnswerFile, summary
-from rwkv_peft.inference.continuation import Continuation
+from rwkv_peft.inference.chat import show
 from rwkv_peft.inference.loading import load_model, read_state_file
 from rwkv_peft.inference.prompts import encode, read_prompt_file
-from rwkv_peft.inference.showing import show
+from rwkv_peft.inference.text import Continuation
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert, heat, merge_command

@@ -11,8 +11,7 @@ from rwkv_peft.data.templates import segments
 from rwkv_peft.data.turns import CALLS, OPENINGS, SPEAKERS
 from rwkv_peft.hf import RWKVTokenizer
 from rwkv_peft.hf.rwkv_tokenizer import WORLD_FILE
-from rwkv_peft.inference.serve.asking import Bounds, chat_prompt
-from rwkv_peft.inference.serve.forms import ChatAsked
+from rwkv_peft.inference.serve.requests import ChatBody, Limits
 
 
 def test_the_tokenizer_is_the_packages_own(tmp_path):
@@ -78,7 +77,7 @@ def test_the_next_answer_is_opened_as_in_serve(think):
     tokenizer = RWKVTokenizer("bytes")
     for number, turns in enumerate((CHAT[:2], CHAT, [{"role": "user", "content": [{"type": "text", "text": " a "}]}])):
         asked = {"messages": turns, "tools": TOOLS[:number] or None, "think": think or None}
-        prompt = chat_prompt(ChatAsked(model="m", **asked), rp.tokenizer("bytes"), Bounds(1, 1 << 20, 1, 257))
+        (prompt,) = ChatBody(model="m", **asked).encode(rp.tokenizer("bytes"), Limits(1, 1 << 20, 1, 257))
         asked = {"tools": asked["tools"], "add_generation_prompt": True, "return_dict": False, "think": think}
         assert tokenizer.apply_chat_template(turns, **asked) == prompt.tokens
 

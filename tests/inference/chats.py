@@ -6,8 +6,8 @@ from rwkv_peft.data.encode_settings import EncodeSettings
 from rwkv_peft.data.encoding import Encoder
 from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model
-from rwkv_peft.inference.reading import prefill
 
 END = 0
 

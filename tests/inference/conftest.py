@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from inference.chats import tokens_of
+from inference.engines import spread_logits
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli import commands
-from rwkv_peft.inference import command, rows
+from rwkv_peft.inference import batch, command
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tiny_state):
     """The path of a random byte-vocabulary model."""
-    state = tiny_state(vocab_size=257, seed=3)
-    state["head.weight"] = state["head.weight"] * 4
+    state = spread_logits(tiny_state, vocab_size=257)
     state["head.weight"][0] = 0  # logit 0 for the end of text, below the largest of 256 others
     path = tmp_path_factory.mktemp("model") / "model.pth"
     save_model(path, state)
@@ -52,7 +52,7 @@ def chat(model, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
             if says is not None:
-                patch.setattr(rows, "sample", scripted)
+                patch.setattr(batch, "sample", scripted)
             assert commands.main(["generate", "--model", str(model), "--chat", *map(str, flags)]) == 0
         return *capsys.readouterr(), logits
 

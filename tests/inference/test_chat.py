@@ -18,9 +18,12 @@ from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.cli.streams import Patient
-from rwkv_peft.inference import engine, session
+from rwkv_peft.data.templates import segments
+from rwkv_peft.data.tools import Call, calls_text, parse_calls
+from rwkv_peft.inference import chat as chat_module
+from rwkv_peft.inference import engine
 
-PACKAGE = Path(session.__file__).resolve().parents[2]
+PACKAGE = Path(chat_module.__file__).resolve().parents[2]
 
 
 def assert_after(found, model, turns, opening=1, think=""):
@@ -29,16 +32,17 @@ def assert_after(found, model, turns, opening=1, think=""):
     torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-4)
 
 
+PARIS, NOON = {"name": "weather", "arguments": {"city": "Paris\n\nUser:"}}, {"name": "time", "arguments": {}}
 EMPTY = ("assistant", "")
 SECOND = (("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), EMPTY)
 
 
-@pytest.mark.parametrize("says", ["Yo\n\nUser:", "Yo|"])
-def test_turns_have_the_layout_of_the_data_and_are_remembered(chat, model, says):
+@pytest.mark.parametrize("says, words", [("Yo\n\nUser:", "Yo"), ("Yo|", "Yo"), ("a\n\nb\n\nUser:", "a\n\nb")])
+def test_turns_have_the_layout_of_the_data_and_are_remembered(chat, model, says, words):
     out, _, logits = chat(["Hi ", "So?"], says=[f" {says}", " No|"])
-    assert out == "Assistant: Yo\n\nAssistant: No\n\n"
+    assert out == f"Assistant: {words}\n\nAssistant: No\n\n"
     assert_after(logits[0], model, (("user", "Hi"), EMPTY))  # up to the colon
-    assert_after(logits[len(tokens_of(f" {says}"))], model, SECOND)
+    assert_after(logits[len(tokens_of(f" {says}"))], model, (SECOND[0], ("assistant", words), *SECOND[2:]))
 
 
 @pytest.mark.parametrize("think, opening", [("on", " <think"), ("off", " <think></think")])
@@ -86,24 +90,6 @@ def test_a_system_text_stands_before_the_first_turn_of_each_chat(chat, model, th
         assert_after(logits[len(says[0])], model, (*begin, *SECOND[1:]))
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--prompt", "a", "--system", "Be."], "--system Be. needs --chat: it comes before the first turn; without it"),
-        (["--chat", "--system", " "], "--system: an empty text says nothing"),
-    ],
-)
-def test_a_system_text_without_a_chat_or_words_is_refused(model, flags, message):
-    with pytest.raises(UserError, match=message):
-        commands.main(["generate", "--model", str(model), *flags])
-
-
-def test_a_paragraph_does_not_end_a_turn(chat, model):
-    out, _, logits = chat(["Hi", "So?"], says=[" a\n\nb\n\nUser:", " No|"])
-    assert out == "Assistant: a\n\nb\n\nAssistant: No\n\n"
-    assert_after(logits[-4], model, (("user", "Hi"), ("assistant", "a\n\nb"), ("user", "So?"), EMPTY))
-
-
 def test_a_turn_is_read_once(chat, monkeypatch):
     read, plain = [], engine.prefill
 
@@ -141,11 +127,12 @@ def test_a_saved_chat_goes_on(chat, tmp_path, model, name):
 
 def test_what_cannot_be_saved_is_told_and_ends_nothing(chat, model):
     before = model.read_bytes()
-    lines = ["/save x.pth", f"/save {model}", "/save x.state", "/save", "/nonsense", "", "Hi"]
+    lines = ["/save x.pth", f"/save {model}", "/save x.state", "/save a\0b.pth", "/save", "/nonsense", "", "Hi"]
     out, error, _ = chat(lines, says=[" a|"])
     assert out == "Assistant: a\n\n" and model.read_bytes() == before
     assert "nothing was said yet" in error and "is the file given as --model" in error
     assert "/save x.state: a session is a .pth, and would be read as another file" in error
+    assert "error: /save a\\x00b.pth: a name holds no NUL; leave it out" in error
     assert error.count("/reset forgets the chat") == 3
 
 
@@ -162,37 +149,17 @@ def test_saving_replaces_another_file_when_it_is_asked_twice(chat, tmp_path):
     assert "saved; " in error and "error" not in error
 
 
-def test_a_name_that_no_system_takes_is_told(chat):
-    _, error, _ = chat(["Hi", "/save a\0b.pth"], says=[" a|"])
-    assert "error: /save a\\x00b.pth: a name holds no NUL; leave it out" in error
-
-
-@pytest.fixture
-def terminal(monkeypatch):
-    """terminal(lines): a person types the lines."""
-
-    def typed(lines):
-        lines = iter([*lines, "/exit"])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-        monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-
-    return typed
-
-
-BAD = b"Gr\xfc\xdfe".decode("utf-8", "surrogateescape")  # as streams.py has it
-
-
-def test_a_line_that_is_no_text_does_not_cost_a_person_the_chat(model, terminal, capsys):
-    terminal([BAD, "Hi"])
+def test_a_line_that_is_no_text_is_refused_and_ends_the_chat_only_of_a_file(model, chat, monkeypatch, capsys):
+    bad = b"Gr\xfc\xdfe".decode("utf-8", "surrogateescape")  # as streams.py reads it
+    with pytest.raises(UserError, match="the line Gr… is not"):
+        chat([bad, "Hi"])
+    lines = iter([bad, "Hi", "/exit"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert commands.main(["generate", "--model", str(model), "--chat", "--max_tokens", "1"]) == 0
     out, error = capsys.readouterr()
     assert out.count("Assistant:") == 1 and "error: the line Gr… is not utf-8 from its character 3 on" in error
-
-
-def test_a_line_of_a_file_that_is_no_text_ends_the_chat(chat):
-    with pytest.raises(UserError, match="the line Gr… is not"):
-        chat([BAD, "Hi"])
 
 
 def test_a_chat_that_nobody_reads_ends(model, monkeypatch):
@@ -211,6 +178,55 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(chat, model):
     assert_after(logits[-4], model, SECOND)
 
 
+def test_calls_of_tools_are_shown_and_answered_as_the_data_has_them(chat, model, tmp_path):
+    tools = tmp_path / "tools.json"
+    tools.write_text(json.dumps([{"name": "weather"}, {"type": "function", "function": {"name": "time"}}]))
+    called = {"role": "assistant", "content": "Well.", "tool_calls": [PARIS, NOON]}
+    turns = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}, called]
+    turns += [{"role": "tool", "content": text} for text in ("sun", "12")] + [{"role": "assistant", "content": ""}]
+    laid_out = segments({"messages": turns, "tools": json.loads(tools.read_text())})
+    answer = next(text for text, counts in laid_out if counts)
+    lines = ["/tool early", "Hi", "/tool sun", "/tool 12", "/reset", "Hi"]
+    says = [f"{answer}\n\nTool:", " Fine.|", " Yo|"]
+    out, error, logits = chat(lines, "--tools", tools, "--system", "Be.", says=says)
+    assert parse_calls(out.split("\n\nAssistant:")[0])[1] == [Call(**PARIS), Call(**NOON)]
+    assert f"(call 1 of 2: {Call(**PARIS)}; /tool TEXT is its result)\n(call 2 of 2: " in error
+    assert error.count("(call 2 of 2: its result?)") == 1 and error.count("/reset forgets the chat") == 2
+    tokens = [token for text, _ in laid_out[:-1] for token in tokens_of(text)]
+    torch.testing.assert_close(logits[len(says[0])], after(model, tokens), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[0], logits[len(says[0]) + len(says[1])], rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_was_only_thought_of_is_none(chat):
+    thought = f">\n{calls_text(NOON)}"
+    _, error, _ = chat(
+        ["Hi", "So?"], "--think", "on", says=[f"{thought}|", f"{thought}\n</think>\n{calls_text(PARIS)}|"]
+    )
+    assert error.count("(call 1 of 1: ") == 1 and str(Call(**PARIS)) in error
+
+
+TOOLS = ["--chat", "--tools", "tools.json"]
+
+
+@pytest.mark.parametrize(
+    "flags, content, message",
+    [
+        (["--prompt", "a", "--system", "Be."], "", "--system Be. needs --chat: it comes before the first turn"),
+        (["--chat", "--system", " "], "", "--system: an empty text says nothing"),
+        (TOOLS, "[1]", "--tools tools.json: a tool is 1; it needs a name"),
+        (TOOLS, "x", "--tools tools.json: the list of tools is a text that is not JSON"),
+        (TOOLS, "[]", "--tools tools.json lists no tool"),
+        (TOOLS, None, "--tools tools.json: No such file or directory; check the name"),
+    ],
+)
+def test_mistakes_in_flags_of_a_chat_are_named(model, tmp_path, monkeypatch, flags, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "tools.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        commands.main(["generate", "--model", str(model), *flags])
+
+
 def test_flags_of_sampling_and_length_hold(chat):
     def said(*flags):
         return chat(["Hi", "So?"], "--max_tokens", 9, *flags)[0]
@@ -218,11 +234,6 @@ def test_flags_of_sampling_and_length_hold(chat):
     assert said("--temperature", 0) == said("--temperature", 0, "--seed", 7)
     assert said("--seed", 7) == said("--seed", 7) != said("--seed", 8)
     assert said("--temperature", 0) != said("--temperature", 0, "--presence_penalty", -9)
-
-
-def test_escapes_hold_for_lines(chat, model):
-    _, _, logits = chat([r"a\nb"], "--escapes", says=[" c|"])
-    assert_after(logits[0], model, (("user", "a\nb"), EMPTY))
 
 
 def test_ctrl_c_ends_an_answer_and_twice_the_chat(model, warm_python):

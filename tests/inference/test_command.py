@@ -14,8 +14,8 @@ from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.recorded import record_of
 from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
-from rwkv_peft.inference import command, continuation, flags
-from rwkv_peft.inference.decode import Step
+from rwkv_peft.inference import command, decode, flags
+from rwkv_peft.inference.decode import GeneratedToken
 from rwkv_peft.inference.loading import load_subject
 from rwkv_peft.models.state import time_state_shapes
 
@@ -27,18 +27,11 @@ def script(monkeypatch, *texts):
         for number, text in enumerate(texts):
             for token in [*BytesTokenizer().encode(text), 0]:
                 end = ends(number, token)
-                yield Step(number, token, end)
+                yield GeneratedToken(number, token, end)
                 if end:
                     break
 
-    monkeypatch.setattr(continuation, "generate", says)
-
-
-def test_prompts_of_a_pipe_that_are_no_text_are_told(model, monkeypatch):
-    given = io.TextIOWrapper(io.BytesIO(b"Hi\nGr\xfc\xdfe\n"), encoding="utf-8", errors="surrogateescape")
-    monkeypatch.setattr(sys, "stdin", given)
-    with pytest.raises(UserError, match=r"--prompt_file - is not UTF-8 \(byte 5\)"):
-        command.main(["--model", str(model), "--prompt_file", "-"])
+    monkeypatch.setattr(decode, "generate", says)
 
 
 def test_a_model_that_is_not_finite_is_named(tiny_state, tmp_path):
@@ -49,21 +42,24 @@ def test_a_model_that_is_not_finite_is_named(tiny_state, tmp_path):
         command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])
 
 
-def test_a_prompt_that_is_damaged_is_told_after_the_others_are_written(tiny_state, tmp_path, capsys):
+def test_a_damaged_prompt_is_reported_after_the_others_are_written(tiny_state, tmp_path, capsys):
     state = tiny_state(vocab_size=257)
     state["emb.weight"][ord("x") + 1] = 3e38  # whose norm is not finite
     save_model(tmp_path / "model.pth", state)
-    (tmp_path / "prompts.txt").write_text("ax\nb\nc\n")
+    (tmp_path / "prompts.txt").write_text("ax\nb\nc\nx\n")
     flags = ["--prompt_file", str(tmp_path / "prompts.txt"), "--max_tokens", "2", "--tokenizer", "bytes"]
     for more in ([], ["--output", str(tmp_path / "found.jsonl")]):
-        with pytest.raises(UserError, match="NaN or Inf for prompt 0 after 0 tokens"):
+        with pytest.raises(UserError, match=r"NaN or Inf for prompt 0 after 0 tokens \(and 1 more\)"):
             command.main(["--model", str(tmp_path / "model.pth"), *flags, *more])
     told = capsys.readouterr().out
     assert [json.loads(line)["prompt"] for line in told.splitlines()] == ["b", "c"]
     assert (tmp_path / "found.jsonl").read_text() == told
 
 
-def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_told(tiny_state, tmp_path, capsys):
+def test_a_tokenizer_of_far_fewer_tokens_than_the_model_has_is_noted_and_none_refused(tiny_state, tmp_path, capsys):
+    save_model(tmp_path / "model.pth", tiny_state(vocab_size=80))
+    with pytest.raises(UserError, match="give --tokenizer"):
+        command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])
     (tmp_path / "own.txt").write_text("".join(f"{i + 1} {chr(i)!r} 1\n" for i in range(128)))
     for vocab_size, told in ((1024, True), (200, False)):
         save_model(tmp_path / "model.pth", tiny_state(vocab_size=vocab_size))
@@ -81,29 +77,30 @@ def test_one_prompt_streams_its_text(run, monkeypatch):
     assert shown == ["n", "é", " ", "你", "好", "\n"]
 
 
-def test_the_stop_string_is_not_printed(run, monkeypatch):
-    script(monkeypatch, "Hello.\nUser: no")
-    assert run("--prompt", "x", "--stop", "\nUser:", "never") == "Hello.\n"
-    assert run("--prompt", "x", "--stop", r"\nU", "--escapes") == "Hello.\n"
+CHAT = "User: hi\n\nAssistant:"
+OPENINGS = ("", " <think", " <think></think", " <think>\n</think>\n")
+NEXT = " Yo\n\nUser: no"
 
 
-def test_a_prompt_in_a_known_layout_stops_at_the_next_turn(run, monkeypatch):
-    script(monkeypatch, " Yo\n\nUser: no")
-    assert run("--prompt", "User: hi\n\nAssistant:") == " Yo\n"
-    assert run("--prompt", "User: hi\n\nAssistant:", "--stop", "no") == " Yo\n\nUser: \n"
-    assert run("--prompt", "hi") == " Yo\n\nUser: no\n"
-    script(monkeypatch, *[" Yo\n\nUser: no"] * 3, " Yo\n\nTool: no")
-    openings = ("<think", "<think></think", "<think>\n</think>\n", "")
-    lines = run("--prompt", *(f"User: hi\n\nAssistant: {text}" for text in openings)).splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert [(row["generated"], row["end"]) for row in rows] == [(" Yo", "stop")] * 4
-    script(monkeypatch, " 4\n\nQuestion: no", " 4\n\nInstruction: no")
-    prompts = ("Question: 2+2?\n\nAnswer:", "Instruction: Add\n\nInput: 2 2\n\nResponse:")
-    rows = [json.loads(line) for line in run("--prompt", *prompts).splitlines()]
-    assert [(row["generated"], row["end"]) for row in rows] == [(" 4", "stop")] * 2
+@pytest.mark.parametrize(
+    "prompt, says, flags, printed",
+    [
+        ("x", "Hello.\nUser: no", ["--stop", "\nUser:", "never"], "Hello."),
+        ("x", "Hello.\nUser: no", ["--stop", r"\nU", "--escapes"], "Hello."),
+        ("hi", NEXT, [], NEXT),
+        *((f"{CHAT}{opening}", NEXT, [], " Yo") for opening in OPENINGS),
+        (CHAT, " Yo\n\nTool: no", [], " Yo"),
+        (CHAT, NEXT, ["--stop", "no"], " Yo\n\nUser: "),
+        ("Question: 2+2?\n\nAnswer:", " 4\n\nQuestion: no", [], " 4"),
+        ("Instruction: Add\n\nInput: 2 2\n\nResponse:", " 4\n\nInstruction: no", [], " 4"),
+    ],
+)
+def test_stop_texts_and_the_next_turn_of_a_known_layout_end_the_text(run, monkeypatch, prompt, says, flags, printed):
+    script(monkeypatch, says)
+    assert run("--prompt", prompt, *flags) == printed + "\n"
 
 
-def test_a_backslash_and_n_in_a_prompt_are_told(model, capsys):
+def test_a_backslash_and_n_in_a_prompt_are_noted(model, capsys):
     words = ["--model", str(model), "--max_tokens", "1", "--prompt", r"User: hi\n\nAssistant:"]
     command.main(words)
     assert capsys.readouterr().err.count("add --escapes to read it as a newline") == 1
@@ -128,21 +125,13 @@ def test_lines_keep_the_order_of_the_prompts(run):
     assert rows[4]["generated"] == alone["generated"]
 
 
-def test_a_jsonl_of_prompts_keeps_its_fields(run, tmp_path):
-    source, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    source.write_text('{"prompt": "a", "id": 7}\n\n{"prompt": "", "id": 8}\n')
-    assert run("--prompt_file", source, "--output", output, "--max_tokens", 5) == ""
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(row["id"], row["tokens"]) for row in rows] == [(7, 5), (8, 5)]
-
-
 @pytest.mark.parametrize("name", ["p.jsonl", "p.ndjson", "p.jsonl.gz", "p.json"])
-def test_prompts_of_every_kind_of_json(run, tmp_path, name):
-    lines = ['{"prompt": "a", "id": 7}', '{"prompt": "b"}']
-    text = f"[{', '.join(lines)}]" if name == "p.json" else "\n".join(lines)
+def test_prompts_of_every_kind_of_json_keep_their_fields(run, tmp_path, name):
+    lines = ['{"prompt": "a", "id": 7}', '{"prompt": ""}']
+    text = f"[{', '.join(lines)}]" if name == "p.json" else "\n\n".join(lines)
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     rows = [json.loads(line) for line in run("--prompt_file", tmp_path / name, "--max_tokens", 2).splitlines()]
-    assert [(row["prompt"], row.get("id")) for row in rows] == [("a", 7), ("b", None)]
+    assert [(row["prompt"], row.get("id"), row["tokens"]) for row in rows] == [("a", 7, 2), ("", None, 2)]
 
 
 def test_lines_that_were_written_are_prompts_again(run, tmp_path):
@@ -153,17 +142,12 @@ def test_lines_that_were_written_are_prompts_again(run, tmp_path):
     assert [(row["prompt"], row["tokens"]) for row in rows] == [("a", 3), ("b", 3)]
 
 
-def test_a_field_that_utf8_cannot_hold_is_kept_as_json_escapes_it(run, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "id": "\\ud800"}\n')
-    run("--prompt_file", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl", "--max_tokens", "2")
-    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))["id"] == "\ud800"
-
-
-@pytest.mark.parametrize("name, line", [("p.txt", "hello\n"), ("p.jsonl", '{"prompt": "hello"}\n')])
-def test_a_byte_order_mark_is_no_part_of_the_first_prompt(run, tmp_path, name, line):
+@pytest.mark.parametrize("name, line", [("p.txt", "hello\n"), ("p.jsonl", '{"prompt": "hello", "id": "\\ud800"}\n')])
+def test_a_byte_order_mark_is_dropped_and_a_field_that_utf8_cannot_hold_is_kept(run, tmp_path, name, line):
     (tmp_path / name).write_text(line, encoding="utf-8-sig")
     run("--prompt_file", tmp_path / name, "--output", tmp_path / "o.jsonl", "--max_tokens", "1")
-    assert json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))["prompt"] == "hello"
+    row = json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))
+    assert row["prompt"] == "hello" and row.get("id", "\ud800") == "\ud800"
 
 
 def test_plain_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, monkeypatch):
@@ -173,6 +157,10 @@ def test_plain_prompts_come_from_a_file_or_from_standard_input(run, tmp_path, mo
     assert [json.loads(line)["prompt"] for line in printed.splitlines()] == ["first é", "second"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("first é\nsecond\n"))
     assert run("--prompt_file", "-", "--max_tokens", 3) == printed
+    given = io.TextIOWrapper(io.BytesIO(b"Hi\nGr\xfc\xdfe\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", given)
+    with pytest.raises(UserError, match=r"--prompt_file - is not UTF-8 \(byte 5\)"):
+        run("--prompt_file", "-")
 
 
 def test_going_on_from_a_saved_session_equals_one_call(run, tmp_path):
@@ -271,9 +259,3 @@ def test_the_tokenizer_of_a_run_is_found_by_its_folder_too(model, tmp_path, flag
     save_adapter(tmp_path / "run" / "adapter.safetensors", tensors, AdapterMetadata(name, rank=4 * (name == "bone")))
     args = flags.build_parser().parse_args(["--model", str(model), flag, str(tmp_path / given), "--prompt", "a"])
     assert load_subject(args, print).tokenizer.name == tokenizer.name
-
-
-def test_a_vocabulary_of_unknown_size_needs_a_tokenizer(tiny_state, tmp_path):
-    save_model(tmp_path / "model.pth", tiny_state(vocab_size=80))
-    with pytest.raises(UserError, match="give --tokenizer"):
-        command.main(["--model", str(tmp_path / "model.pth"), "--prompt", "a"])

@@ -1,36 +1,40 @@
-"""The engine: an answer is that of `generate`, whoever shares its batch and whatever is known of its prompt."""
+"""The engine: a completion is that of `generate`, whatever shares its batch and whatever is cached of its prompt."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import GREEDY, PROMPTS, Heard, ask, engine_of, finish, model_file
 
+from families import shaken
+from inference.engines import GREEDY, PROMPTS, Recording, ask, engine_of, finish, model_file
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.adapters import AdapterSource
 from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.inference.asked import Answer, Request
+from rwkv_peft.inference import engine
+from rwkv_peft.inference.batch import DAMAGED, LOST
 from rwkv_peft.inference.decode import generate
-from rwkv_peft.inference.known import Known
+from rwkv_peft.inference.engine import CROWD, LEAST, MOST, PrefillBudget
+from rwkv_peft.inference.forward import prefill, recordable
 from rwkv_peft.inference.loading import load_model, save_state_file
-from rwkv_peft.inference.reading import prefill
-from rwkv_peft.inference.rows import DAMAGED, LOST
+from rwkv_peft.inference.requests import Completion, GenerationRequest, PrefixCache
 from rwkv_peft.inference.settings import Sampling
-from rwkv_peft.inference.voices import Voice, adapter_voice, state_voice
+from rwkv_peft.inference.speakers import Speaker, adapter_speaker, state_speaker
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.training.step.contexts import Contexts
 
-MANNERS = [
+SAMPLINGS = [
+    GREEDY,
     Sampling(top_p=1.0, temperature=1.5, presence_penalty=1.0, frequency_penalty=0.5, penalty_decay=0.9, seed=4),
     *(Sampling(top_k=7, top_p=0.95, seed=2), Sampling(seed=1), Sampling(seed=9)),
 ]
-MANNERS = [GREEDY, *MANNERS]
 METHODS = [{"mode": "bat-in"}, {"mode": "bone", "train_parts": ("ln", "head")}]
 METHODS += [{"method": "lora", "alpha": 16.0, "train_parts": ("state",)}, {"method": "pissa"}]
+NAMES = [f"{number}.safetensors" for number in range(len(METHODS))]
 
 
 def adapter_file(base, path, seed=0, size=0.1, **settings):
@@ -55,189 +59,268 @@ def adapter_file(base, path, seed=0, size=0.1, **settings):
 
 @pytest.fixture(scope="module")
 def files(tiny_state, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("voices")
+    folder = tmp_path_factory.mktemp("speakers")
     model_file(tiny_state, folder / "base.pth")
     for number, settings in enumerate(METHODS):
-        adapter_file(folder / "base.pth", folder / f"{number}.safetensors", number, **settings)
+        adapter_file(folder / "base.pth", folder / NAMES[number], number, **settings)
     return folder
 
 
 @pytest.fixture(scope="module")
-def voice(files):
-    return Voice("base", *load_model(files / "base.pth"))
+def plain(files):
+    return Speaker("base", *load_model(files / "base.pth"))
 
 
-def alone(voice, prompt, sampling, max_tokens=12):
-    return [step.token for step in generate(voice.model, [prompt], sampling, max_tokens, start=voice.start)]
+@pytest.fixture(scope="module")
+def growing():
+    """A random float64 model with a State that grows (x070b), in which nothing is zero."""
+    model = shaken(family_named("x070b"), 0.3, seed=2, n_embd=32, vocab_size=80, head_size=16)
+    return Speaker("base", model.double().requires_grad_(False))
 
 
-@pytest.mark.parametrize("batch, piece, ahead", [(8, 64, False), (8, 64, True), (2, 4, True), (1, 1, False)])
-def test_answers_are_those_of_generate_whoever_shares_the_batch(voice, batch, piece, ahead):
-    running, heard = engine_of(voice, batch, piece, ahead), []
-    for prompt, sampling in zip(PROMPTS, MANNERS):  # each joins while those before it are at work
-        heard += ask(running, voice, prompt, sampling)
+@pytest.fixture(params=["plain", "growing"])
+def speaker(request):
+    return request.getfixturevalue(request.param)
+
+
+def alone(speaker, prompt, sampling=GREEDY, max_tokens=12):
+    return [step.token for step in generate(speaker.model, [prompt], sampling, max_tokens, start=speaker.start)]
+
+
+@pytest.mark.parametrize("batch, piece, overlap", [(8, 64, False), (8, 64, True), (2, 4, True), (1, 1, False)])
+def test_completions_are_those_of_generate_whatever_shares_the_batch(speaker, batch, piece, overlap):
+    running, listeners = engine_of(speaker, batch, piece, overlap), []
+    for prompt, sampling in zip(PROMPTS, SAMPLINGS):  # each joins while those before it are running
+        listeners += ask(running, speaker, prompt, sampling, max_tokens=8)
         running.step()
     finish(running)
-    for listener, prompt, sampling in zip(heard, PROMPTS, MANNERS):
-        assert listener.tokens == alone(voice, prompt, sampling) and listener.end == "length"
+    for listener, prompt, sampling in zip(listeners, PROMPTS, SAMPLINGS):
+        assert listener.tokens == alone(speaker, prompt, sampling, 8) and listener.end == "length"
 
 
-def test_several_answers_read_their_prompt_once(voice):
-    running = engine_of(voice)
-    heard = ask(running, voice, PROMPTS[2], *(Sampling(top_p=1.0, seed=seed) for seed in range(3)))
+def test_several_completions_read_their_prompt_once(plain):
+    running, samplings = engine_of(plain), [Sampling(top_p=1.0, seed=seed) for seed in range(3)]
+    listeners = ask(running, plain, PROMPTS[2], *samplings)
     finish(running)
     assert running.read == len(PROMPTS[2])
-    assert [h.tokens for h in heard] == [alone(voice, PROMPTS[2], Sampling(top_p=1.0, seed=seed)) for seed in range(3)]
+    assert [one.tokens for one in listeners] == [alone(plain, PROMPTS[2], sampling) for sampling in samplings]
 
 
-def test_the_next_turn_reads_only_what_is_new(voice):
-    running = engine_of(voice)
-    (first,) = ask(running, voice, PROMPTS[2], GREEDY)
+def test_the_next_turn_reads_only_new_tokens(speaker):
+    running = engine_of(speaker)
+    (first,) = ask(running, speaker, PROMPTS[2], GREEDY, max_tokens=8)
     finish(running)
     turn = [*PROMPTS[2], *first.tokens, 5, 6]
-    (second,) = ask(running, voice, turn, GREEDY)
+    (second,) = ask(running, speaker, turn, GREEDY, max_tokens=4)
     finish(running)
-    assert running.read == len(PROMPTS[2]) + 3  # the last token of the answer was drawn and not read
-    assert running.reused == len(turn) - 3 and second.tokens == alone(voice, turn, GREEDY)
-    again = ask(running, voice, turn, Sampling(seed=7))[0]
+    assert running.read == len(PROMPTS[2]) + 3  # the last token of the completion was sampled and not read
+    assert running.reused == len(turn) - 3 and second.tokens == alone(speaker, turn, max_tokens=4)
+    (again,) = ask(running, speaker, turn, Sampling(seed=7), max_tokens=4)
     finish(running)
-    assert running.reused == len(turn) - 3 + len(turn) and again.tokens == alone(voice, turn, Sampling(seed=7))
+    assert running.reused == 2 * len(turn) - 3 and again.tokens == alone(speaker, turn, Sampling(seed=7), 4)
 
 
-def test_prompts_that_begin_alike_share_the_state_at_a_mark(voice):
-    running = engine_of(voice)
-    ask(running, voice, [1, 2, 3, 4, 5], GREEDY, marks=(3,))
-    finish(running)
-    for number in range(1, 4):
-        prompt = [1, 2, 3, number * 9, 9, 9]
-        (heard,) = ask(running, voice, prompt, GREEDY, marks=(3,))
+def test_prompts_that_begin_alike_share_the_state_at_a_mark(plain):
+    running = engine_of(plain)
+    for number in range(4):
+        prompt = [1, 2, 3, number * 9 + 4, 9, 9]
+        (listener,) = ask(running, plain, prompt, GREEDY, marks=(3,))
         finish(running)
-        assert running.reused == 3 * number and heard.tokens == alone(voice, prompt, GREEDY)
+        assert running.reused == 3 * number and listener.tokens == alone(plain, prompt)
 
 
-def test_states_are_kept_up_to_a_limit_and_the_latest_used_stay(voice):
-    logits, state = prefill(voice.model, [[1]])
-    known = Known(1 << 30)
-    known.add(voice, [1], logits, state)
-    one = known.size
-    known.limit = 2 * one + 100
-    known.add(voice, [2], logits, state)
-    assert known.longest(voice, [1, 5]).length == 1
-    known.add(voice, [3], logits, state)
-    assert known.longest(voice, [2]) is None and known.longest(voice, [1]) and known.longest(voice, [3, 1])
-    assert known.size == 2 * one and known.longest(Voice("other", voice.model), [1]) is None
-    known.forget(voice)
-    assert known.size == 0 == len(known.reads)
+def test_prefixes_are_cached_up_to_a_limit_and_the_latest_used_stay(plain):
+    logits, state = prefill(plain.model, [[1]])
+    cache = PrefixCache(1 << 30)
+    cache.add(plain, [1], logits, state)
+    one = cache.size
+    cache.limit = 2 * one + 100
+    cache.add(plain, [2], logits, state)
+    assert cache.longest(plain, [1, 5]).length == 1
+    cache.add(plain, [3], logits, state)
+    assert cache.longest(plain, [2]) is None and cache.longest(plain, [1]) and cache.longest(plain, [3, 1])
+    assert cache.size == 2 * one and cache.longest(Speaker("other", plain.model), [1]) is None
+    cache.forget(plain)
+    assert cache.size == 0 == len(cache.prefixes)
 
 
-def test_a_long_prompt_keeps_nobody_waiting(voice):
-    running = engine_of(voice, piece=8)
-    (speaks,) = ask(running, voice, [1], GREEDY, max_tokens=100)
+def test_a_growing_state_is_cached_in_its_own_length(growing):
+    running = engine_of(growing)
+    for prompt in PROMPTS[1:3]:
+        ask(running, growing, prompt, GREEDY, max_tokens=8)
+    finish(running)
+    found = {prefix.length: prefix.state[0].past_keys.shape[1] for prefix in running.cache.prefixes.values()}
+    assert found == {size: size for size in (1, 8, 9, 16)} and not recordable(growing.model)
+    begun = [[4, 7, 7], [1], [9, 9]]  # states of other lengths serve one pass
+    logits, after = prefill(growing.model, PROMPTS[:3], prefill(growing.model, begun)[1])
+    for start, prompt, row in zip(begun, PROMPTS, logits):
+        torch.testing.assert_close(row, growing.model(torch.tensor([start + prompt]))[0][0, -1])
+    assert after[1].length.tolist() == [6, 2, 11]
+
+
+def test_a_teacher_reads_rows_behind_contexts_of_other_lengths(growing):
+    texts, rows, contexts = [torch.tensor([3, 1, 4]), torch.tensor([5])], [[6, 7], [8, 9, 2]], Contexts(room=1)
+    seen = {"tokens": torch.tensor([sum(rows, [])]), "cu_seqlens": torch.tensor([0, 2, 5]), "contexts": texts}
+    found = contexts.through(growing.model, seen, lambda x, weight: x @ weight.t())
+    due = [growing.model(torch.tensor([[*text.tolist(), *row]]))[0][:, len(text) :] for text, row in zip(texts, rows)]
+    torch.testing.assert_close(found, torch.cat(due, 1))
+    assert len(contexts.kept) == 1  # the last one, though the first was larger
+
+
+def test_a_long_prompt_delays_no_other_completion(plain):
+    running = engine_of(plain, piece=8)
+    (first,) = ask(running, plain, [1], GREEDY, max_tokens=100)
     running.step()
-    (long,) = ask(running, voice, [3] * 80, GREEDY)
-    (short,) = ask(running, voice, [4] * 3, GREEDY, max_tokens=3)
+    (long,), (short,) = ask(running, plain, [3] * 80, GREEDY), ask(running, plain, [4] * 3, GREEDY, max_tokens=3)
     for _ in range(5):
-        before = len(speaks.tokens)
+        before = len(first.tokens)
         running.step()
-        assert len(speaks.tokens) == before + 1
+        assert len(first.tokens) == before + 1
     assert not long.tokens and short.end == "length"
 
 
-def test_who_is_gone_frees_the_place_at_once(voice):
-    running = engine_of(voice, batch=1)
-    (first,) = ask(running, voice, PROMPTS[0], GREEDY, max_tokens=10**6)
-    (second,) = ask(running, voice, PROMPTS[1], GREEDY)
-    (third,) = ask(running, voice, PROMPTS[2], GREEDY)
+def test_a_cancelled_completion_frees_its_place_at_once(plain):
+    running = engine_of(plain, batch=1)
+    (first,) = ask(running, plain, PROMPTS[0], GREEDY, max_tokens=10**6)
+    (second,), (third,) = (ask(running, plain, prompt, GREEDY) for prompt in PROMPTS[1:3])
     running.step()
-    assert running.rows == 1 and len(running.waiting) == 2 and not second.tokens
+    assert running.places_taken == 1 and len(running.waiting) == 2 and not second.tokens
     first.gone = second.gone = True
     finish(running)
     assert first.end == second.end == "gone" and not second.tokens
-    assert third.tokens == alone(voice, PROMPTS[2], GREEDY)
-
-
-def test_a_listener_ends_its_answer(voice):
-    running = engine_of(voice)
-    (heard,) = ask(running, voice, PROMPTS[0], GREEDY, most=3)
+    assert third.tokens == alone(plain, PROMPTS[2])
+    (ended,) = ask(running, plain, PROMPTS[0], GREEDY, most=3)
     finish(running)
-    assert heard.end == "enough" and heard.tokens == alone(voice, PROMPTS[0], GREEDY)[:3]
+    assert ended.end == "enough" and ended.tokens == alone(plain, PROMPTS[0])[:3]
 
 
-def test_odds_are_the_models_log_probabilities(voice):
-    running = engine_of(voice)
-    heard, scores, prompt = Heard(), [], PROMPTS[2]
-    sampling = Sampling(temperature=0.5, presence_penalty=2.0)
-    running.add(Request(voice, prompt, [Answer(sampling, 5, heard, 3)], scored=scores.append, top=2))
+def test_logprobs_are_the_models(plain):
+    running, listener, scores, prompt = engine_of(plain), Recording(), [], PROMPTS[2]
+    completion = Completion(Sampling(temperature=0.5, presence_penalty=2.0), 5, listener, 3)
+    running.add(GenerationRequest(plain, prompt, [completion], on_prompt_logprobs=scores.append, top_logprobs=2))
     finish(running)
-    whole = prompt + heard.tokens
-    odds = voice.model(torch.tensor([whole]))[0][0].log_softmax(-1)
-    for place, found in enumerate([*scores, *heard.odds]):
-        assert found.logprob == pytest.approx(odds[place, whole[place + 1]].item(), abs=1e-4)
-        values, tokens = odds[place].topk(len(found.top))
+    whole = prompt + listener.tokens
+    due = plain.model(torch.tensor([whole]))[0][0].log_softmax(-1)
+    for place, found in enumerate([*scores, *listener.logprobs]):
+        assert found.logprob == pytest.approx(due[place, whole[place + 1]].item(), abs=1e-4)
+        values, tokens = due[place].topk(len(found.top))
         assert [token for token, _ in found.top] == tokens.tolist()
         torch.testing.assert_close(torch.tensor([value for _, value in found.top]), values, rtol=0, atol=1e-4)
-    assert len(scores) == len(prompt) - 1 and len(heard.odds[0].top) == 3
+    assert len(scores) == len(prompt) - 1 and len(listener.logprobs[0].top) == 3
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3)], ids=["greedy", "top_p", "top_k"])
-def test_damaged_logits_end_their_row_alone(voice, sampling):
-    state = dict(voice.model.state_dict())
+def test_damaged_logits_end_their_sequence_alone(plain, sampling):
+    state = dict(plain.model.state_dict())
     state["emb.weight"] = state["emb.weight"].clone()
     state["emb.weight"][3] = float("nan")
     broken = RWKV6(base_of(state).config)
     broken.load_state_dict(state)
-    bad, running = Voice("bad", broken.requires_grad_(False)), engine_of(voice)
-    (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], GREEDY, max_tokens=2)
-    finish(running)
-    assert wrong.end == DAMAGED and not wrong.tokens and len(right.tokens) == 2
-    (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], sampling, max_tokens=2)
-    finish(running)
-    assert wrong.end == DAMAGED and not wrong.tokens and len(right.tokens) == 2
+    bad, running = Speaker("bad", broken.requires_grad_(False)), engine_of(plain)
+    for other in (GREEDY, sampling):
+        (wrong,), (right,) = ask(running, bad, [3], sampling), ask(running, bad, [1], other, max_tokens=2)
+        finish(running)
+        assert wrong.end == DAMAGED and not wrong.tokens and len(right.tokens) == 2
 
 
-def test_a_lost_form_ends_its_row_with_that(voice):
-    running, lost = engine_of(voice), Heard()
+def test_a_lost_constraint_ends_its_sequence(plain):
+    running, listener = engine_of(plain), Recording()
     follows = iter((True, False))
-    held = SimpleNamespace(allowed=lambda: torch.ones(1, dtype=torch.bool), take=lambda token: next(follows))
-    running.add(Request(voice, [1], [Answer(GREEDY, 9, lost, held=held)]))
+    constraint = SimpleNamespace(allowed=lambda: torch.ones(1, dtype=torch.bool), accept=lambda token: next(follows))
+    running.add(GenerationRequest(plain, [1], [Completion(GREEDY, 9, listener, constraint=constraint)]))
     finish(running)
-    assert lost.end == LOST and len(lost.tokens) == 1
+    assert listener.end == LOST and len(listener.tokens) == 1
 
 
-def test_adapters_and_states_answer_side_by_side_as_each_alone(files, voice):
+@pytest.mark.parametrize("failing", ["longest", "add", "_turn", "_begin"])
+def test_an_error_ends_each_completion_once_but_those_that_wait(plain, monkeypatch, failing):
+    running, calls = engine_of(plain, batch=2), []
+    owner = running.cache if hasattr(running.cache, failing) else running
+    whole = getattr(owner, failing)
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == (1 if failing.startswith("_") else 2):
+            raise MemoryError
+        return whole(*arguments)
+
+    listeners = [ask(running, plain, prompt, GREEDY, max_tokens=1)[0] for prompt in PROMPTS[:3]]
+    monkeypatch.setattr(owner, failing, fail)
+    with pytest.raises(MemoryError):
+        finish(running)
+    running.fail("failed")
+    assert listeners[1].end == "failed" and not listeners[2].end
+    finish(running)
+    assert listeners[0].end and listeners[2].end == "length" and not running._open
+
+
+def test_adapters_and_states_answer_side_by_side_as_each_alone(files, plain):
     base = open_base(files / "base.pth")
-    _, state = prefill(voice.model, [[9, 9, 1]])
-    save_state_file(files / "state.pth", state, voice.model)
-    voices = [voice, state_voice("state", files / "state.pth", voice, base)]
-    voices += [adapter_voice(str(n), AdapterSource(files / f"{n}.safetensors"), voice, base, False) for n in range(4)]
-    running = engine_of(voice, batch=12)
-    heard = [ask(running, own, prompt, GREEDY)[0] for own in voices for prompt in PROMPTS[:2]]
+    save_state_file(files / "state.pth", prefill(plain.model, [[9, 9, 1]])[1], plain.model)
+    speakers = [plain, state_speaker("state", files / "state.pth", plain, base)]
+    speakers += [adapter_speaker(name, AdapterSource(files / name), plain, base, False) for name in NAMES]
+    running = engine_of(plain, batch=12)
+    listeners = [ask(running, own, prompt, GREEDY)[0] for own in speakers for prompt in PROMPTS[:2]]
     running.step()
-    assert len(running.groups) <= 1 + len(METHODS)
+    assert len(running.batches) <= 1 + len(METHODS)
     finish(running)
-    due = [alone(own, prompt, GREEDY) for own in voices for prompt in PROMPTS[:2]]
-    for number in range(len(METHODS)):  # the merged model, as `generate --adapter` has it
-        merged = Voice("", *load_model(files / "base.pth", [AdapterSource(files / f"{number}.safetensors")]))
-        due[4 + 2 * number : 6 + 2 * number] = [alone(merged, prompt, GREEDY) for prompt in PROMPTS[:2]]
-    assert [h.tokens for h in heard] == due and len(set(map(tuple, due))) == len(due)
+    merged = [Speaker("", *load_model(files / "base.pth", [AdapterSource(files / name)])) for name in NAMES]
+    due = [alone(own, prompt) for own in [*speakers[:2], *merged] for prompt in PROMPTS[:2]]
+    assert [one.tokens for one in listeners] == due and len(set(map(tuple, due))) == len(due)
 
 
-def test_adapters_share_the_bases_weights_and_leave_them_as_they_are(files, voice):
+def test_adapters_share_the_bases_weights_and_leave_them_unchanged(files, plain):
     base = open_base(files / "base.pth")
-    before = {key: tensor.clone() for key, tensor in voice.model.state_dict().items()}
-    places = {key: tensor.data_ptr() for key, tensor in voice.model.state_dict().items()}
-    for number, settings in enumerate(METHODS):
-        own = adapter_voice("own", AdapterSource(files / f"{number}.safetensors"), voice, base, False)
-        weights = own.model.state_dict()
+    before = {key: tensor.clone() for key, tensor in plain.model.state_dict().items()}
+    places = {key: tensor.data_ptr() for key, tensor in plain.model.state_dict().items()}
+    for name, settings in zip(NAMES, METHODS):
+        weights = adapter_speaker("own", AdapterSource(files / name), plain, base, False).model.state_dict()
         copies = {key for key in before if weights[key].data_ptr() != places[key]}
         if settings.get("method") != "pissa":
             trains = "ln" in settings.get("train_parts", ())
             assert copies == {key for key in before if trains and re.search(r"^head|\bln", key)}
-    assert all(torch.equal(before[key], tensor) for key, tensor in voice.model.state_dict().items())
+    assert all(torch.equal(before[key], tensor) for key, tensor in plain.model.state_dict().items())
 
 
-def test_an_adapter_of_another_base_is_no_voice(files, voice, tiny_state, tmp_path):
+def test_an_adapter_of_another_base_is_refused(files, plain, tiny_state, tmp_path):
     save_model(tmp_path / "base.pth", tiny_state(seed=8))
-    base = open_base(tmp_path / "base.pth")
     with pytest.raises(UserError, match="another base"):
-        adapter_voice("own", AdapterSource(files / "0.safetensors"), voice, base, False)
+        adapter_speaker("own", AdapterSource(files / NAMES[0]), plain, open_base(tmp_path / "base.pth"), False)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def read(budget, clock, tokens, seconds):
+    budget.begin(tokens)
+    clock.now += seconds
+    budget.end()
+
+
+@pytest.mark.parametrize("rate", [400.0, 8000.0])
+def test_a_piece_of_a_prompt_takes_about_the_seconds_given(clock, rate):
+    budget = PrefillBudget(64, 0.1)
+    for _ in range(20):
+        tokens = budget.due(1, 0)
+        read(budget, clock, tokens, tokens / rate)
+    assert budget.due(1, 0) == pytest.approx(0.1 * rate, rel=0.1)
+
+
+def test_a_piece_of_a_prompt_takes_as_long_as_a_step_of_the_batch(clock):
+    budget = PrefillBudget(64, 0.1)
+    read(budget, clock, 64, 0.1)
+    for own, tokens in ((0.5, 320), (0.02, 64), (60.0, MOST)):
+        clock.now += own
+        assert budget.due(10, 20) == pytest.approx(tokens, abs=1)
+        budget.end()
+
+
+def test_short_prompts_on_a_slow_machine_do_not_lower_the_budget(clock):
+    budget = PrefillBudget(64, 0.1)
+    for _ in range(20):
+        read(budget, clock, LEAST // 2, 1.0)
+    assert budget.due(63, 1) == 64 * CROWD and budget.due(40, 20) == 128

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.inference import command, continuation
-from rwkv_peft.inference.decode import Step
+from rwkv_peft.inference import command, decode
+from rwkv_peft.inference.decode import GeneratedToken
 
 PACKAGE = Path(command.__file__).resolve().parents[2]
 
@@ -50,12 +50,12 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_model_is_read(tmp
 
 def test_an_interrupt_keeps_what_was_complete(model, tmp_path, monkeypatch, capsys):
     def interrupted(model, prompts, sampling, max_tokens, ends, *rest):
-        yield Step(0, 98, ends(0, 98))
-        yield Step(0, 0, ends(0, 0))
-        yield Step(1, 99, ends(1, 99))
+        yield GeneratedToken(0, 98, ends(0, 98))
+        yield GeneratedToken(0, 0, ends(0, 0))
+        yield GeneratedToken(1, 99, ends(1, 99))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(continuation, "generate", interrupted)
+    monkeypatch.setattr(decode, "generate", interrupted)
     output = tmp_path / "out.jsonl"
     assert command.main(["--model", str(model), "--prompt", "a", "b", "--output", str(output)]) == 130
     assert [json.loads(line)["generated"] for line in output.read_text().splitlines()] == ["a"]
@@ -75,41 +75,30 @@ def test_a_line_is_in_the_file_as_soon_as_it_is_done(model, tmp_path, monkeypatc
     def says(model, prompts, sampling, max_tokens, ends, *rest):
         for number in (2, 0, 1):
             seen.append(prompts_in(output))
-            yield Step(number, 98, ends(number, 98))
-            yield Step(number, 0, ends(number, 0))
+            yield GeneratedToken(number, 98, ends(number, 98))
+            yield GeneratedToken(number, 0, ends(number, 0))
         seen.append(prompts_in(output))
 
-    monkeypatch.setattr(continuation, "generate", says)
+    monkeypatch.setattr(decode, "generate", says)
     words = ["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)]
     assert command.main(words) == 0
     assert seen == [["before"], ["c"], ["c", "a"], ["c", "a", "b"]]
     assert prompts_in(output) == ["a", "b", "c"] and list(tmp_path.iterdir()) == [output]
 
 
-def test_a_line_that_the_disk_refuses_is_told_and_written_at_the_end(
-    model, tmp_path, monkeypatch, capsys, largest_file
-):
+def test_a_full_disk_ends_the_work_and_leaves_the_lines_before(model, tmp_path, monkeypatch, largest_file):
     output = tmp_path / "out.jsonl"
 
     def says(model, prompts, sampling, max_tokens, ends, *rest):
         for number, most in ((0, None), (2, 70), (1, None)):
             with largest_file(most):
-                yield Step(number, 0, ends(number, 0))
+                yield GeneratedToken(number, 0, ends(number, 0))
 
-    monkeypatch.setattr(continuation, "generate", says)
-    command.main(["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)])
-    told = capsys.readouterr().err
-    assert "file too large; the lines before are kept; the work goes on" in told and "3 of 3 prompts" in told
-    assert prompts_in(output) == ["a", "b", "c"]
-
-
-def test_what_was_generated_is_printed_where_the_disk_refuses_it(model, tmp_path, capsys, largest_file):
-    words = ["--model", str(model), "--prompt", "a", "b", "--max_tokens", "3"]
-    told = "cannot write .*file too large.*; its lines are printed instead"
-    with largest_file(10), pytest.raises(UserError, match=told):
-        command.main([*words, "--output", str(tmp_path / "out.jsonl")])
-    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
-    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(decode, "generate", says)
+    words = ["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)]
+    with pytest.raises(UserError, match="out.jsonl: file too large; the lines before are kept"):
+        command.main(words)
+    assert json.loads(output.read_text().splitlines()[0])["prompt"] == "a"
 
 
 def start(python, model, *arguments):

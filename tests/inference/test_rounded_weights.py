@@ -4,17 +4,17 @@ import re
 
 import pytest
 import torch
-from test_engine import adapter_file
 
+from inference.test_engine import adapter_file
 from rwkv_peft.checkpoints.adapters import AdapterSource
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference import command
 from rwkv_peft.inference.decode import generate
+from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model
-from rwkv_peft.inference.reading import prefill
 from rwkv_peft.inference.settings import Sampling
-from rwkv_peft.inference.voices import Voice, adapter_voice
+from rwkv_peft.inference.speakers import Speaker, adapter_speaker
 from rwkv_peft.inference.weights import rounded
 from rwkv_peft.ops.decode import quantize
 from rwkv_peft.ops.decode.cpu import FAMILY
@@ -35,7 +35,7 @@ def logits(model):
 @pytest.mark.parametrize("bits", (8, 4))
 def test_a_model_computes_with_the_rounded_matrices(path, tmp_path, monkeypatch, bits):
     told = []
-    model, _ = load_model(path, weights=f"int{bits}", say=told.append)
+    model, _ = load_model(path, weights=f"int{bits}", log=told.append)
     tensors = dict(open_base(path).tensors)
     names = [f"{name}.weight" for name in rounded(model)]
     assert len(names) == 17 and "head.weight" in names  # eight a layer
@@ -78,11 +78,11 @@ def test_a_voice_on_rounded_weights_has_its_own_of_what_the_adapter_changes(path
     base = open_base(path)
     model, _ = load_model(path, weights="int8")
     before = logits(model)
-    voice = adapter_voice("own", adapter, Voice("base", model), base, False)
+    speaker = adapter_speaker("own", adapter, Speaker("base", model), base, False)
     merged, _ = load_model(path, [adapter], weights="int8")
-    assert torch.equal(logits(voice.model), logits(merged))
+    assert torch.equal(logits(speaker.model), logits(merged))
     assert torch.equal(logits(model), before) and not torch.equal(before, logits(merged))
-    shared = [name for name, module in rounded(model).items() if rounded(voice.model)[name] is module]
+    shared = [name for name, module in rounded(model).items() if rounded(speaker.model)[name] is module]
     assert shared == ([] if "train_parts" in settings else ["head"])
 
 
@@ -106,5 +106,5 @@ def test_blocks_move_with_the_model_and_stay_what_they_are(path, tmp_path):
         found, _ = model(torch.zeros(rows, 1, dtype=torch.long, device="meta"))
         assert found.dtype == torch.bfloat16 and found.shape == (rows, 1, model.config.vocab_size)
     adapter = AdapterSource(adapter_file(path, tmp_path / "adapter.safetensors", mode="bat-in"))
-    voice = adapter_voice("own", adapter, Voice("base", model), open_base(path), False)
-    assert all(product.weight.words.is_meta for product in rounded(voice.model).values())
+    speaker = adapter_speaker("own", adapter, Speaker("base", model), open_base(path), False)
+    assert all(product.weight.words.is_meta for product in rounded(speaker.model).values())

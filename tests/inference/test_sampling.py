@@ -31,10 +31,6 @@ def distribution(logits, **settings):
     return full / full.sum(-1, keepdim=True)
 
 
-def assert_near(found, *expected):
-    torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
-
-
 def plain_nucleus(probabilities, share):
     """Top-p by its definition, for one row of float64 probabilities."""
     kept, total = torch.zeros_like(probabilities), 0.0
@@ -85,24 +81,20 @@ def test_most_probable_tokens_are_found_beyond_the_first_look():
     assert found.shape[1] == 2
 
 
-def test_top_k_keeps_the_k_most_probable():
-    assert_near(distribution(logits_of(0.1, 0.2, 0.3, 0.4), top_k=2, top_p=1.0), 0, 0, 3 / 7, 4 / 7)
-    assert_near(distribution(logits_of(0.1, 0.2, 0.3, 0.4), top_k=9, top_p=1.0), 0.1, 0.2, 0.3, 0.4)
-
-
-def test_top_p_counts_among_the_tokens_of_top_k():
-    assert_near(distribution(logits_of(0.1, 0.2, 0.3, 0.4), top_k=2, top_p=0.5), 0, 0, 0, 1)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_is_a_power_of_the_probabilities(temperature):
-    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64) ** (1 / temperature)
-    found = distribution(logits_of(0.1, 0.2, 0.3, 0.4), temperature=temperature, top_p=1.0)
-    assert_near(found, *(probabilities / probabilities.sum()).tolist())
-
-
-def test_a_tiny_temperature_is_greedy_without_overflow():
-    assert_near(distribution(torch.tensor([[1e4, 1e4 - 1, -1e4]]), temperature=1e-30, top_p=1.0), 1, 0, 0)
+@pytest.mark.parametrize(
+    "logits, settings, expected",
+    [
+        (logits_of(0.1, 0.2, 0.3, 0.4), dict(top_k=2, top_p=1.0), (0, 0, 3 / 7, 4 / 7)),
+        (logits_of(0.1, 0.2, 0.3, 0.4), dict(top_k=9, top_p=1.0), (0.1, 0.2, 0.3, 0.4)),
+        (logits_of(0.1, 0.2, 0.3, 0.4), dict(top_k=2, top_p=0.5), (0, 0, 0, 1)),  # top_p among the tokens of top_k
+        (logits_of(0.1, 0.2, 0.3, 0.4), dict(temperature=0.5, top_p=1.0), (1 / 30, 4 / 30, 9 / 30, 16 / 30)),
+        (logits_of(0.01, 0.04, 0.09, 0.16), dict(temperature=2.0, top_p=1.0), (0.1, 0.2, 0.3, 0.4)),
+        (torch.tensor([[1e4, 1e4 - 1, -1e4]]), dict(temperature=1e-30, top_p=1.0), (1, 0, 0)),  # no overflow
+    ],
+)
+def test_top_k_and_temperature(logits, settings, expected):
+    found = distribution(logits, **settings)
+    torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -118,15 +110,12 @@ def test_the_most_extreme_settings_still_draw_a_token(settings):
     assert 0 <= int(sample(penalize(logits, counts, sampling), [0.5], sampling)) < 3
 
 
-def test_penalties_lower_what_was_generated():
+def test_penalties_lower_generated_tokens_and_their_counts_decay():
     counts = torch.zeros(1, 4)
     for token in (1, 1, 3):
         count(counts, torch.tensor([token]), 1.0)
     logits = penalize(torch.zeros(1, 4), counts, Sampling(presence_penalty=0.5, frequency_penalty=0.25))
     assert logits.tolist() == [[0, -1.0, 0, -0.75]]
-
-
-def test_decay_forgets_what_was_generated_long_ago():
     counts = torch.zeros(2, 3)
     count(counts, torch.tensor([0, 2]), 0.5)
     count(counts, torch.tensor([1, 2]), 0.5)

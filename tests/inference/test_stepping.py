@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.inference.forward import RECORDS, TapedForward, forward_of, prefill
 from rwkv_peft.inference.loading import load_model
-from rwkv_peft.inference.reading import prefill
-from rwkv_peft.inference.recorded import RECORDS
-from rwkv_peft.inference.replay import forward_of
-from rwkv_peft.inference.stepping import Tapes
 from rwkv_peft.models import family_named
 from rwkv_peft.ops.decode import MOST_ROWS
 from rwkv_peft.ops.decode.cpu import FAMILY
@@ -45,7 +42,7 @@ def distance(found, due):
 def test_steps_are_the_models_own(path, precision):
     """The tape's distance from the float32 model is what the plain form's is, which rounds at the same places."""
     model, _ = load_model(path, **PRECISIONS[precision])
-    assert isinstance(model.forward, Tapes)
+    assert isinstance(model.forward, TapedForward)
     exact = load_model(path)[0].forward.plain if precision == "bf16" else model.forward.plain
     rounding = {"fp32": 1e-5, "bf16": 0.0, "int8": 1e-2}[precision]  # some integers of 8 bits differ
     with torch.inference_mode():
@@ -62,30 +59,20 @@ def test_steps_are_the_models_own(path, precision):
                     assert distance(mine, exactly) <= 1.5 * distance(other, exactly) + rounding
 
 
-def test_what_a_step_returned_stays(path):
-    """Its buffers are the tape's own; results are not."""
+def test_results_stay_and_a_state_may_advance_in_its_own_memory(path):
     model, _ = load_model(path)
     tokens = torch.tensor([[5], [9]])
     with torch.inference_mode():
         _, start = prefill(model, [[2], [3]])
-        logits, state = model(tokens, start)
-        kept = [x.clone() for x in (logits, *(field for layer in state for field in layer))]
+        due, after = model(tokens, start)
+        results = (due, *(field for layer in after for field in layer))
+        before = [x.clone() for x in results]
         model(tokens.flip(0), start)
-        assert all(map(torch.equal, kept, (logits, *(field for layer in state for field in layer))))
-        again, _ = model(tokens, start)
-        assert torch.equal(again, logits)
-
-
-def test_a_state_advances_in_its_own_memory(path):
-    model, _ = load_model(path)
-    tokens = torch.tensor([[5], [9]])
-    with torch.inference_mode():
-        _, state = prefill(model, [[2], [3]])
-        due, after = model(tokens, state)
-        found, advanced = forward_of(model, 2)(tokens, state)
+        assert all(map(torch.equal, before, results))
+        found, advanced = forward_of(model, 2)(tokens, start)
     assert torch.equal(found, due)
-    for own, theirs, before in zip(advanced, after, state):
-        assert own.wkv.data_ptr() == before.wkv.data_ptr()
+    for own, theirs, given in zip(advanced, after, start):
+        assert own.wkv.data_ptr() == given.wkv.data_ptr()
         assert all(map(torch.equal, own, theirs))
 
 

@@ -18,13 +18,13 @@ from ..config import AdapterConfig
 from ..data.recorded import find_tokenizer, recorded_beside
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..inference.continuation import Continuation
 from ..inference.decode import generate
 from ..inference.flags import WEIGHTS
 from ..inference.loading import merged_base, model_of, read_state_file, resolve_device
 from ..inference.prompts import encode
 from ..inference.settings import Sampling
-from ..inference.twin import Twin
+from ..inference.speakers import Mirror
+from ..inference.text import Continuation
 from ..inference.weights import quantize_products
 from ..models.parts import LanguageModel
 from ..models.state import State
@@ -60,7 +60,7 @@ class Model(nn.Module):
 
         self.base = base
         self.network, self.start = model_of(base, precision, device, prepare)
-        self._twin = Twin()
+        self._mirror = Mirror()
         self.adapter: AdapterConfig | None = None
         self._find_tokenizer: Callable[[], Tokenizer] = partial(find_tokenizer, None, base.config.vocab_size)
 
@@ -155,7 +155,7 @@ class Model(nn.Module):
             for number, prompt in enumerate(asked)
         ]
         steps = generate(
-            self._twin.of(self.network, self.base),
+            self._mirror.of(self.network, self.base),
             tokens,
             Sampling(**sampling),
             max_tokens,

@@ -72,7 +72,7 @@ COMMANDS = (
         "Try",
         "serve",
         "answer over HTTP as OpenAI's interface does, with several adapters",
-        "inference.serve.command",
+        "inference.serve.app",
         flags="inference.serve.flags:parse_flags",
         needs="serve",
     ),

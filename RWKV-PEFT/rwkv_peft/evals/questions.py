@@ -17,12 +17,12 @@ from ..data.mixture import Several
 from ..data.samples import DocumentSamples, Samples
 from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer
-from ..inference.continuation import Continuation
 from ..inference.decode import generate
 from ..inference.flags import unescaped
 from ..inference.loading import Subject
 from ..inference.prompts import encode
 from ..inference.settings import Sampling
+from ..inference.text import Continuation
 from .rows import Choices, Problem, Task, layout_of, read_problems, stops_of_prompt
 from .scoring import score
 

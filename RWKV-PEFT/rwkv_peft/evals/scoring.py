@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..cli.errors import UserError
-from ..inference.reading import PREFILL, prefill
+from ..inference.forward import PREFILL, prefill
 from ..models.state import State
 from ..ops.decode import product
 

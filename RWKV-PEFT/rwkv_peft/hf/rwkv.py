@@ -22,7 +22,7 @@ from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.base import Base, base_of, save_model
 from ..cli.errors import UserError
 from ..inference.loading import merged_base
-from ..inference.twin import Twin
+from ..inference.speakers import Mirror
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
 from ..release.formats import read_hf_model
@@ -193,7 +193,7 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RWKVConfig) -> None:
         super().__init__(config)
-        self._twin = Twin()
+        self._mirror = Mirror()
         self.post_init()
 
     @classmethod
@@ -298,7 +298,7 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **settings)
         if outputs.state is not None:
             if "read" not in model_kwargs:
-                twin = self._twin.of(self.model, Base(self.name_or_path, {}, self.config.family, self.model.config))
+                twin = self._mirror.of(self.model, Base(self.name_or_path, {}, self.config.family, self.model.config))
                 model_kwargs |= {"read": True, "twin": None if twin is self.model else twin}
             model_kwargs |= {REORDERED: outputs.state}
         return model_kwargs

@@ -4,20 +4,34 @@ Lines come from standard input, a terminal or a pipe; answers stream to standard
 """
 
 import os
+import random
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
+
+import torch
 
 from ..checkpoints.atomic import check_output, same_file
 from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError, short
+from ..cli.streams import is_heard
 from ..data.templates import before_answer, question
+from ..data.tokenizer import Tokenizer
 from ..data.tools import parse_calls
+from ..data.turns import TURN_END
+from ..models.parts import LanguageModel
+from ..models.state import State
+from .decode import GeneratedToken, TokenCollector, damaged_error
+from .engine import Engine
+from .forward import prefill
 from .loading import save_state_file
-from .session import Session
-from .showing import show
+from .requests import Completion, GenerationRequest
+from .settings import Sampling
+from .speakers import Speaker
+from .text import TextStream
 
 HELP = (
     "/reset forgets the chat, /save FILE keeps it for --state, /tool TEXT is the result of a call, /exit or Ctrl-D "
@@ -26,10 +40,9 @@ HELP = (
 CODE = 130  # the exit code after Ctrl-C
 
 
-class Manner(NamedTuple):
-    """How answers are asked for: think ("", "on", "off") opens them, system and tools (tools_text) come before the
-    first turn, also after /reset ("": none), and clean tells whether lines, results and system are cleaned (turns.py).
-    """
+class ChatLayout(NamedTuple):
+    """The settings of a chat's layout: think ("", "on", "off") opens answers, system and tools (tools_text) come before
+    the first turn, clean removes blank lines from lines, results and system (turns.py)."""
 
     think: str = ""
     system: str = ""
@@ -37,12 +50,99 @@ class Manner(NamedTuple):
     clean: bool = True
 
 
-class Chat:
+class Session:
+    """One sequence in turns: a model's State after all of them, from `start` on (None: zeros), so that no token is read
+    twice.
+
+    Between turns the sequence ends in TURN_END, as in the training data, or gets it before the next turn: `tail` has
+    the tokens that were sampled but not read yet, and `closed` is True if the sequence with them ends in TURN_END.
+    `cut` is True if the last answer used all of its max_tokens.
+    """
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, sampling: Sampling, start: State | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.sampling, self.start = model, tokenizer, sampling, start
+        self.random = random.Random(sampling.seed)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every turn."""
+        self.state, self.closed = self.start, True
+        self.tail: list[int] = []
+        self.cut = False
+
+    @property
+    def begins(self) -> bool:
+        """True before the first turn."""
+        return self.state is self.start
+
+    def close(self) -> None:
+        """Read the tokens that the last turn left and its TURN_END, so that the state includes them."""
+        if not self.closed:
+            self.tail += self.tokenizer.encode(TURN_END)
+            self.closed = True
+        if self.tail:
+            self.state = prefill(self.model, [self.tail], self.state)[1]
+            self.tail = []
+
+    @torch.inference_mode()
+    def answer(self, texts: Iterable[str], stops: Iterable[str], max_tokens: int) -> Iterator[str]:
+        """Read texts, each tokenized by itself as in training data, and yield the answer piece by piece.
+
+        The answer ends before a stop text, at the token that ends a document, or after max_tokens. If the caller stops
+        iterating, the sequence has the part sampled so far. Raises UserError if the logits are not finite.
+        """
+        self.close()
+        tokens = [token for text in texts for token in self.tokenizer.encode(text)]
+        stream, shown, self.cut = TextStream(self.tokenizer, stops), "", False
+        turn_end: tuple[str, State] | None = None  # the last text that ends in TURN_END, and the State after it
+        whole_turn: State | None = None
+        found = deque[GeneratedToken]()
+        collector = TokenCollector(0, found, None, 0)
+        engine = Engine(min(self.tokenizer.vocab_size, self.model.config.vocab_size), 1)
+        completion = Completion(self.sampling, max_tokens + 1, collector, draws=self.random)
+        engine.add(GenerationRequest(Speaker("", self.model, self.state), tokens, [completion]))
+        try:
+            for _ in range(max_tokens):
+                engine.step()
+                if collector.damaged:
+                    raise damaged_error(self.model, 0, collector.length)
+                if (whole := shown + stream.held).endswith(TURN_END):
+                    turn_end = whole, engine.batches[self.model].snapshot(0)[1]
+                token, self.tail = found.pop().token, []
+                if token == self.tokenizer.end_id:
+                    break
+                self.tail = [token]
+                text = stream.feed(token)
+                shown += text
+                if text:
+                    yield text
+                if stream.stopped:
+                    self.tail = []
+                    if turn_end is not None and turn_end[0] == shown + TURN_END:
+                        whole_turn = turn_end[1]  # without the words that open the next turn
+                    return
+            else:
+                self.cut = True
+        finally:
+            if (batch := engine.batches.get(self.model)) is not None:
+                self.closed = whole_turn is not None
+                self.state = batch.snapshot(0)[1] if whole_turn is None else whole_turn
+                if not batch.unread:  # an interrupt came after its reading
+                    self.tail = []
+        rest = stream.finish()
+        self.closed = (shown + rest).endswith(TURN_END)
+        if rest:
+            yield rest
+
+
+class ChatLoop:
     """The loop of a chat over a Session.
 
-    stops end an answer; change(line) is applied to a line before it is sent; inputs are the (flag, path) pairs that
-    /save must not overwrite, except --state, because a session may go on in its own file. If an answer calls tools, so
-    many results are awaited before the next one.
+    stops end an answer; convert(line) is applied to each line; inputs are the (flag, path) pairs that /save must not
+    overwrite, except --state, because a session may go on in its own file. If an answer calls tools, as many results
+    are due before the next one.
     """
 
     def __init__(
@@ -50,19 +150,19 @@ class Chat:
         session: Session,
         stops: Sequence[str],
         max_tokens: int,
-        change: Callable[[str], str],
+        convert: Callable[[str], str],
         inputs: Sequence[tuple[str, str | None]],
-        manner: Manner,
+        layout: ChatLayout,
     ) -> None:
-        self.session, self.stops, self.max_tokens, self.change = session, stops, max_tokens, change
+        self.session, self.stops, self.max_tokens, self.convert = session, stops, max_tokens, convert
         self.inputs = [(flag, path) for flag, path in inputs if flag != "--state"]
         self.replaceable = [path for flag, path in inputs if flag == "--state" and path]
-        self.manner = manner
+        self.layout = layout
         self.awaited, self.results = 1, list[str]()
 
     def run(self) -> int:
-        """Talk until the input ends -> the exit code. A UserError is printed on a terminal and raised if the lines come
-        from a pipe or a file. Raises Unheard if nobody reads the output any more."""
+        """Answer lines until the input ends -> the exit code. A UserError is printed on a terminal, and raised if the
+        lines come from a pipe or a file. Raises OutputClosed if the reader of the output left."""
         remark(HELP)
         read, interrupted = line_reader(), False
         while True:
@@ -75,7 +175,7 @@ class Chat:
                     if not self.command(*line.split(maxsplit=1)):
                         return 0
                 elif line.strip():
-                    self.answer(self.change(line))
+                    self.answer(self.convert(line))
             except KeyboardInterrupt:
                 if interrupted:
                     remark("\ninterrupted")
@@ -88,20 +188,20 @@ class Chat:
                 remark(f"error: {error}")
 
     def answer(self, words: str) -> None:
-        manner = self.manner if self.session.begins else self.manner._replace(system="", tools="")
-        self.say(question(words, *manner))
+        layout = self.layout if self.session.begins else self.layout._replace(system="", tools="")
+        self.reply(question(words, *layout))
 
     def take_result(self, text: str) -> None:
-        """Take the result of a call; the last that is awaited is answered."""
+        """Collect the result of a call, and answer once all are there."""
         self.results.append(text)
         if len(self.results) < self.awaited:
             remark(f"(call {len(self.results) + 1} of {self.awaited}: its result?)")
             return
         turns = [("tool", result) for result in self.results]
-        self.say(before_answer(turns, self.manner.think, self.manner.clean))
+        self.reply(before_answer(turns, self.layout.think, self.layout.clean))
 
-    def say(self, texts: Sequence[str]) -> None:
-        """Show the answer to texts, and the calls that it holds."""
+    def reply(self, texts: Sequence[str]) -> None:
+        """Print the answer to texts, and the calls in it."""
         self.results, shown = [], list[str]()
         show(texts[-1])
         try:
@@ -110,7 +210,7 @@ class Chat:
                 shown.append(text)
         finally:
             show("\n\n")
-        opening = texts[-1].partition(":")[2]  # that of a thinking, in which nothing is called
+        opening = texts[-1].partition(":")[2]  # of a thinking, in which nothing is called
         _, calls = parse_calls(opening + "".join(shown))
         self.awaited = max(1, len(calls))
         for number, call in enumerate(calls, start=1):
@@ -119,7 +219,7 @@ class Chat:
             remark(f"(cut off after --max_tokens {self.max_tokens})")
 
     def command(self, name: str, argument: str = "") -> bool:
-        """Execute a line that begins with / -> False if it ends the chat."""
+        """Run a line that begins with / -> False if it ends the chat."""
         argument = argument.strip()
         if name in ("/exit", "/quit", "/bye"):
             return False
@@ -128,7 +228,7 @@ class Chat:
             self.awaited, self.results = 1, []
             remark("the chat is forgotten")
         elif name == "/tool" and argument and not self.session.begins:
-            self.take_result(self.change(argument))
+            self.take_result(self.convert(argument))
         elif name == "/save" and argument:
             self.save(argument)
         else:
@@ -150,18 +250,17 @@ class Chat:
             remark(f"error: {error}")
 
     def check_replaced(self, path: str) -> None:
-        """Raise UserError, the first time, if /save would replace a file that this chat was not loaded from and did not
-        save."""
-        known = any(same_file(path, own) for own in self.replaceable)
+        """Raise UserError, once for each path, if /save would replace a file of somebody else's."""
+        own_file = any(same_file(path, own) for own in self.replaceable)
         self.replaceable.append(path)
-        if os.path.exists(path) and not known:
+        if os.path.exists(path) and not own_file:
             raise UserError(f"/save {path}: there is such a file; the same line once more replaces it")
 
 
 def line_reader() -> Callable[[], str | None]:
-    """Make a function that reads a line without its newline, None at the end of the input.
+    """A function that reads a line without its newline, None at the end of the input.
 
-    On a terminal it prompts, and offers editing if there is readline. It raises UserError for a line that is not in the
+    On a terminal it prompts, with editing if there is readline. It raises UserError for a line that is not in the
     input's encoding.
     """
     if not sys.stdin.isatty():
@@ -169,18 +268,18 @@ def line_reader() -> Callable[[], str | None]:
     with suppress(ImportError):  # some Pythons lack it
         import readline  # noqa: F401  the import lets input() edit lines
 
-    def ask() -> str | None:
+    def typed() -> str | None:
         try:
             return readable(input("User: "))
         except EOFError:
             show("\n")
             return None
 
-    return ask
+    return typed
 
 
 def readable(line: str) -> str:
-    """Return the line. Raises UserError if it holds surrogates: bytes that are not in the input's encoding."""
+    """The line, unchanged. Raises UserError if it has surrogates: bytes that are not in the input's encoding."""
     try:
         line.encode()
     except UnicodeEncodeError as error:
@@ -189,6 +288,17 @@ def readable(line: str) -> str:
             "on, and was not sent; convert it"
         ) from error
     return line
+
+
+class OutputClosed(Exception):
+    """The reader of standard output left, as `head` does, so that there is nothing more to do."""
+
+
+def show(text: str) -> None:
+    """Print a piece of generated text. Raises OutputClosed if its reader left."""
+    print(text, end="", flush=True)
+    if not is_heard(sys.stdout):
+        raise OutputClosed
 
 
 def remark(text: str) -> None:

@@ -5,23 +5,22 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
-from ..checkpoints.atomic import check_output
+from ..checkpoints.atomic import CannotWrite, append_text, check_output, telling_failures, write_text
 from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..data.asked import clean_beside, note_on_chats
 from ..data.templates import stops_of
-from .chat import Chat, Manner
-from .continuation import Continuation, complete
+from .chat import ChatLayout, ChatLoop, OutputClosed, Session, remark, show
+from .decode import complete
 from .flags import note_escapes, parse_flags, unescaped
-from .kept import Kept
-from .loading import load_subject, resolve_device, save_state_file
+from .forward import prefill
+from .loading import Subject, load_subject, resolve_device, save_state_file
 from .prompts import encode, read_prompt_file, read_tools
-from .reading import prefill
-from .session import Session
 from .settings import Sampling
-from .showing import Unheard, show
+from .text import Continuation
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except Unheard:
+    except OutputClosed:
         return 0
 
 
@@ -47,52 +46,53 @@ def run(args: Namespace, sampling: Sampling) -> int:
     tools = read_tools(args.tools) if args.tools else ""
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
-    subject = load_subject(args, warn)
-    model, start, tokenizer = subject
+    subject = load_subject(args, remark)
     if args.chat:
-        change: Callable[[str], str] = unescaped if args.escapes else str
-        stops = [*stops_of("Assistant:"), *args.stop]
-        session = Session(model, tokenizer, sampling, start)
-        inputs = [*inputs_of(args), ("--state", args.state)]
-        files = (*reversed(args.adapter), args.state, args.model)
-        clean = clean_beside(*files) if args.clean_turns is None else args.clean_turns
-        manner = Manner(args.think or "", args.system or "", tools, clean)
-        if note := note_on_chats(*files):
-            warn(note)
-        return Chat(session, stops, args.max_tokens, change, inputs, manner).run()
+        return chat(args, subject, sampling, tools)
+    tokenizer = subject.tokenizer
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
     continuations = [
         Continuation(row, tokenizer, args.stop or stops_of(row["prompt"]), show if streams else None) for row in rows
     ]
     began = time.perf_counter()
-    kept, lines = Kept(args.output, warn), not (streams or args.output)
+    output, prints = OutputFile(args.output), not (streams or args.output)
     printed = 0  # lines, in the order of the prompts
     try:
-        with kept:
+        with output:
             for number in complete(subject, prompts, continuations, sampling, args.max_tokens, args.batch):
-                kept.add(number, continuations[number].line())
-                while lines and printed < len(rows) and continuations[printed].end:
+                output.add(number, continuations[number].line())
+                while prints and printed < len(rows) and continuations[printed].end:
                     show(continuations[printed].line())
                     printed += 1
     finally:  # after Ctrl-C too
-        for continuation in continuations[printed:] if lines else ():
+        for continuation in continuations[printed:] if prints else ():
             if continuation.end:
                 show(continuation.line())
-        if kept.whole:
+        if output.whole:
             total, seconds = sum(len(c.tokens) for c in continuations), time.perf_counter() - began
-            done = f"{len(kept.lines)} of {counted(len(rows), 'prompt')}"
-            warn(f"{args.output}: {done}, {total:,} tokens, {total / seconds:.1f} tokens/s")
+            done = f"{len(output.lines)} of {counted(len(rows), 'prompt')}"
+            remark(f"{args.output}: {done}, {total:,} tokens, {total / seconds:.1f} tokens/s")
     if streams:
         show("\n")
     if args.save_state:
         read = prompts[0] + continuations[0].shown_tokens()
-        save_state_file(args.save_state, prefill(model, [read], start)[1], model)
+        save_state_file(args.save_state, prefill(subject.model, [read], subject.start)[1], subject.model)
     return 0
 
 
-def warn(text: str) -> None:
-    print(text, file=sys.stderr)
+def chat(args: Namespace, subject: Subject, sampling: Sampling, tools: str) -> int:
+    """Run the chat of --chat -> the exit code."""
+    convert: Callable[[str], str] = unescaped if args.escapes else str
+    files = (*reversed(args.adapter), args.state, args.model)
+    clean = clean_beside(*files) if args.clean_turns is None else args.clean_turns
+    if note := note_on_chats(*files):
+        remark(note)
+    session = Session(subject.model, subject.tokenizer, sampling, subject.start)
+    stops = [*stops_of("Assistant:"), *args.stop]
+    layout = ChatLayout(args.think or "", args.system or "", tools, clean)
+    inputs = [*inputs_of(args), ("--state", args.state)]
+    return ChatLoop(session, stops, args.max_tokens, convert, inputs, layout).run()
 
 
 def check_outputs(args: Namespace) -> None:
@@ -111,3 +111,37 @@ def inputs_of(args: Namespace) -> list[tuple[str, str | None]]:
     """The (flag, path) pairs of the files that are read, except --state."""
     names = ("model", "prompt_file", "lora_init", "tokenizer", "tools")
     return [(f"--{name}", getattr(args, name)) for name in names] + [("--adapter", path) for path in args.adapter]
+
+
+class OutputFile:
+    """The lines {number of a prompt: line} of --output; without a path there are none.
+
+    Each line is appended as soon as its continuation is done, so that a process which is killed leaves the lines so
+    far; on exit the file is written anew in the order of the prompts, and `whole` becomes True. Earlier content stays
+    until the first line. Raises UserError if the disk refuses a line.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+        self.lines: dict[int, str] = {}
+        self.whole = False
+
+    def __enter__(self) -> "OutputFile":
+        return self
+
+    def add(self, number: int, line: str) -> None:
+        """Add the line of a prompt."""
+        if self.path is None:
+            return
+        if self.lines:
+            with telling_failures(Path(self.path), "the lines before are kept"):
+                append_text(self.path, line)
+        else:
+            write_text(self.path, line)
+        self.lines[number] = line
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self.path is None or not self.lines or (kind is not None and issubclass(kind, CannotWrite)):
+            return
+        write_text(self.path, "".join(self.lines[number] for number in sorted(self.lines)))
+        self.whole = True

@@ -1,9 +1,11 @@
-"""Decode requests that come and go: sequences join and leave a running batch, and prompts are read between tokens.
+"""Continuous batching: sequences join and leave a running batch, and prompts are read between two sampled tokens.
 
-Rows that share a model advance together. A model with another adapter on it is another model: a step takes one forward
-for each model that has rows, whose frozen weights are the same memory (voices.py).
+Sequences of one model advance together. A model with another adapter on it is another model: a step runs one forward
+for each model that has sequences; their frozen weights are the same memory (speakers.py).
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,236 +14,273 @@ import torch
 
 from ..models.parts import LanguageModel
 from ..models.state import State
-from .asked import Answer, Request
-from .known import Known, Read
-from .pace import Pace
-from .reading import prefill, read_packed
-from .replay import Forward, forward_of
-from .rows import DAMAGED, Group, Row, odds_of, placed, told_odds
-from .voices import Voice
+from .batch import DAMAGED, ModelBatch, Slot, on_device, token_logprobs, unpack_logprobs
+from .forward import Forward, forward_of, prefill, read_packed
+from .requests import CachedPrefix, Completion, GenerationRequest, PrefixCache
+from .speakers import Speaker
+
+LEAST, MOST = 16, 4096  # tokens of a PrefillBudget
+CROWD = 8  # times as many tokens at most are read while more wait for their first token than for their next
+
+
+class PrefillBudget:
+    """The number of prompt `tokens` to read in a step, more while many wait and few are being sampled.
+
+    With `seconds`, it follows the machine: as many tokens as are read in that time, or in the time of the batch's own
+    step if that is longer. No next token is delayed by much more than its own time.
+    """
+
+    def __init__(self, tokens: int, seconds: float = 0.0) -> None:
+        self.tokens, self.seconds = tokens, seconds
+        self.read, self.began, self.ended = 0, 0.0, math.inf
+
+    def due(self, waiting: int, running: int) -> int:
+        """The tokens to read for `waiting` prompts beside `running` sequences."""
+        tokens = self.tokens * min(max(waiting // max(running, 1), 1), CROWD)
+        if not self.seconds or not running:
+            return tokens
+        own = time.perf_counter() - self.ended
+        return max(tokens, min(int(tokens * own / self.seconds), MOST))
+
+    def begin(self, tokens: int) -> None:
+        """Start the clock of a pass over so many prompt tokens."""
+        self.read, self.began = tokens, time.perf_counter()
+
+    def end(self) -> None:
+        """Stop the clock: the pass is computed, and the batch's own step begins."""
+        self.ended = time.perf_counter()
+        if self.seconds and self.read >= LEAST:  # fewer take the time of a pass, whatever a token costs
+            fitting = self.read * self.seconds / (self.ended - self.began)
+            mean = math.sqrt(self.tokens * fitting)  # one slow pass does not undo many
+            self.tokens = int(min(max(mean, LEAST), MOST))
+        self.read = 0
 
 
 @dataclass(eq=False)
-class Reading:
-    """A request of whose prompt `done` tokens are read, up to `state`, and which has `places` of the batch."""
+class PartialPrompt:
+    """A request with `done` tokens of its prompt read, up to `state`, and `places` of the batch reserved."""
 
-    request: Request
+    request: GenerationRequest
     done: int
     state: State
     places: int
 
     @property
     def left(self) -> int:
-        """The number of tokens that are still to read."""
+        """The number of tokens still to read."""
         return len(self.request.tokens) - self.done
+
+    def piece(self, most: int) -> list[int]:
+        """The next tokens to read, up to the next mark."""
+        tokens, begin = self.request.tokens, self.done
+        end = min((mark for mark in self.request.marks if mark > begin), default=len(tokens))
+        return tokens[begin : min(end, begin + most)]
 
 
 class Engine:
-    """Answers requests of any voices, `batch` answers at a time, in the order in which they were added.
+    """Runs requests of any speakers, `batch` completions at a time, in the order in which they were added.
 
-    Each `step` reads as many tokens of prompts as `pace` tells (None: all, because nobody waits for a token), and draws
-    a token for each row. Tokens from vocab_size on are never drawn. A request's answers are the same up to rounding,
-    whoever shares its batch. `known` has the states that are kept (None: none is). `ahead` hears of a token when the
-    next is being computed, so that a GPU has work while the host looks at it; a row that ends is computed once too
-    often.
+    Each `step` reads as many prompt tokens as the `budget` allows (None: all), and samples a token of each sequence,
+    below vocab_size. A completion is the same up to rounding, whatever shares its batch. With `overlap`, tokens reach
+    the listeners while the next are being computed, so that a GPU never waits for the host; a sequence that ends is
+    computed once too often.
     """
 
     def __init__(
-        self, vocab_size: int, batch: int, known: Known | None = None, pace: Pace | None = None, ahead: bool = False
+        self,
+        vocab_size: int,
+        batch: int,
+        cache: PrefixCache | None = None,
+        budget: PrefillBudget | None = None,
+        overlap: bool = False,
     ) -> None:
-        self.vocab_size, self.batch, self.known, self.pace = vocab_size, batch, known or Known(0), pace
-        self.ahead = ahead
-        self.waiting: deque[Request] = deque()
-        self.reading: deque[Reading] = deque()
-        self.groups: dict[LanguageModel, Group] = {}
+        self.vocab_size, self.batch, self.cache, self.budget = vocab_size, batch, cache or PrefixCache(0), budget
+        self.overlap = overlap
+        self.waiting: deque[GenerationRequest] = deque()
+        self.prompts: deque[PartialPrompt] = deque()
+        self.batches: dict[LanguageModel, ModelBatch] = {}
         self.forwards: dict[LanguageModel, Forward] = {}
-        self._open: dict[Answer, None] = {}  # those that have not ended, in the order in which they were added
-        self.drawn = self.read = self.reused = 0  # tokens since the start
+        self._open: dict[Completion, None] = {}  # those that have not ended, in the order in which they were added
+        self.sampled = self.read = self.reused = 0  # tokens since the start
 
     @property
-    def rows(self) -> int:
-        """The number of places of the batch that are taken; another thread may ask meanwhile."""
-        reading = sum(reading.places for reading in [*self.reading])
-        return reading + sum(len(group.rows) for group in [*self.groups.values()])
+    def places_taken(self) -> int:
+        """The number of places of the batch in use; safe to read from another thread."""
+        return sum(prompt.places for prompt in [*self.prompts]) + self._running()
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.reading or self.groups)
+        return bool(self.waiting or self.prompts or self.batches)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: GenerationRequest) -> None:
         self.waiting.append(request)
-        self._open.update(dict.fromkeys(request.answers))
+        self._open.update(dict.fromkeys(request.completions))
 
     def fail(self, reason: str) -> None:
         """End all that does not wait, after an error that may have left it half advanced, and in no list."""
-        self.groups, self.reading = {}, deque()
-        waiting = {answer for request in self.waiting for answer in request.answers}
-        for answer in [answer for answer in self._open if answer not in waiting]:
-            self._finish(answer, reason)
+        self.batches, self.prompts = {}, deque()
+        waiting = {completion for request in self.waiting for completion in request.completions}
+        for completion in [completion for completion in self._open if completion not in waiting]:
+            self._end(completion, reason)
 
-    def forget(self, voice: Voice) -> None:
-        """Drop what is kept for a voice that nobody will ask for."""
-        self.known.forget(voice)
-        self.forwards.pop(voice.model, None)
+    def forget(self, speaker: Speaker) -> None:
+        """Free the cache and the graphs of a speaker that has left."""
+        self.cache.forget(speaker)
+        self.forwards.pop(speaker.model, None)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Read the tokens that were drawn last and a piece of the prompts, and draw a token for each row."""
-        self.waiting = deque(request for request in self.waiting if not self._over(request))
-        self.reading = deque(reading for reading in self.reading if not self._over(reading.request))
-        for group in self.groups.values():
-            group.read(self._forward(group.model))
-        if self.ahead:
-            self._hear()
-        while self.waiting and (free := self.batch - self.rows) > 0:
-            self._let_in(self.waiting.popleft(), free)
+        """Read the tokens sampled last and a piece of the prompts, and sample a token of each sequence."""
+        self.waiting = deque(request for request in self.waiting if not self._cancelled(request))
+        self.prompts = deque(prompt for prompt in self.prompts if not self._cancelled(prompt.request))
+        for batch in self.batches.values():
+            if batch.model not in self.forwards:
+                self.forwards[batch.model] = forward_of(batch.model, self.batch)
+            batch.advance(self.forwards[batch.model])
+        if self.overlap:
+            self._deliver()
+        while self.waiting and (free := self.batch - self.places_taken) > 0:
+            self._admit(self.waiting.popleft(), free)
         self._read()
-        if self.pace is not None and not self.ahead:
-            self.pace.end()
-        for group in self.groups.values():
-            group.draw(self.vocab_size, not self.ahead)
-        if not self.ahead:
-            self._hear()
+        if self.budget is not None and not self.overlap:
+            self.budget.end()
+        for batch in self.batches.values():
+            batch.sample(self.vocab_size, not self.overlap)
+        if not self.overlap:
+            self._deliver()
 
-    def _over(self, request: Request) -> bool:
-        """Finish a request whose listeners all have a reason to end it -> True if they had."""
-        reasons = [answer.listener.over() for answer in request.answers]
+    def _running(self) -> int:
+        return sum(len(batch.slots) for batch in [*self.batches.values()])
+
+    def _cancelled(self, request: GenerationRequest) -> bool:
+        """End a request if all of its completions are cancelled -> True if they are."""
+        reasons = [completion.listener.cancelled() for completion in request.completions]
         if not all(reasons):
             return False
-        for answer, reason in zip(request.answers, reasons):
-            self._finish(answer, reason)
+        for completion, reason in zip(request.completions, reasons):
+            self._end(completion, reason)
         return True
 
-    def _finish(self, answer: Answer, end: str) -> None:
-        del self._open[answer]
-        answer.listener.finish(end)
+    def _end(self, completion: Completion, reason: str) -> None:
+        del self._open[completion]
+        completion.listener.on_end(reason)
 
-    def _forward(self, model: LanguageModel) -> Forward:
-        if model not in self.forwards:
-            self.forwards[model] = forward_of(model, self.batch)
-        return self.forwards[model]
-
-    def _let_in(self, request: Request, free: int) -> None:
-        """Give a request places; answers for which there are none wait, and need no second reading of the prompt."""
-        voice, places = request.voice, min(free, len(request.answers))
-        read = request.read
-        if read is None and not request.scored:
-            read = self.known.longest(voice, request.tokens)
-            if read is not None:
-                request.known = read.length
-                self.reused += read.length
-        if read is not None and read.length == len(request.tokens):
-            self._begin([(0, request, places)], read.logits, read.state)
-        elif read is not None:
-            self.reading.append(Reading(request, read.length, read.state, places))
+    def _admit(self, request: GenerationRequest, free: int) -> None:
+        """Reserve places for a request, and begin behind the longest cached prefix of its prompt."""
+        speaker, places = request.speaker, min(free, len(request.completions))
+        prefix = request.prefix
+        if prefix is None and not request.on_prompt_logprobs:
+            prefix = self.cache.longest(speaker, request.tokens)
+            if prefix is not None:
+                request.cached = prefix.length
+                self.reused += prefix.length
+        if prefix is None:
+            weight = speaker.model.emb.weight
+            start = speaker.start or State.zeros(speaker.model.config, 1, weight.device, weight.dtype)
+            self.prompts.append(PartialPrompt(request, 0, start, places))
+        elif prefix.length < len(request.tokens):
+            self.prompts.append(PartialPrompt(request, prefix.length, prefix.state, places))
         else:
-            weight = voice.model.emb.weight
-            start = voice.start or State.zeros(voice.model.config, 1, weight.device, weight.dtype)
-            self.reading.append(Reading(request, 0, start, places))
+            self._begin([(0, request, places)], prefix.logits, prefix.state)
 
     def _read(self) -> None:
         """Read a piece of the prompts of one model; the models take turns."""
-        if not self.reading:
+        if not self.prompts:
             return
-        first = self.reading[0].request
-        model, scored = first.voice.model, first.scored
-        own = [reading for reading in self.reading if reading.request.voice.model is model]
-        turn = self._turn([reading for reading in own if not reading.request.scored] if scored is None else own[:1])
+        first = self.prompts[0].request
+        model, scored = first.speaker.model, first.on_prompt_logprobs is not None
+        own = [prompt for prompt in self.prompts if prompt.request.speaker.model is model]
+        turn = self._turn(own[:1] if scored else [one for one in own if one.request.on_prompt_logprobs is None])
         pieces = [piece for _, piece in turn]
-        if self.pace is not None:
-            self.pace.begin(sum(map(len, pieces)))
-        before, *others = (reading.state for reading, _ in turn)
+        total = sum(map(len, pieces))
+        if self.budget is not None:
+            self.budget.begin(total)
+        before, *others = (prompt.state for prompt, _ in turn)
         state = before.joined(*others) if others else before
-        if scored is not None:
+        if scored:
             logits, state = self._score(turn[0][0], pieces[0])
         else:
-            logits, state = (prefill if self.pace is None else read_packed)(model, pieces, state)
-        self.read += sum(map(len, pieces))
+            logits, state = (prefill if self.budget is None else read_packed)(model, pieces, state)
+        self.read += total
         begun = []
-        for place, (reading, piece) in enumerate(turn):
-            request = reading.request
-            reading.done += len(piece)
-            keeps = bool(self.known.limit) and reading.done in (*request.marks, len(request.tokens))
-            if keeps or reading.left:
-                reading.state = state.selected(placed([place], logits.device))
-            if keeps:
+        for place, (prompt, piece) in enumerate(turn):
+            request = prompt.request
+            prompt.done += len(piece)
+            caches = bool(self.cache.limit) and prompt.done in (*request.marks, len(request.tokens))
+            if caches or prompt.left:
+                prompt.state = state.selected(on_device([place], logits.device))
+            if caches:
                 after = logits[place : place + 1].float()
-                self.known.add(request.voice, request.tokens[: reading.done], after, reading.state)
-            if not reading.left:
-                begun.append((place, request, reading.places))
-        read = [reading for reading, _ in turn]
-        self.reading = deque(reading for reading in self.reading if reading not in read)
-        self.reading.extend(reading for reading in read if reading.left)
+                self.cache.add(request.speaker, request.tokens[: prompt.done], after, prompt.state)
+            if not prompt.left:
+                begun.append((place, request, prompt.places))
+        read = [prompt for prompt, _ in turn]
+        self.prompts = deque(prompt for prompt in self.prompts if prompt not in read)
+        self.prompts.extend(prompt for prompt in read if prompt.left)
         if begun:
             self._begin(begun, logits.float(), state)
 
-    def _turn(self, readings: Sequence[Reading]) -> list[tuple[Reading, list[int]]]:
-        """Share a piece among readings -> those that read, each with its next tokens. The first gets half of it, if it
-        needs as much; then the shortest come first, so that their answers begin early."""
-        if self.pace is None:
-            return [(reading, piece_of(reading, reading.left)) for reading in readings]
-        first, *others = readings
-        free = self.pace.piece(len(readings), sum(len(group.rows) for group in self.groups.values()))
+    def _turn(self, prompts: Sequence[PartialPrompt]) -> list[tuple[PartialPrompt, list[int]]]:
+        """Share the budget among prompts -> those to read, each with its next tokens. The first gets half if it needs
+        as much; then the shortest come first, so that their answers begin early."""
+        if self.budget is None:
+            return [(prompt, prompt.piece(prompt.left)) for prompt in prompts]
+        first, *others = prompts
+        free = self.budget.due(len(prompts), self._running())
         free -= (own := min(first.left, (free + 1) // 2))
         turn = []
-        for reading in sorted(others, key=lambda reading: reading.left):
+        for prompt in sorted(others, key=lambda prompt: prompt.left):
             if free > 0:
-                turn.append((reading, piece_of(reading, free)))
+                turn.append((prompt, prompt.piece(free)))
                 free -= len(turn[-1][1])
-        return [(first, piece_of(first, own + free)), *turn]
+        return [(first, first.piece(own + free)), *turn]
 
-    def _score(self, reading: Reading, piece: list[int]) -> tuple[torch.Tensor, State]:
-        """Read the next piece of a prompt, and tell of the Odds of its tokens -> logits after it (1, V), the State."""
-        request, voice = reading.request, reading.request.voice
-        logits, state = voice.model(torch.tensor([piece], device=reading.state[0].wkv.device), reading.state)
-        assert request.scored is not None
-        following = request.tokens[reading.done + 1 : reading.done + len(piece) + 1]
-        for row, token in zip(logits[0], placed(following, logits.device).split(1)):
-            request.scored(told_odds(odds_of(row[: self.vocab_size], token, request.top).tolist()))
+    def _score(self, prompt: PartialPrompt, piece: list[int]) -> tuple[torch.Tensor, State]:
+        """Read a piece of a prompt and report the Logprobs of the tokens behind its own -> logits (1, V), the State."""
+        request, model = prompt.request, prompt.request.speaker.model
+        logits, state = model(torch.tensor([piece], device=prompt.state[0].wkv.device), prompt.state)
+        assert request.on_prompt_logprobs is not None
+        following = request.tokens[prompt.done + 1 : prompt.done + len(piece) + 1]
+        for row, token in zip(logits[0], on_device(following, logits.device).split(1)):
+            numbers = token_logprobs(row[: self.vocab_size], token, request.top_logprobs)
+            request.on_prompt_logprobs(unpack_logprobs(numbers.tolist()))
         return logits[:, -1], state
 
-    def _begin(self, begun: Sequence[tuple[int, Request, int]], logits: torch.Tensor, state: State) -> None:
-        """Let rows join those of their model: for each (place, request, number of answers), so many rows from a place
-        of logits (n, V) and state on. The other answers of the request wait for places."""
-        rows, owners = list[Row](), list[int]()
-        for place, request, number in begun:
-            rows += [Row(request.voice, list(request.tokens), answer) for answer in request.answers[:number]]
-            owners += [place] * number
-            if rest := request.answers[number:]:
-                own = placed([place], logits.device)
-                read = Read(len(request.tokens), logits[own], state.selected(own))
-                self.waiting.appendleft(replace(request, answers=rest, read=read))
-        chosen, model = placed(owners, logits.device), begun[0][1].voice.model
-        group = Group(model, rows, logits[chosen], state.selected(chosen))
-        if model in self.groups:
-            self.groups[model].join(group)
+    def _begin(self, begun: Sequence[tuple[int, GenerationRequest, int]], logits: torch.Tensor, state: State) -> None:
+        """Begin the completions of each (row of logits (n, V) and state, request, number of places). Those for which
+        there is no place wait, with the prompt already read."""
+        slots, owners = list[Slot](), list[int]()
+        for row, request, places in begun:
+            slots += [Slot(request.speaker, list(request.tokens), one) for one in request.completions[:places]]
+            owners += [row] * places
+            if rest := request.completions[places:]:
+                own = on_device([row], logits.device)
+                prefix = CachedPrefix(len(request.tokens), logits[own], state.selected(own))
+                self.waiting.appendleft(replace(request, completions=rest, prefix=prefix))
+        rows, model = on_device(owners, logits.device), begun[0][1].speaker.model
+        batch = ModelBatch(model, slots, logits[rows], state.selected(rows))
+        if model in self.batches:
+            self.batches[model].join(batch)
         else:
-            self.groups[model] = group
+            self.batches[model] = batch
 
-    def _hear(self) -> None:
-        """Tell of the tokens that were drawn last; the rows that end with them leave."""
-        for group in [*self.groups.values()]:
+    def _deliver(self) -> None:
+        """Hand the tokens sampled last to their listeners, and drop the sequences that end with them."""
+        for batch in [*self.batches.values()]:
             staying = []
-            for place, row, token, odds in group.heard():
-                end = DAMAGED if token is None else row.hear(token, odds)
-                self.drawn += token is not None
+            for place, slot, token, logprobs in batch.results():
+                end = DAMAGED if token is None else slot.take(token, logprobs)
+                self.sampled += token is not None
                 if not end:
                     staying.append(place)
                     continue
-                read = row.tokens if self.ahead else row.tokens[:-1]
-                if self.known.limit and (self.ahead or row.length > 1) and token is not None:
-                    self.known.add(row.voice, read, *group.own(place))
-                self._finish(row.answer, end)
+                read = slot.tokens if self.overlap else slot.tokens[:-1]
+                if self.cache.limit and (self.overlap or slot.length > 1) and token is not None:
+                    self.cache.add(slot.speaker, read, *batch.snapshot(place))
+                self._end(slot.completion, end)
             if not staying:
-                del self.groups[group.model]
-            elif len(staying) < len(group.rows):
-                group.keep(staying)
-        if self.pace is not None and self.ahead:
-            self.pace.end()
-
-
-def piece_of(reading: Reading, most: int) -> list[int]:
-    """The next tokens of a prompt to read, up to its next mark."""
-    tokens, begin = reading.request.tokens, reading.done
-    end = min((mark for mark in reading.request.marks if mark > begin), default=len(tokens))
-    return tokens[begin : min(end, begin + most)]
+                del self.batches[batch.model]
+            elif len(staying) < len(batch.slots):
+                batch.select(staying)
+        if self.budget is not None and self.overlap:
+            self.budget.end()

@@ -1,4 +1,4 @@
-"""The flags of `rwkv-peft generate`, judged before torch is imported."""
+"""The flags of `rwkv-peft generate`, checked before torch is imported."""
 
 import argparse
 import sys
@@ -62,7 +62,7 @@ def build_parser() -> Parser:
         help="write the state after the prompt and the printed continuation, without a stop text or the end of the "
         "document",
     )
-    add("--chat", action="store_true", help="talk in turns, User: and Assistant:, as chat data is trained")
+    add("--chat", action="store_true", help="chat in turns, User: and Assistant:, in the layout of chat data")
     add("--system", metavar="TEXT", help="with --chat: an instruction before the first turn, like System: in chat data")
     add(
         "--tools",
@@ -111,13 +111,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The Sampling that flags give. Raises UserError for a value out of range."""
+    """The Sampling of flags. Raises UserError for a value out of range."""
     return Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__ if name in args})
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the model, what is loaded with it and how it runs, which every command that asks a model
-    shares."""
+    """Add the flags of a model, its adapters and state, and of how it runs, the same for every command that runs
+    one."""
     add = parser.add_argument
     add("--model", required=True, metavar="PTH", help="an RWKV model")
     add(
@@ -136,7 +136,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_running_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of how files are read and a model runs."""
+    """Add the flags for reading files and running a model."""
     add = parser.add_argument
     add_source_flags(parser)
     add(
@@ -194,6 +194,6 @@ def note_escapes(args: argparse.Namespace, flags: str, texts: Iterable[str]) -> 
 
 
 def unescaped(text: str) -> str:
-    r"""Replace \n, \t and \\ in a text by newline, tab and backslash; other backslashes stay."""
+    r"""A text with \n, \t and \\ replaced by newline, tab and backslash; other backslashes stay."""
     parts = text.split("\\\\")
     return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)

@@ -19,8 +19,8 @@ from ..models import family_named
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states, state_of, state_tensors
 from ..release.merge import check_fingerprints, merged_tensors
-from .stepping import step_by_tape
-from .weights import decoding, place, quantize_products
+from .forward import speed_up
+from .weights import place, quantize_products
 
 
 def load_model(
@@ -30,19 +30,17 @@ def load_model(
     device: str = "cpu",
     any_base: bool = False,
     weights: str | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    log: Callable[[str], object] = lambda text: None,
     keep: bool = False,
 ) -> tuple[LanguageModel, State | None]:
-    """Load the .pth at path, with adapters (AdapterSources) merged into it in memory -> the model, ready to generate,
-    and the State of one sequence that it starts from, or None if no file holds time states.
+    """Load the .pth at path, with adapters merged into it in memory -> the model, ready to generate, and the State that
+    a sequence starts from, or None.
 
-    The merged weights are bit by bit those that merge_bone.py would write, so the tokens are those of the merged file,
-    and no step pays for the adapter. any_base allows an adapter of another base of the same shape. weights "int8" or
-    "int4" rounds the matrices to blocks of so many bits, and tells `say`; with `keep` the blocks are kept beside the
-    model's file. Raises UserError as open_base, AdapterSource.read and merging do, for weights that are not finite, and
-    for ones that cannot be rounded or kept.
+    Merging gives bitwise the weights of merge_bone.py, so the tokens are the merged file's, and no step pays for the
+    adapter. any_base allows an adapter of another base of the same shape. weights "int8" or "int4" rounds the
+    matrices to blocks of so many bits, and logs their sizes; `keep` caches the blocks beside the model's file. Raises
+    UserError for files that cannot be read, merged or rounded, and for weights that are not finite.
     """
-
     if keep and (adapters or not weights):
         raise UserError(
             "--keep_weights keeps the rounded matrices of a model by itself; give --weights int8 or int4, and no "
@@ -52,19 +50,18 @@ def load_model(
     def prepare(plain: LanguageModel) -> None:
         plain.settle()
         if weights:
-            quantize_products(plain, weights, say, path if keep else None)
+            quantize_products(plain, weights, log, path if keep else None)
 
     model, start = model_of(merged_base(path, adapters, any_base), precision, device, prepare)
     if device == "cpu":
         place(model)
-        decoding(model)
-        step_by_tape(model)
+        speed_up(model)
     return model, start
 
 
 def merged_base(path: str | Path, adapters: Sequence[AdapterSource] = (), any_base: bool = False) -> Base:
-    """Open the .pth at path as a Base whose weights are finite, with adapters merged into it in memory. Arguments and
-    errors are those of load_model."""
+    """The Base in the .pth at path, with adapters merged into it in memory and all weights finite. Arguments and errors
+    are as for load_model."""
     base = open_base(path)
     if not adapters:
         base.require_finite()  # merging checks it by itself
@@ -78,8 +75,8 @@ def merged_base(path: str | Path, adapters: Sequence[AdapterSource] = (), any_ba
 def model_of(
     base: Base, precision: str, device: str, prepare: Callable[[LanguageModel], object] = lambda model: None
 ) -> tuple[LanguageModel, State | None]:
-    """Make the model of a Base, frozen, and the State of one sequence that its time states give (None: it has none).
-    prepare(model) is called while its weights are still those of the Base."""
+    """The frozen model of a Base, and the State of one sequence from its time states, if it has any. prepare(model) is
+    called before the weights are cast and moved."""
     weights, states = split_time_states(base.tensors)
     model = base.family.load(weights, base.config).requires_grad_(False).eval()
     prepare(model)
@@ -87,13 +84,13 @@ def model_of(
     return model, read_state(states, model, base.path) if states else None
 
 
-def resolve_device(asked: str | None) -> str:
-    """Choose "cpu" or "cuda": the device asked for (--device), or else cuda if there is one. Raises UserError for a GPU
-    that torch cannot use."""
-    if asked == "cpu":
+def resolve_device(device: str | None) -> str:
+    """The --device, or else "cuda" if there is a GPU, "cpu" if not. Raises UserError for a GPU that torch cannot
+    use."""
+    if device == "cpu":
         return "cpu"
     gpus = count_gpus("run on the CPU with --device cpu")
-    if asked == "cuda" and not gpus:
+    if device == "cuda" and not gpus:
         raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to run on the CPU")
     return "cuda" if gpus else "cpu"
 
@@ -106,26 +103,24 @@ class Subject(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_subject(args: Namespace, say: Callable[[str], object]) -> Subject:
-    """Load the Subject that the flags of add_model_flags name. say(text) is called if the tokenizer differs from the
-    recorded one, and is told of weights that are rounded. Raises UserError for files that cannot be read or do not fit
-    together."""
+def load_subject(args: Namespace, log: Callable[[str], object]) -> Subject:
+    """Load the Subject that the flags of add_model_flags name. log(text) gets notes on rounded weights, and on a
+    tokenizer that differs from the recorded one. Raises UserError for files that cannot be read or do not fit."""
     device = resolve_device(args.device)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]
     model, start = load_model(
-        args.model, sources, precision, device, args.any_base, args.weights, say, args.keep_weights
+        args.model, sources, precision, device, args.any_base, args.weights, log, args.keep_weights
     )
     if args.state:
         start = read_state_file(args.state, model, None if args.any_base else open_base(args.model))
     recorded = recorded_beside(*reversed(args.adapter), args.state, args.model)
-    return Subject(model, start, find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, say))
+    return Subject(model, start, find_tokenizer(args.tokenizer, model.config.vocab_size, recorded, log))
 
 
 def read_state_file(path: str | Path, model: LanguageModel, base: Base | None = None) -> State:
-    """Read the State of one sequence from a file of time states in any layout, the folder of a run that tuned them, or
-    a saved session. Raises UserError if it does not fit the model, is of another generation, or names another base than
-    `base` (None: any)."""
+    """The State of one sequence in a file of time states in any layout, the folder of a run that tuned them, or a saved
+    session. Raises UserError if it does not fit the model, or names another base than `base` (None: any)."""
     file = read_states(path)
     file.check_generation(model.config.version)
     if base is not None:
@@ -139,7 +134,7 @@ def save_state_file(path: str | Path, state: State, model: LanguageModel) -> Non
 
 
 def read_state(tensors: Mapping[str, torch.Tensor], model: LanguageModel, name: str | Path) -> State:
-    """Make the State of one sequence from the {key: tensor} of a file called `name`. Raises UserError if it does not
-    fit the model."""
+    """The State of one sequence from the {key: tensor} of a file called `name`. Raises UserError if it does not fit the
+    model."""
     zeros = State.zeros(model.config, 1, model.emb.weight.device, model.emb.weight.dtype)
     return state_of(tensors, zeros, family_named(model.config.version).rows_are_keys, name)

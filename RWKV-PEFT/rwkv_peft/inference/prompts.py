@@ -1,4 +1,4 @@
-"""Read prompts as a user gives them, and encode them as tokens."""
+"""Prompts: read from files and encoded as tokens, without torch."""
 
 import sys
 from collections.abc import Callable
@@ -19,9 +19,11 @@ MOST_BYTES = 1 << 28  # of a text with prompts
 
 
 def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
-    """Read [{"prompt": text, …}] from a file of JSON (.jsonl, .ndjson, .jsonl.gz, .json), or from a text with one
-    prompt a line ("-": standard input). Blank lines are left out, and a row keeps its other fields. Raises UserError
-    for a file that is unreadable or holds no prompt, and for a row that is no prompt."""
+    """The rows [{"prompt": text, …}] of a file of JSON (.jsonl, .ndjson, .jsonl.gz, .json), or of a text with one
+    prompt a line ("-": standard input).
+
+    Blank lines are left out, and a row keeps its other fields. Raises UserError for a file that is unreadable or holds
+    no prompt, and for a row that is no prompt."""
     if str(path).lower().endswith(JSON_ENDINGS):
         rows = made_of(path, checked, flag="--prompt_file ")
     else:
@@ -32,8 +34,8 @@ def read_prompt_file(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_text(path: str | Path, flag: str = "--prompt_file") -> str:
-    """Read a text, without the byte order mark that editors on Windows write. Raises UserError if it is missing or not
-    UTF-8."""
+    """A text file's content, without the byte order mark that editors on Windows write. Raises UserError if it is
+    missing or not UTF-8."""
     try:
         if path == "-":
             text = sys.stdin.read().encode(errors="surrogateescape").decode()  # streams.py made surrogates of bytes
@@ -47,7 +49,7 @@ def read_text(path: str | Path, flag: str = "--prompt_file") -> str:
 
 
 def read_tools(path: str) -> str:
-    """Read the tools that a file of JSON lists -> tools_text. Raises UserError if it cannot be read or lists none."""
+    """The tools_text of the tools in a file of JSON. Raises UserError if it cannot be read or lists none."""
     listed = read_text(path, "--tools")
     try:
         text = tools_text(listed)
@@ -59,8 +61,8 @@ def read_tools(path: str) -> str:
 
 
 def made_of(path: str | Path, make: Callable[[Any], Made], split: str = "", flag: str = "") -> list[Made]:
-    """make(row) of each row of a file, or of a split of it. Raises UserError for a row that make refuses, with its
-    place."""
+    """make(row) for each row of a file, or of a split of it. Raises UserError with the place of a row that it
+    refuses."""
     found = []
     for chunk in read_chunks(path, split):
         for number, item in enumerate(chunk.items, start=chunk.first):
@@ -74,8 +76,8 @@ def made_of(path: str | Path, make: Callable[[Any], Made], split: str = "", flag
 
 
 def checked(row: object) -> dict[str, Any]:
-    """Return a prompt's row. Raises UserError if it is none, or if it has fields of its own with the names of WRITTEN,
-    which would be lost. A row that is an earlier output line passes: its fields are written anew."""
+    """A prompt's row, unchanged. Raises UserError if it is none, or if it has fields of its own with the names of
+    WRITTEN, which would be lost. An earlier output line passes: its fields are written anew."""
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError('an object with a "prompt" that is a text is due, as in {"prompt": "Once upon a time"}')
     before = isinstance(row.get("generated"), str) and isinstance(row.get("tokens"), int) and row.get("end") in ENDS
@@ -88,8 +90,8 @@ def checked(row: object) -> dict[str, Any]:
 
 
 def encode(tokenizer: Tokenizer, prompt: str, number: int) -> list[int]:
-    """Encode a prompt -> its tokens; an empty prompt is the token that starts a document. Raises UserError if the
-    tokenizer has no such token."""
+    """A prompt's tokens; an empty prompt is the token that starts a document. Raises UserError if the tokenizer has no
+    such token."""
     tokens = tokenizer.encode(prompt)
     if tokens:
         return tokens

@@ -1,4 +1,4 @@
-"""Draw tokens from logits: penalties, temperature, top-k, top-p and the draw, as functions over a batch.
+"""Sample tokens from logits: penalties, temperature, top-k, top-p and the draw, as functions over a batch.
 
 Shapes: n sequences, V tokens in the vocabulary, k candidates. Top-p is nucleus sampling (Holtzman et al. 2019,
 arXiv 1904.09751).
@@ -16,8 +16,8 @@ SPAN = 64  # neighbours in the vocabulary of which `largest` first looks at the 
 
 
 def sample(logits: torch.Tensor, uniforms: torch.Tensor | Sequence[float], sampling: Sampling) -> torch.Tensor:
-    """Draw a token for each row: logits (n, V), one number in [0, 1) for each row -> tokens (n,) int64. Equal rows and
-    numbers give equal tokens, whatever else is in the batch."""
+    """Sample a token for each row: logits (n, V), one number in [0, 1) for each row -> tokens (n,) int64. Equal rows
+    and numbers give equal tokens, whatever else is in the batch."""
     if sampling.temperature == 0:
         return first_largest(logits)
     weights, tokens = candidates(logits, sampling)
@@ -71,10 +71,11 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
 
 
 def most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the most probable tokens, in order, until they reach `share` in every row of probabilities (n, V) ->
-    probabilities (n, k) float64, tokens (n, k). On a CPU this usually sorts only a small part of a large vocabulary,
-    and more for the rows alone that need it, beside which others have zeros; on a GPU it sorts all, because the host
-    would wait to hear how many suffice."""
+    """The most probable tokens, in order, until they reach `share` in every row of probabilities (n, V) ->
+    probabilities (n, k) float64, tokens (n, k).
+
+    On a CPU this usually sorts a small part of a large vocabulary, and more only for rows that need it (others are
+    padded with zeros). On a GPU it sorts all, because the host would have to wait for the number that suffices."""
     size = probabilities.shape[-1]
     k = min(FIRST_CANDIDATES, size) if probabilities.is_cpu else size
     found, tokens = largest(probabilities, k)
@@ -100,8 +101,8 @@ def first_largest(x: torch.Tensor) -> torch.Tensor:
 
 
 def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x.topk(k) for x (n, V). On a CPU a few among many take a pass over x and a search in the k spans of neighbours
-    with the largest maxima, which hold the k largest numbers."""
+    """x.topk(k) for x (n, V). On a CPU, the k spans of neighbours with the largest maxima hold the k largest numbers,
+    so that only these are searched."""
     n, size = x.shape
     spans = size // SPAN
     if k == size and not x.is_cpu:

@@ -8,13 +8,13 @@ from ..cli.numeric import is_finite
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings by which a token is drawn from logits; the fields act in this order.
+    """The settings by which a token is sampled from logits; the fields act in this order.
 
     presence_penalty is subtracted from the logit of each token generated before, and frequency_penalty times the count
     of that token; penalty_decay multiplies the counts at every step (1: nothing is forgotten). temperature divides the
     logits; 0 takes the most probable token. top_k keeps the k most probable tokens (0: all); top_p then keeps the
     fewest most probable ones whose probabilities, among those kept, reach it. seed plus the prompt's number seeds its
-    draws. measured asks for the log-probabilities of drawn tokens. Raises UserError for a value out of range.
+    draws. measured adds log-probabilities and entropies. Raises UserError for a value out of range.
     """
 
     presence_penalty: float = 0.0
@@ -49,9 +49,9 @@ class Sampling:
 
     @property
     def penalizes(self) -> bool:
-        """Tell whether a draw depends on the tokens generated before."""
+        """True if a draw depends on the tokens generated before."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def seeded(self, more: int) -> "Sampling":
-        """The same with a seed that is larger by `more`."""
+        """The same settings with a seed larger by `more`."""
         return replace(self, seed=self.seed + more)

@@ -1,34 +1,24 @@
 """A running server with two adapters and a state, of a tiny model whose answers end at their limits alone."""
 
 import pytest
-import torch
 from serving import Server
 
-from rwkv_peft.adapters.inject import inject
-from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
-from rwkv_peft.checkpoints.base import open_base, save_model
-from rwkv_peft.config import AdapterConfig
+from inference.engines import spread_logits
+from inference.test_engine import adapter_file
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model, save_state_file
-from rwkv_peft.inference.reading import prefill
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory, tiny_state):
     """A folder with base.pth, state.pth and adapters poet.safetensors, coder.safetensors."""
     folder = tmp_path_factory.mktemp("serve")
-    state = tiny_state(vocab_size=257, seed=3)
-    state["head.weight"] = state["head.weight"] * 4
+    state = spread_logits(tiny_state, vocab_size=257)
     state["head.weight"][0] = 0  # logit 0 for the end of text, below the largest of 256 others
     save_model(folder / "base.pth", state)
-    base = open_base(folder / "base.pth")
     for seed, name in enumerate(("poet", "coder")):
-        config = AdapterConfig(mode="bat-in", rank=8)
-        adapted = base.family.load(base.tensors, base.config)
-        inject(adapted, config, family=base.family)
-        torch.manual_seed(seed)
-        tensors = {name: 0.1 * torch.randn(p.shape) for name, p in adapted.named_parameters() if p.requires_grad}
-        metadata = AdapterMetadata.from_config(config, base_fingerprint=base.fingerprint)
-        save_adapter(folder / f"{name}.safetensors", tensors, metadata)
+        adapter_file(folder / "base.pth", folder / f"{name}.safetensors", seed)
     model, _ = load_model(folder / "base.pth")
     save_state_file(folder / "state.pth", prefill(model, [[9, 9, 1]])[1], model)
     return folder

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import re
 import threading
 import time
 from types import SimpleNamespace
@@ -11,8 +10,8 @@ import pytest
 from serving import HEAD, Server, ended
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.inference.continuation import Continuation
-from rwkv_peft.inference.serve.gate import Gate, Guard
+from rwkv_peft.inference.serve.web import Gate, Guard
+from rwkv_peft.inference.text import Continuation
 
 SCOPE = {"type": "http", "asgi": {}, "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
 
@@ -88,20 +87,20 @@ def test_a_client_that_does_not_read_gives_its_place_back():
     async def stuck(message):
         await asyncio.sleep(3600)
 
-    conversation = SimpleNamespace(stream=endless, exchange=SimpleNamespace(gone=gone))
+    conversation = SimpleNamespace(stream=endless, gone=gone)
     guard = Guard(app.Events(conversation), Gate((), (), None, 10, 0.05))
     asyncio.run(asyncio.wait_for(guard(SCOPE, receive, stuck), 60))
     assert gone.is_set()
 
 
 def test_an_answer_that_takes_too_long_ends():
-    worker = pytest.importorskip("rwkv_peft.inference.serve.worker")
+    module = pytest.importorskip("rwkv_peft.inference.serve.conversation")
 
     async def ask():
-        exchange = worker.Exchange(1, 0.0, lambda: None)
-        choice = worker.Choice(exchange, 0, Continuation({}, BytesTokenizer(), ()), re.compile(""), None)
-        assert choice.draw(66, None) == choice.over() == worker.LATE
-        choice.finish(worker.LATE)
-        return [piece async for piece in exchange.heard()]
+        conversation = module.Conversation(None, 1, 0.0, lambda seconds: None, lambda: None)
+        stream = module.CompletionStream(conversation, 0, Continuation({}, BytesTokenizer(), ()))
+        assert stream.on_token(66, None) == stream.cancelled() == module.LATE
+        stream.on_end(module.LATE)
+        return [part async for part in conversation.parts()]
 
-    assert [(piece.text, piece.end) for piece in asyncio.run(ask())] == [("A", ""), ("", "late")]
+    assert [(part.text, part.end) for part in asyncio.run(ask())] == [("A", ""), ("", "late")]

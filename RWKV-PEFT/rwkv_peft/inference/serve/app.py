@@ -1,4 +1,4 @@
-"""The routes of the server, as an ASGI application."""
+"""Serve a model over HTTP: `rwkv-peft serve --help`."""
 
 import argparse
 import asyncio
@@ -12,12 +12,27 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from .forms import ChatAsked, Detokenized, Loaded, TextAsked, Tokenized
-from .gate import App, Gate, Guard
-from .service import Conversation, Service
-from .web import Body, new_app
+from .catalog import Catalog
+from .conversation import Conversation
+from .flags import parse_flags
+from .requests import ChatBody, CompletionBody, DetokenizeBody, LoadBody, TokenizeBody
+from .service import Service
+from .web import App, Body, Gate, Guard, bound, new_app, run
 
-END = "<|endoftext|>"  # what the token that ends a document is called; it has no text
+END = "<|endoftext|>"  # the name of the token that ends a document, which has no text
+
+
+def main(argv: list[str]) -> int:
+    """Serve until SIGTERM or Ctrl-C -> the exit code. Raises UserError for mistakes in flags and files."""
+    args, defaults = parse_flags(argv)
+    with bound(args.host, args.port) as listener:
+        catalog = Catalog(args)
+        app = make_app(Service(args, defaults, catalog), args)
+        host, port = listener.getsockname()[:2]
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        line = f"{', '.join(catalog.speakers)}: http://{where}/v1"
+        run(app, listener, args.client_seconds, args.drain_seconds, lambda: print(line, flush=True))
+    return 0
 
 
 def make_app(service: Service, args: argparse.Namespace) -> App:
@@ -25,9 +40,9 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
+        service.thread.start()
         yield
-        await asyncio.to_thread(service.worker.stop)
+        await asyncio.to_thread(service.thread.stop)
 
     app = new_app("rwkv-peft serve", lifespan)
     add_routes(app, service)
@@ -40,7 +55,7 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
             allow_headers=["authorization", "content-type"],
         )
     gate = Gate((*args.allow_host, args.host), args.allow_origin, args.key, args.body_mib << 20, args.client_seconds)
-    return Guard(app, gate, service.metrics.answered)
+    return Guard(app, gate, service.metrics.count_status)
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -52,39 +67,65 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.text(service.worker.engine, service.answers))
+        return PlainTextResponse(service.metrics.text(service.engine, service.open))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [catalog.told(name) for name in [*catalog.voices]]}
+        return {"object": "list", "data": [catalog.listing(name) for name in [*catalog.speakers]]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        return catalog.told(name)
+        return catalog.listing(name)
 
     @app.post("/v1/adapters")
-    async def load(form: Loaded) -> dict[str, Any]:
+    async def load(body: LoadBody) -> dict[str, Any]:
         async with loading:
-            await asyncio.to_thread(catalog.load, form.name, form.file, form.kind)
-        return catalog.told(form.name)
+            await asyncio.to_thread(catalog.load, body.name, body.file, body.kind)
+        return catalog.listing(body.name)
 
     @app.delete("/v1/adapters/{name}")
     async def drop(name: str) -> dict[str, Any]:
-        for voice in catalog.drop(name):
-            service.worker.call(partial(service.worker.engine.forget, voice))
+        for speaker in catalog.drop(name):
+            service.thread.call(partial(service.engine.forget, speaker))
         return {"id": name, "object": "model", "deleted": True}
 
     @app.post("/v1/completions")
-    async def complete(form: TextAsked, http: Request) -> Response:
-        return await answer(service, form, http)
+    async def complete(body: CompletionBody, http: Request) -> Response:
+        return await answer(service, body, http)
 
     @app.post("/v1/chat/completions")
-    async def chat(form: ChatAsked, http: Request) -> Response:
-        return await answer(service, form, http)
+    async def chat(body: ChatBody, http: Request) -> Response:
+        return await answer(service, body, http)
+
+
+def add_token_routes(app: FastAPI, service: Service) -> None:
+    """Routes for clients that score texts, such as the lm-evaluation-harness, and tokenize as the model does."""
+    tokenizer = service.catalog.tokenizer
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return {"name": tokenizer.name, "eos_token": None if tokenizer.end_id is None else END}
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        ends = body.prompt == END and tokenizer.end_id is not None
+        tokens = [tokenizer.end_id] if ends else await service.read(len(body.prompt), service.encoded, body.prompt)
+        return {"tokens": tokens, "count": len(tokens)}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+        return {"prompt": await service.read(len(body.tokens), tokenizer.decode, body.tokens)}
+
+
+async def answer(service: Service, body: CompletionBody | ChatBody, http: Request) -> Response:
+    conversation = await service.converse(body, len(await http.body()))
+    if body.stream:
+        return Events(conversation)
+    return Body(await conversation.whole(departure(http)))
 
 
 class Events(StreamingResponse):
-    """An answer that is told as it is drawn, as long as the client listens."""
+    """A streamed response, which cancels its completions if the client leaves."""
 
     def __init__(self, conversation: Conversation) -> None:
         super().__init__(conversation.stream(), media_type="text/event-stream")
@@ -94,33 +135,7 @@ class Events(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.conversation.exchange.gone.set()
-
-
-def add_token_routes(app: FastAPI, service: Service) -> None:
-    """Routes by which clients that score texts, such as the lm-evaluation-harness, tokenize as the model does."""
-    tokenizer = service.catalog.tokenizer
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
-        return {"name": tokenizer.name, "eos_token": None if tokenizer.end_id is None else END}
-
-    @app.post("/tokenize")
-    async def tokenize(form: Tokenized) -> dict[str, Any]:
-        ends = form.prompt == END and tokenizer.end_id is not None
-        tokens = [tokenizer.end_id] if ends else await service.read(len(form.prompt), service.encoded, form.prompt)
-        return {"tokens": tokens, "count": len(tokens)}
-
-    @app.post("/detokenize")
-    async def detokenize(form: Detokenized) -> dict[str, Any]:
-        return {"prompt": await service.read(len(form.tokens), tokenizer.decode, form.tokens)}
-
-
-async def answer(service: Service, form: TextAsked | ChatAsked, http: Request) -> Response:
-    conversation = await service.ask(form, len(await http.body()))
-    if form.stream:
-        return Events(conversation)
-    return Body(await conversation.whole(departure(http)))
+            self.conversation.gone.set()
 
 
 async def departure(http: Request) -> None:

@@ -1,4 +1,4 @@
-"""The flags of `rwkv-peft serve`, judged before torch is imported."""
+"""The flags of `rwkv-peft serve`, checked before torch is imported."""
 
 import argparse
 import ipaddress
@@ -31,14 +31,14 @@ Each adapter and each state is a model of its own by its name; they share the ba
 
 
 class Named(NamedTuple):
-    """NAME=FILE: what a request calls it, and where it is."""
+    """NAME=FILE: the name in requests, and the path."""
 
     name: str
     path: str
 
 
 def named(text: str) -> Named:
-    """Read NAME=FILE, or a FILE that is called by its own name without the ending."""
+    """NAME=FILE as a Named; a FILE by itself has its own name without the ending."""
     name, equals, path = text.partition("=")
     found = Named(name, path) if equals else Named(Path(text).stem, text)
     if not found.path or not NAME.fullmatch(found.name):
@@ -59,10 +59,10 @@ def build_parser() -> Parser:
     )
     add: Callable[..., object] = parser.add_argument
     add("--model", required=True, metavar="PTH", help="an RWKV model")
-    add("--name", type=model_name, help="what requests call it (default: the file's name without its ending)")
-    for what in ("adapter", "state"):
-        told = f"{what}s, each a model by its name (default: the file's)"
-        add(f"--{what}", type=named, nargs="+", default=[], metavar="[NAME=]FILE", help=told)
+    add("--name", type=model_name, help="its name in requests (default: the file's name without its ending)")
+    for kind in ("adapter", "state"):
+        text = f"{kind}s, each a model by its name (default: the file's)"
+        add(f"--{kind}", type=named, nargs="+", default=[], metavar="[NAME=]FILE", help=text)
     add("--files", metavar="FOLDER", help="let clients load adapters and states from below this folder")
     add_running_flags(parser)
     parser.set_defaults(batch=64)
@@ -95,7 +95,10 @@ def build_parser() -> Parser:
     add("--queue", type=count, default=128, help="the most answers that wait for a place in the batch (default 128)")
     add("--body_mib", type=positive, default=4, help="the largest body of a request, in MiB (default 4)")
     add(
-        "--known_mib", type=count, default=1024, help="memory for states of texts that were read, in MiB (default 1024)"
+        "--known_mib",
+        type=count,
+        default=1024,
+        help="memory for cached states of prompts and answers, in MiB (default 1024)",
     )
     add("--client_seconds", type=above_zero, default=30.0, help="the longest wait for a slow client (default 30)")
     add("--drain_seconds", type=count, default=30, help="the longest wait for answers after SIGTERM (default 30)")
@@ -112,7 +115,7 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
-    """Parse argv -> the flags, with the name of the model, and the Sampling of requests that say nothing else. Raises
+    """Parse argv -> the flags, with the name of the model, and the default Sampling of requests. Raises
     UserError for flags that are mistaken or contradict each other."""
     args = build_parser().parse_args(argv)
     refusals = Refusals()
@@ -130,7 +133,7 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
 
 
 def read_key(given: str) -> str:
-    """Read the key that --api_key names. Raises UserError if there is none, or one that is easily guessed."""
+    """The key in the file or variable of --api_key. Raises UserError if there is none, or a short one."""
     if given.startswith(SOURCE):
         key, place = os.environ.get(given.removeprefix(SOURCE), ""), "the variable"
     elif os.path.isfile(given):

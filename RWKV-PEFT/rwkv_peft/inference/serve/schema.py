@@ -1,8 +1,8 @@
-"""Hold answers to a JSON schema, or to a call of a tool: before each draw, leave only the tokens with which such a text
-may go on.
+"""Structured output: before each draw, forbid the tokens with which an answer could not become JSON of its schema, or a
+call of a tool.
 
-The llguidance package knows these tokens. JSON is written in one line, with or without a space behind commas and
-colons, because a model may go on writing space forever where it may write any.
+The llguidance package computes these tokens. JSON is written in one line, with or without a space behind commas and
+colons: where a model may write any white space, it may write it forever.
 """
 
 import hashlib
@@ -17,22 +17,22 @@ import numpy as np
 import torch
 
 from ...data.tokenizer import Tokenizer
-from .forms import ChatAsked
-from .gate import Refused
+from .requests import ChatBody
 from .trial import MEMORY, SECONDS, compiles
+from .web import RequestError
 
 ANY = MappingProxyType({"type": "object"})  # the schema of a json_object
-# how JSON is written, and oneOf as anyOf if its forms may overlap, because that just one holds cannot be known ahead
+# JSON in one line, and oneOf as anyOf if its forms may overlap: that just one of them holds is not known in advance
 OPTIONS = MappingProxyType(
     {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "coerce_one_of": True}
 )
 LARGEST = 1 << 19  # characters of a schema; llguidance takes no larger ones
 REMEMBERED = 10_000  # grammars that are known to compile
-OPENINGS = MappingProxyType({"": '" "?', "off": '">\\n"'})  # what comes before an answer's JSON, by ChatAsked.think
+OPENINGS = MappingProxyType({"": '" "?', "off": '">\\n"'})  # of an answer before its JSON, by ChatBody.think
 
 
-class Vocabulary:
-    """A tokenizer as llguidance asks for it."""
+class GuidanceVocabulary:
+    """A tokenizer in the form that llguidance takes."""
 
     eos_token_id, bos_token_id = 0, None
     special_token_ids = (0,)
@@ -46,24 +46,27 @@ class Vocabulary:
         return self.tokenizer.encode(text.decode())
 
 
-class Held:
-    """One answer that is held to a schema."""
+class SchemaConstraint:
+    """The Constraint of a grammar, at its beginning or within a text."""
 
     def __init__(self, matcher: Any, size: int) -> None:
         self.matcher, self.size = matcher, size
 
+    def copy(self) -> "SchemaConstraint":
+        return SchemaConstraint(self.matcher.deep_copy(), self.size)
+
     def allowed(self) -> torch.Tensor:
-        """The tokens that may be drawn next: (V,) bool. After an error, llguidance has the end alone."""
+        """The tokens that may come next: (V,) bool. After an error, llguidance allows the end alone."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         return torch.from_numpy(np.unpackbits(bits, count=self.size, bitorder="little")).bool()
 
-    def take(self, token: int) -> bool:
+    def accept(self, token: int) -> bool:
         self.matcher.consume_token(token)
         return not self.matcher.is_error()
 
 
-class Schemas:
-    """Compiles schemas for a tokenizer whose tokens are bytes; its first `size` tokens may be drawn."""
+class SchemaCompiler:
+    """Compiles schemas for a tokenizer with `token_bytes`; its first `size` tokens may be sampled."""
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
         self.tokenizer, self.size = tokenizer, size
@@ -71,38 +74,43 @@ class Schemas:
 
     @cached_property
     def _vocabulary(self) -> Any:
-        wrapped = llguidance.TokenizerWrapper(Vocabulary(self.tokenizer, self.size))
+        wrapped = llguidance.TokenizerWrapper(GuidanceVocabulary(self.tokenizer, self.size))
         return llguidance.LLTokenizer(wrapped, n_vocab=self.size)
 
-    def compiled(self, form: ChatAsked) -> "Compiled | None":
-        """Compile what a request holds its answers to, None if any text will do; called for one request at a time.
-        Raises Refused for what cannot be held."""
+    def compiled(self, body: ChatBody) -> SchemaConstraint | None:
+        """The constraint of a chat's answers at their beginning, None for free text; not thread-safe. Raises
+        RequestError for a schema that cannot be followed."""
         field, text = "response_format", "body"
-        schema = schema_of(form.response_format) if form.response_format else None
-        if form.must_call:
+        schema = schema_of(body.response_format) if body.response_format else None
+        if body.must_call:
             if schema is not None:
                 raise wrong("tool_choice", "a call has a form of its own; leave response_format out")
-            field, text, schema = "tool_choice", '"<tool_call>\\n" body "\\n</tool_call>"', call_schema(form)
+            field, text, schema = "tool_choice", '"<tool_call>\\n" body "\\n</tool_call>"', call_schema(body)
         if schema is None:
             return None
-        opening = OPENINGS.get(form.think or "")
+        opening = OPENINGS.get(body.think or "")
         if opening is None:
             raise wrong(field, "an answer with thinking is not held to a form; leave think out")
         if not hasattr(self.tokenizer, "token_bytes"):
             raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
-        grammar = f"start: {opening} {text}\nbody: %json {written(field, {**schema, 'x-guidance': dict(OPTIONS)})}"
+        written = json.dumps({**schema, "x-guidance": dict(OPTIONS)})
+        if len(written) > LARGEST:
+            message = f"{field}: the schema is larger than {LARGEST:,} characters; make it simpler"
+            raise RequestError(413, message, field)
+        grammar = f"start: {opening} {text}\nbody: %json {written}"
         self._try(field, grammar)
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise wrong(field, matcher.get_error().partition("\n")[0])
-        held = Compiled(matcher, self.size).held()
-        held.take(int(held.allowed().int().argmax()))
-        if not held.allowed().any() or held.matcher.is_error():  # as of a schema that only refers to itself
+        constraint = SchemaConstraint(matcher, self.size)
+        begun = constraint.copy()
+        begun.accept(int(begun.allowed().int().argmax()))
+        if not begun.allowed().any() or begun.matcher.is_error():  # as of a schema that only refers to itself
             raise wrong(field, "no text satisfies the schema; mend what refers to itself in it")
-        return Compiled(matcher, self.size)
+        return constraint
 
     def _try(self, field: str, grammar: str) -> None:
-        """Raise Refused for a grammar that would take too long, or too much memory, to compile."""
+        """Raise RequestError for a grammar that would take too long, or too much memory, to compile."""
         digest = hashlib.sha256(grammar.encode()).digest()
         if digest in self._tried:
             return
@@ -114,7 +122,7 @@ class Schemas:
 
 
 def schema_of(form: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The schema of a response_format, None if any text will do."""
+    """The schema of a response_format, None for free text."""
     match form:
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
             return schema
@@ -127,21 +135,9 @@ def schema_of(form: Mapping[str, Any]) -> dict[str, Any] | None:
     raise wrong("response_format", '{"type": "json_schema", "json_schema": {"name": …, "schema": {…}}} is due')
 
 
-def written(field: str, schema: Mapping[str, Any]) -> str:
-    """A schema as JSON, by Python, because json.dumps would let nobody else run meanwhile. Raises Refused if it is too
-    large."""
-    parts, size = [], 0
-    for part in json.JSONEncoder().iterencode(schema):
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST:
-            raise Refused(413, f"{field}: the schema is larger than {LARGEST:,} characters; make it simpler", field)
-    return "".join(parts)
-
-
-def call_schema(form: ChatAsked) -> dict[str, Any]:
-    """The schema of the call that tool_choice demands: of the tool that it names, or of any."""
-    match form.tool_choice:
+def call_schema(body: ChatBody) -> dict[str, Any]:
+    """The schema of the call that tool_choice requires, of the tool with its name or of any."""
+    match body.tool_choice:
         case "required":
             name = None
         case {"type": "function", "function": {"name": str(name)}}:
@@ -149,7 +145,7 @@ def call_schema(form: ChatAsked) -> dict[str, Any]:
         case _:
             due = '"auto", "none", "required" or {"type": "function", "function": {"name": …}} is due'
             raise wrong("tool_choice", due)
-    functions = [tool.get("function", tool) for tool in form.tools or ()]
+    functions = [tool.get("function", tool) for tool in body.tools or ()]
     chosen = [one for one in functions if isinstance(one, dict) and name in (None, one.get("name"))]
     if not chosen:
         raise wrong("tool_choice", "there is no such tool among `tools`; list it there")
@@ -165,15 +161,5 @@ def call_schema(form: ChatAsked) -> dict[str, Any]:
     return {"anyOf": calls}
 
 
-class Compiled:
-    """A schema, for any number of answers."""
-
-    def __init__(self, matcher: Any, size: int) -> None:
-        self._matcher, self._size = matcher, size
-
-    def held(self) -> Held:
-        return Held(self._matcher.deep_copy(), self._size)
-
-
-def wrong(field: str, words: str) -> Refused:
-    return Refused(400, f"{field}: {words}", field)
+def wrong(field: str, words: str) -> RequestError:
+    return RequestError(400, f"{field}: {words}", field)

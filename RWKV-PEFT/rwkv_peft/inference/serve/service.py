@@ -1,194 +1,192 @@
-"""Answers requests: gives them places, has the engine draw, and tells what it draws."""
+"""Admission of requests, the thread of the engine that answers them, and figures of both."""
 
 import argparse
 import asyncio
-import re
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import nullcontext, suppress
-from dataclasses import replace
+import queue
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ...cli.errors import UserError
-from ...data.turns import OPENINGS
-from ..asked import Answer, Odds, Request
-from ..continuation import Continuation
-from ..engine import Engine
-from ..known import Known
-from ..pace import Pace
+from ..engine import Engine, PrefillBudget
+from ..requests import Completion, GenerationRequest, Logprobs, PrefixCache
 from ..settings import Sampling
-from ..voices import Voice
-from .asking import Asking, Bounds, Prompt, asking_of
+from ..speakers import Speaker
+from ..text import Continuation
 from .catalog import Catalog
-from .forms import ChatAsked, TextAsked
-from .gate import Refused
-from .metrics import Metrics
-from .schema import Compiled, Schemas
-from .telling import BROKEN, ChatTeller, Teller, TextTeller, Usage, event, joined
-from .worker import LATE, Choice, Drawn, Exchange, Piece, Worker
+from .conversation import FAILED, CompletionStream, Conversation
+from .requests import ChatBody, CompletionBody, Limits, Prompt, prompts_within
+from .responses import ChatResponse, CompletionPart, CompletionResponse, Response, Token
+from .schema import SchemaCompiler, SchemaConstraint
+from .web import RequestError
 
 Read = TypeVar("Read")
-# ChatAsked.think, None for a text -> what an answer begins with that is not told
-LEADS = MappingProxyType(
-    {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
-)
 
-LONG_BODY = 1 << 16  # bytes: of longer bodies one is tokenized at a time, because tokenizers let nothing else run
-PIECE, STEP_SECONDS = 64, 0.1  # tokens that are read at first between two that are drawn, and how long that may take
+LONG_BODY = 1 << 16  # bytes: longer bodies are tokenized one at a time, because tokenizers hold Python's lock
+PIECE, STEP_SECONDS = 64, 0.1  # prompt tokens that are read at first between two tokens, and the time for it later
+
+
+class EngineThread(threading.Thread):
+    """Steps an Engine as long as it is busy. After an error, running completions end and waiting ones go on."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(name="engine", daemon=True)
+        self.engine = engine
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Run function() in the thread, between two steps."""
+        self._calls.put(function)
+
+    def stop(self) -> None:
+        self._calls.put(None)
+        self.join()
+
+    def run(self) -> None:
+        while True:
+            calls = [] if self.engine.busy else [self._calls.get()]
+            while not self._calls.empty():
+                calls.append(self._calls.get())
+            for call in calls:
+                if call is None:
+                    return
+                call()
+            try:
+                self.engine.step()
+            except BaseException:  # a panic of a package in Rust is no Exception
+                traceback.print_exc()
+                self.engine.fail(FAILED)
+
+
+class Metrics:
+    """Figures of the server for Prometheus."""
+
+    def __init__(self) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.first_tokens = 0
+        self.first_seconds = self.longest = 0.0
+
+    def count_status(self, status: int) -> None:
+        self.statuses[status] += 1
+
+    def count_first_token(self, seconds: float) -> None:
+        """Count a request with its first token after so many seconds."""
+        self.first_tokens += 1
+        self.first_seconds += seconds
+        self.longest = max(self.longest, seconds)
+
+    def text(self, engine: Engine, open_completions: int) -> str:
+        """All figures in Prometheus's text form."""
+        running = engine.places_taken
+        figures = (
+            ("tokens_drawn_total", "counter", engine.sampled),
+            ("prompt_tokens_read_total", "counter", engine.read),
+            ("prompt_tokens_known_total", "counter", engine.reused),
+            ("answers_drawn_now", "gauge", running),
+            ("answers_waiting", "gauge", max(open_completions - running, 0)),
+            ("known_state_bytes", "gauge", engine.cache.size),
+            ("first_token_seconds_count", "counter", self.first_tokens),
+            ("first_token_seconds_sum", "counter", self.first_seconds),
+            ("first_token_seconds_longest", "gauge", self.longest),
+        )
+        lines = [f"# TYPE rwkv_peft_{name} {kind}\nrwkv_peft_{name} {value}" for name, kind, value in figures]
+        lines.append("# TYPE rwkv_peft_requests_total counter")
+        lines += [f'rwkv_peft_requests_total{{status="{key}"}} {value}' for key, value in sorted(self.statuses.items())]
+        return "\n".join(lines) + "\n"
 
 
 class Service:
-    """State that the routes share. answers: those that wait or are being drawn; places: the most of them."""
+    """The routes' shared state. open: completions that wait or run; places: the most of them."""
 
     def __init__(self, args: argparse.Namespace, defaults: Sampling, catalog: Catalog) -> None:
         self.catalog, self.defaults, self.seconds = catalog, defaults, args.max_seconds
-        vocabulary = min(catalog.tokenizer.vocab_size, catalog.own.model.config.vocab_size)
-        self.bounds = Bounds(args.batch, args.max_prompt, args.max_tokens, vocabulary, catalog.clean)
-        self.places, self.answers = args.batch + args.queue, 0
+        vocabulary = min(catalog.tokenizer.vocab_size, catalog.base_speaker.model.config.vocab_size)
+        self.limits = Limits(args.batch, args.max_prompt, args.max_tokens, vocabulary, catalog.clean)
+        self.places, self.open = args.batch + args.queue, 0
         self.metrics = Metrics()
-        self.schemas = Schemas(catalog.tokenizer, vocabulary)
-        self.compiling, self.reading = asyncio.Lock(), asyncio.Lock()  # waiting threads would be missing elsewhere
-        known, ahead = Known(args.known_mib << 20), catalog.own.model.emb.weight.is_cuda
-        self.worker = Worker(Engine(vocabulary, args.batch, known, Pace(PIECE, STEP_SECONDS), ahead))
+        self.schemas = SchemaCompiler(catalog.tokenizer, vocabulary)
+        self.compiling, self.reading = asyncio.Lock(), asyncio.Lock()  # so that few of the pool's threads wait
+        cache, overlap = PrefixCache(args.known_mib << 20), catalog.base_speaker.model.emb.weight.is_cuda
+        self.engine = Engine(vocabulary, args.batch, cache, PrefillBudget(PIECE, STEP_SECONDS), overlap)
+        self.thread = EngineThread(self.engine)
 
-    async def ask(self, form: TextAsked | ChatAsked, size: int) -> "Conversation":
-        """Give a request, whose body has `size` bytes, its places, and have it answered. Raises Refused."""
+    async def converse(self, body: CompletionBody | ChatBody, size: int) -> Conversation:
+        """Admit a request with a body of `size` bytes, and start it. Raises RequestError."""
         schema = None
-        if isinstance(form, ChatAsked) and (form.response_format or form.must_call):
+        if isinstance(body, ChatBody) and (body.response_format or body.must_call):
             async with self.compiling:
-                schema = await asyncio.to_thread(self.schemas.compiled, form)
-        voice = self.catalog.voice(form.model, form.state)
-        asking = await self.read(size, asking_of, form, self.catalog.tokenizer, self.defaults, self.bounds)
-        due = len(asking.prompts) * asking.times
-        if self.answers + due > self.places:
-            raise Refused(429, "all places are taken; try again later", code="rate_limit_exceeded")
-        head = voice.name, self.catalog.tokenizer, asking.odds is not None
-        teller = ChatTeller(*head, form.calls) if isinstance(form, ChatAsked) else TextTeller(*head)
-        exchange = Exchange(due, self.seconds, self._finished)
+                schema = await asyncio.to_thread(self.schemas.compiled, body)
+        speaker = self.catalog.speaker(body.model, body.state)
+        prompts = await self.read(size, prompts_within, body, self.catalog.tokenizer, self.limits)
+        sampling = body.sampling(self.defaults)
+        count = len(prompts) * body.times
+        if self.open + count > self.places:
+            raise RequestError(429, "all places are taken; try again later", code="rate_limit_exceeded")
+        head = speaker.name, self.catalog.tokenizer, body.top_logprobs_due is not None
+        response: Response
+        response = ChatResponse(*head, body.calls) if isinstance(body, ChatBody) else CompletionResponse(*head)
+        conversation = Conversation(
+            response, count, self.seconds, self.metrics.count_first_token, self._ended, body.includes_usage
+        )
         try:
-            requests = [
-                self._request(form, voice, asking, place, exchange, schema) for place in range(len(asking.prompts))
+            conversation.requests = [
+                self._request(body, speaker, prompt, place * body.times, sampling, schema, conversation)
+                for place, prompt in enumerate(prompts)
             ]
         except UserError as error:
-            raise Refused(400, str(error), "stop") from error
-        self.answers += due
-        for request in requests:
-            self.worker.call(partial(self.worker.engine.add, request))
-        return Conversation(exchange, requests, teller, self.metrics, form.tells_usage)
+            raise RequestError(400, str(error), "stop") from error
+        self.open += count
+        for request in conversation.requests:
+            self.thread.call(partial(self.engine.add, request))
+        return conversation
 
-    async def read(self, size: int, act: Callable[..., Read], *arguments: Any) -> Read:
-        """act(*arguments) on what is in a body of `size` bytes, in a thread; of long ones one at a time."""
+    async def read(self, size: int, function: Callable[..., Read], *arguments: Any) -> Read:
+        """function(*arguments) on the content of a body of `size` bytes, in a thread; long bodies one at a time."""
         async with self.reading if size > LONG_BODY else nullcontext():
-            return await asyncio.to_thread(act, *arguments)
+            return await asyncio.to_thread(function, *arguments)
 
     def encoded(self, text: str) -> list[int]:
-        """The tokens of a text. Raises Refused for a text that is too long for a prompt."""
-        self.bounds.judge_length(text)
+        """The tokens of a text. Raises RequestError for a text that is too long for a prompt."""
+        self.limits.check_length(text)
         return self.catalog.tokenizer.encode(text)
 
     def _request(
         self,
-        form: TextAsked | ChatAsked,
-        voice: Voice,
-        asking: Asking,
-        place: int,
-        exchange: Exchange,
-        schema: Compiled | None,
-    ) -> Request:
-        """The engine's request for all answers to one of the prompts."""
-        prompt, tokenizer = asking.prompts[place], self.catalog.tokenizer
-        think = (form.think or "") if isinstance(form, ChatAsked) else None
-        echo = isinstance(form, TextAsked) and bool(form.echo)
-        scores: list[Odds] = []
-        answers = []
-        for number in range(place * asking.times, (place + 1) * asking.times):
-            text = Continuation({}, tokenizer, asking.stops)
-            opening = self._opening(prompt, number, scores) if echo else None
-            if think == "on":
-                opening = partial(Piece, number, OPENINGS["on"].lstrip(), ())
-            choice = Choice(exchange, number, text, LEADS[think], opening)
-            sampling = replace(asking.sampling, seed=asking.sampling.seed + number)
-            held = None if schema is None else schema.held()
-            answers.append(Answer(sampling, asking.max_tokens, choice, asking.odds, held))
-        scored = scores.append if echo and asking.odds is not None else None
-        return Request(voice, prompt.tokens, answers, prompt.marks, 0, scored, asking.odds or 0)
+        body: CompletionBody | ChatBody,
+        speaker: Speaker,
+        prompt: Prompt,
+        first: int,
+        sampling: Sampling,
+        schema: SchemaConstraint | None,
+        conversation: Conversation,
+    ) -> GenerationRequest:
+        """The engine's request for a prompt, with completions numbered from `first` on; number i has the seed of
+        `sampling` plus i."""
+        tokenizer, top, scores = self.catalog.tokenizer, body.top_logprobs_due, list[Logprobs]()
+        echoes = isinstance(body, CompletionBody) and bool(body.echo)
 
-    def _opening(self, prompt: Prompt, number: int, scores: list[Odds]) -> Callable[[], Piece]:
-        """The prompt as the first piece of an answer that repeats it, with its scores, if there are any by then."""
+        def echo(number: int) -> CompletionPart:
+            """The prompt as the first part of a completion, with its scores, if there are any by then."""
+            logprobs = (None, *scores) if scores or len(prompt.tokens) == 1 else (None,) * len(prompt.tokens)
+            return CompletionPart(number, tokenizer.decode(prompt.tokens), tuple(map(Token, prompt.tokens, logprobs)))
 
-        def opening() -> Piece:
-            odds = (None, *scores) if scores or len(prompt.tokens) == 1 else (None,) * len(prompt.tokens)
-            text = self.catalog.tokenizer.decode(prompt.tokens)
-            return Piece(number, text, tuple(map(Drawn, prompt.tokens, odds)))
+        completions = []
+        for number in range(first, first + body.times):
+            text, opening = Continuation({}, tokenizer, body.stops), None
+            if echoes:
+                opening = partial(echo, number)
+            elif body.opening:
+                opening = partial(CompletionPart, number, body.opening, ())
+            listener = CompletionStream(conversation, number, text, body.lead, opening)
+            constraint = None if schema is None else schema.copy()
+            longest = body.longest(self.limits)
+            completions.append(Completion(sampling.seeded(number), longest, listener, top, constraint))
+        on_logprobs = scores.append if echoes and top is not None else None
+        return GenerationRequest(speaker, prompt.tokens, completions, prompt.marks, on_logprobs, top or 0)
 
-        return opening
-
-    def _finished(self) -> None:
-        self.answers -= 1
-
-
-class Conversation:
-    """The answers to one request as HTTP tells them."""
-
-    def __init__(
-        self, exchange: Exchange, requests: list[Request], teller: Teller, metrics: Metrics, tells_usage: bool
-    ) -> None:
-        self.exchange, self.requests, self.teller, self.metrics = exchange, requests, teller, metrics
-        self.tells_usage = tells_usage
-
-    async def whole(self, left: Awaitable[object]) -> dict[str, Any]:
-        """The body of a whole answer; `left` is done if the client goes away before. Raises Refused for answers that
-        could not be drawn."""
-        reading = asyncio.ensure_future(self._gathered())
-        leaving = asyncio.ensure_future(left)
-        try:
-            await asyncio.wait((reading, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                raise Refused(499, "the client went away")
-            answers = [joined(pieces) for _, pieces in sorted(reading.result().items())]
-            return self.teller.whole(answers, self.usage())
-        finally:
-            self.exchange.gone.set()
-            for task in (reading, leaving):
-                task.cancel()
-                with suppress(asyncio.CancelledError, Refused):
-                    await task
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """The events of an answer that is told as it is drawn."""
-        begun: set[int] = set()
-        try:
-            async for piece in self._pieces():
-                if (part := self.teller.part(piece, piece.number not in begun)) is not None:
-                    yield self.teller.chunk([part])
-                    begun.add(piece.number)
-            if self.tells_usage:
-                yield self.teller.chunk([], self.usage())
-            yield b"data: [DONE]\n\n"
-        except Refused as refused:
-            yield event(refused.body)
-
-    def usage(self) -> Usage:
-        prompts = sum(len(request.tokens) for request in self.requests)
-        return Usage(prompts, sum(request.known for request in self.requests), self.exchange.drawn)
-
-    async def _gathered(self) -> dict[int, list[Piece]]:
-        found: dict[int, list[Piece]] = {}
-        async for piece in self._pieces():
-            found.setdefault(piece.number, []).append(piece)
-        return found
-
-    async def _pieces(self) -> AsyncIterator[Piece]:
-        """The pieces of all answers. Raises Refused for one that could not be drawn."""
-        waits = True
-        async for piece in self.exchange.heard():
-            if piece.end in BROKEN:
-                raise Refused(500, BROKEN[piece.end])
-            if piece.end == LATE and waits:
-                raise Refused(503, "the time was over before the answer began; try again later")
-            if piece.tokens and waits:
-                waits = False
-                self.metrics.began(time.monotonic() - self.exchange.began)
-            yield piece
+    def _ended(self) -> None:
+        self.open -= 1

@@ -1,5 +1,7 @@
-"""Compiles a grammar first in a process of its own, within bounds: for some schemas of a few bytes, as a multipleOf of
-a large prime, llguidance takes hours and all memory, and nothing can stop it from within."""
+"""Compiles a grammar in a process of its own first, within bounds: for some schemas of a few bytes, as a multipleOf of
+a large prime, llguidance takes hours and all memory, and nothing can stop it from within.
+
+The process does without torch, which alone would exceed the bound on memory."""
 
 import resource
 import subprocess
@@ -13,7 +15,7 @@ SECONDS, MEMORY = 2, 1 << 30  # of a processor; bytes
 
 
 class Bytes:
-    """The smallest vocabulary: what a grammar costs hardly depends on it."""
+    """The smallest vocabulary; the cost of a grammar hardly depends on it."""
 
     eos_token_id, bos_token_id = 0, None
     special_token_ids = (0,)
@@ -24,7 +26,7 @@ class Bytes:
 
 
 def compiles(grammar: str) -> bool:
-    """Tell whether llguidance is done with a grammar within the bounds, be it valid or not."""
+    """True if llguidance finishes a grammar within the bounds, valid or not."""
     command = python_command("rwkv_peft.inference.serve.trial")
     try:
         done = subprocess.run(command, input=grammar.encode(), capture_output=True, timeout=10 * SECONDS)

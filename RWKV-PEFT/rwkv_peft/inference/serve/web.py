@@ -1,13 +1,23 @@
-"""What `serve` and `ui` share: an application that answers every mistake in one form, and the process that listens."""
+"""The web server under `serve` and `ui`: who may send requests, how large and how slow they may be, one form of errors,
+and the process that listens.
+
+A browser lets any page send requests to this machine. Such a page shows in the header Origin, and a name that a
+stranger's DNS server turned into this machine's address in the header Host. An address in digits is no such name.
+"""
 
 import asyncio
+import hmac
+import ipaddress
 import json
 import resource
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -19,61 +29,253 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ... import __version__
 from ...cli.errors import Ended, UserError, short
 from ...cli.streams import encoded
-from .gate import App, Refused
 
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+JSON = "application/json"
+READ_ANYWAY = 4  # times the largest body is read and dropped: a client that still sends would not see the refusal
+SPARSE = 64  # bytes of the largest body for each list, object and field: two million empty lists take seconds to parse
+RETRY = 5  # seconds until a client without a place may try again
+LONGEST_MESSAGE = 2000  # characters; a message may quote a name of any length
 CONNECTIONS = 512  # the most at a time, if the process may open twice as many files
-BACKLOG = 64  # connections that are taken at once, before the first of them is looked at
+BACKLOG = 64  # connections that are accepted at once, before the first of them is looked at
+KINDS = MappingProxyType(
+    {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+)
+HEADERS = (  # of every response
+    (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+
+
+class RequestError(Exception):
+    """A request that is refused: HTTP's status, the mistake and its remedy, the field, and OpenAI's code. A long
+    message is cut in its middle."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} … {message[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__(message)
+        self.status, self.code = status, code
+        self.message, self.param = encoded(message).decode(), param and encoded(param).decode()
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's form."""
+        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": str(RETRY)} if self.status in (429, 503) else {}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Who may send requests, and how large and slow.
+
+    hosts are this server's names besides localhost, origins the sites with pages that may call it. key, unless None, is
+    required at all paths but those in `open`, as Authorization: Bearer or, if `cookie` names one, as its value. A body
+    is JSON of at most `most` bytes; at the paths in `raw` it is any bytes, up to the path's number. A client
+    may take `patience` seconds.
+    """
+
+    hosts: Sequence[str]
+    origins: Sequence[str]
+    key: str | None
+    most: int
+    patience: float
+    open: Sequence[str] = ("/health",)  # monitors of a process have no key
+    cookie: str = ""
+    raw: Mapping[str, int] = field(default_factory=dict)
+
+    def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
+        """Raise RequestError for a request that may not be answered."""
+        host = headers.get("host", "")
+        if not self.has_name(host):
+            raise RequestError(
+                421, f"this server is not called {host[:200]!r}; `serve --allow_host NAME` allows a name"
+            )
+        origin = headers.get("origin")
+        foreign = origin is not None and origin not in self.origins and urlsplit(origin).netloc != host
+        part = headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-dest") != "document"
+        if foreign or (origin is None and part):  # a part of another page; a link there is followed by a person
+            message = "pages of other sites may not call this server; `serve --allow_origin` allows a site"
+            raise RequestError(403, message)
+        if path not in self.open and method != "OPTIONS" and not self.has_key(headers):
+            remedy = "open the address that was printed" if self.cookie else "send Authorization: Bearer KEY"
+            raise RequestError(401, f"the key is missing or wrong; {remedy}", code="invalid_api_key")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method == "POST" and kind != JSON and path not in self.raw:
+            raise RequestError(415, f"a body is due as {JSON}")
+        size = headers.get("content-length", "0")
+        if not size.isdecimal() or int(size) > READ_ANYWAY * self.most_at(path):
+            raise self.too_large(path)
+
+    def has_key(self, headers: Mapping[str, str]) -> bool:
+        """True if a request has the key, or none is required."""
+        given = headers.get("authorization", "").removeprefix("Bearer ")
+        if self.cookie:
+            cookies = dict(one.strip().partition("=")[::2] for one in headers.get("cookie", "").split(";"))
+            given = cookies.get(self.cookie, given)
+        return self.key is None or self.is_key(given)
+
+    def is_key(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode("utf-8", "replace"), str(self.key).encode())
+
+    def has_name(self, host: str) -> bool:
+        """True if the header Host names this server: localhost, an address in digits, or one of `hosts`."""
+        name = (urlsplit(f"//{host}").hostname or "") if not set("@/?#") & set(host) else ""
+        if name in ("localhost", *(own.lower() for own in self.hosts)):
+            return True
+        try:
+            return bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+    def most_at(self, path: str) -> int:
+        return self.raw.get(path, self.most)
+
+    def too_large(self, path: str) -> RequestError:
+        return RequestError(413, f"the body is larger than the {self.most_at(path):,} bytes that are taken; send less")
+
+
+class Guard:
+    """An ASGI application behind a Gate: the application gets whole bodies, and clients that do not read their answers
+    are dropped. log(status) gets the status of each response."""
+
+    def __init__(self, app: App, gate: Gate, log: Callable[[int], object] = lambda status: None) -> None:
+        self.app, self.gate, self.log = app, gate, log
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+
+        begun = dropped = False
+
+        async def patient(message: Message) -> None:
+            nonlocal begun, dropped
+            if message["type"] == "http.response.start":
+                begun = True
+                self.log(message["status"])
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            try:
+                await asyncio.wait_for(send(message), self.gate.patience)
+            except asyncio.TimeoutError:
+                dropped = True
+                raise
+
+        path = scope["path"]
+        try:
+            headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+            self.gate.check(scope["method"], path, headers)
+            body = await asyncio.wait_for(self.whole_body(path, receive), self.gate.patience)
+        except ValueError:  # of an Origin or a Host that is no address at all
+            return await refuse(patient, RequestError(400, "the header Host or Origin is malformed"))
+        except asyncio.TimeoutError:
+            message = "the body did not come in time; send it faster, or send less"
+            return await refuse(patient, RequestError(408, message))
+        except RequestError as error:
+            return await refuse(patient, error)
+        if body is None:
+            return None
+        # UTF-16, which hides its quotes, has zeros
+        if path not in self.gate.raw and (b"\0" in body or structure(body) > self.gate.most // SPARSE):
+            return await refuse(patient, RequestError(413, "the body is not UTF-8, or has too many lists and objects"))
+        parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replayed() -> Message:
+            return parts.pop() if parts else await receive()
+
+        try:
+            return await self.app(scope, replayed, patient)
+        except asyncio.CancelledError:  # by the server, which ends and has waited for this answer
+            if not begun:
+                await refuse(patient, RequestError(503, "the server ends; try again later"))
+        except Exception:
+            if not dropped:
+                raise
+
+    async def whole_body(self, path: str, receive: Receive) -> bytes | None:
+        """The whole body, None if the client left. Raises RequestError if it is too large."""
+        body, size, most = bytearray(), 0, self.gate.most_at(path)
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= most:
+                body += part
+            if size > most and not (message.get("more_body") and size <= READ_ANYWAY * most):
+                raise self.gate.too_large(path)
+            if not message.get("more_body"):
+                return bytes(body)
+
+
+def structure(body: bytes) -> int:
+    """The number of lists, objects and fields in a body of JSON, without those in its strings."""
+    outside = b"".join(body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    return sum(map(outside.count, (b"[", b"{", b":")))
+
+
+async def refuse(send: Send, error: RequestError) -> None:
+    """Send an error and close the connection, because an unread body may follow on it."""
+    body = json.dumps(error.body).encode()
+    headers = {**error.headers, "content-type": JSON, "content-length": str(len(body)), "connection": "close"}
+    pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
 
 
 class Body(JSONResponse):
-    """JSON, of texts that are not Unicode too, such as a file's name or what a model wrote as "\\ud800"."""
+    """JSON, also of texts that are not Unicode, such as a file's name or a generated "\\ud800"."""
 
     def render(self, content: Any) -> bytes:
         return encoded(json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 
 def new_app(title: str, lifespan: Any = None) -> FastAPI:
-    """An application without routes that answers every mistake in OpenAI's form."""
+    """An application without routes that answers every exception in OpenAI's form."""
     none = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     app = FastAPI(title=title, version=__version__, lifespan=lifespan, default_response_class=Body, **none)
-    for kind in (Refused, UserError, RequestValidationError, HTTPException, RecursionError, Exception):
-        app.add_exception_handler(kind, tell_refusal)
+    for kind in (RequestError, UserError, OSError, RequestValidationError, HTTPException, RecursionError, Exception):
+        app.add_exception_handler(kind, respond)
     return app
 
 
-async def tell_refusal(http: Request, error: Exception) -> Response:
-    refused = refused_by(error)
-    return Body(refused.body, refused.status, dict(refused.headers))
+async def respond(http: Request, error: Exception) -> Response:
+    found = request_error(error)
+    return Body(found.body, found.status, found.headers)
 
 
-def refused_by(error: Exception) -> Refused:
-    """The refusal that an exception of a route means."""
+def request_error(error: Exception) -> RequestError:
+    """The RequestError for any exception of a route."""
     match error:
-        case Refused():
+        case RequestError():
             return error
         case RequestValidationError():
-            # of several mistakes that of the innermost field, because one of other forms is told too
+            # of several mistakes that of the innermost field: for a union, pydantic lists those of each alternative
             mistake = max(error.errors(), key=lambda mistake: len(mistake["loc"]))
-            field = place_of(mistake["loc"])
+            field = short(".".join(str(part) for part in mistake["loc"] if part not in ("body", "query")))
             words = "there is no such field here" if mistake["type"] == "extra_forbidden" else short(mistake["msg"])
-            return Refused(400, f"{field or 'body'}: {words}", field or None)
+            return RequestError(400, f"{field or 'body'}: {words}", field or None)
         case HTTPException():
-            return Refused(error.status_code, short(str(error.detail)))
+            return RequestError(error.status_code, short(str(error.detail)))
         case UserError() | OSError():  # the latter of a full disk, or of a folder that is gone
-            return Refused(400, str(error))
+            return RequestError(400, str(error))
         case RecursionError():
-            return Refused(400, "the body has lists and objects that nest too deep")
-    return Refused(500, "the server failed; see what it has printed")
-
-
-def place_of(location: Sequence[str | int]) -> str:
-    """A field's place in the body: "messages.0"."""
-    return short(".".join(str(part) for part in location if part not in ("body", "query")))
+            return RequestError(400, "the body has lists and objects that nest too deep")
+    return RequestError(500, "the server failed; see what it has printed")
 
 
 class Protocol(H11Protocol):
-    """A connection that ends if the head of a request does not come in time. If there are too many, the one that has
-    waited longest for a whole request ends: a client that sends its requests at once waits for nobody who does not."""
+    """A connection that ends if the head of a request does not come in time. If there are too many connections, the one
+    that has waited longest for a whole request ends, so that slow clients shut nobody out."""
 
     since = 0.0
 
@@ -90,19 +292,19 @@ class Protocol(H11Protocol):
 
     @property
     def waits(self) -> bool:
-        """Tell whether a whole request has yet to come."""
+        """True while a whole request has yet to come."""
         idle = self.cycle is None or self.cycle.response_complete or self.cycle.more_body
         return idle and not self.transport.is_closing()
 
     def _await_head(self) -> None:
-        """Look after the time of a keep-alive whether a request has begun since."""
+        """Close the connection unless a request has begun after the time of a keep-alive."""
         self.since, cycle = self.loop.time(), self.cycle
 
-        def look() -> None:
+        def check() -> None:
             if self.cycle is cycle and (cycle is None or cycle.response_complete):
                 self.transport.abort()
 
-        self.loop.call_later(self.timeout_keep_alive, look)
+        self.loop.call_later(self.timeout_keep_alive, check)
 
 
 class Server(uvicorn.Server):
@@ -131,8 +333,8 @@ def run(
     begin: Callable[[], None],
     leave: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve an application at a bound socket until Ctrl-C or SIGTERM: clients are waited for `patience` seconds, and at
-    the end answers for `drain`; begin and leave as of Server."""
+    """Serve an application at a bound socket until Ctrl-C or SIGTERM. A client may take `patience` seconds, and at the
+    end answers have `drain` seconds; begin and leave are as in Server."""
     config = uvicorn.Config(
         app,
         http=Protocol,

@@ -15,7 +15,7 @@ from ...adapters.quant import GPU_ROW_ELEMENTS, ROW_ELEMENTS, stored_bytes
 from ...checkpoints.tensors import DTYPES
 from ...cli.names import NONE
 from ...config import BUCKET, AdapterConfig, ModelConfig, RunConfig
-from ...inference.reading import PREFILL
+from ...inference.forward import PREFILL
 from ...models import family_named
 from ...models.state import State
 from ...objectives.cross_entropy import chunk_rows

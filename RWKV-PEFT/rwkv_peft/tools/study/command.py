@@ -21,8 +21,8 @@ from ...data.samples import Samples
 from ...evals.questions import last_answer
 from ...evals.scoring import score
 from ...gpus import resolve_accelerator
+from ...inference.forward import prefill
 from ...inference.loading import Subject
-from ...inference.reading import prefill
 from ...models.parts import LanguageModel
 from ...training.flags.request import Request, parse_run
 from ...training.inputs import VALIDATION, find_samples

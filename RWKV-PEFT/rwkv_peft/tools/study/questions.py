@@ -8,8 +8,8 @@ from ...cli.errors import UserError
 from ...data.templates import stops_of
 from ...data.turns import TURN_END
 from ...evals.questions import GREEDY, Completion, sample
+from ...inference.forward import prefill
 from ...inference.loading import Subject
-from ...inference.reading import prefill
 from ...inference.settings import Sampling
 from .flags import Study
 

@@ -18,8 +18,7 @@ from ...checkpoints.lock import LOCK
 from ...children import python_command
 from ...cli.errors import UserError, visible
 from ...cli.names import CARD, GGUF_TYPES, METRICS
-from ...inference.serve.gate import Gate
-from ...inference.serve.web import new_app, tell_refusal
+from ...inference.serve.web import Gate, new_app
 from .files import Places, Uploads, is_plain, last_of, lines_of, read
 from .form import chat_form, form
 from .jobs import Jobs, ask, interrupt, serve
@@ -87,7 +86,6 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     places = Places(root)
     uploads = Uploads(places.root)
     app = new_app("rwkv-peft")
-    app.add_exception_handler(OSError, tell_refusal)  # a full disk, a folder that is gone
 
     def page(name: str) -> Callable[[], Response]:
         kind = mimetypes.guess_type(name)[0] or "text/plain"

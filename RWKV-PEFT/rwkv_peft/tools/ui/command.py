@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from ...cli.errors import UserError
-from ...inference.serve.gate import Gate, Guard
-from ...inference.serve.web import bound, run
+from ...inference.serve.web import Gate, Guard, bound, run
 from .app import FILES, make_app
 from .files import hidden
 from .flags import parse_flags
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> int:
         port, key = listener.getsockname()[1], secrets.token_urlsafe(24)
         address = f"http://{HOST}:{port}/?key={key}"
         # cookies of one host are shared by its ports
-        gate = Gate((), (), key, MOST_BYTES, PATIENCE, ("/",), f"rwkv-peft-{port}", ((FILES, PART_BYTES),))
+        gate = Gate((), (), key, MOST_BYTES, PATIENCE, ("/",), f"rwkv-peft-{port}", {FILES: PART_BYTES})
         jobs = Jobs(root)
 
         def begin() -> None:

@@ -1,14 +1,13 @@
-"""What is told of answers: calls of tools, whole and as a stream."""
+"""What is found of answers: calls of tools, whole and as a stream."""
 
 import json
 
 import pytest
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.inference.serve.forms import ChatAsked
-from rwkv_peft.inference.serve.telling import ChatTeller, TextTeller, event
+from rwkv_peft.inference.serve.requests import ChatBody
+from rwkv_peft.inference.serve.responses import ChatResponse, CompletionPart, CompletionResponse, Token, event
 from rwkv_peft.inference.serve.web import Body
-from rwkv_peft.inference.serve.worker import Drawn, Piece
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 ANSWERS = {  # (words, cities)
@@ -21,11 +20,11 @@ ANSWERS = {  # (words, cities)
 
 
 def parts_of(text, width):
-    teller = ChatTeller("m", BytesTokenizer(), False, True)
+    response = ChatResponse("m", BytesTokenizer(), False, True)
     cuts = [text[begin : begin + width] for begin in range(0, len(text), width)]
-    pieces = [Piece(0, cut, ()) for cut in cuts] + [Piece(0, "", (), "stop")]
-    told = [teller.part(piece, place == 0) for place, piece in enumerate(pieces)]
-    return [part for part in told if part is not None]
+    pieces = [CompletionPart(0, cut, ()) for cut in cuts] + [CompletionPart(0, "", (), "stop")]
+    found = [response.delta(piece, place == 0) for place, piece in enumerate(pieces)]
+    return [part for part in found if part is not None]
 
 
 def arguments(calls):
@@ -33,9 +32,9 @@ def arguments(calls):
 
 
 @pytest.mark.parametrize("text", ANSWERS)
-def test_calls_of_tools_are_told_apart_from_words(text):
+def test_calls_of_tools_are_found_apart_from_words(text):
     words, cities = ANSWERS[text]
-    answer = ChatTeller("m", BytesTokenizer(), False, True).answer(Piece(0, text, (), "stop"))
+    answer = ChatResponse("m", BytesTokenizer(), False, True).choice(CompletionPart(0, text, (), "stop"))
     assert (answer["message"]["content"] or "") == words
     assert arguments(answer["message"].get("tool_calls", ())) == cities
     assert answer["finish_reason"] == ("tool_calls" if cities else "stop")
@@ -55,23 +54,23 @@ def test_a_stream_tells_words_at_once_and_calls_at_the_end(text, width):
 
 
 def test_without_tools_an_answer_is_its_text():
-    answer = ChatTeller("m", BytesTokenizer(), False, False).answer(Piece(0, CALL, (), "stop"))
+    answer = ChatResponse("m", BytesTokenizer(), False, False).choice(CompletionPart(0, CALL, (), "stop"))
     assert answer["message"]["content"] == CALL and answer["finish_reason"] == "stop"
 
 
 def test_offsets_are_those_of_the_text():
-    teller, tokenizer = TextTeller("m", BytesTokenizer(), True), BytesTokenizer()
+    response, tokenizer = CompletionResponse("m", BytesTokenizer(), True), BytesTokenizer()
     text = "é 😀!"
-    pieces = [Piece(0, "", (Drawn(token, None),)) for token in tokenizer.encode(text)]
-    offsets = [offset for piece in pieces for offset in teller.answer(piece)["logprobs"]["text_offset"]]
+    pieces = [CompletionPart(0, "", (Token(token, None),)) for token in tokenizer.encode(text)]
+    offsets = [offset for piece in pieces for offset in response.choice(piece)["logprobs"]["text_offset"]]
     assert offsets == [0, 0, 1, 2, 2, 2, 2, 3] and text[3] == "!"
 
 
 def test_a_field_that_is_null_is_left_out():
     asked = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
-    assert ChatAsked.model_validate(asked | {"logit_bias": None, "n": None}) == ChatAsked.model_validate(asked)
+    assert ChatBody.model_validate(asked | {"logit_bias": None, "n": None}) == ChatBody.model_validate(asked)
 
 
-def test_what_is_not_unicode_is_told_as_json_escapes_it():
-    told = {"arguments": '{"a": "\ud800 中"}'}
-    assert json.loads(Body(told).body) == json.loads(event(told).removeprefix(b"data: ")) == told
+def test_what_is_not_unicode_is_found_as_json_escapes_it():
+    found = {"arguments": '{"a": "\ud800 中"}'}
+    assert json.loads(Body(found).body) == json.loads(event(found).removeprefix(b"data: ")) == found

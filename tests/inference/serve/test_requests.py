@@ -8,15 +8,14 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from rwkv_peft.inference.serve.asking import LONG, Bounds, asking_of
-from rwkv_peft.inference.serve.forms import ChatAsked, TextAsked
-from rwkv_peft.inference.serve.gate import Refused
-from rwkv_peft.inference.serve.schema import LARGEST, written
+from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.inference.serve.requests import LONG, ChatBody, CompletionBody, Limits, prompts_within
+from rwkv_peft.inference.serve.schema import LARGEST, SchemaCompiler
 from rwkv_peft.inference.serve.service import LONG_BODY, Service
-from rwkv_peft.inference.settings import Sampling
+from rwkv_peft.inference.serve.web import RequestError
 
 ASK = {"model": "base", "prompt": "x", "max_tokens": 2}
-BOUNDS = Bounds(answers=4, prompt=10, tokens=10, vocabulary=257)
+LIMITS = Limits(completions=4, prompt=10, tokens=10, vocabulary=257)
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 # what nobody expects in a field, as JSON
 HOSTILE = (
@@ -38,24 +37,24 @@ class Tokenizer:
 
 
 @pytest.mark.parametrize(
-    "form",
+    "body",
     [
-        TextAsked(model="m", prompt=[""] * 5),
-        ChatAsked(model="m", messages=[{}] * 11),
-        ChatAsked(model="m", messages=[{}], tools=[{}] * 10),
-        TextAsked(model="m", prompt=["x", "x" * (10 * LONG + 1)]),
-        ChatAsked(model="m", messages=[{"role": "user", "content": "x" * 10 * LONG}]),
+        CompletionBody(model="m", prompt=[""] * 5),
+        ChatBody(model="m", messages=[{}] * 11),
+        ChatBody(model="m", messages=[{}], tools=[{}] * 10),
+        CompletionBody(model="m", prompt=["x", "x" * (10 * LONG + 1)]),
+        ChatBody(model="m", messages=[{"role": "user", "content": "x" * 10 * LONG}]),
     ],
 )
-def test_too_much_is_refused_before_it_is_tokenized(form):
-    with pytest.raises(Refused, match="may be"):
-        asking_of(form, Tokenizer(), Sampling(), BOUNDS)
+def test_too_much_is_refused_before_it_is_tokenized(body):
+    with pytest.raises(RequestError, match="may be"):
+        prompts_within(body, Tokenizer(), LIMITS)
 
 
 def test_a_text_without_a_request_has_the_same_limit():
-    service = SimpleNamespace(bounds=BOUNDS, catalog=SimpleNamespace(tokenizer=Tokenizer()))
+    service = SimpleNamespace(limits=LIMITS, catalog=SimpleNamespace(tokenizer=Tokenizer()))
     assert Service.encoded(service, "x") == [0]
-    with pytest.raises(Refused, match="10 tokens may be"):
+    with pytest.raises(RequestError, match="10 tokens may be"):
         Service.encoded(service, "x" * (10 * LONG + 1))
 
 
@@ -81,13 +80,13 @@ def test_long_texts_are_tokenized_one_at_a_time_and_short_ones_meanwhile():
 )
 def test_a_thousand_mistakes_are_told_as_few(mistakes):
     with pytest.raises(ValidationError) as refusal:
-        TextAsked(**{"model": "m", "prompt": "x"} | mistakes)
+        CompletionBody(**{"model": "m", "prompt": "x"} | mistakes)
     assert refusal.value.error_count() < 6
 
 
 @pytest.mark.parametrize("path, sound", [("/v1/completions", ASK), ("/v1/chat/completions", CHAT)])
 def test_no_field_is_an_error_of_the_server(server, path, sound):
-    form = TextAsked if sound is ASK else ChatAsked
+    form = CompletionBody if sound is ASK else ChatBody
     for field in form.model_fields:
         for value in HOSTILE:
             given = {name: json.dumps(known) for name, known in sound.items()} | {field: value}
@@ -114,10 +113,9 @@ def test_clients_load_no_more_than_they_may(server):
     assert [server.send("DELETE", f"/v1/adapters/calm{number}")[0] for number in range(3)] == [200, 200, 404]
 
 
-def test_a_schema_is_written_up_to_a_size():
-    schema = {"enum": [0.5, "ä", [True, None]]}
-    assert written("response_format", schema) == json.dumps(schema)
-    schema["enum"] *= LARGEST // 10
-    with pytest.raises(Refused, match="larger than 524,288 characters") as refused:
-        written("response_format", schema)
+def test_a_schema_is_compiled_up_to_a_size():
+    form = {"type": "json_object", "schema": {"enum": ["x"] * (LARGEST // 4)}}
+    body = ChatBody(model="m", messages=[{}], response_format=form)
+    with pytest.raises(RequestError, match="larger than 524,288 characters") as refused:
+        SchemaCompiler(BytesTokenizer(), 257).compiled(body)
     assert (refused.value.status, refused.value.param) == (413, "response_format")

@@ -1,0 +1,284 @@
+"""The bodies of requests: OpenAI's fields and a few of ours, and the prompts in them. A field that is not here is
+refused, not ignored.
+
+`state`, `top_k`, `penalty_decay` and `think` are ours. `None` stands for a field that was left out; so does null in a
+body, whatever the field.
+"""
+
+import re
+import secrets
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ...cli.errors import UserError
+from ...data.templates import segments, stops_of
+from ...data.tokenizer import Tokenizer
+from ...data.turns import OPENINGS
+from ..prompts import encode
+from ..settings import Sampling
+from .web import RequestError
+
+SEEDS = 1 << 48  # of requests without one
+LONG = 16  # characters for each token of a prompt: longer texts are refused before they are tokenized
+# ChatBody.think, None for a text -> the beginning of an answer that the client does not get
+LEADS = MappingProxyType(
+    {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
+)
+
+Whole = Annotated[int, Field(strict=True)]
+Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Tokens = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True)]  # one message for a million mistakes
+Several = Field(fail_fast=True, max_length=4096)  # prompts, more than a batch has places
+
+
+class Prompt(NamedTuple):
+    """Tokens to continue; the State after each of `marks` of them is worth caching."""
+
+    tokens: list[int]
+    marks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most completions of a request, tokens of a prompt and of a completion; the vocabulary's size; clean removes
+    blank lines from messages of users, systems and tools."""
+
+    completions: int
+    prompt: int
+    tokens: int
+    vocabulary: int
+    clean: bool = True
+
+    def check_length(self, *texts: str) -> None:
+        """Raise RequestError for the texts of a prompt if they would take long to tokenize, to be refused then."""
+        if (length := sum(map(len, texts))) > LONG * self.prompt:
+            raise self.too_long(f"{length:,} characters")
+
+    def too_long(self, length: str) -> RequestError:
+        message = f"the prompt has {length}, and {self.prompt:,} tokens may be; shorten it"
+        return RequestError(400, message, code="context_length_exceeded")
+
+
+class RequestBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, body: Any) -> Any:
+        """Drop fields that are null, which some clients send for all unset ones, and all unknown fields but the first,
+        which the message names."""
+        if not isinstance(body, dict):
+            return body
+        named = {*cls.model_fields, next((name for name in body if name not in cls.model_fields), "")}
+        return {name: value for name, value in body.items() if value is not None and name in named}
+
+
+class StreamOptions(RequestBody):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationBody(RequestBody):
+    """The fields of all requests for completions. Those from `user` on are accepted and have no effect."""
+
+    model: str
+    state: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: Seed | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Whole | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    penalty_decay: float | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @property
+    def times(self) -> int:
+        """The number of completions of each prompt."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def lead(self) -> re.Pattern[str]:
+        """A pattern for the beginning of an answer that the client does not get."""
+        return LEADS[None]
+
+    @property
+    def opening(self) -> str:
+        """The part of the prompt that the client gets as the beginning of the answer."""
+        return ""
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, defaults: Sampling) -> Sampling:
+        """The Sampling of the request, with defaults for missing fields and a random seed for a missing one. Raises
+        RequestError for a value out of range."""
+        given = {name: getattr(self, name) for name in Sampling.__dataclass_fields__ if hasattr(self, name)}
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            return replace(defaults, **{"seed": secrets.randbelow(SEEDS), **given})
+        except UserError as error:
+            message = str(error).removeprefix("--")
+            raise RequestError(400, message, message.partition(" ")[0]) from error
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: str | Tokens | Annotated[list[str], Several] | Annotated[list[Tokens], Several]
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The prompts, each a text or tokens."""
+        given: Any = self.prompt  # mypy does not see which of the four forms it has
+        return [given] if isinstance(given, str) or not given or isinstance(given[0], int) else given
+
+    @property
+    def top_logprobs_due(self) -> int | None:
+        """The number of most probable tokens to report with each token; None without log-probabilities."""
+        return self.logprobs
+
+    def longest(self, limits: Limits) -> int:
+        """The most tokens of a completion, within limits or not."""
+        return self.max_tokens or 16
+
+    def prompt_count(self) -> int:
+        return len(self.texts)
+
+    def encode(self, tokenizer: Tokenizer, limits: Limits) -> list[Prompt]:
+        prompts = []
+        for number, text in enumerate(self.texts):
+            if isinstance(text, str):
+                limits.check_length(text)
+            try:
+                tokens = encode(tokenizer, text, number) if isinstance(text, str) else list(text)
+            except UserError as error:
+                raise RequestError(400, str(error), "prompt") from error
+            if not tokens or max(tokens) >= limits.vocabulary:
+                message = f"prompt {number}: tokens from 0 to {limits.vocabulary - 1} are due"
+                raise RequestError(400, message, "prompt")
+            prompts.append(Prompt(tokens))
+        return prompts
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    think: Literal["on", "off"] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (*stops_of("Assistant:"), *super().stops)
+
+    @property
+    def top_logprobs_due(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def lead(self) -> re.Pattern[str]:
+        return LEADS[self.think or ""]
+
+    @property
+    def opening(self) -> str:
+        return OPENINGS["on"].lstrip() if self.think == "on" else ""
+
+    @property
+    def calls(self) -> bool:
+        """True if an answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def must_call(self) -> bool:
+        """True if an answer has to be a call of a tool."""
+        return self.tool_choice not in (None, "auto", "none")
+
+    def longest(self, limits: Limits) -> int:
+        return self.max_completion_tokens or self.max_tokens or limits.tokens
+
+    def prompt_count(self) -> int:
+        return 1
+
+    def encode(self, tokenizer: Tokenizer, limits: Limits) -> list[Prompt]:
+        """The messages in the layout of chat data up to the opening of the answer, each part tokenized by itself."""
+        if (parts := len(self.messages) + len(self.tools or ())) > limits.prompt:
+            raise limits.too_long(f"{parts:,} messages and tools")
+        try:
+            turns = [*self.messages, {"role": "assistant", "content": ""}]
+            row = {"messages": turns, "tools": self.tools if self.calls else None}
+            texts = [text for text, _ in segments(row, clean=limits.clean)[:-1]]
+            texts[-1] += OPENINGS.get(self.think or "", "")
+            limits.check_length(*texts)
+            encoded = [tokenizer.encode(text) for text in texts]
+        except UserError as error:
+            raise RequestError(400, str(error), "messages") from error
+        tokens = [token for part in encoded for token in part]
+        begins = sum(map(len, encoded[:2]))  # the system text, which other chats have in common
+        marked = texts[0].startswith("System:") and begins < len(tokens)
+        return [Prompt(tokens, (begins,) if marked else ())]
+
+
+def prompts_within(body: CompletionBody | ChatBody, tokenizer: Tokenizer, limits: Limits) -> list[Prompt]:
+    """The prompts of a request as tokens. Raises RequestError for too many or too long ones, if possible before they
+    are tokenized."""
+    if (count := body.prompt_count() * body.times) > limits.completions:
+        raise RequestError(400, f"{count} answers in one request, and {limits.completions} may be: ask for fewer")
+    prompts = body.encode(tokenizer, limits)
+    if (longest := body.longest(limits)) > limits.tokens:
+        message = f"max_tokens {longest:,}: an answer has at most {limits.tokens:,} here"
+        raise RequestError(400, message, "max_tokens")
+    for prompt in prompts:
+        if len(prompt.tokens) > limits.prompt:
+            raise limits.too_long(f"{len(prompt.tokens):,} tokens")
+    return prompts
+
+
+class TokenizeBody(RequestBody):
+    """POST /tokenize, as vLLM has it, for clients that tokenize by the server."""
+
+    prompt: str
+    model: Any = None
+    add_special_tokens: Any = None
+
+
+class DetokenizeBody(RequestBody):
+    """POST /detokenize."""
+
+    tokens: Tokens
+    model: Any = None
+
+
+class LoadBody(RequestBody):
+    """POST /v1/adapters: the file lies below the folder of --files."""
+
+    name: str
+    file: Annotated[str, Field(min_length=1, max_length=4096)]
+    kind: Literal["adapter", "state"] = "adapter"

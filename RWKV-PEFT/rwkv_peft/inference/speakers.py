@@ -1,0 +1,130 @@
+"""Models over one base's memory: speakers, which answer under a name with an adapter or a state of their own, and
+mirrors, which decode for a module that others read and train.
+
+An adapter stays beside the shared weights as layers of its method, and only tensors that it replaces whole are copies.
+If it was trained on a quantized base, or with a residual of the base, its merged weights take their place, because that
+base is not in memory. So they do, rounded alike, if the matrices in memory are rounded to blocks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..adapters.inject import inject, load_tensors
+from ..checkpoints.adapters import AdapterSource
+from ..checkpoints.base import Base
+from ..models.parts import LanguageModel
+from ..models.state import State, is_time_state, split_time_states
+from ..release.merge import Merge, check_fingerprints
+from .forward import speed_up
+from .loading import read_state, read_state_file
+from .weights import FrozenLinear, place, quantize_products, rounded
+
+
+@dataclass(frozen=True, eq=False)
+class Speaker:
+    """A model that answers under a name, from the State of one sequence on (None: zeros)."""
+
+    name: str
+    model: LanguageModel
+    start: State | None = None
+
+
+def state_speaker(name: str, path: str | Path, speaker: Speaker, base: Base | None) -> Speaker:
+    """A speaker that starts from a file's state. Raises UserError as read_state_file does."""
+    return Speaker(name, speaker.model, read_state_file(path, speaker.model, base))
+
+
+def adapter_speaker(name: str, source: AdapterSource, speaker: Speaker, base: Base, any_base: bool) -> Speaker:
+    """The speaker of a Base with an adapter; any_base allows one of another base of the same shape. Raises UserError
+    for a file that is no adapter or does not fit."""
+    adapter = source.read(base.tensors)
+    pairs = [(source.path, adapter)]
+    if not any_base:
+        check_fingerprints(base, pairs)
+    merge = Merge(base, pairs)  # refuses an adapter that does not fit
+    own, states = split_time_states(adapter.tensors)
+    model, metadata = speaker.model, adapter.metadata
+    residual = metadata.method is not None and metadata.method.residual is not None
+    if metadata.quant != "none" or residual or rounded(model):
+        merged = {key: rows for key, rows in merge.tensors(base.tensors.items()) if key in merge.changes}
+        model = sharing(model, base, split_time_states(merged)[0])
+    elif own:
+        model = sharing(model, base, adapter.whole())
+        inject(model, adapter.config(base.family), family=base.family, initial=adapter.tensors)
+        load_tensors(model, own, source.path)
+    model.requires_grad_(False).eval()
+    if model.emb.weight.is_cpu:
+        speed_up(model)
+    return Speaker(name, model, read_state(states, model, source.path) if states else speaker.start)
+
+
+def sharing(model: LanguageModel, base: Base, replaced: Mapping[str, torch.Tensor]) -> LanguageModel:
+    """Another model over the weights of `model`, with copies of `replaced` {key: tensor} in place of some; a matrix
+    that replaces a rounded one is rounded alike."""
+    weights, blocks = dict(model.state_dict()), rounded(model)
+    copies = {key: tensor.to(weights[key], copy=True) for key, tensor in replaced.items() if key in weights}
+    matrices = {f"{name}.weight": name for name in blocks}
+    missing = {key: replaced.get(key, base.tensors[key]) for key in matrices}
+    other = base.family.load(weights | copies | missing, base.config)
+    for key, name in matrices.items():
+        if key not in replaced:
+            other.set_submodule(name, blocks[name])
+    if blocks:
+        bits = next(iter(blocks.values())).weight.bits
+        quantize_products(other, f"int{bits}", lambda text: None)
+    return other.to(model.emb.weight.device)
+
+
+class Mirror:
+    """A second model over a module's memory, which decodes as `rwkv-peft generate` does while the module stays plain
+    for those who train, copy or adapt it. It is made at first use, and again after the weights were written to."""
+
+    def __init__(self) -> None:
+        self._mirror: LanguageModel | None = None
+        self._weights: list[tuple[int, int]] = []
+        self._kinds: dict[str, type[nn.Module]] = {}  # of the generation's modules
+        self._shapes: dict[str, torch.Size] = {}  # of their tensors
+
+    def __reduce__(self) -> tuple[type["Mirror"], tuple[()]]:
+        return Mirror, ()  # a copy of the model gets its own
+
+    def of(self, model: LanguageModel, base: Base) -> LanguageModel:
+        """The model that decodes for a model of a Base: its mirror, or itself on a GPU, where CUDA graphs serve, and if
+        it has modules, shapes or hooks that its generation does not."""
+        if not self._kinds:
+            with torch.device("meta"):
+                plain = base.family.build(base.config)
+            self._kinds, self._shapes = module_kinds(plain), {key: x.shape for key, x in plain.state_dict().items()}
+        if not model.emb.weight.is_cpu or not self._is_plain(model):
+            self._mirror = None
+            return model
+        if self._mirror is None or self._weights != weight_versions(model):
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                place(model)  # an optimizer's parameters must stay where they are
+            self._mirror = sharing(model, base, {}).requires_grad_(False).eval()
+            speed_up(self._mirror)
+            self._weights = weight_versions(model)
+        return self._mirror
+
+    def _is_plain(self, model: LanguageModel) -> bool:
+        """True if the model has the modules of its generation, or products in blocks, and no hooks."""
+        found = module_kinds(model)
+        return (
+            found.keys() == self._kinds.keys()
+            and all(kind in (self._kinds[name], FrozenLinear) for name, kind in found.items())
+            and all(is_time_state(key) or self._shapes.get(key) == x.shape for key, x in model.state_dict().items())
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        )
+
+
+def module_kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules() if name}
+
+
+def weight_versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Each parameter's address, and the number of writes to it."""
+    return [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in model.parameters()]
