@@ -48,14 +48,11 @@ def data_of(folder):
 
 def planned_gib(flags):
     """The plan's peak for a run's flags, without CUDA's context."""
-    from rwkv_peft.tools.plan.command import estimate_of
-    from rwkv_peft.tools.plan.flags import parse_flags
-    from rwkv_peft.tools.plan.parts import CONTEXT, GPU, peak
-    from rwkv_peft.training.flags.request import request_of
+    from rwkv_peft.tools.plan.command import estimate_of, parse_flags
+    from rwkv_peft.tools.plan.memory import CONTEXT, GPU, peak
 
-    estimate = estimate_of(request_of(parse_flags([*map(str, flags)])), GPU)
-    data = estimate.config.data
-    return round((peak(estimate.parts(data.micro_bsz, data.ctx_len), GPU) - CONTEXT) / 2**30, 2)
+    estimate = estimate_of(parse_flags([*map(str, flags)]), GPU)
+    return round((peak(estimate.parts(), GPU) - CONTEXT) / 2**30, 2)
 
 
 def listening():

@@ -19,9 +19,8 @@ import torch
 from common import Parser
 from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, wait, without_room
 
-from rwkv_peft.tools.plan.flags import parse_flags
-from rwkv_peft.tools.plan.parts import CONTEXT, GPU, Estimate, peak
-from rwkv_peft.training.flags.request import request_of
+from rwkv_peft.tools.plan.command import estimate_of, parse_flags
+from rwkv_peft.tools.plan.memory import CONTEXT, GPU, peak
 
 ROWS = ("1x4096", "1x1024", "1x64")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,7 +39,7 @@ def planned_gib(args, rows, tokens):
     rank = ("--lora_config", f'{{"lora_r": {args.rank // 2}}}') if args.method == "lora" else ("--bone_r", args.rank)
     rank = () if args.method == "none" else rank
     flags = (*shape, "--model_version", args.version, "--precision", args.dtype, *method, *rank)
-    estimate = Estimate.of(request_of(parse_flags([*map(str, flags)])).config, GPU)
+    estimate = estimate_of(parse_flags([*map(str, flags)]), GPU)
     return round((peak(estimate.parts(rows, tokens), GPU) - CONTEXT) / 2**30, 2)
 
 

@@ -22,11 +22,8 @@ from common import ROOT, Parser, head, row, write_tokens
 
 from rwkv_peft.config import STRATEGIES
 from rwkv_peft.models import family_named
-from rwkv_peft.tools.plan.command import estimate_of
-from rwkv_peft.tools.plan.fits import largest_rows, usable
-from rwkv_peft.tools.plan.flags import parse_flags
-from rwkv_peft.tools.plan.parts import CPU, GPU, Estimate, peak
-from rwkv_peft.training.flags.request import request_of
+from rwkv_peft.tools.plan.command import estimate_of, largest_rows, parse_flags, usable
+from rwkv_peft.tools.plan.memory import CPU, GPU, peak
 
 VOCABULARY = 65536
 SMALL = "x060", 12, 768
@@ -103,9 +100,8 @@ def measure(folder, name, version, layers, channels, dtype, flags):
     shutil.rmtree(out, ignore_errors=True)
     inputs = ("--load_model", model, "--data_file", data, "--proj_dir", out, "--accelerator", "cpu")
     flags = [*map(str, inputs), *flags.split()]
-    estimate = estimate_of(request_of(parse_flags(flags)), CPU)
-    batch = estimate.config.data
-    planned = peak(estimate.parts(batch.micro_bsz, batch.ctx_len), CPU) + estimate.file_pages()
+    estimate = estimate_of(parse_flags(flags), CPU)
+    planned = peak(estimate.parts(), CPU) + estimate.file_pages()
     command = [sys.executable, ROOT / "train.py", *flags, "--epoch_steps", "2"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
@@ -142,8 +138,7 @@ def table():
         cells = []
         shape = ("--n_layer", layers, "--n_embd", channels, "--vocab_size", VOCABULARY, "--model_version", version)
         for _, flags in METHODS:
-            config = request_of(parse_flags([*map(str, shape), *flags])).config
-            estimate = Estimate.of(config, GPU)
+            estimate = estimate_of(parse_flags([*map(str, shape), *flags]), GPU)
             cells.append((peak(estimate.parts(1, 1024), GPU), estimate))
         total = cells[0][1].counts.total - cells[0][1].counts.own
         least = next((card for card in CARDS if cells[0][0] <= usable(GPU, card << 30)), None)

@@ -15,12 +15,8 @@ from functools import cache, cached_property
 from common import Parser
 
 from rwkv_peft.models import family_named
-from rwkv_peft.models.state import State
-from rwkv_peft.tools.plan.disk import written
-from rwkv_peft.tools.plan.fits import largest_rows, usable
-from rwkv_peft.tools.plan.flags import parse_flags
-from rwkv_peft.tools.plan.parts import CPU, GPU, Estimate, peak
-from rwkv_peft.training.flags.request import request_of
+from rwkv_peft.tools.plan.command import largest_rows, parse_flags, planned, usable
+from rwkv_peft.tools.plan.memory import CPU, GPU, Estimate, peak, written
 from rwkv_peft.training.step.relay import in_flight, waiting
 
 GIB = 1 << 30
@@ -46,7 +42,7 @@ def config_of(size, trains):
     """The RunConfig of a size."""
     layers, channels = SIZES[size]
     words = f"--model_version x070 --n_layer {layers} --n_embd {channels} --vocab_size 65536 --grad_cp 1"
-    return request_of(parse_flags([*words.split(), *TRAINS[trains].split()])).config
+    return planned(parse_flags([*words.split(), *TRAINS[trains].split()])).config
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class Run:
         machine = {"devices": self.gpus // nodes, "num_nodes": nodes, "strategy": f"deepspeed_stage_{self.strategy}"}
         shared = {"context_parallel": self.gpus if self.share_rows else 1, "chunk_ctx": self.segment}
         train, data = replace(config.train, **machine, **shared), replace(config.data, ctx_len=self.tokens)
-        return Estimate.of(replace(config, train=train, data=data), GPU, mapped=self.trains != "all")
+        return Estimate(replace(config, train=train, data=data), GPU, mapped=self.trains != "all")
 
     def peak(self, rows, device=GPU):
         return peak(self.estimate.parts(rows, self.tokens), device)
@@ -167,8 +163,7 @@ def long_rows():
                 run = Run(size, "bat-in", gpus, "1", LONG, True, segment)
                 model = run.estimate.config.model
                 segments = LONG // segment if segment else in_flight(gpus, model.n_layer, LONG)
-                state = sum(tensor.nbytes for tensor in State.zeros(model, 1, "meta", run.estimate.dtype)[0])
-                sent = 2 * state * model.n_layer * segments
+                sent = 2 * run.estimate.step.states(1) * segments
                 most, size_of = run.peak(1), usable(GPU, MEMORY)
                 lines.append(
                     (size, gpus, f"{segment:,}" if segment else "", segments, f"{most / GIB:.1f} GiB")

@@ -16,7 +16,7 @@ from rwkv_peft.inference.serve import flags as serve
 from rwkv_peft.release import flags as release
 from rwkv_peft.tools import plot as comparison
 from rwkv_peft.tools.compare import flags as compare
-from rwkv_peft.tools.plan import flags as plan
+from rwkv_peft.tools.plan import command as plan
 from rwkv_peft.tools.study import flags as study
 
 TRAIN = "--load_model b.pth --data_file rows.jsonl --data_type sft --tokenizer bytes"

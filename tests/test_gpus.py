@@ -29,6 +29,7 @@ def old_driver(monkeypatch):
     def init():
         raise RuntimeError(f"{WORDS}\nPlease update your GPU driver")
 
+    monkeypatch.setattr("rwkv_peft.tools.plan.command.has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "init", init)
 

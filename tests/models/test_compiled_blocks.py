@@ -6,7 +6,8 @@ import torch
 from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.models.state import LayerState, State
+from rwkv_peft.models.layout import LayerState
+from rwkv_peft.models.state import State
 from rwkv_peft.ops.bone import cpu as bone
 from rwkv_peft.ops.mix import functions as mix
 

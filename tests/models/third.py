@@ -16,8 +16,9 @@ from rwkv_peft import models
 from rwkv_peft.cli import commands, names, tables
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.models.family import Family
+from rwkv_peft.models.layout import WKV, count_layers, wkv_shape
 from rwkv_peft.models.parts import LanguageModel, Recurrent, count_sequences, init_around_blocks
-from rwkv_peft.models.state import WKV, count_layers, is_time_state, wkv_shape
+from rwkv_peft.models.state import is_time_state
 from rwkv_peft.ops.mix import last_token, lerp
 
 TARGETS = ("att.q", "att.k", "att.v", "att.out", "ffn.up", "ffn.down")

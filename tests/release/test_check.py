@@ -18,7 +18,7 @@ from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.release.check import SHOWN, adapted_logits, main, runtime_logits
 from rwkv_peft.release.merge import merged_tensors
 from rwkv_peft.release.runtimes import Difference, reference_logits
-from rwkv_peft.tools.plan.rehearsal import Tracker
+from tools.plan.rehearsal import Tracker
 
 pytest.importorskip("rwkv")
 

@@ -6,10 +6,8 @@ import torch
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.verify import compare_structure
-from rwkv_peft.tools.plan.command import estimate_of
-from rwkv_peft.tools.plan.disk import written
-from rwkv_peft.tools.plan.flags import parse_flags
-from rwkv_peft.training.flags.request import request_of
+from rwkv_peft.tools.plan.command import estimate_of, parse_flags
+from rwkv_peft.tools.plan.memory import written
 from training.runs import finish, metrics, start
 
 FULL = ("--peft", "none", "--precision", "fp32", "--micro_bsz", "4", "--lr_init", "1e-4", "--lr_final", "1e-4")
@@ -35,8 +33,7 @@ def test_a_model_that_trained_whole_has_the_structure_of_its_base(files, train):
 
 def planned(command, name, *flags):
     """The plan's list of the files of a run on a CPU."""
-    request = request_of(parse_flags(command(name, *flags)[2:]))
-    return written(estimate_of(request, "cpu"), request.base)
+    return written(estimate_of(parse_flags(command(name, *flags)[2:]), "cpu"))
 
 
 def test_the_plan_counts_what_lies_there(files, train, command):

@@ -44,7 +44,7 @@ COMMANDS = (
         "plan",
         "show how much memory and disk a run would take, and if it fits",
         "tools.plan.command",
-        flags="tools.plan.flags:parse_flags",
+        flags="tools.plan.command:parse_flags",
     ),
     Command(
         "Train",

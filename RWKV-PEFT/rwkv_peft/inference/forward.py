@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cli.errors import told
+from ..models.layout import LayerState
 from ..models.parts import LanguageModel
-from ..models.state import LayerState, State, grows
+from ..models.state import State, grows
 from ..ops.decode import MOST_ROWS, Tape, product
 from ..ops.decode.cpu import FAMILY
 from ..ops.wkv6.cpu import RECURRENCE as WKV6

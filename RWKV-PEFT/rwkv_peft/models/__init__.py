@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..cli.errors import UserError
 from ..cli.tables import GENERATIONS
-from .family import Family
 
-FAMILIES: tuple[Family, ...] = tuple(family() for family in GENERATIONS.values())
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .family import Family
+
+    FAMILIES: tuple[Family, ...]
 # (a key that only checkpoints of another kind have, a description of that kind)
 OTHERS = (
     ("blocks.0.att.x_r", "an RWKV-7 model without r_k, which no release has"),
@@ -22,20 +25,32 @@ OTHERS = (
 )
 
 
-def family_named(version: str) -> Family:
+def __getattr__(name: str) -> Any:
+    """FAMILIES, made at its first use, because a generation's model imports torch and its keys do not."""
+    if name != "FAMILIES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    families = globals()[name] = tuple(family() for family in GENERATIONS.values())
+    return families
+
+
+def _families() -> "tuple[Family, ...]":
+    return globals().get("FAMILIES") or __getattr__("FAMILIES")
+
+
+def family_named(version: str) -> "Family":
     """The Family of a --model_version or of a ModelConfig's version; KeyError for an unknown one."""
-    return {family.version: family for family in FAMILIES}[version]
+    return {family.version: family for family in _families()}[version]
 
 
 def official_key(key: str) -> str:
     """Spell a key, or the start of one, of any generation's Hugging Face model as official files do. Official keys
     stay as they are."""
-    for family in FAMILIES:
+    for family in _families():
         key = family.from_hf(key)
     return key
 
 
-def family_of(tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint") -> Family:
+def family_of(tensors: "Mapping[str, Tensor]", name: str | Path = "the checkpoint") -> "Family":
     """The Family of {key: tensor}, recognized by its sign. Raises UserError for anything else, with its name if it is
     known."""
     if "emb.weight" not in tensors:
@@ -52,10 +67,10 @@ def family_of(tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint"
             )
         raise UserError(f"{name} is not an RWKV model: it has no emb.weight (its first key is {next(iter(tensors))})")
     # a later generation's files may have an earlier one's sign beside their own
-    found = next((family for family in reversed(FAMILIES) if family.sign in tensors), None)
+    found = next((family for family in reversed(_families()) if family.sign in tensors), None)
     if found is not None:
         return found
     what = next((what for key, what in OTHERS if key in tensors), "no RWKV version known here")
-    known = " or ".join(f"{family.name} ({family.version})" for family in FAMILIES)
-    signs = " or ".join(family.sign for family in FAMILIES)
+    known = " or ".join(f"{family.name} ({family.version})" for family in _families())
+    signs = " or ".join(family.sign for family in _families())
     raise UserError(f"{name} is {what}; this tool needs an {known} .pth under its official names (with {signs})")

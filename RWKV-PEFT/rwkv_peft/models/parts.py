@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..ops.products import linear
-from .state import TIME_STATE, State, grown, swapped, wkv_shape
+from .layout import TIME_STATE, wkv_shape
+from .state import State, grown, swapped
 
 
 class Relay(Protocol):

@@ -11,11 +11,10 @@ of tokens, (B, P, …), which are the last ones of the P: a last field, length (
 them.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,34 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from ..cli.errors import UserError
 from ..cli.numeric import all_finite
 from ..config import ModelConfig
+from .layout import is_time_state, time_state_key, wkv_shape
 
-TIME_STATE = "time_state"
-WKV = f"att.{TIME_STATE}"  # the end of the wkv state's key in a file, of every generation
-LARGEST_HEAD = 128
 GROWING = ("past_keys", "past_values")
 DTYPES = MappingProxyType({"wkv": torch.float32, "length": torch.int64})  # of the fields that do not have the model's
-
-
-class LayerState(NamedTuple):
-    """The state of one layer of RWKV-6 or RWKV-7 between two calls.
-
-    att_shift, ffn_shift (B, C): the last normalized input of each mix; wkv (B, H, N, N) float32, with rows of keys or
-    of values, by generation (Family.rows_are_keys).
-    """
-
-    att_shift: Tensor
-    wkv: Tensor
-    ffn_shift: Tensor
-
-    @staticmethod
-    def keys() -> tuple[str, ...]:
-        """The ends of the fields' keys in a file."""
-        return "att.shift", WKV, "ffn.shift"
-
-    @staticmethod
-    def shapes(config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-        """The fields' shapes for one sequence."""
-        return (config.n_embd,), wkv_shape(config), (config.n_embd,)
 
 
 class State(tuple[Any, ...]):
@@ -162,21 +137,6 @@ def grown(before: Any, after: Any, cu_seqlens: Tensor | None) -> Any:
     return after._replace(**fields, length=after.length if before is None else before.length + after.length)
 
 
-def is_time_state(key: str) -> bool:
-    """True if a key names a layer's wkv state, the part of a state that a model's own file may hold."""
-    return key.endswith(f".{WKV}")
-
-
-def time_state_key(i: int) -> str:
-    """The key of layer i's wkv state in a file."""
-    return f"blocks.{i}.{WKV}"
-
-
-def wkv_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """The shape (H, N, N) of a layer's wkv state of one sequence."""
-    return config.n_head, config.head_size, config.head_size
-
-
 def keyed(state: State) -> Iterator[tuple[str, Tensor]]:
     """(key in a file, tensor) of each field of each layer."""
     return ((f"blocks.{i}.{end}", tensor) for i, layer in enumerate(state) for end, tensor in zip(layer.keys(), layer))
@@ -259,33 +219,3 @@ def check_time_states(tensors: Mapping[str, Tensor], name: str | Path) -> None:
                 f"{name}: {key} has shape {tuple(tensor.shape)}; a time state is (heads, head size, head size), the "
                 "same in every layer"
             )
-
-
-def two_axes(tensors: Mapping[str, Tensor], heads: str) -> tuple[torch.Size, torch.Size]:
-    """The shapes of the embedding and of a tensor (heads, head size). Raises ValueError if they have no two axes."""
-    embedding, found = tensors["emb.weight"].shape, tensors[heads].shape
-    if len(embedding) != 2 or len(found) != 2 or 0 in found or 0 in embedding:
-        raise ValueError(
-            f"emb.weight must be (vocabulary, channels) and {heads.rpartition('.')[2]} (heads, head size), and they "
-            f"are {tuple(embedding)} and {tuple(found)}"
-        )
-    return embedding, found
-
-
-def check_head_size(size: int, channels: int, what: str = "channels") -> None:
-    """Raise UserError for a --head_size that the kernels do not take, or that does not divide the channels."""
-    if channels % size or size % 4 or size > LARGEST_HEAD:
-        raise UserError(
-            f"--head_size {size} must divide the {what} ({channels}), be a multiple of 4 and at most {LARGEST_HEAD}"
-        )
-
-
-def count_layers(keys: Iterable[str]) -> int:
-    """The number of layers that keys such as blocks.N.… name; 0 if none does. Raises ValueError if there are fewer keys
-    than layers: otherwise one name with a large number would make its reader allocate without limit."""
-    names = list(keys)
-    numbers = [int(match[1]) for match in map(re.compile(r"blocks\.([0-9]+)\.").match, names) if match]
-    layers = 1 + max(numbers, default=-1)
-    if layers > len(names):
-        raise ValueError(f"a name has layer {layers - 1}, and there are {len(names)} tensors in all")
-    return layers

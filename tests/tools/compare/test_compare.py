@@ -15,7 +15,7 @@ from rwkv_peft.tools.compare import runs
 from rwkv_peft.tools.compare.command import main, measure, print_sizes, usual_rates
 from rwkv_peft.tools.compare.flags import method_flags, parse_flags
 from rwkv_peft.tools.compare.plan import Cell, Size, rate_of
-from rwkv_peft.tools.plan.rehearsal import count
+from rwkv_peft.tools.plan.memory import count
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.inputs import VALIDATION, find_samples
 from tools.compare.lines import MODEL, OWN, TRAIN
@@ -209,7 +209,7 @@ def test_what_is_told_to_train_is_what_does(files, family, parts, capsys):
     told = capsys.readouterr().out
     for method, size in sizes.items():
         request = parse_run([*train, "--proj_dir", "out4", *method_flags(method, size.rank)])
-        trains = count(family, base.config, request.config.adapter).trains
+        trains = count(base.config, request.config.adapter).trains
         assert size.trained == trains
         assert f"{method:<13} {trains:>14,} trained parameters, rank {size.rank}\n" in told
 

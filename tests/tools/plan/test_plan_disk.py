@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rwkv_peft.tools.plan.disk import checkpoint_count, saved_epochs, written
-from rwkv_peft.training.saving.products import OPTIMIZER
+from rwkv_peft.tools.plan.memory import OPTIMIZER, checkpoint_count, saved_epochs, written
 from tools.plan.estimates import estimate
 
 

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ...cli.names import STATE
 from ...config import ModelConfig
-from ..state import LayerState, check_head_size, count_layers, is_time_state, two_axes
+from ..layout import LayerState, check_head_size, count_layers, is_time_state, two_axes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGN = "blocks.0.att.time_maa_w1"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.gate", "att.output", "ffn.key", "ffn.receptance", "ffn.value")
@@ -27,7 +29,7 @@ class RWKV6Config(ModelConfig):
     version, layer_state = "x060", LayerState
 
 
-def dimensions(tensors: Mapping[str, Tensor]) -> RWKV6Config:
+def dimensions(tensors: "Mapping[str, Tensor]") -> RWKV6Config:
     """RWKV6Config of {key: tensor}; see Family.dimensions."""
     embedding, bonus = two_axes(tensors, "blocks.0.att.time_faaaa")
     config = RWKV6Config(

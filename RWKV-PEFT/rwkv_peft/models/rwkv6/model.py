@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...ops.mix import last_token, lerp, norm_gate, relu_square, sigmoid_gate
 from ...ops.products import linear, matmul
 from ...ops.wkv6 import wkv6
+from ..layout import LayerState
 from ..parts import LanguageModel, Linear, Recurrent, count_sequences, init_around_blocks
-from ..state import LayerState
 from .keys import RWKV6Config
 
 

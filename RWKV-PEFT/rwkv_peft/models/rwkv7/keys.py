@@ -6,14 +6,15 @@ uses its value residual (v0, v1, v2), and only some files have it: it stays as i
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...cli.errors import UserError
 from ...cli.names import STATE
 from ...config import ModelConfig
-from ..state import TIME_STATE, LayerState, check_head_size, count_layers, is_time_state, two_axes
+from ..layout import TIME_STATE, LayerState, check_head_size, count_layers, is_time_state, two_axes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGN = "blocks.0.att.r_k"
 TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
@@ -42,7 +43,7 @@ class RWKV7Config(ModelConfig):
     layer_state: ClassVar[Any] = LayerState
 
 
-def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7Config:
+def dimensions(tensors: "Mapping[str, Tensor]") -> RWKV7Config:
     """RWKV7Config of {key: tensor}; see Family.dimensions."""
     other = next((name for part, name in VARIANTS if any(part in key for key in tensors)), None)
     if other is not None:
@@ -65,7 +66,7 @@ def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7Config:
     )
 
 
-def _has_first_value(tensors: Mapping[str, Tensor]) -> bool:
+def _has_first_value(tensors: "Mapping[str, Tensor]") -> bool:
     return "blocks.0.att.v0" in tensors
 
 

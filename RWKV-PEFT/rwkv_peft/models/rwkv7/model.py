@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ...ops.mix import delta_keys, last_token, lerp, norm_bonus_gate, relu_square, value_residual
 from ...ops.products import linear, matmul
 from ...ops.wkv7 import wkv7
+from ..layout import LayerState
 from ..parts import LanguageModel, Linear, Recurrent, count_sequences, init_around_blocks
-from ..state import LayerState
 from .keys import SHIFTS, RWKV7Config
 
 NORM_EPS = 64e-5  # of ln_x, at every size

@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..rwkv7 import keys
 from ..rwkv7.keys import RWKV7Config
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SIGN = "blocks.0.ffn.s_emb.weight"
 GATE = ("s0", "s1", "s2")  # of the feed-forward's mix, as RWKV-7's TIME are
 TABLES = ("s_emb", "s_emb_x")  # what makes a token's matrix
+TARGETS, PARTS = keys.TARGETS, keys.PARTS
+EMBEDDINGS = ("ffn.s_emb.weight",)  # ends of the keys of its Tables (parts.py)
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class RWKV7aConfig(RWKV7Config):
     version = "x070a"
 
 
-def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7aConfig:
+def dimensions(tensors: "Mapping[str, Tensor]") -> RWKV7aConfig:
     """RWKV7aConfig of {key: tensor}; see Family.dimensions."""
     return RWKV7aConfig(**asdict(keys.dimensions(tensors)), deep_size=tensors["blocks.0.ffn.s1"].shape[1])
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...ops.mix import last_token, lerp, relu_square
 from ...ops.products import matmul
+from ..layout import LayerState
 from ..parts import LanguageModel, Linear, Table
 from ..rwkv7 import model as rwkv7
-from ..state import LayerState
 from .keys import RWKV7aConfig
 
 

@@ -2,7 +2,6 @@
 
 from ...ops.wkv7 import backends
 from ..family import Family
-from ..rwkv7.keys import PARTS, TARGETS
 from ..rwkv7.model import TimeMix
 from . import keys, model
 from .model import RWKV7b
@@ -13,7 +12,6 @@ class RWKV7bFamily(Family[keys.RWKV7bConfig, RWKV7b], of=(keys, model)):
     form as .pth only."""
 
     model, version, sign = RWKV7b, keys.RWKV7bConfig.version, keys.SIGN
-    targets, parts = (*TARGETS, "qkv.qq"), PARTS
-    tables = ("ffn.s_emb.weight", "qkv.k_emb.weight", "qkv.v_emb.weight")
+    targets, parts, tables = keys.TARGETS, keys.PARTS, keys.EMBEDDINGS
     rows_are_keys, states_in_model = TimeMix.rows_are_keys, False
     kernel, kernels = "wkv7", staticmethod(backends)

@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
-
+from ..layout import LayerState
 from ..rwkv7a import keys
 from ..rwkv7a.keys import RWKV7aConfig
-from ..state import LayerState
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGN = "blocks.0.qkv.qq.weight"
 TIME = ("k1", "k2", "x_q")  # of the attention; its v1, v2, x_k and x_v have names of RWKV-7's TIME
 NORMS = ("lnq", "lnk", "lnv")
 TABLES = ("k_emb", "k_emb_x", "v_emb", "v_emb_x")  # what makes a token's factors
+TARGETS, PARTS = (*keys.TARGETS, "qkv.qq"), keys.PARTS
+EMBEDDINGS = (*keys.EMBEDDINGS, "qkv.k_emb.weight", "qkv.v_emb.weight")  # ends of the keys of its Tables (parts.py)
 
 
 class DeepState(NamedTuple):
@@ -24,15 +27,15 @@ class DeepState(NamedTuple):
     ones.
     """
 
-    att_shift: Tensor
-    wkv: Tensor
-    ffn_shift: Tensor
-    q_shift: Tensor
-    k_shift: Tensor
-    v_shift: Tensor
-    past_keys: Tensor
-    past_values: Tensor
-    length: Tensor
+    att_shift: "Tensor"
+    wkv: "Tensor"
+    ffn_shift: "Tensor"
+    q_shift: "Tensor"
+    k_shift: "Tensor"
+    v_shift: "Tensor"
+    past_keys: "Tensor"
+    past_values: "Tensor"
+    length: "Tensor"
 
     @staticmethod
     def keys() -> tuple[str, ...]:
@@ -62,7 +65,7 @@ class RWKV7bConfig(RWKV7aConfig):
     layer_state = DeepState
 
 
-def dimensions(tensors: Mapping[str, Tensor]) -> RWKV7bConfig:
+def dimensions(tensors: "Mapping[str, Tensor]") -> RWKV7bConfig:
     """RWKV7bConfig of {key: tensor}; see Family.dimensions."""
     own = {name: tensors[f"blocks.0.qkv.{name}"].shape for name in ("qq.weight", "k1", "v1", "x_q")}
     return RWKV7bConfig(

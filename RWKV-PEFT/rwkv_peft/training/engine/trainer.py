@@ -32,7 +32,7 @@ from ...data.batches import TrainBatch, TrainBatches
 from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
 from ...models import family_named
-from ...models.state import TIME_STATE
+from ...models.layout import TIME_STATE
 from ...objectives.draws import Draws
 from ...objectives.next_token import NextToken
 from ..rollout import PromptPlan, RolloutSettings, RolloutStep
