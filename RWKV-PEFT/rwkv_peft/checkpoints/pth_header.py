@@ -53,8 +53,10 @@ def read_header(path: str | Path) -> dict[str, TensorHeader] | None:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(name) as pickled:
                 found = HeaderUnpickler(pickled).load()
-            sizes = {record.file_size for record in archive.infolist()}
+            records = archive.infolist()
     except Exception:  # whatever a damaged archive or pickle raises
         return None
-    plain = isinstance(found, dict) and all(isinstance(header, TensorHeader) for header in found.values())
-    return found if plain and found and all(header.nbytes in sizes for header in found.values()) else None
+    if not isinstance(found, dict) or not all(isinstance(header, TensorHeader) for header in found.values()):
+        return None
+    stored = {record.file_size for record in records if record.compress_type == zipfile.ZIP_STORED}
+    return found if found and all(header.nbytes in stored for header in found.values()) else None

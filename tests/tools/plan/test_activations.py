@@ -18,7 +18,7 @@ from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.checkpoints.pth_header import read_header
 from rwkv_peft.cli.names import NONE
 from rwkv_peft.config import AdapterConfig, TrainConfig
-from rwkv_peft.inference import reading
+from rwkv_peft.inference import forward
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives import cross_entropy, divergence
 from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_kernels
@@ -146,7 +146,7 @@ def test_numbers_are_those_of_the_modules_that_import_torch():
     assert memory.CHUNK_ELEMENTS == {CPU: cross_entropy.CHUNK_ELEMENTS, GPU: cross_entropy.GPU_CHUNK_ELEMENTS}
     assert memory.ROW_ELEMENTS == {CPU: quant.ROW_ELEMENTS, GPU: quant.GPU_ROW_ELEMENTS}
     assert {kind: quant.block_size(kind) for kind in ("nf4", "int8")} == memory.BLOCK_SIZES
-    assert (memory.ALIVE, memory.PREFILL, memory.ROOM) == (divergence.ALIVE, reading.PREFILL, contexts.ROOM)
+    assert (memory.ALIVE, memory.PREFILL, memory.ROOM) == (divergence.ALIVE, forward.PREFILL, contexts.ROOM)
     for strategy, ranks, pieces in product(("1", "2", "2_offload", "3"), (1, 2), (1, 2)):
         flags = ("--strategy", f"deepspeed_stage_{strategy}", "--devices", ranks, "--accumulate_grad_batches", pieces)
         planned = estimate(*map(str, flags))
