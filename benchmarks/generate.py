@@ -119,7 +119,7 @@ def llama_cpp(path, kind, threads, places):
     import xllamacpp
 
     from rwkv_peft.checkpoints.base import open_base
-    from rwkv_peft.release.verify import written
+    from rwkv_peft.release.runtimes import written
 
     params = xllamacpp.CommonParams()
     params.model.path = str(written(Path(path).parent, kind, open_base(path)))

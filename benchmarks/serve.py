@@ -97,7 +97,7 @@ def serve_llama(args):
     import xllamacpp
 
     from rwkv_peft.checkpoints.base import open_base
-    from rwkv_peft.release.verify import written
+    from rwkv_peft.release.runtimes import written
 
     places = args.clients[0]
     params = xllamacpp.CommonParams()

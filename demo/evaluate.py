@@ -107,7 +107,7 @@ def answer_with_rwkv(path, prompts, stop, expected=None, progress=None):
     import torch
 
     from rwkv_peft.checkpoints.base import open_base
-    from rwkv_peft.release.rwkv_package import rwkv_model
+    from rwkv_peft.release.runtimes import rwkv_model
 
     progress = progress or Progress(len(prompts))
     model = rwkv_model(path, open_base(path).config.version)

@@ -27,13 +27,10 @@ PARTS = (
     ("merge", ("release",), ("bases", "adapter files")),
     (
         "convert",
-        (
-            *("release/convert", "release/formats", "release/gguf", "release/lora", "release/miss"),
-            *("release/vocabulary", "release/chat_template", "release/world_json"),
-        ),
-        ("bases", "adapter files", "data"),
+        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/vocabulary"),
+        ("merge", "data"),
     ),
-    ("check", ("release/check", "release/verify", "release/runtimes"), ("convert", "merge")),
+    ("check", ("release/check", "release/runtimes"), ("convert", "merge")),
     ("inference", ("inference",), ("merge", "data")),
     ("web", ("inference/serve/web",), ("base",)),  # of any server
     ("inference/serve", ("inference/serve",), ("inference", "web")),
@@ -42,7 +39,7 @@ PARTS = (
     ("rewards", ("rewards",), ("evals",)),
     ("hf", ("hf",), ("inference", "convert")),
     ("plots", ("plots", "tools/plot"), ("containers", "objectives")),
-    ("inspect", ("release/contents", "release/heat", "release/card", "release/push"), ("convert", "merge", "plots")),
+    ("inspect", ("release/inspect", "release/push"), ("convert", "merge", "plots")),
     ("tools/doctor", ("tools/doctor",), ("models", "containers", "inspect")),
     ("optimizers", ("training/optimizers",), ("native", "ops")),  # DeepSpeed's Adam is compiled on first use
     ("step", ("training/step",), ("optimizers", "bases", "adapter files", "data", "plots", "merge", "objectives")),

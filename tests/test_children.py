@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from rwkv_peft.children import elsewhere, python_command
 from rwkv_peft.data.preprocess import INLINE_BYTES
 from rwkv_peft.ops.native import build
-from rwkv_peft.release.runtimes import rwkv_elsewhere
 from traps import set_traps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,14 +45,6 @@ def test_the_first_compile_is_not_the_current_folders(ran, tmp_path):
     source.write_text('extern "C" int answer() { return 42; }')
     assert build.build_library("answer", source, ("-fPIC",), cache=tmp_path / "cache").is_file()
     assert not ran.exists()
-
-
-def test_a_runtime_in_a_process_of_its_own_is_not_either(tmp_path, monkeypatch):
-    pytest.importorskip("rwkv")
-    monkeypatch.chdir(tmp_path)
-    ran = set_traps(tmp_path)
-    logits = rwkv_elsewhere(ROOT / "demo" / "rwkv7-demo.pth", torch.arange(3), "x070", "tokens")
-    assert len(logits) == 3 and not ran.exists()
 
 
 def test_workers_of_python_3_10_which_knows_no_safe_path_are_not_either(ran, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from rwkv_peft.cli.commands import main as commands
 from rwkv_peft.cli.errors import UserError, exit_on_user_error
 from rwkv_peft.gpus import count_gpus
 from rwkv_peft.hf.finetune import adapt
-from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.merge import main as merge
 from rwkv_peft.tools.doctor.devices import check_devices
 from rwkv_peft.tools.doctor.packages import MISSING
 from rwkv_peft.training.model import own_device

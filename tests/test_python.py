@@ -18,7 +18,8 @@ from rwkv_peft.inference import command
 from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model, save_state_file
 from rwkv_peft.ops.decode import Tape
-from rwkv_peft.release import check, merge_command
+from rwkv_peft.release import check
+from rwkv_peft.release import merge as merge_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["Two birds sing. ", "Q: What?\nA:", "One"]

@@ -255,13 +255,13 @@ def draw_below(axes: Any, label: str, drawn: Mapping[str, Series], colors: Itera
     plain_axes(axes)
 
 
-def plot_heat(
-    rows: Sequence[int], columns: Sequence[str], cells: Mapping[tuple[int, str], float], out_png: str | Path
-) -> None:
-    """Draw a grid of numbers in percent: a row for each layer, a column for each matrix. A cell without a number is
-    white, and infinity is drawn as the largest of the others."""
-    largest = max(filter(math.isfinite, cells.values()), default=1.0)
-    values = [[100 * min(cells.get((layer, name), math.nan), largest) for name in columns] for layer in rows]
+def plot_changes(changes: Mapping[tuple[int, str], float], out_png: str | Path) -> None:
+    """Draw the change map of {(layer, matrix): |W' - W| / |W|}: a row for each layer, a column for each matrix, in
+    percent. A cell without a number is white, and infinity is drawn as the largest of the others."""
+    rows = sorted({layer for layer, _ in changes})
+    columns = list(dict.fromkeys(name for _, name in sorted(changes)))
+    largest = max(filter(math.isfinite, changes.values()), default=1.0)
+    values = [[100 * min(changes.get((layer, name), math.nan), largest) for name in columns] for layer in rows]
     figure = new_figure(2.5 + 0.5 * len(columns), 2.4 + 0.22 * len(rows), dpi=120)
     axes = figure.add_subplot()
     if values:

@@ -23,7 +23,8 @@ from rwkv_peft.inference.prompts import encode, read_prompt_file
 from rwkv_peft.inference.text import Continuation
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plots import plot_loss, read_metrics, series
-from rwkv_peft.release import convert, heat, merge_command
+from rwkv_peft.release import convert, inspect
+from rwkv_peft.release import merge as merge_command
 from rwkv_peft.tools.compare.plan import Size
 from rwkv_peft.tools.compare.report import rows_of, table
 from rwkv_peft.tools.compare.runs import read_outcome
@@ -79,7 +80,7 @@ def merged(base, adapter, *flags):
 
 
 def inspected(name):
-    return lambda folder: heat.main([str(folder / name)])
+    return lambda folder: inspect.main([str(folder / name)])
 
 
 def states_read(name):

@@ -10,7 +10,7 @@ from rwkv_peft.adapters.methods import by_hf_name
 from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.hf import BoneConfig, RWKVForCausalLM, RWKVTokenizer
-from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.merge import main as merge
 from rwkv_peft.release.runtimes import rwkv_sequence
 
 BASE = Path(__file__).resolve().parents[2] / "demo" / "rwkv7-demo.pth"

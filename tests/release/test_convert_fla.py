@@ -11,7 +11,7 @@ from release.conversions import convert, same
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
-from rwkv_peft.release.heat import main as inspect
+from rwkv_peft.release.inspect import main as inspect
 
 LAYERS, CHANNELS = 3, 128
 NORMS = {"attn": "ln1", "ffn": "ln2"}

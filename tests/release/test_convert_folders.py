@@ -1,15 +1,19 @@
-"""Hugging Face folders: there and back, written as a whole, and refused if they hold two models or another layout."""
+"""Hugging Face folders and GGUF: there and back, written as a whole, and refused if they hold or are another layout."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from release.conversions import convert, same
-from rwkv_peft.checkpoints.base import open_base, save_model
+from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.models.rwkv6.formats import to_hf
+from rwkv_peft.release.gguf import write_gguf
+from rwkv_peft.release.vocabulary import gguf_vocabulary
 
 
 def test_hugging_face_folder_there_and_back_is_bitwise(tmp_path, model):
@@ -97,3 +101,38 @@ def test_a_folder_whose_settings_are_damaged_is_refused(tmp_path, model, text, m
     (tmp_path / "hf" / "config.json").write_text(text)
     with pytest.raises(UserError, match=f"config.json {message}.*; copy it again"):
         convert(tmp_path / "hf", tmp_path / "back.pth")
+
+
+@pytest.mark.parametrize("kind, exact", [("f32", True), ("bf16", True), ("f16", False), ("q8_0", False)])
+def test_gguf_holds_the_weights(tmp_path, tiny_state, kind, exact):
+    gguf = pytest.importorskip("gguf")
+    state = tiny_state(dtype=torch.bfloat16, vocab_size=260)
+    write_gguf(tmp_path / "m.gguf", base_of(state), kind, gguf_vocabulary(BytesTokenizer(), 260))
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    numbers = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    found = {name: torch.from_numpy(values.copy()) for name, values in numbers.items()}
+
+    def check(name, expected, error):
+        assert found[name].flatten().numel() == expected.numel()
+        torch.testing.assert_close(found[name].reshape(expected.shape), expected.float(), rtol=error, atol=error)
+
+    loose = 0 if exact else 2e-2
+    check("blk.1.channel_mix_value.weight", state["blocks.1.ffn.value.weight"], loose)
+    check("token_embd.weight", state["emb.weight"], loose)
+    check("blk.0.time_mix_w1.weight", state["blocks.0.att.time_maa_w1"].T, 0)
+    check("blk.0.time_mix_w2.weight", state["blocks.0.att.time_maa_w2"].permute(0, 2, 1), 0)
+    check("blk.0.time_mix_lerp_fused.weight", torch.stack([state[f"blocks.0.att.time_maa_{x}"] for x in "wkvrg"]), 0)
+    assert len(found) == len(state) - 4 * 2  # five lerps of each of two layers became one
+    fields = reader.fields
+    assert fields["rwkv6.rescale_every_n_layers"].contents() == 0
+    assert fields["rwkv6.wkv.head_size"].contents() == 16
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == 260
+
+
+def test_gguf_refuses_time_states(tmp_path, tiny_state):
+    pytest.importorskip("gguf")
+    state = tiny_state(vocab_size=257)
+    save_model(tmp_path / "m.pth", state | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)})
+    with pytest.raises(UserError, match="no place for initial states"):
+        convert(tmp_path / "m.pth", tmp_path / "m.gguf")
+    assert os.listdir(tmp_path) == ["m.pth"]

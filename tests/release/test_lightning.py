@@ -13,7 +13,7 @@ from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
-from rwkv_peft.release.heat import main as inspect
+from rwkv_peft.release.inspect import main as inspect
 from rwkv_peft.release.merge import merged_tensors
 
 RANK = 8

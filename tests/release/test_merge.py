@@ -1,6 +1,8 @@
 """Merging: exact arithmetic, the base's keys and dtypes, every adapter tensor accounted for."""
 
 import os
+import threading
+from functools import partial
 from itertools import groupby
 
 import pytest
@@ -12,8 +14,8 @@ from rwkv_peft.checkpoints.adapter_file import Adapter, AdapterMetadata, save_ad
 from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import base_of, fingerprint, open_base, save_model
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.release import merge_command as merge_cli
-from rwkv_peft.release.merge import Merge, MergeOptions, merged_tensors
+from rwkv_peft.release import merge as merge_cli
+from rwkv_peft.release.merge import Merge, MergeOptions, merged_tensors, prefetch
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -208,7 +210,7 @@ def test_reading_back_notices_a_file_that_is_another(folder):
     save_model(folder / "other.pth", merged)
     with pytest.raises(UserError, match="does not read back"):
         merge = Merge(base_of(base), [("a", Adapter(tensors, metadata))])
-        merge_cli.read_back(folder / "other.pth", merge, folder / "base.pth", merge.specs)
+        merge_cli.read_back(folder / "other.pth", None, merge, folder / "base.pth")
 
 
 def test_the_table_fits_into_80_columns(tmp_path, tiny_state, capsys):
@@ -227,3 +229,49 @@ def test_the_table_fits_into_80_columns(tmp_path, tiny_state, capsys):
             assert f" {name} " in table[0] + " "
         assert all(len(line) <= 80 and len(line) == len(table[0]) for line in table)
         assert ("cast lost" in table[0], "the cast to bfloat16 lost at most" in printed) == (cast, cast)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """torch's number of threads while a test runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_bands_come_in_order_and_few_are_computed_before_they_are_taken(threads):
+    gate, begun = threading.Event(), 0
+
+    def band(number):
+        if number == 0 and threads > 1:
+            assert gate.wait(10)  # the first is done last
+        gate.set()
+        return number, torch.get_num_threads()
+
+    def tasks():
+        nonlocal begun
+        for number in range(100):
+            begun += 1
+            yield partial(band, number)
+
+    for taken, found in enumerate(prefetch(tasks())):
+        assert found == (taken, 1)  # one thread of torch in each
+        assert begun <= taken + 1 + 3 * threads
+    assert torch.get_num_threads() == threads
+
+
+def test_the_error_of_a_band_is_raised_in_its_turn_and_ends_the_work(threads):
+    def failing():
+        raise KeyError("no more")
+
+    bands = prefetch([lambda: 1, failing, lambda: 3])
+    assert next(bands) == 1
+    with pytest.raises(KeyError, match="no more"):
+        next(bands)
+    assert list(bands) == [] and torch.get_num_threads() == threads
+    begun = []
+    bands = prefetch(lambda number=number: begun.append(number) for number in range(100))
+    next(bands)
+    bands.close()
+    assert len(begun) <= 2 + 3 * threads

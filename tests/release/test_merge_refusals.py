@@ -12,7 +12,7 @@ from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference import command as generate_cli
-from rwkv_peft.release import merge_command as merge_cli
+from rwkv_peft.release import merge as merge_cli
 from rwkv_peft.training.run import main as train
 
 

@@ -7,7 +7,7 @@ from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
-from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.merge import main as merge
 
 RANK, ALPHA = 8, 24
 LAYERS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")

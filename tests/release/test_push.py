@@ -1,13 +1,5 @@
-"""rwkv-peft push: an adapter, a model and their card reach a hub, here one of this machine."""
+"""rwkv-peft push: an adapter, a model and their card reach a hub, here one in memory behind the official client."""
 
-import base64
-import hashlib
-import json
-import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -15,63 +7,7 @@ import torch
 
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.release.card import MARK, cell, write_card
-from rwkv_peft.release.push import files_of, main
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The parts of the hub's interface that a push asks for; `server.stored` is {path: bytes} of the last commit."""
-
-    def do_POST(self):
-        asked = self.rfile.read(int(self.headers["Content-Length"]))
-        server, host = self.server, f"http://127.0.0.1:{self.server.server_port}"
-        if self.headers["Authorization"] != "Bearer hf_right":
-            return self.answer({"error": "Invalid credentials"}, 401)
-        if self.path == "/api/repos/create":
-            server.made.append(json.loads(asked))
-            return self.answer({"url": f"{host}/me/mine", "id": "me/mine", "name": "me/mine"})
-        if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if self.path.endswith("/preupload/main"):
-            kinds = [
-                {"path": file["path"], "uploadMode": "regular" if file["size"] < 4000 else "lfs", "shouldIgnore": False}
-                for file in json.loads(asked)["files"]
-            ]
-            return self.answer({"files": kinds})
-        if self.path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {**file, "actions": {"upload": {"href": f"{host}/store/{file['oid']}", "header": {}}}}
-                for file in json.loads(asked)["objects"]
-            ]
-            return self.answer({"transfer": "basic", "objects": objects})
-        assert self.path == "/api/models/me/mine/commit/main"
-        for line in map(json.loads, asked.splitlines()):
-            if line["key"] == "file":
-                server.stored[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            elif line["key"] == "lfsFile":
-                server.stored[line["value"]["path"]] = server.objects[line["value"]["oid"]]
-            else:
-                server.said.append(line["value"]["summary"])
-        self.answer({"commitUrl": f"{host}/me/mine/commit/1", "commitOid": "1", "success": True, "hookOutput": ""})
-
-    def do_PUT(self):
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.objects[hashlib.sha256(content).hexdigest()] = content
-        self.answer({})
-
-    def do_GET(self):
-        self.answer({"id": "me/mine", "sha": "0", "siblings": []})
-
-    def answer(self, content, status=200):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+from rwkv_peft.release.push import MARK, cell, files_of, main, write_card
 
 
 @pytest.fixture
@@ -83,37 +19,45 @@ def adapter_file(tmp_path):
 
 
 @pytest.fixture
-def hub(tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.made, server.stored, server.objects, server.said = [], {}, {}, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def hub(monkeypatch):
+    """A hub that keeps its repositories' settings (made), and the files and messages of commits (stored, messages)."""
+    client = pytest.importorskip("huggingface_hub")
+    kept = SimpleNamespace(made={}, stored={}, messages=[], token="hf_right")
 
-    def push(*argv, token="hf_right"):
-        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
-        variables |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": token, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        command = [sys.executable, "-m", "rwkv_peft", "push", *map(str, argv)]
-        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=120)
-        return done.returncode, done.stdout, done.stderr
+    class Api:
+        endpoint = "https://hub"
 
-    yield SimpleNamespace(server=server, push=push)
-    server.shutdown()
+        def create_repo(self, repo, private, exist_ok):
+            if kept.token != "hf_right":
+                raise client.errors.HfHubHTTPError("Invalid credentials")
+            kept.made[repo] = private
+
+        def create_commit(self, repo, operations, commit_message):
+            for operation in operations:
+                with operation.as_file() as file:
+                    kept.stored[operation.path_in_repo] = file.read()
+            kept.messages.append(commit_message)
+            return SimpleNamespace(commit_url=f"{self.endpoint}/{repo}/commit/{len(kept.messages)}")
+
+    monkeypatch.setattr(client, "HfApi", Api)
+    monkeypatch.setattr(client, "get_token", lambda: kept.token)
+    return kept
 
 
-def test_a_run_reaches_the_hub_with_its_card(hub, adapter_file):
-    pytest.importorskip("huggingface_hub")
+def test_a_run_reaches_the_hub_with_its_card(hub, adapter_file, capsys):
     folder = adapter_file.parent
     (folder / "config.json").write_text("{}")
-    code, out, err = hub.push(folder, "me/mine", "--private", "--message", "First")
-    assert code == 0, err
-    assert f"to http://127.0.0.1:{hub.server.server_port}/me/mine/commit/1" in out
-    stored = hub.server.stored
-    assert sorted(stored) == ["README.md", "adapter.safetensors"]  # config.json names folders of this machine
-    assert stored["adapter.safetensors"] == adapter_file.read_bytes() and hub.server.said == ["First"]
-    assert b"--bone_checkpoint adapter.safetensors" in stored["README.md"]
-    made = hub.server.made[0]
-    assert made.get("private") is True or made["visibility"] == "private"  # versions of its package differ
-    code, _, err = hub.push(folder, "me/mine", token="hf_wrong")
-    assert code == 2 and "me/mine was not pushed" in err and "Traceback" not in err
+    assert main([str(folder), "me/mine", "--private", "--message", "First"]) == 0
+    assert "pushed     2 files to https://hub/me/mine/commit/1" in capsys.readouterr().out
+    assert sorted(hub.stored) == ["README.md", "adapter.safetensors"]  # config.json names folders of this machine
+    assert hub.stored["adapter.safetensors"] == adapter_file.read_bytes() and hub.messages == ["First"]
+    assert b"--bone_checkpoint adapter.safetensors" in hub.stored["README.md"] and hub.made == {"me/mine": True}
+    for hub.token, message in (
+        ("hf_wrong", "me/mine was not pushed to https://hub"),
+        (None, "run `hf auth login` first"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([str(folder), "me/mine"])
 
 
 def test_what_is_missing_is_told(tmp_path):

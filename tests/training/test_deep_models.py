@@ -10,7 +10,7 @@ from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release.check import main as check
-from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.merge import main as merge
 from rwkv_peft.training.flags.request import parse_run
 from training.runs import metrics
 
@@ -76,7 +76,7 @@ def test_what_is_merged_answers_as_base_and_adapter_do(bases, adapters, tmp_path
     if version == "x070a":  # against the `rwkv` package, which computes deep embeddings by itself
         assert check([*of_base, "--merged", str(merged), "--state", str(state), "--tokens", "20"]) == 0
     else:
-        with pytest.raises(UserError, match="is an RWKV-7b, and check asks the rwkv package, which takes only"):
+        with pytest.raises(UserError, match="is an RWKV-7b, and check runs the rwkv package, which takes only"):
             check([*of_base, "--merged", str(merged)])
     whole = ("--model", merged, *(("--state", state) if states else ()))
     alone = [answers(tmp_path, *whole, "--prompt", prompt)[0] for prompt in PROMPTS]

@@ -12,7 +12,7 @@ from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from rwkv_peft.data.recorded import Vocabulary
 from rwkv_peft.models.state import is_time_state, time_state_shapes
 from rwkv_peft.objectives.distill import Distill
-from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.merge import main as merge
 from rwkv_peft.tools.plan.command import main as plan
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.step.teacher import make_teacher, open_teacher, require_own_tokens

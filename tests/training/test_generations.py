@@ -10,7 +10,7 @@ from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli import commands
 from rwkv_peft.release.check import main as check
-from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.merge import main as merge
 from training.runs import metrics
 
 NEW = ("--load_model", "", "--generation", "7", "--peft", "none", "--precision", "fp32", "--epoch_count", "1")

@@ -4,8 +4,8 @@ written beside the adapter on request."""
 import torch
 
 from rwkv_peft.checkpoints.base import open_base
-from rwkv_peft.release.merge_command import main as merge
-from rwkv_peft.release.verify import compare_structure
+from rwkv_peft.release.check import compare_structure
+from rwkv_peft.release.merge import main as merge
 from rwkv_peft.tools.plan.command import estimate_of, parse_flags
 from rwkv_peft.tools.plan.memory import written
 from training.runs import finish, metrics, start

@@ -21,7 +21,7 @@ from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.data.asked import clean_beside
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.merge import main as merge
 from training.held import held
 from training.runs import ROOT, finish, metrics, start
 

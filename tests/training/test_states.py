@@ -15,7 +15,7 @@ from rwkv_peft.inference.command import main as generate
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.convert import main as convert
-from rwkv_peft.release.merge_command import main as merge
+from rwkv_peft.release.merge import main as merge
 from rwkv_peft.training.flags.request import parse_run
 from training.runs import metrics, rewound
 

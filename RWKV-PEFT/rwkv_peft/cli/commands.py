@@ -103,7 +103,7 @@ COMMANDS = (
         "Release",
         "merge",
         "base + adapter -> a .pth that any runtime loads (merge_bone.py)",
-        "release.merge_command",
+        "release.merge",
         flags="release.flags:merge_flags",
     ),
     Command(
@@ -117,7 +117,7 @@ COMMANDS = (
         "Release",
         "inspect",
         "show the content of a file, and how far its matrices moved from the base",
-        "release.heat",
+        "release.inspect",
         flags="release.flags:inspect_flags",
     ),
     Command(

@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..cli.errors import UserError
 from ..data.tokenizer import JsonTokenizer, load_tokenizer
-from ..release.vocabulary import FOLDER_SETTINGS
-from ..release.world_json import MARKS, world_json
+from ..release.vocabulary import FOLDER_SETTINGS, MARKS, world_json
 
 WORLD_FILE = "rwkv_vocab_v20230424.txt"  # in published folders, in place of a tokenizer.json
 

@@ -1,1 +1,1 @@
-"""Make files from base and adapter that other runtimes load, and check that those compute what we do."""
+"""Merge, check, convert and push: files for other runtimes from a base and an adapter."""

@@ -1,110 +1,92 @@
-"""The changes that an adapter makes to one tensor of the base.
-
-A change can be cut by rows (`rows`), so that a large tensor is computed a band at a time; `unit` gives the multiples
-of rows at which it may be cut.
-"""
+"""The change of each tensor by a merge or a training: its measures, and their table."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
-from ..adapters.change import Params
-from ..adapters.method import Method
-from ..adapters.quant import row_unit
-from ..cli.errors import UserError
-from ..config import AdapterConfig
-
-ONES = AdapterConfig(rank=1, mini_rank=1, entries=1)  # the smallest sizes, which tell the number of dimensions
+from ..checkpoints.tensors import TensorSpec
 
 
-@dataclass(frozen=True)
-class LayerChange:
-    """The change of one weight by an adapted layer.
+class TensorChange(NamedTuple):
+    """The change of one tensor W to W'.
 
-    params are its tensors as the Method takes them; scale is LoRA's; quant names the quantization of the frozen
-    weight in training; dtype is that of the base in training, before it was quantized or a residual base was made of
-    it; amount multiplies the whole change.
+    change is |W' - W| / |W| (Frobenius norms; inf if W is zero or new). lost is |cast(W') - W'| / |W' - W|, the share
+    of the change that a merge's cast to the file's dtype took away. differs is True if an element of cast(W') differs
+    from cast(W).
     """
 
-    method: Method
-    params: Params
-    scale: float = 1.0
-    quant: str = "none"
-    amount: float = 1.0
-    dtype: torch.dtype = torch.float32
-
-    def unit(self, columns: int) -> int:
-        """Return the multiple of rows at which bands of a weight with this many columns must start and end."""
-        return math.lcm(self.method.change.row_unit(self.params), row_unit(self.quant, columns))
-
-    def rows(self, start: int, stop: int) -> "LayerChange":
-        """The same change for rows start to stop of the weight."""
-        return replace(self, params=self.method.change.rows(self.params, start, stop))
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """Change weight (out, in) float32 -> float32, the weight that the trained layer computed with (at amount 1)."""
-        base = weight.to(self.dtype) if self.method.residual is not None or self.quant != "none" else weight
-        result = self.method.merged(base, self.params, scale=self.scale, quant=self.quant)
-        return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
-
-    def removal(self) -> "Removal":
-        """Return the change that takes this one off again, up to rounding. Raises UserError if none can."""
-        return Removal(self.method, self.method.change.opposite(self.params, self.scale, self.amount), self.scale)
+    key: str
+    change: float
+    lost: float = 0.0
+    differs: bool = True
 
 
-class Removal(LayerChange):
-    """The opposite of a LayerChange. It does not replay the rounding of the base."""
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.method.change.removed(weight, self.params, self.scale)
-
-
-@dataclass(frozen=True)
-class WholeChange:
-    """The change by a tensor that was trained in full and replaces the base's; amount as in LayerChange."""
-
-    tensor: torch.Tensor
-    amount: float = 1.0
-
-    def unit(self, columns: int) -> int:
-        return 1
-
-    def rows(self, start: int, stop: int) -> "WholeChange":
-        return replace(self, tensor=self.tensor[start:stop])
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        new = self.tensor.float()
-        return new if self.amount == 1 else torch.lerp(weight, new, self.amount)
+def square(tensor: torch.Tensor) -> float:
+    """The sum of squares of a float32 tensor."""
+    flat = tensor.reshape(-1)
+    return torch.dot(flat, flat).item()
 
 
-def check_params(name: str, method: Method, params: Params, weight_shape: tuple[int, ...]) -> None:
-    """Raise UserError unless the tensors of a Method's adapter fit a weight (out, in)."""
-    if len(weight_shape) != 2:
-        raise UserError(
-            f"{name} is no linear layer: its weight has shape {weight_shape}, and an adapter changes a "
-            "matrix; it was trained on another model"
-        )
-    label = method.name
-    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    dims = {name: len(shape) for name, shape in method.tensors.shapes(ONES, *weight_shape).items()}
-    odd = [shape for key, shape in shapes.items() if 0 in shape or len(shape) != dims[key]]
-    if odd:
-        raise UserError(
-            f"{name} holds a tensor of shape {odd[0]}, which no {label} adapter has; the file is damaged, or "
-            "describes itself wrongly"
-        )
-    config = method.tensors.config(params)
-    due = method.tensors.shapes(config, *weight_shape)
-    misfit = method.tensors.fit(config, *weight_shape)
-    if misfit is not None and not misfit.too_large:
-        raise UserError(
-            f"{name} is a {label} adapter whose {misfit.setting} {misfit.value} {misfit.problem}, and the base weight "
-            f"has shape {weight_shape}; it was trained on another model"
-        )
-    if shapes != {key: due[key] for key in shapes}:
-        given, needed = (", ".join(str(group[key]) for key in shapes) for group in (shapes, due))
-        raise UserError(
-            f"{name} is a {label} adapter of shape {given}, and a base weight of shape {weight_shape} "
-            f"needs {needed}; it was trained on another model"
-        )
+def ratio(part: float, whole: float) -> float:
+    """sqrt(part / whole) of two sums of squares; 0 if the part is 0, inf if only the whole is."""
+    if part == 0:
+        return 0.0
+    return math.sqrt(part / whole) if whole else math.inf
+
+
+def change_table(changes: Sequence[TensorChange], specs: Mapping[str, TensorSpec]) -> str:
+    """The table of changes in percent, at most 80 columns wide: a row for each block, a column for each matrix.
+
+    specs are the whole model's. Other tensors share a column, which has their largest change; tensors outside of
+    the blocks share the row "-". A last column has the share that casts lost, if any did.
+    """
+    linear = (key for key, spec in specs.items() if key.endswith(".weight") and len(spec.shape) == 2)
+    matrices = {place(key)[1] for key in linear if key.startswith("blocks.")}
+    rows: dict[str, dict[str, TensorChange]] = {}
+    for change in changes:
+        block, name = place(change.key)
+        rows.setdefault(block, {})[name] = change
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    columns = [name for name in names if name in matrices]
+    has_others, has_lost = len(columns) < len(names), any(change.lost for change in changes)
+    heads = [*map(short, columns), *["others"] * has_others, *["cast lost"] * has_lost]
+    widths = [max(7, len(head) + 1) for head in heads]
+    lines = ["block" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths))]
+    for block, row in rows.items():
+        cells = [percent(row[name].change) if name in row else "" for name in columns]
+        if has_others:
+            cells.append(largest(change.change for name, change in row.items() if name not in columns))
+        if has_lost:
+            cells.append(largest(change.lost for change in row.values()))
+        lines.append(f"{block:>5}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+    return "\n".join(lines)
+
+
+def place(key: str) -> tuple[str, str]:
+    """A tensor's block and its name there: "blocks.3.att.key.weight" -> ("3", "att.key"); outside of blocks ("-", key
+    without ".weight")."""
+    name = key.removesuffix(".weight")
+    if not name.startswith("blocks."):
+        return "-", name
+    _, block, name = name.split(".", 2)
+    return block, name
+
+
+def short(name: str) -> str:
+    """The papers' letters for a name: "att.receptance" -> "att.r"."""
+    part, _, leaf = name.rpartition(".")
+    return f"{part}.{leaf[:1]}" if part else leaf[:6]
+
+
+def largest(shares: Iterable[float]) -> str:
+    """The largest of some shares in percent, NaN before any number; "" of none."""
+    found = list(shares)
+    return percent(max(found, key=lambda share: (math.isnan(share), share))) if found else ""
+
+
+def percent(share: float) -> str:
+    """A share in percent, in at most six characters."""
+    value = 100 * share
+    return f"{value:.2g}" if value < 10 or value >= 1e5 else f"{value:.0f}"

@@ -1,49 +1,135 @@
-"""Check that a merged model computes in a foreign runtime what base plus adapter compute in ours.
+"""Check a merged model against base and adapter, here and in a foreign runtime.
 
     rwkv-peft check --base_model base.pth --bone_checkpoint adapter.safetensors --merged merged.pth
     rwkv-peft check --merged merged.pth --runtimes
 
-Reads one random token sequence with base and adapter layers here, with the merged file here, and with the merged file
-in the `rwkv` package, all in float32 on the CPU, and compares their logits. A single wrong value may not show in the
-logits, so each tensor is compared as well. Here the files stay mapped, and one block at a time becomes float32; the
-`rwkv` package holds a float32 copy, in a process of its own for RWKV-7.
+One random token sequence is read with base and adapter layers, with the merged file, and with the merged file in the
+`rwkv` package, all in float32 on the CPU; their logits are compared. A single wrong value may not show there, so each
+tensor is compared too: unchanged ones with the base's, adapted ones with base and change, computed anew. Files stay
+mapped, and one block at a time becomes float32; the `rwkv` package holds a float32 copy.
 """
 
-import argparse
 import importlib.util
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 
+from ..adapters.change import Params
 from ..adapters.inject import inject, load_tensors
-from ..checkpoints.adapter_file import Adapter
+from ..adapters.quant import roundtrip, row_unit
+from ..checkpoints.adapter_file import Adapter, AdapterMetadata
 from ..checkpoints.adapters import source_of
 from ..checkpoints.atomic import scratch_folder
 from ..checkpoints.base import Base, open_base
 from ..checkpoints.state_file import read_states
-from ..checkpoints.tensors import save_pth
+from ..checkpoints.tensors import dtype_name, save_pth
 from ..cli.errors import UserError, told
 from ..cli.parser import counted
-from ..models.state import State, split_time_states, state_of
-from .differences import differences
+from ..models.state import State, is_time_state, split_time_states, state_of
 from .flags import check_flags
 from .merge import Merge, check_fingerprints
-from .runtimes import (
-    NOT_LOOKED_FOR,
-    Difference,
-    logits_by_parts,
-    random_tokens,
-    reference_logits,
-    refused_by_rwkv,
-    rwkv_sequence,
-)
-from .verify import runtimes_agree
+from .runtimes import logits_by_parts, random_tokens, reference_logits, refused_by_rwkv, runtimes_agree, rwkv_sequence
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
 ROUNDED = 5e-2  # the same between a merged file and the unmerged float32 sum that it rounds to its dtype
-NEITHERS = ", which neither the base nor the adapter holds"
 SHOWN = 10  # differences of tensors that are printed
+BAND = 1 << 18  # values compared at a time
+SLACK = 2.0**-18  # relative to a row's largest value: more than float32 arithmetic loses in computing the row
+
+Range = tuple[torch.Tensor, torch.Tensor]  # the lowest and the highest value allowed for each element
+# (rows of the source, the first row's number, the file's dtype, the dtype of the arithmetic) -> the Range of the rows
+Expect = Callable[[torch.Tensor, int, torch.dtype, torch.dtype], Range]
+
+
+def main(argv: list[str]) -> int:
+    """Print the comparisons; return 0 if all agree, else 1."""
+    args = check_flags(argv)
+    merged = open_base(args.merged)
+    base = open_base(args.base_model) if args.base_model else None
+    adapter = None
+    if base is not None and args.bone_checkpoint:
+        check_comparable(merged, base)
+        adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
+        Merge(base, [(args.bone_checkpoint, adapter)])  # raises UserError for an adapter that cannot be merged
+        if not args.any_base:
+            check_fingerprints(base, [(args.bone_checkpoint, adapter)])
+    elif base is not None:
+        compare_structure(merged, base)
+        print(f"{args.merged} has the keys, order, shapes and dtypes of {args.base_model}")
+    if args.state:
+        states = read_states(args.state)
+        states.check_base(merged if base is None or adapter is None else base)
+        merged = states.added_to(merged)
+    if merged.has_states and not merged.family.states_in_model:
+        print(
+            f"time states: the rwkv package does not look for them in an {merged.family.name} file; here they are put "
+            "into its list of states, as a program that uses them must"
+        )
+    agree = True
+    if base is not None and adapter is not None:
+        where = args.state or args.merged
+        agree = logits_agree(merged, base, adapter, args.bone_checkpoint, where, args.tokens)
+        agree = tensors_agree(merged, base, adapter) and agree
+    if args.runtimes:
+        agree = runtimes_agree(merged, args.tokens, args.gguf_types) and agree
+    return int(not agree)
+
+
+def check_comparable(merged: Base, base: Base) -> None:
+    """Raise UserError for a model that the rwkv package refuses, and for a base of other dimensions."""
+    if reason := refused_by_rwkv(merged.config):
+        raise UserError(
+            f"{merged.path} is an {merged.family.name}, and check runs the rwkv package, which {reason}; compare the "
+            "answers of rwkv-peft generate, to the merged file and to the base with the adapter"
+        )
+    if merged.config != base.config:
+        raise UserError(
+            f"{merged.path} and {base.path} differ in their dimensions, {merged.config} and {base.config}, so that "
+            "neither was made of the other; give the base of the merge"
+        )
+
+
+def compare_structure(model: Base, base: Base) -> None:
+    """Raise UserError unless two Bases agree in keys, order, shapes and dtypes; the model may have more time states."""
+    own = [key for key in model.tensors if key in base.tensors or not is_time_state(key)]
+    if own != list(base.tensors):
+        odd = sorted(set(own) ^ set(base.tensors)) or ["their order"]
+        raise UserError(f"{model.path} and {base.path} differ in {len(odd)} keys, such as {odd[0]}")
+    for key, tensor in base.tensors.items():
+        found = model.tensors[key]
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise UserError(
+                f"{model.path}: {key} is {tuple(found.shape)} {found.dtype}, in {base.path} "
+                f"{tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
+def logits_agree(merged: Base, base: Base, adapter: Adapter, name: str, where: str, length: int) -> bool:
+    """Print how the logits of a merged model compare with the rwkv package's, and with a Base's under an Adapter of
+    that file name; True if both agree. `where` is the file of the time states, if there are any."""
+    states = split_time_states(merged.tensors)[1]
+    if split_time_states(adapter.tensors)[1] and not states:
+        raise UserError(
+            f"{name} holds time states, and {merged.path} none; give the file that the merge wrote them to as --state"
+        )
+    if states:
+        foreign = not states.keys() <= base.tensors.keys() | adapter.tensors.keys()
+        neither = ", which neither the base nor the adapter holds" if foreign else ""
+        print(f"time states: the merged model starts from those of {where}{neither}")
+    tokens, agree = random_tokens(base.config.vocab_size, length), True
+    ours = reference_logits(merged, tokens, torch.float32)
+    for text, found, expected, limit in (
+        ("merged file, rwkv package and ours", package_logits(merged, tokens), ours, SAME_FILE),
+        ("merged file and base with adapter on", ours, adapted_logits(base, adapter, name, tokens, states), ROUNDED),
+    ):
+        relative = float((found - expected).norm() / expected.norm())
+        top = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+        agree = agree and relative <= limit  # False for NaN
+        more = "" if relative <= limit else f", MORE THAN {limit:.0e}"
+        print(f"{text}: relative difference {relative:.1e}, same top token in {top:.0%}{more}")
+    return agree
 
 
 def adapted_logits(
@@ -79,7 +165,7 @@ def adapted_logits(
     return logits_by_parts(family.load(base.tensors | whole, base.config), tokens, start, torch.float32, adapt)
 
 
-def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
+def package_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
     """Compute the logits (T, V) of a Base over tokens (T,) in float32 with the `rwkv` package.
 
     The package reads a copy with the embeddings of these tokens alone, the first in float32, because it folds
@@ -87,7 +173,7 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
     or fails.
     """
     if importlib.util.find_spec("rwkv") is None:
-        raise UserError("check asks the rwkv package, which is not installed: pip install rwkv")
+        raise UserError("check runs the rwkv package, which is not installed: pip install rwkv")
     embeddings = ("emb.weight", *base.family.tables)
     tensors = {key: tensor[tokens] if key.endswith(embeddings) else tensor for key, tensor in base.tensors.items()}
     folded = ("emb.weight", "blocks.0.ln0.weight", "blocks.0.ln0.bias")
@@ -99,61 +185,13 @@ def runtime_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
             return rwkv_sequence(copy, torch.arange(len(tokens)), base.config)
         except Exception as error:
             raise UserError(
-                f"the rwkv package cannot compute {base.path} ({told(error, named=True)}); --runtimes asks the "
-                "others, too"
+                f"the rwkv package cannot compute {base.path} ({told(error, named=True)}); --runtimes runs the others, "
+                "too"
             ) from error
 
 
-def main(argv: list[str]) -> int:
-    """Print the comparison with base and adapter, and the table of --runtimes; return 0 if all agree, else 1."""
-    args = check_flags(argv)
-    checks = [made_of_adapter] * bool(args.bone_checkpoint) + [runtimes_agree] * args.runtimes
-    return int(not all([check(args) for check in checks]))
-
-
-def made_of_adapter(args: argparse.Namespace) -> bool:
-    """Print the comparisons of a merged model with base and adapter; return True if all logits and tensors agree."""
-    merged, base = open_base(args.merged), open_base(args.base_model)
-    if reason := refused_by_rwkv(merged.config):
-        raise UserError(
-            f"{args.merged} is an {merged.family.name}, and check asks the rwkv package, which {reason}; compare the "
-            "answers of rwkv-peft generate, to the merged file and to the base with the adapter"
-        )
-    if merged.config != base.config:
-        raise UserError(
-            f"{args.merged} and {args.base_model} differ in their dimensions, {merged.config} and {base.config}, so "
-            "that neither was made of the other; give the base of the merge"
-        )
-    tokens = random_tokens(base.config.vocab_size, args.tokens)
-    adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
-    Merge(base, [(args.bone_checkpoint, adapter)])  # raises UserError for an adapter that cannot be merged
-    if not args.any_base:
-        check_fingerprints(base, [(args.bone_checkpoint, adapter)])
-    if args.state:
-        file = read_states(args.state)
-        file.check_base(base)
-        merged = file.added_to(merged)
-    states = split_time_states(merged.tensors)[1]
-    if split_time_states(adapter.tensors)[1] and not states:
-        raise UserError(
-            f"{args.bone_checkpoint} holds time states, and {args.merged} none; give the file that the merge wrote "
-            "them to as --state"
-        )
-    if states:
-        foreign = "" if states.keys() <= base.tensors.keys() | adapter.tensors.keys() else NEITHERS
-        print(f"time states: the merged model starts from those of {args.state or args.merged}{foreign}")
-        if not merged.family.states_in_model:
-            print(NOT_LOOKED_FOR.format(merged.family.name))
-    ours = reference_logits(merged, tokens, torch.float32)
-    theirs = runtime_logits(merged, tokens)
-    unmerged = adapted_logits(base, adapter, args.bone_checkpoint, tokens, states)
-    comparisons = (
-        ("merged file, rwkv package and ours", Difference.between(theirs, ours), SAME_FILE),
-        ("merged file and base with adapter on", Difference.between(ours, unmerged), ROUNDED),
-    )
-    for text, difference, limit in comparisons:
-        print(f"{text}: {difference}" + ("" if difference.relative <= limit else f", MORE THAN {limit:.0e}"))
-    agree = all(difference.relative <= limit for _, difference, limit in comparisons)  # False for NaN
+def tensors_agree(merged: Base, base: Base, adapter: Adapter) -> bool:
+    """Print how a merged model's tensors differ from base and adapter; True if they do not."""
     found = differences(merged, base, adapter)
     for line in found[:SHOWN]:
         print(f"DIFFERS  {line}")
@@ -161,4 +199,128 @@ def made_of_adapter(args: argparse.Namespace) -> bool:
         print(f"and {len(found) - SHOWN} more differences")
     if not found:
         print(f"{counted(len(base.tensors), 'tensor')}: each as base and adapter make it")
-    return agree and not found
+    return not found
+
+
+def differences(merged: Base, base: Base, adapter: Adapter) -> list[str]:
+    """Lines on the differences between a Base `merged` and the merge of a Base and an Adapter: order, dtypes, values.
+
+    An adapter that was trained on a quantized base may be merged into the quantized or the original one; the closer of
+    the two counts.
+    """
+    odd = list(odd_values(merged, base, adapter, adapter.metadata.quant))
+    if odd and adapter.metadata.quant != "none":
+        odd = min(odd, list(odd_values(merged, base, adapter, "none")), key=len)
+    return [*odd_order(merged, base), *odd_dtypes(merged, base), *odd]
+
+
+def odd_order(merged: Base, base: Base) -> Iterator[str]:
+    """Yield a line about the first key that is not at the base's place, if any; time states may lie anywhere."""
+    own, due = ([key for key in model.tensors if not is_time_state(key)] for model in (merged, base))
+    if place := next((pair for pair in zip(own, due) if pair[0] != pair[1]), None):
+        yield f"the order of the keys: {place[0]} is in the place of the base's {place[1]}"
+
+
+def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
+    """Yield a line for each tensor with another dtype than the base's, unless all share one (--output_dtype)."""
+    weights = {key: tensor.dtype for key, tensor in merged.tensors.items() if not is_time_state(key)}
+    if len(set(weights.values())) > 1:
+        for key, dtype in weights.items():
+            if dtype != base.tensors[key].dtype:
+                yield f"{key}: {dtype_name(dtype)}, and the base has {dtype_name(base.tensors[key].dtype)}"
+
+
+def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterator[str]:
+    """Yield a line for each tensor with wrong values. `quant` names the quantization of the frozen weights."""
+    modules, metadata = adapter.modules(), adapter.metadata
+    for key, source in (base.tensors | adapter.whole()).items():
+        if (tensor := merged.tensors.get(key)) is None:
+            yield f"{key}: missing"  # a time state, because a model that lacks another tensor is not opened
+            continue
+        expect: Expect = cast
+        unit = 1
+        if (params := modules.get(key.removesuffix(".weight"))) and metadata.method is not None:
+            expect = adapted(metadata, params, quant)
+            unit = math.lcm(metadata.method.change.row_unit(params), row_unit(quant, tensor.shape[1]))
+        if odd := compared(tensor, source, expect, unit):
+            unmerged = key in base.tensors and not compared(tensor, base.tensors[key], cast)
+            yield f"{key}: {odd}" + (", as the base has it" if unmerged else "")
+
+
+def compared(tensor: torch.Tensor, source: torch.Tensor, expect: Expect, unit: int = 1) -> str:
+    """The wrong values of a tensor in words: their number, largest deviation and first place; "" if there are none.
+
+    `expect` computes the Range from `source` a band of rows at a time, in float32, and once more in float64 if a value
+    lies outside. Bands begin at multiples of `unit`.
+    """
+    count, largest = 0, 0.0
+    first: list[int] = []
+    step = max(BAND // (math.prod(tensor.shape[1:]) * unit), 1) * unit
+    for start in range(0, len(tensor), step):
+        found, rows = tensor[start : start + step], source[start : start + step]
+        for arithmetic in (torch.float32, torch.float64):
+            low, high = expect(rows, start, tensor.dtype, arithmetic)
+            odd = ~((found >= low) & (found <= high))  # True for NaN
+            if not odd.any():
+                break
+        else:
+            row, *place = odd.nonzero()[0].tolist()
+            first = first or [start + row, *place]
+            low, high, found = (values[odd].double() for values in (low, high, found))
+            count += len(found)
+            largest = max(largest, float(torch.maximum(low - found, found - high).max()), key=lambda x: (x != x, x))
+    return f"{count:,} of {tensor.numel():,} values, by up to {largest:.2g}, the first at {first}" if count else ""
+
+
+def cast(source: torch.Tensor, start: int, dtype: torch.dtype, arithmetic: torch.dtype) -> Range:
+    """Expect the source's own values, in the file's dtype."""
+    values = source.to(dtype)
+    return values, values
+
+
+def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
+    """The Expect of an adapted weight: base plus change, give or take the loss of float32 arithmetic, rounded.
+
+    float32 has half of that slack here: a value that passes in float32 passes in float64, too.
+    """
+    assert metadata.method is not None  # because it adapts layers
+    change, scale = metadata.method.change, metadata.scale
+    is_residual = metadata.method.residual is not None
+
+    def expect(source: torch.Tensor, start: int, dtype: torch.dtype, arithmetic: torch.dtype) -> Range:
+        own = change.rows(params, start, start + len(source))
+        bases = [base.to(arithmetic) for base in trained_on(source, own, metadata, quant)]
+        # a residual base lacks a part of `delta` already; `added` of other methods computes in float32 alone
+        ends = [
+            change.added(base, own, scale) if is_residual else base + change.delta(base, own, scale) for base in bases
+        ]
+        loss = lost(source.to(arithmetic), *ends) * (0.5 if arithmetic == torch.float32 else 1)
+        return (ends[0] - loss).to(dtype), (ends[-1] + loss).to(dtype)
+
+    return expect
+
+
+def trained_on(source: torch.Tensor, params: Params, metadata: AdapterMetadata, quant: str) -> list[torch.Tensor]:
+    """The weight that the adapter was trained on, from rows of the base -> [it]; if it was rounded after first factors
+    were taken out of it, [the lowest, the highest] that it may be."""
+    method = metadata.method
+    residual = None if method is None else method.residual
+    if quant == "none" and residual is None:
+        return [source]
+    dtype = metadata.base_dtype() or source.dtype
+    kept = [source.to(dtype)]
+    if residual is not None:
+        wide = kept[0].float()
+        left = residual.base(wide, params, metadata.scale)  # float32, as not rounded
+        loss = lost(wide, left)
+        kept = [(left - loss).to(dtype), (left + loss).to(dtype)]
+    if quant == "none":
+        return kept
+    kept = [roundtrip(weight.float(), quant) for weight in kept]
+    return [kept[0].minimum(kept[-1]), kept[0].maximum(kept[-1])]
+
+
+def lost(*values: torch.Tensor) -> torch.Tensor:
+    """The most that float32 may lose in each row (n, 1) of values (n, in) that go into or come out of a computation."""
+    largest = [torch.linalg.vector_norm(value, torch.inf, 1, keepdim=True) for value in values]
+    return SLACK * torch.cat(largest, 1).amax(1, keepdim=True)

@@ -1,14 +1,17 @@
 """Convert models, states and adapters between the formats of tools: `rwkv-peft convert INPUT OUTPUT`.
 
-INPUT's content and OUTPUT's ending say what is converted: models and states by the table of formats.py, and with --to
+INPUT's content and OUTPUT's ending choose the conversion: models and states by the table of formats.py, and with --to
 hf or fla to a folder of transformers or flash-linear-attention; adapters to RWKV-PEFT's .pth and ours, with --to lora
 to plain LoRA (lora.py), with --to lightning to rwkv_lightning_cuda's folder; a BONE folder of peft to a MISS folder,
-and back (miss.py).
+and back.
 """
 
 import argparse
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -18,10 +21,10 @@ from ..checkpoints.adapters import product_of_run, source_of
 from ..checkpoints.atomic import check_output
 from ..checkpoints.base import Base, base_of, open_base
 from ..checkpoints.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
-from ..checkpoints.peft_folder import CONFIG, TENSORS, is_adapter_folder
+from ..checkpoints.peft_folder import CONFIG, TENSORS, is_adapter_folder, read_config, read_folder_tensors, replacing
 from ..checkpoints.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..checkpoints.state_file import is_own, read_states, write_states
-from ..checkpoints.tensors import DTYPES, read_safetensors, read_tensors
+from ..checkpoints.tensors import DTYPES, read_safetensors, read_tensors, save_safetensors
 from ..cli.errors import UserError, short, some
 from ..cli.parser import counted
 from ..data.asked import clean_beside
@@ -30,8 +33,8 @@ from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
 from .formats import FLA, FOLDER, GGUF_TYPE, HF, Wanted, cast, describe, format_of
 from .lora import as_lora, describe_errors, write_lora
-from .miss import rename_folder
 
+OTHER = MappingProxyType({"BONE": "MISS", "MISS": "BONE"})  # two names of a method in peft
 LIGHTNING = "lightning"  # as FLA and HF, a value of --to that writes a folder
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
@@ -65,8 +68,8 @@ def main(argv: list[str]) -> int:
 
 
 def ending_of(args: argparse.Namespace) -> str:
-    """The ending that chooses the output's format, "" for a folder, which may have a dot in its name: --to says that it
-    is one, a slash at its end, or the disk. Raises UserError for the name of a file if --to writes a folder."""
+    """The ending that chooses the output's format; "" for a folder, by --to, a slash at the end or the disk, because a
+    folder's name may have a dot. Raises UserError for the name of a file if --to writes a folder."""
     ending = Path(args.output).suffix
     if args.output.endswith("/") or Path(args.output).is_dir():
         return ""
@@ -105,8 +108,7 @@ def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None
 
 
 def is_adapter(path: Path) -> bool:
-    """Tell whether a file or folder holds an adapter; one of time states only does not count. Unknown endings are left
-    to the reader that follows."""
+    """True if a file or folder holds an adapter, other than of time states only. Files of unknown endings hold none."""
     if path.is_dir():
         return is_adapter_folder(path) or is_lightning_folder(path)
     if path.suffix in (".safetensors", ".st", ".state"):
@@ -139,6 +141,51 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
     )
 
 
+def rename_folder(source: Path, target: Path) -> str:
+    """Write a BONE folder of peft as a MISS folder, or a MISS one as a BONE one; return a line about it.
+
+    MiSS is Bone's later name in peft, with the same tensors and arithmetic under other keys; the adapter may be of any
+    model. Raises UserError for an adapter of another kind, and for bat-in, which MiSS lacks.
+    """
+    config = read_config(source)
+    kind = str(config.get("peft_type"))
+    if kind not in OTHER:
+        raise UserError(
+            f"{source} holds a {kind} adapter, and only BONE and MISS ones become a folder; name a .pth "
+            "(RWKV-PEFT) or a .safetensors for one of an RWKV model"
+        )
+    if kind == "BONE" and config.get("init_weights") == "bat-in":
+        raise UserError(
+            f"{source} is a bat-in adapter, and MiSS has only bone, bat-out and mini; merge it instead "
+            "(merge_and_unload)"
+        )
+    tensors = read_folder_tensors(source)
+    dims = {tensor.dim() for key, tensor in tensors.items() if key.endswith("_block")}
+    if config.get("init_weights") is True and dims == {3}:
+        config["init_weights"] = "bat"  # a pre-release of peft wrote true for it
+    if kind == "MISS" and config.get("init_weights") != "mini":
+        config.pop("mini_r", None)
+    config, tensors = (renamed(settings, kind.lower(), OTHER[kind].lower()) for settings in (config, tensors))
+    with replacing(target) as (settings, weights):
+        save_safetensors(weights, tensors)
+        settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    return f"{target}: {OTHER[kind]} of {kind}, {len(tensors)} tensors; Hugging Face peft loads it"
+
+
+def renamed(settings: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """Change the method's name in the keys of settings or tensors, and in the values of peft_type and bias."""
+    result = {}
+    for key, value in settings.items():
+        if key == "peft_type":
+            value = new.upper()
+        elif key == "bias" and str(value).lower() == f"{old}_only":
+            value = {"miss": "MiSS_only"}.get(new, f"{new}_only")
+        elif key.endswith(f".{old}_block") or key == f"{old}_dropout":
+            key = key.replace(f"{old}_", f"{new}_")
+        result[key] = value
+    return result
+
+
 def convert_to_lora(name: Path, adapter: Adapter, args: argparse.Namespace, base: Base | None) -> str:
     """Write an adapter, called `name`, as LoRA; return a line about it. Raises UserError if `base` is not its own."""
     metadata = adapter.metadata
@@ -165,7 +212,7 @@ def convert_to_lightning(name: Path, adapter: Adapter, target: Path, base: Base 
 
 
 def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
-    """Say in lines what merging needs besides the files that write_rwkv_peft wrote, or return ""."""
+    """Lines on the flags and files that merging needs besides those of write_rwkv_peft; "" if there are none."""
     kept = ""
     if metadata.quant != "none":
         kept = f"it was trained on a base quantized to {metadata.quant}, which the file does not record: merge it with "
@@ -182,8 +229,7 @@ def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
 def read_model(path: Path) -> dict[str, torch.Tensor]:
     """Read a model, or time states only, from any format -> {official key: tensor}.
 
-    The order is that of the file, because two orders are official; from a format that sorts by name, it is the order
-    in which RWKV-LM saves.
+    The order is the file's, because two orders are official; from a format that sorts by name, it is RWKV-LM's.
     """
     tensors = read_any(path)
     if all(is_time_state(key) for key in tensors):
@@ -204,7 +250,7 @@ def read_model(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_any(path: Path) -> dict[str, torch.Tensor]:
-    """Read a file or folder in any format -> {official key: tensor}, without a check of what it is."""
+    """Read a file or folder in any format -> {official key: tensor}, without a check of its kind."""
     if is_own(path):
         return read_states(path).tensors  # train.py's file: axes as in a .pth, unlike web-rwkv's .safetensors
     form = FOLDER if path.is_dir() else format_of(path.suffix)
@@ -214,7 +260,7 @@ def read_any(path: Path) -> dict[str, torch.Tensor]:
 
 
 def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[str]:
-    """Write a model or time states in the target's format; return lines about what was written."""
+    """Write a model or time states in the target's format; return lines about the output."""
     tensors, form = read_model(source), format_of(args.ending, args.to)
     states = all(is_time_state(key) for key in tensors)
     if form is not None and states and not form.states and args.ending:

@@ -1,6 +1,6 @@
 """The flags of merge, check, inspect and convert: argv -> the parsed flags, or UserError.
 
-They are judged before torch is imported, so that a mistake is told at once.
+They are checked before torch is imported, so that a mistake is reported at once.
 """
 
 import argparse

@@ -32,9 +32,11 @@ Writer = Callable[[Path, dict[str, TensorSpec], Iterable[tuple[str, torch.Tensor
 
 
 class Wanted(NamedTuple):
-    """The settings for writing a model: dtype of its tensors (None: each keeps its own), type of a GGUF's large
-    matrices, and the tokenizer whose vocabulary is written with it, if the format holds one, with a chat template that
-    cleans turns or does not."""
+    """The settings for writing a model.
+
+    dtype is its tensors' (None: each keeps its own); gguf_type the type of a GGUF's large matrices; tokenizer goes with
+    it if the format holds one; clean makes its chat template clean turns.
+    """
 
     dtype: torch.dtype | None = None
     gguf_type: str = GGUF_TYPE
@@ -45,10 +47,10 @@ class Wanted(NamedTuple):
 class Format(NamedTuple):
     """One file format: its names, its reader and its writers.
 
-    endings are those of its files' names, ("",) for a folder; files(path) are the paths that it may write;
-    read(path) -> {official key: tensor}; write_model(path, base, wanted) writes -> what was written. loaded_by says for
-    people what loads such a model; dtype is a model's default (None: each tensor keeps its own); vocabulary is True if
-    it holds a tokenizer; states is True if time states alone may be written in it (state_file.py), states_in_model if
+    endings are its files', ("",) for a folder; files(path) are the paths that it may write;
+    read(path) -> {official key: tensor}; write_model(path, base, wanted) writes -> a summary. loaded_by is a phrase on
+    the programs that load such a model; dtype is a model's default (None: each tensor keeps its own). vocabulary is
+    True if it holds a tokenizer, states if time states alone may be written in it (state_file.py), states_in_model if
     its loaders may look for them in a model's file.
     """
 
@@ -195,14 +197,14 @@ FORMATS = (
 def _official(
     tensors: Mapping[str, torch.Tensor], naming: Callable[[Family], Callable[[str], str]]
 ) -> tuple[Family, dict[str, torch.Tensor]]:
-    """Rename tensors by naming(family), which turns another format's name into the official one -> (the Family that
-    knows the result, {official key: tensor}); the first Family if none does."""
+    """Rename tensors by naming(family), which turns another format's name into the official one -> (the Family with
+    such names, {official key: tensor}); the first Family if none has."""
     named = [(family, {naming(family)(key): tensor for key, tensor in tensors.items()}) for family in FAMILIES]
     return next((pair for pair in named if pair[0].sign in pair[1]), named[0])
 
 
 def _write(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:
-    """Write tensors to a file as _fill does, atomically -> what was written."""
+    """Write tensors to a file as _fill does, atomically -> a summary."""
     with atomic_write(path) as temporary:
         _fill(temporary, writer, tensors, dtype)
     return describe(tensors, dtype)

@@ -1,14 +1,14 @@
 """GGUF files: writes them for llama.cpp through the optional `gguf` package, and reads the header of any.
 
-The generation says which tensors there are, with their names and form (Family.gguf_tensors). Vectors and low-rank
-factors stay float32; the large matrices get the type asked for. The package's reader makes an object for everything
-that a header announces, and follows lists to any depth. The one here trusts no announced size beyond the bytes that are
-there, so that a damaged header cannot exhaust memory (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+The generation names the tensors and their form (Family.gguf_tensors). Vectors and low-rank factors stay float32; the
+large matrices get the requested type. The package's own reader makes an object for everything that a header announces,
+so the header is read here (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+"""
 
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -23,23 +23,20 @@ from ..cli.errors import UserError, told
 from ..models.family import Family
 from ..models.gguf import gguf_module
 from ..models.state import is_time_state
-from .chat_template import GGUF_TEMPLATE, cleaning
-from .vocabulary import GgufVocabulary
+from .vocabulary import GGUF_TEMPLATE, GgufVocabulary, cleaning
 
 Q8_RUN = 32  # q8_0 packs this many values of a row into one block
 Value = bool | int | float | str | list[bool | int | float | str]
 # GGUF's number of a type -> its struct format
 NUMBERS = MappingProxyType({0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"})
 TEXT, LIST = 8, 9
-MOST_DIMENSIONS = 4  # ggml's limit
-KEPT = 64  # the first values of a list that are kept; `lengths` has the count of all
 
 
 def write_gguf(path: str | Path, base: Base, kind: str, vocabulary: GgufVocabulary) -> int:
     """Write a Base as GGUF, tensor by tensor -> the number of tensors.
 
-    kind, one of names.GGUF_TYPES, is the type of the large matrices (f16 instead of q8_0 for one whose rows q8_0
-    cannot hold); vocabulary is a GgufVocabulary of the model's size.
+    kind, one of names.GGUF_TYPES, is the type of the large matrices (f16 instead of q8_0 for one with rows that
+    q8_0 cannot hold); vocabulary is a GgufVocabulary of the model's size.
     Raises UserError if the gguf package is missing, or if the model holds time states, which GGUF cannot.
     """
     gguf = import_gguf()
@@ -88,7 +85,7 @@ def write_gguf_lora(path: str | Path, family: Family, factors: Mapping[str, Mapp
 
 
 def import_gguf() -> ModuleType:
-    """Import the gguf package. Raises UserError, which says why and how to install it, if that fails."""
+    """Import the gguf package. Raises UserError with the reason and the remedy if that fails."""
     try:
         import gguf
     except ImportError as error:
@@ -127,10 +124,9 @@ class GgufTensor(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
-    """The header: settings by name (lists cut to their first values), the lists' full lengths by name, the tensors."""
+    """The header of a GGUF: settings by name, and the tensors."""
 
     settings: dict[str, Value]
-    lengths: dict[str, int]
     tensors: list[GgufTensor]
 
 
@@ -139,14 +135,14 @@ def read_header(path: Path) -> GgufHeader:
     require_readable(path, f"{path} does not exist; check the name", again=True)
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return Reader(mapped).header()
+            return HeaderReader(mapped).header()
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is no readable GGUF: {told(error)}; copy it again") from error
 
 
-class Reader:
-    """A reader of a header, from its beginning on. Raises ValueError for bytes that are no header, and for a header
-    that runs past the end of the file."""
+class HeaderReader:
+    """A reader of a GGUF's header, from its beginning on. Raises ValueError for bytes that are no header, and for a
+    header that runs past the end of the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.place = data, 0
@@ -154,53 +150,42 @@ class Reader:
     def header(self) -> GgufHeader:
         if self.take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
-        if (version := self.number("I")) not in (2, 3):
+        version, tensors, count = self.numbers("IQQ")
+        if version not in (2, 3):
             raise ValueError(f"its version is {version}, and 2 and 3 are known")
-        tensors, settings = self.number("Q"), self.number("Q")
-        found: GgufHeader = GgufHeader({}, {}, [])
-        for _ in range(settings):
-            self.setting(found)
+        header = GgufHeader({}, [])
+        for _ in range(count):
+            name, (kind,) = self.text(), self.numbers("I")
+            if kind == LIST:
+                inner, length = self.numbers("IQ")
+                header.settings[name] = list(self.values(inner, length))
+            else:
+                header.settings[name] = self.values(kind, 1)[0]
         for _ in range(tensors):
-            name, dimensions = self.text(), self.number("I")
-            if dimensions > MOST_DIMENSIONS:
-                raise ValueError(f"a tensor has {dimensions:,} dimensions")
-            shape = [self.number("Q") for _ in range(dimensions)]
-            kind, _place = self.number("I"), self.number("Q")
-            found.tensors.append(GgufTensor(name, math.prod(shape), kind))
-        return found
+            name, (dimensions,) = self.text(), self.numbers("I")
+            shape = self.numbers("Q", dimensions)
+            kind, _offset = self.numbers("IQ")
+            header.tensors.append(GgufTensor(name, math.prod(shape), kind))
+        return header
 
-    def setting(self, found: GgufHeader) -> None:
-        name, kind = self.text(), self.number("I")
-        if kind != LIST:
-            found.settings[name] = self.reader(kind)()
-            return
-        read, count = self.reader(inner := self.number("I")), self.number("Q")
-        found.lengths[name] = count
-        found.settings[name] = [read() for _ in range(min(count, KEPT))]
-        if inner in NUMBERS:
-            self.take((count - min(count, KEPT)) * struct.calcsize("<" + NUMBERS[inner]))
-        else:
-            for _ in range(KEPT, count):  # texts: each has its own length
-                read()
-
-    def reader(self, kind: int) -> Callable[[], bool | int | float | str]:
-        """The method that reads a value of a type, other than a list. Raises ValueError for a list or unknown type."""
+    def values(self, kind: int, count: int) -> Sequence[Any]:
+        """Read values of a type. Raises ValueError for a list or an unknown type."""
         if kind == TEXT:
-            return self.text
-        if kind in NUMBERS:
-            return lambda: self.number(NUMBERS[kind])
-        raise ValueError(f"it has a list of lists, or a value of the unknown type {kind}")
+            return [self.text() for _ in range(count)]
+        if kind not in NUMBERS:
+            raise ValueError(f"it has a list of lists, or a value of the unknown type {kind}")
+        return self.numbers(NUMBERS[kind], count)
+
+    def numbers(self, form: str, count: int = 1) -> Sequence[Any]:
+        """Read numbers of a struct format, or `count` of one type."""
+        data = self.take(struct.calcsize(f"<{form}") * count)
+        return struct.unpack(f"<{form}" if count == 1 else f"<{count}{form}", data)
 
     def take(self, length: int) -> bytes:
         if length > len(self.data) - self.place:
             raise ValueError(f"it ends within {length:,} bytes that it announces")
         self.place += length
-        return self.data[self.place - length : self.place] if length <= 1 << 20 else b""
-
-    def number(self, form: str) -> int:
-        (value,) = struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
-        return value
+        return self.data[self.place - length : self.place]
 
     def text(self) -> str:
-        """Read a text; one of more than a megabyte is skipped and reads as ""."""
-        return self.take(self.number("Q")).decode("utf-8")
+        return self.take(self.numbers("Q")[0]).decode("utf-8")

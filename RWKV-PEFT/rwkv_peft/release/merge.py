@@ -1,31 +1,137 @@
-"""Merge adapters into a base model, a band of rows at a time.
+"""Merge adapters into a base model: `python merge_bone.py --base_model B --bone_checkpoint A --output M`.
 
-Each changed weight is computed in float32 from the base's memory-mapped tensor and cast once; other tensors pass
-through. A `Merge` holds the changes of each tensor; merge_bone.py is the command around it.
+The way of a weight: a band of its rows, mapped from the base's file, becomes float32; each adapter's change is applied;
+one cast gives the output's dtype, and the rows go into the file. Tensors that no adapter changes are copied.
 """
 
+import argparse
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
-from ..adapters.quant import roundtrip
+from ..adapters.change import Params
+from ..adapters.method import Method
+from ..adapters.methods import METHODS
+from ..adapters.quant import roundtrip, row_unit
 from ..checkpoints.adapter_file import Adapter
-from ..checkpoints.base import Base, fingerprint_of, sample
-from ..checkpoints.tensors import DTYPES, TensorSpec, dtype_name, stream_tensors
-from ..cli.errors import UserError
+from ..checkpoints.adapters import adapter_of_run, source_of
+from ..checkpoints.atomic import atomic_write, check_output, require_room, same_file
+from ..checkpoints.base import Base, fingerprint_of, open_base, sample
+from ..checkpoints.state_file import check_state_output, read_states, write_states
+from ..checkpoints.tensors import DTYPES, TensorSpec, dtype_name, stream_tensors, write_pth
+from ..cli.errors import UserError, in_line
+from ..cli.names import NONE
 from ..cli.numeric import all_finite
-from .ahead import ahead
-from .belonging import Adapters, check_depth, check_effect, check_generations, check_places, check_states
-from .changes import LayerChange, WholeChange, check_params
+from ..cli.parser import counted
+from ..config import forms
+from ..gpus import count_gpus
+from ..memory import keep_freed_memory
+from ..models.state import is_time_state
+from .changes import TensorChange, change_table, percent, ratio, square
+from .compatibility import Adapters, blocks_of, check_depth, check_fit, check_generations, check_states, check_unmerge
+from .flags import merge_flags
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
 BAND = 1 << 18  # elements computed at a time: enough that calls cost little, few enough to stay in caches
+# RWKV-PEFT's --type -> the variants of it in files' metadata
+TYPES = MappingProxyType(
+    {
+        "bone": forms("bone"),
+        "disha": forms("bone"),
+        "lora": tuple(name for name, method in METHODS.items() if method.alpha is not None and method.held is None),
+        "pissa": ("pissa",),
+        "state": (NONE,),
+    }
+)
+
+
+def main(argv: list[str]) -> int:
+    args = merge_flags(argv)
+    args.adapters = [str(adapter_of_run(path, tell=True)) for path in args.adapters]
+    check_files(args)
+    base = open_base(args.base_model)
+    adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
+    check_type(args.type, adapters)
+    options = MergeOptions(args.scale, DTYPES.get(args.output_dtype), args.quant, args.unmerge, args.device)
+    merge = Merge(base, adapters, options)
+    if not args.any_base:
+        (check_unmerge if args.unmerge else check_fingerprints)(base, adapters)
+    check_state_flag(args, merge)
+    print_head(args, base, adapters, merge)
+    del base  # its pages would stay resident
+    keep_freed_memory()  # bands are computed in temporaries of the same few sizes
+    changes: list[TensorChange] = []
+    bands = merge.bands(stream_tensors(args.base_model), changes.append)
+    if args.dry_run:
+        for _ in bands:
+            pass
+        print_changes(changes, merge)
+        print("dry run: nothing was written")
+        return 0
+    specs = merge.specs
+    states: dict[str, torch.Tensor] = {}  # for --state_output
+    size = sum(spec.numel * spec.dtype.itemsize for spec in specs.values())
+    if args.state_output:
+        specs = {key: spec for key, spec in specs.items() if not is_time_state(key)}
+        bands = without_states(bands, states)
+    require_room("--output", args.output, size)
+    with atomic_write(args.output) as temporary:
+        write_pth(temporary, specs, bands)
+        if args.state_output:
+            write_states(args.state_output, states)
+            print(f"states   {args.state_output}: {len(states)} time states, left out of the model's file")
+    print_changes(changes, merge)
+    if args.read_back:
+        read_back(args.output, args.state_output, merge, args.base_model)
+    print(f"wrote {args.output}: {len(specs)} tensors, {os.path.getsize(args.output):,} bytes")
+    return 0
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Raise UserError if an adapter is given twice, or if an output is one of the inputs by any name or link, cannot be
+    written or has another ending. The device must exist, too."""
+    for position, path in enumerate(args.adapters):
+        if any(same_file(path, other) for other in args.adapters[:position]):
+            raise UserError(
+                f"--bone_checkpoint names {path} twice, which would apply it twice; give each adapter once "
+                "(--scale 2 doubles a change)"
+            )
+    inputs = [("--base_model", args.base_model), ("--lora_init", args.lora_init)]
+    inputs += [("--bone_checkpoint", path) for path in args.adapters]
+    if not args.dry_run:
+        if Path(args.output).suffix != ".pth":
+            raise UserError(
+                f"--output {args.output}: a name that ends in .pth is due; other formats are made of it by "
+                "rwkv-peft convert"
+            )
+        check_output("--output", args.output, inputs)
+    if args.state_output:
+        check_state_output("--state_output", args.state_output)
+        check_output("--state_output", args.state_output, inputs)
+        if args.output is not None and same_file(args.state_output, args.output):
+            raise UserError(f"--state_output and --output are both {args.state_output}; give each a file of its own")
+    if args.device == "cuda" and not count_gpus("leave --device out to merge on the CPU"):
+        raise UserError("--device cuda: this torch sees no CUDA device; leave --device out to merge on the CPU")
+
+
+def check_type(given: str | None, adapters: Adapters) -> None:
+    """Raise UserError if --type contradicts an adapter."""
+    for path, adapter in adapters:
+        variant = adapter.metadata.variant
+        if given and variant not in TYPES[given]:
+            is_state = any(is_time_state(key) for key in adapter.tensors)
+            kind = "time states" if is_state else "whole tensors" if variant == NONE else f"a {variant} adapter"
+            raise UserError(f"--type {given} contradicts {path}, which holds {kind}; leave --type out")
 
 
 @dataclass(frozen=True)
@@ -33,8 +139,8 @@ class MergeOptions:
     """The options of a merge.
 
     scale multiplies every change; dtype is the output's (None: each tensor keeps the base's); quant overrides the
-    adapter's record of how the frozen weights were quantized (None: as recorded); unmerge takes the adapters off
-    again, last first; device is that of the arithmetic.
+    adapter's record of the quantization of the frozen weights (None: as recorded); unmerge takes the adapters off
+    again, last first; device does the arithmetic.
     """
 
     scale: float = 1.0
@@ -45,18 +151,60 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
-class TensorReport:
-    """The change of one tensor by a merge.
+class LayerChange:
+    """The change of one weight by an adapted layer.
 
-    change is |W' - W| / |W| (Frobenius norms; inf if W is zero or new). lost is |cast(W') - W'| / |W' - W|, the share
-    of the change that the cast to the file's dtype took away. differs is True if any element of cast(W') differs from
-    cast(W).
+    params are its tensors as the Method takes them; scale is LoRA's; quant names the quantization of the frozen
+    weight in training; dtype is the base's in training, before it was quantized or a residual base was made of it;
+    amount multiplies the whole change. If removed, params are the opposite ones, and the rounding is not replayed.
     """
 
-    key: str
-    change: float
-    lost: float
-    differs: bool
+    method: Method
+    params: Params
+    scale: float = 1.0
+    quant: str = "none"
+    amount: float = 1.0
+    dtype: torch.dtype = torch.float32
+    removed: bool = False
+
+    def unit(self, columns: int) -> int:
+        """The multiple of rows at which bands of a weight with so many columns begin and end."""
+        return math.lcm(self.method.change.row_unit(self.params), row_unit(self.quant, columns))
+
+    def rows(self, start: int, stop: int) -> "LayerChange":
+        """The same change for rows start to stop of the weight."""
+        return replace(self, params=self.method.change.rows(self.params, start, stop))
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """Change weight (out, in) float32 -> float32, the weight that the trained layer computed with (at amount 1)."""
+        if self.removed:
+            return self.method.change.removed(weight, self.params, self.scale)
+        base = weight.to(self.dtype) if self.method.residual is not None or self.quant != "none" else weight
+        result = self.method.merged(base, self.params, scale=self.scale, quant=self.quant)
+        return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
+
+    def opposite(self) -> "LayerChange":
+        """The change that takes this one off again, up to rounding. Raises UserError if none can."""
+        params = self.method.change.opposite(self.params, self.scale, self.amount)
+        return LayerChange(self.method, params, self.scale, removed=True)
+
+
+@dataclass(frozen=True)
+class WholeChange:
+    """The change by a tensor that was trained in full and replaces the base's; amount as in LayerChange."""
+
+    tensor: torch.Tensor
+    amount: float = 1.0
+
+    def unit(self, columns: int) -> int:
+        return 1
+
+    def rows(self, start: int, stop: int) -> "WholeChange":
+        return replace(self, tensor=self.tensor[start:stop])
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        new = self.tensor.float()
+        return new if self.amount == 1 else torch.lerp(weight, new, self.amount)
 
 
 class Band(NamedTuple):
@@ -70,75 +218,55 @@ class Band(NamedTuple):
 
 
 class Merge:
-    """Adapters bound to a base: the specs of the output's tensors and the changes that make them.
+    """Adapters bound to a base: the specs of the output's tensors, and the changes that make them, by key.
 
-    base is a Base; adapters are (name, Adapter) pairs in the order of their application. Raises UserError if an
-    adapter is of another generation or changes nothing, if one of its tensors has no place in the base or the wrong
-    shape, if time states would be in some layers only, or if the options contradict an adapter.
+    adapters are (name, Adapter) pairs in the order of their application. Raises UserError for an adapter of another
+    generation, one that does not fit the base or changes nothing, time states in some layers only, and options that
+    contradict an adapter.
     """
 
     def __init__(self, base: Base, adapters: Adapters, options: MergeOptions | None = None) -> None:
         self.options = options or MergeOptions()
         self.specs = {key: TensorSpec.of(tensor, self.options.dtype) for key, tensor in base.tensors.items()}
-        self.changes: dict[str, list[LayerChange | WholeChange]] = {}  # in the order of their application
+        self.changes: dict[str, list[LayerChange | WholeChange]] = {}
         check_generations(base, adapters)
         for name, adapter in adapters:
-            self._bind(name, adapter, base)
+            check_fit(name, adapter, base)
+            check_options(name, adapter, self.options)
+            self._add(adapter, base)
         check_states([name for name, _ in adapters], self.specs, base.config)
+        self.added = list(self.specs)[len(base.tensors) :]  # keys of time states, which are new to the base
 
-    def _bind(self, name: str | Path, adapter: Adapter, base: Base) -> None:
-        shapes = check_places(name, adapter, base)
-        check_effect(name, adapter)
+    def _add(self, adapter: Adapter, base: Base) -> None:
         metadata, options = adapter.metadata, self.options
-        quant = metadata.quant if options.quant is None else options.quant
-        if metadata.quant != "none" and quant not in ("none", metadata.quant):
-            raise UserError(
-                f"--quant {quant} contradicts {name}, which was trained on a base quantized to {metadata.quant}; leave "
-                "--quant out to merge onto that, or give --quant none for the original base"
-            )
-        whole = adapter.whole()
-        if options.unmerge and whole:
-            raise UserError(
-                f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as "
-                f"{next(iter(whole))}): the base's values are in none of the files"
-            )
-        if options.unmerge and quant != "none":
-            raise UserError(f"--unmerge cannot undo the {quant} quantization that {name} was merged with")
-        for key, tensor in whole.items():
-            due = shapes[key]
-            if tuple(tensor.shape) != due:
-                raise UserError(
-                    f"{name}: {key} has shape {tuple(tensor.shape)}, and the base's is {due}; it was "
-                    "trained on another model"
-                )
-            if key not in self.specs:  # a time state, new to the base
-                self.specs[key] = TensorSpec(due, options.dtype or base.tensors["emb.weight"].dtype)
+        for key, tensor in adapter.whole().items():
+            if key not in self.specs:
+                self.specs[key] = TensorSpec.of(tensor, options.dtype or base.tensors["emb.weight"].dtype)
             self.changes.setdefault(key, []).append(WholeChange(tensor.to(options.device), options.scale))
         for module, params in adapter.modules().items():
             key = f"{module}.weight"
             assert metadata.method is not None  # the readers refuse tensors of no method
-            check_params(f"{name}: {module}", metadata.method, params, shapes[key])
-            params = {parameter: tensor.to(options.device) for parameter, tensor in params.items()}
-            changes = self.changes.setdefault(key, [])
+            params = {name: tensor.to(options.device) for name, tensor in params.items()}
+            changes, quant = self.changes.setdefault(key, []), options.quant or metadata.quant
             # a file that names no precision was trained in the base's own dtype; after an adapter nothing is rounded
             dtype = metadata.base_dtype() or (torch.float32 if changes else base.tensors[key].dtype)
             change = LayerChange(metadata.method, params, metadata.scale, quant, options.scale, dtype)
             if options.unmerge:
-                changes.insert(0, change.removal())
+                changes.insert(0, change.opposite())
             else:
                 changes.append(change)
 
     def bands(
-        self, pairs: Pairs, report: Callable[[TensorReport], None] | None = None
+        self, pairs: Pairs, report: Callable[[TensorChange], None] = lambda change: None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the output's (key, rows) from the base's (key, tensor) pairs: tensor by tensor, each as one or more
         runs of its rows, in its dtype, on the CPU; new tensors come last.
 
-        `report` is called with the TensorReport of each changed tensor after its last rows were taken. Raises UserError
-        if a result is not finite, and after the last tensor if the output equals the base.
+        `report` gets the TensorChange of each changed tensor after its last rows. Raises UserError if a result is not
+        finite, and after the last tensor if the output equals the base.
         """
-        reports = []
-        for key, bands in groupby(ahead(self._tasks(pairs)), lambda band: band.key):
+        changes = []
+        for key, bands in groupby(prefetch(self._tasks(pairs)), lambda band: band.key):
             totals, differs = [0.0, 0.0, 0.0], False
             for band in bands:
                 totals = [total + square for total, square in zip(totals, band.squares)]
@@ -146,25 +274,10 @@ class Merge:
                 yield key, band.rows
             if key in self.changes:
                 size, change, lost = totals
-                reports.append(TensorReport(key, ratio(change, size), ratio(lost, change), differs))
-                if report is not None:
-                    report(reports[-1])
-        if self.changes and not any(report.differs for report in reports):
-            self._refuse_the_base(reports)
-
-    def _refuse_the_base(self, reports: Sequence[TensorReport]) -> NoReturn:
-        """Raise the UserError for an output that equals the base."""
-        largest = max(reports, key=lambda report: report.change)
-        if largest.change == 0:
-            raise UserError(
-                "the merge changes no weight: the adapters' change is zero, or too small for float32 (an alpha of 0, a "
-                "training that barely moved?); nothing is written"
-            )
-        raise UserError(
-            f"the merge would equal the base: the largest change, {100 * largest.change:.2g} % of {largest.key}, "
-            f"is lost in the cast to {dtype_name(self.specs[largest.key].dtype)}; --output_dtype fp32 keeps it; "
-            "nothing is written"
-        )
+                changes.append(TensorChange(key, ratio(change, size), ratio(lost, change), differs))
+                report(changes[-1])
+        if changes and not any(change.differs for change in changes):
+            raise self._equal_to_base(changes)
 
     def tensors(self, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the output's (key, tensor), as `bands` does but whole; an unchanged one is the base's own, no copy."""
@@ -174,81 +287,118 @@ class Merge:
 
     def _tasks(self, pairs: Pairs) -> Iterator[Callable[[], Band]]:
         """Yield a callable that computes the Band, for each band of each output tensor."""
-        seen = set()
-        for key, tensor in pairs:
-            seen.add(key)
-            yield from self._tasks_of(key, tensor)
-        for key, spec in self.specs.items():
-            if key not in seen:
-                yield from self._tasks_of(key, torch.zeros(spec.shape))
-
-    def _tasks_of(self, key: str, tensor: torch.Tensor) -> Iterator[Callable[[], Band]]:
-        changes, row = self.changes.get(key, ()), math.prod(tensor.shape[1:])
-        unit = math.lcm(*(change.unit(row) for change in changes))
-        step = max(BAND // (row * unit), 1) * unit
-        if not changes and tensor.dtype == self.specs[key].dtype:
-            step = len(tensor)  # unchanged: one band, so that `tensors` need not copy it
-        for start in range(0, len(tensor), step):
-            stop = min(start + step, len(tensor))
-            yield partial(self._band, key, tensor[start:stop], [change.rows(start, stop) for change in changes])
+        new = ((key, torch.zeros(self.specs[key].shape)) for key in self.added)
+        for key, tensor in chain(pairs, new):
+            changes, columns = self.changes.get(key, ()), math.prod(tensor.shape[1:])
+            unit = math.lcm(*(change.unit(columns) for change in changes))
+            step = max(BAND // (columns * unit), 1) * unit
+            if not changes and tensor.dtype == self.specs[key].dtype:
+                step = len(tensor)  # unchanged: one band, so that `tensors` need not copy it
+            for start in range(0, len(tensor), step):
+                stop = min(start + step, len(tensor))
+                yield partial(self._band, key, tensor[start:stop], [change.rows(start, stop) for change in changes])
 
     @torch.no_grad()
     def _band(self, key: str, source: torch.Tensor, changes: Sequence[LayerChange | WholeChange]) -> Band:
-        dtype, squares, differs = self.specs[key].dtype, (0.0, 0.0, 0.0), False
-        if changes:
-            exact = weight = source.to(self.options.device, torch.float32)
-            for change in changes:
-                exact = change.apply(exact)
-            rows = exact.to(dtype)
-            squares = square(weight), square(exact - weight), square(rows - exact)
-            rows = rows.cpu()
-            differs = not torch.equal(rows, source.to(dtype))  # stops at the first difference
-        else:
+        dtype = self.specs[key].dtype
+        if not changes:
             rows = source.to(dtype)
-        # the last sum is NaN or Inf if an element of rows is, so most bands need no scan of their own
-        if not (changes and math.isfinite(squares[-1])) and not all_finite(rows):
-            raise UserError(f"{key} holds NaN or Inf, {_cause_of_infinity(source, dtype)}; nothing is written")
-        return Band(key, rows, squares, differs)
+            check_finite(key, rows, source)
+            return Band(key, rows)
+        exact = weight = source.to(self.options.device, torch.float32)
+        for change in changes:
+            exact = change.apply(exact)
+        rows = exact.to(dtype)  # the only cast
+        squares = square(weight), square(exact - weight), square(rows - exact)
+        rows = rows.cpu()
+        if not math.isfinite(squares[-1]):  # as it is if an element of rows is NaN or Inf
+            check_finite(key, rows, source)
+        return Band(key, rows, squares, differs=not torch.equal(rows, source.to(dtype)))
+
+    def _equal_to_base(self, changes: Sequence[TensorChange]) -> UserError:
+        largest = max(changes, key=lambda change: change.change)
+        if largest.change == 0:
+            return UserError(
+                "the merge changes no weight: the adapters' change is zero, or too small for float32 (an alpha of 0, a "
+                "training that barely moved?); nothing is written"
+            )
+        return UserError(
+            f"the merge would equal the base: the largest change, {100 * largest.change:.2g} % of {largest.key}, "
+            f"is lost in the cast to {dtype_name(self.specs[largest.key].dtype)}; --output_dtype fp32 keeps it; "
+            "nothing is written"
+        )
 
 
-def _cause_of_infinity(source: torch.Tensor, dtype: torch.dtype) -> str:
-    """Say why a tensor made from the base's rows `source` holds NaN or Inf in dtype."""
+def prefetch(tasks: Iterable[Callable[[], Band]]) -> Iterator[Band]:
+    """Yield task() for each task, in order, while the next ones run in as many threads as torch has.
+
+    Each thread computes with one of torch's. At most three tasks a thread are running or wait to be taken, so memory
+    stays bounded. The caller's thread advances the iterable; a task's error is raised in its turn.
+    """
+    threads = torch.get_num_threads()
+    waiting: deque[Future[Band]] = deque()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > 3 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # the workers' calls changed the default of threads started later
+
+
+def check_finite(key: str, rows: torch.Tensor, source: torch.Tensor) -> None:
+    """Raise UserError, with the cause, if output rows made of the base's rows `source` hold NaN or Inf."""
+    if all_finite(rows):
+        return
+    dtype = dtype_name(rows.dtype)
     if not all_finite(source):
-        return "in the base already"
-    if not all_finite(source.to(dtype)):
-        return f"because the base's own values are too large for {dtype_name(dtype)}; give --output_dtype bf16 or fp32"
-    return f"after the merge, though not in the base: the change is too large for {dtype_name(dtype)}"
+        cause = "in the base already"
+    elif not all_finite(source.to(rows.dtype)):
+        cause = f"because the base's own values are too large for {dtype}; give --output_dtype bf16 or fp32"
+    else:
+        cause = f"after the merge, though not in the base: the change is too large for {dtype}"
+    raise UserError(f"{key} holds NaN or Inf, {cause}; nothing is written")
 
 
-def quantization_error(base: Base, adapters: Adapters) -> float:
-    """Return |Q(W) - W| / |W| over the weights W that the (name, Adapter) pairs' trainings quantized to Q(W)."""
-    error = size = 0.0
-    for _, adapter in adapters:
-        metadata = adapter.metadata
-        for module in adapter.modules() if metadata.quant != "none" else ():
-            weight = base.tensors[f"{module}.weight"]
-            kept = roundtrip(weight.to(metadata.base_dtype() or weight.dtype), metadata.quant)
-            error, size = error + square(kept - weight.float()), size + square(weight.float())
-    return ratio(error, size)
-
-
-def square(tensor: torch.Tensor) -> float:
-    """The sum of squares of a float32 tensor."""
-    flat = tensor.reshape(-1)
-    return torch.dot(flat, flat).item()
-
-
-def ratio(part: float, whole: float) -> float:
-    """Return sqrt(part / whole) of two sums of squares; 0 if the part is 0, inf if only the whole is."""
-    if part == 0:
-        return 0.0
-    return math.sqrt(part / whole) if whole else math.inf
+def check_options(name: str | Path, adapter: Adapter, options: MergeOptions) -> None:
+    """Raise UserError if the options contradict an adapter."""
+    recorded = adapter.metadata.quant
+    quant = options.quant or recorded
+    if recorded != "none" and quant not in ("none", recorded):
+        raise UserError(
+            f"--quant {quant} contradicts {name}, which was trained on a base quantized to {recorded}; leave --quant "
+            "out to merge onto that, or give --quant none for the original base"
+        )
+    if options.unmerge and (whole := adapter.whole()):
+        raise UserError(
+            f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as {next(iter(whole))}): "
+            "the base's values are in none of the files"
+        )
+    if options.unmerge and quant != "none":
+        raise UserError(f"--unmerge cannot undo the {quant} quantization that {name} was merged with")
 
 
 def merged_tensors(base: Base, adapters: Adapters, options: MergeOptions | None = None) -> dict[str, torch.Tensor]:
-    """Merge adapters into a Base -> {key: tensor} in the base's keys, order and (unless options.dtype says otherwise)
-    dtypes; new time states come last. Arguments as in Merge, errors as in Merge and its `bands`."""
+    """Merge adapters into a Base -> {key: tensor} in the base's keys, order and (unless options.dtype is given) dtypes;
+    new time states come last. Arguments as in Merge, errors as in Merge and its `bands`."""
     return dict(Merge(base, adapters, options).tensors(base.tensors.items()))
+
+
+def check_fingerprints(base: Base, adapters: Adapters) -> None:
+    """Raise UserError unless each adapter was trained on the Base, or on it with the adapters before it merged, in any
+    dtype that merging writes. An adapter that names no base passes unless check_depth objects. The generations are
+    checked first, because no flag forces those."""
+    check_generations(base, adapters)
+    for position, (name, adapter) in enumerate(adapters):
+        check_depth(name, adapter, base)
+        wanted, before = adapter.metadata.base_fingerprint, adapters[:position]
+        if not before or wanted in ("", base.fingerprint) or wanted not in fingerprints_merged(base, before):
+            remedy = "find the base it was trained on, or force it with --any_base"
+            adapter.metadata.require_base(name, base, remedy)
 
 
 def fingerprints_merged(base: Base, adapters: Adapters) -> set[str]:
@@ -262,14 +412,118 @@ def fingerprints_merged(base: Base, adapters: Adapters) -> set[str]:
     }
 
 
-def check_fingerprints(base: Base, adapters: Adapters) -> None:
-    """Raise UserError unless each of the (name, Adapter) pairs was trained on the Base, or on it with the adapters
-    before it merged, in any dtype that merging writes. An adapter that names no base passes unless check_depth objects.
-    The generations are checked first, because no flag forces those."""
-    check_generations(base, adapters)
-    for position, (name, adapter) in enumerate(adapters):
-        check_depth(name, adapter, base)
-        wanted, before = adapter.metadata.base_fingerprint, adapters[:position]
-        if not before or wanted in ("", base.fingerprint) or wanted not in fingerprints_merged(base, before):
-            remedy = "find the base it was trained on, or force it with --any_base"
-            adapter.metadata.require_base(name, base, remedy)
+def check_state_flag(args: argparse.Namespace, merge: Merge) -> None:
+    """Raise UserError if --state_output would leave one of the two files empty."""
+    if not args.state_output:
+        return
+    if not any(map(is_time_state, merge.specs)):
+        raise UserError(
+            f"--state_output {args.state_output}: neither the base nor an adapter holds time states; leave it out"
+        )
+    if all(map(is_time_state, merge.changes)):
+        raise UserError(
+            f"--state_output {args.state_output}: time states are all that the adapters change, so that --output would "
+            "be the base; make a file of the states with `rwkv-peft convert`"
+        )
+
+
+def without_states(bands: Pairs, states: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a merge's (key, rows) without time states, which are gathered in `states`."""
+    for key, rows in bands:
+        if not is_time_state(key):
+            yield key, rows
+        else:
+            states[key] = torch.cat([states[key], rows]) if key in states else rows
+
+
+def read_back(output: str | Path, state_output: str | Path | None, merge: Merge, base: str | Path) -> None:
+    """Compare the files on disk with a second computation of each tensor. Raises UserError if one differs."""
+    expected = merge.tensors(stream_tensors(base))
+    written, states = stream_tensors(output), read_states(state_output).tensors if state_output else {}
+    for key, due in expected:
+        if state_output and is_time_state(key):
+            path, name, found = state_output, key, states.get(key, torch.empty(0))
+        else:
+            path, (name, found) = output, next(written, ("", torch.empty(0)))
+        if name != key or found.dtype != due.dtype or not torch.equal(found, due):
+            raise UserError(
+                f"{path}: {key} does not read back as it was computed; the disk or the memory is faulty, do not use "
+                "this file"
+            )
+    name = open_base(output).family.name
+    print(f"verified {output}: every tensor reads back as computed, and the file is a complete {name} model")
+
+
+def print_head(args: argparse.Namespace, base: Base, adapters: Adapters, merge: Merge) -> None:
+    """Print a line for the base and for each adapter, and remarks about blocks, quantization and states."""
+    dtypes = "/".join(sorted({dtype_name(tensor.dtype) for tensor in base.tensors.values()}))
+    config = base.config
+    layers = counted(config.n_layer, "layer")
+    print(f"base     {args.base_model}: {base.family.name}, {layers}, {config.n_embd} channels, {dtypes}")
+    for name, adapter in adapters:
+        metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
+        parts = [f"{metadata.variant} {metadata.size_words} on {counted(len(modules), 'layer')}"] if modules else []
+        parts += [f"{len(whole)} whole tensors"] if whole else []
+        called = f"its base is called {metadata.origin.base}" if metadata.origin.base else "it does not name its base"
+        origin = "" if metadata.base_fingerprint else f" (from {in_line(metadata.source)}; {called})"
+        print(f"adapter  {name}: {', '.join(parts)}{origin}")
+        if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
+            print(f"blocks   it changes {spans(blocks)} of 0-{config.n_layer - 1}; the others stay as they are")
+        if metadata.quant != "none" and args.quant != "none":
+            print(
+                f"quant    onto the base quantized by {metadata.quant}, as in training; --quant none takes the original"
+            )
+    if args.quant == "none" and (lost := quantization_error(base, adapters)):
+        print(
+            "quant    onto the original base, as --quant none says; the base of the training differs from it by "
+            f"{lost:.2%}"
+        )
+    if args.unmerge:
+        print(
+            f"unmerge  these files do not say if this adapter was merged into {args.base_model}, and with which "
+            "--scale; the result is the base only if it was, with this one"
+        )
+    if any(map(is_time_state, merge.specs)) and not args.state_output:
+        note = "RWKV-Runner, web-rwkv and Ai00 take states as files of their own: --state_output writes one"
+        if not base.family.states_in_model:
+            note = f"the rwkv package does not look for them in an {base.family.name} file; {note}"
+        print(f"states   in the model's file; {note}")
+
+
+def spans(numbers: Iterable[str]) -> str:
+    """Write numbers as spans: "0-2, 5"."""
+    found: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in found)
+
+
+def quantization_error(base: Base, adapters: Adapters) -> float:
+    """|Q(W) - W| / |W| over the weights W that the adapters' trainings quantized to Q(W)."""
+    error = size = 0.0
+    for _, adapter in adapters:
+        metadata = adapter.metadata
+        for module in adapter.modules() if metadata.quant != "none" else ():
+            weight = base.tensors[f"{module}.weight"]
+            kept = roundtrip(weight.to(metadata.base_dtype() or weight.dtype), metadata.quant)
+            error, size = error + square(kept - weight.float()), size + square(weight.float())
+    return ratio(error, size)
+
+
+def print_changes(changes: Sequence[TensorChange], merge: Merge) -> None:
+    """Print the table of each layer's relative change, and the share that the cast lost at most."""
+    if not changes:
+        return
+    table = change_table(changes, merge.specs)
+    others = "; the largest of others" if " others" in table else ""
+    print(f"change of each layer, |W' - W| / |W| in percent{others}\n{table}")
+    worst = max(changes, key=lambda change: change.lost)
+    line = f"changed {sum(change.change > 0 for change in changes)} of {counted(len(merge.specs), 'tensor')}"
+    if worst.lost:
+        dtype = merge.specs[worst.key].dtype
+        line += f"; the cast to {dtype_name(dtype)} lost at most {percent(worst.lost)} % of a change ({worst.key})"
+        line += "; --output_dtype fp32 keeps it" if worst.lost > 0.1 and dtype != torch.float32 else ""
+    print(line)

@@ -1,11 +1,18 @@
-"""Compute the logits of one token sequence with our own model, and in runtimes that this project did not write.
+"""Logits of our own model and of runtimes of other projects, and their comparison: `rwkv-peft check --runtimes`.
 
-Each runtime is optional: Runtime.missing says how to install it, Runtime.refuses why it cannot take a model."""
+One random token sequence is read by our model in float64 and by each runtime. Runtimes read a float32 copy of the file,
+so that the table shows their arithmetic and not the file's dtype; llama.cpp reads a GGUF of each requested type. Each
+runtime is optional.
+"""
 
+import contextlib
 import importlib.metadata
 import importlib.util
-import subprocess
-from collections.abc import Callable
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,24 +22,115 @@ from torch import nn
 
 from ..checkpoints.atomic import scratch_folder
 from ..checkpoints.base import Base
-from ..children import python_command
+from ..checkpoints.tensors import save_pth
+from ..cli.errors import UserError, told
 from ..config import ModelConfig
+from ..data.tokenizer import WorldTokenizer
 from ..models.parts import LanguageModel
 from ..models.rwkv6.keys import RWKV6Config
 from ..models.rwkv7a.keys import RWKV7aConfig
 from ..models.state import State, split_time_states, state_of
-from .rwkv_package import logits_of, rwkv_model
+from .gguf import write_gguf
+from .vocabulary import table_vocabulary
 
-NOT_LOOKED_FOR = (
-    "time states: the rwkv package does not look for them in an {} file; here they are put into its list of states, as "
-    "a program that uses them must"
-)
+# The largest difference allowed between a format's logits and the reference, in standard deviations of the logits.
+LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0", 3e-1))
+
+
+class RuntimeResult(NamedTuple):
+    """One line of the table; difference is None if the runtime did not run or broke, for the reason in note."""
+
+    runtime: str
+    version: str
+    form: str
+    difference: float | None
+    limit: float | None
+    note: str
+    broke: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return self.broke or (
+            self.difference is not None and self.limit is not None and not self.difference <= self.limit
+        )
+
+
+def runtimes_agree(model: Base, length: int, gguf_types: Sequence[str]) -> bool:
+    """Print the table of a Base; False if a runtime differs or breaks. Raises UserError if none runs."""
+    rows = run_all(model, length, gguf_types)
+    print_table(rows)
+    if not any(row.broke or row.difference is not None for row in rows):
+        remedy = "install one of them" if any("pip install" in row.note for row in rows) else "none takes this model"
+        raise UserError(f"no runtime ran, for the reasons above; {remedy}")
+    return not any(row.failed for row in rows)
+
+
+def run_all(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f16")) -> list[RuntimeResult]:
+    """Run every runtime over a Base -> the table's rows."""
+    config = model.config
+    tokens = random_tokens(config.vocab_size, length)
+    reference = reference_logits(model, tokens)
+    rows = []
+    with scratch_folder() as folder:
+        for runtime in all_runtimes():
+            without = "takes no initial state" if model.has_states and runtime.package != "rwkv" else ""
+            reason = runtime.missing() or runtime.refuses(config) or without
+            for form in ("fp32",) if runtime.form == "pth" else gguf_types:
+                if reason:
+                    rows.append(RuntimeResult(runtime.name, "", form, None, None, f"not run: {reason}"))
+                    continue
+                path = written(folder, form, model)
+                try:
+                    logits = runtime.logits(path, tokens, config)
+                    judged = judge(logits, reference, form, runtime.shifted)
+                    rows.append(RuntimeResult(runtime.name, runtime.version(), form, *judged, ""))
+                except Exception as error:  # another project's; the other runtimes run all the same
+                    note = f"failed: {told(error, named=True)}"
+                    rows.append(RuntimeResult(runtime.name, "", form, None, None, note, broke=True))
+    return rows
+
+
+def written(folder: Path, form: str, model: Base) -> Path:
+    """The path of a Base as fp32 .pth or as GGUF of a type; the first call for it writes the file."""
+    path = folder / (f"{form}.pth" if form == "fp32" else f"{form}.gguf")
+    if path.exists():
+        return path
+    if form == "fp32":
+        save_pth(path, model.tensors, dict.fromkeys(model.tensors, torch.float32))
+    else:
+        # any vocabulary will do, because the runtime is given token ids
+        write_gguf(path, model, form, table_vocabulary(WorldTokenizer().token_bytes, model.config.vocab_size))
+    return path
+
+
+def judge(logits: torch.Tensor, reference: torch.Tensor, form: str, shifted: bool) -> tuple[float, float]:
+    """Compare logits with the reference -> (largest absolute difference, largest allowed).
+
+    If `shifted`, log-probabilities are compared, at the last positions only, as many as the runtime gives. They are
+    normalized again in float64, because a float32 sum over a large vocabulary shifts all of them alike, whatever
+    the model. A NaN counts as an infinite difference.
+    """
+    logits = logits.double()
+    if shifted:
+        logits, reference = logits.log_softmax(-1), reference.log_softmax(-1)[-len(logits) :]
+    difference = (logits - reference).abs().max().item()
+    limit = dict(LIMITS)[form] * reference.std().item()
+    return (float("inf") if difference != difference else difference), limit
+
+
+def print_table(rows: Iterable[RuntimeResult]) -> None:
+    print(f"| {'runtime':<22} | {'version':<16} | {'format':<6} | max difference | allowed |")
+    print(f"|{'-' * 24}|{'-' * 18}|{'-' * 8}|{'-' * 16}|{'-' * 9}|")
+    for row in rows:
+        found = row.note if row.note else f"{row.difference:14.1e}"
+        limit = "" if row.limit is None else f"{row.limit:7.1e}" + ("  FAILED" if row.failed else "")
+        print(f"| {row.runtime:<22} | {row.version:<16} | {row.form:<6} | {found:<14} | {limit:<7} |")
 
 
 class Runtime(NamedTuple):
-    """One runtime and how to ask it.
+    """One runtime and its functions.
 
-    package is its name on PyPI, module its import name, form what it reads ("pth", a float32 copy, or "gguf");
+    package is its name on PyPI, module its import name, form its input ("pth", a float32 copy, or "gguf");
     refuses(config) is a reason why it cannot take a model, or ""; logits(path, tokens, config) -> float32 logits
     (T, V), or log-probabilities (of the last positions, as many as it gives) if shifted is True.
     """
@@ -46,7 +144,7 @@ class Runtime(NamedTuple):
     shifted: bool = False
 
     def missing(self) -> str:
-        """The command that installs what the runtime and the writer of its files lack; "" if nothing is missing."""
+        """The command that installs missing packages of the runtime and of its files' writer; "" if none is missing."""
         needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
         packages = [package for module, package in needed if not importlib.util.find_spec(module)]
         return f"pip install {' '.join(packages)}" if packages else ""
@@ -56,27 +154,41 @@ class Runtime(NamedTuple):
 
 
 def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig, mode: str = "sequence") -> torch.Tensor:
-    """Ask the `rwkv` package; mode is that of logits_of."""
-    if config.version != "x060":
-        return rwkv_elsewhere(path, tokens, config.version, mode)
-    return logits_of(rwkv_model(path, config.version), tokens.tolist(), None, mode)
+    """Logits (T, V) float32 of the `rwkv` package, in one call with mode "sequence", or one token at a time with mode
+    "tokens". It does not look for tuned states in an RWKV-7's file, so they are put into its list of states."""
+    model, state, rows = rwkv_model(path, config.version), None, []
+    tuned = torch.load(path, weights_only=True, mmap=True) if config.version != "x060" else {}
+    if any(key.endswith(".att.time_state") for key in tuned):
+        state = model.generate_zero_state()
+        for layer in range(len(state) // 3):  # (H, N value, N key), the package's layout too
+            state[3 * layer + 1] = tuned[f"blocks.{layer}.att.time_state"].float().clone()
+    with torch.inference_mode():
+        if mode == "sequence":
+            logits: torch.Tensor = model.forward(tokens.tolist(), state, full_output=True)[0]
+            return logits.float().view(len(tokens), -1)
+        for token in tokens.tolist():
+            row, state = model.forward([token], state)
+            rows.append(row.float().clone())
+    return torch.stack(rows)
 
 
-def rwkv_elsewhere(path: Path, tokens: torch.Tensor, version: str, mode: str) -> torch.Tensor:
-    """Ask the `rwkv` package about an RWKV-7 or 7a in a process of its own. Raises RuntimeError if that fails."""
-    with scratch_folder() as folder:
-        given, answer = folder / "tokens.pt", folder / "logits.pt"
-        torch.save(tokens, given)
-        command = python_command("rwkv_peft.release.rwkv_package", path, given, answer, version, mode)
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"the rwkv package failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
-        logits: torch.Tensor = torch.load(answer, weights_only=True)
-        return logits
+def rwkv_model(path: str | Path, version: str) -> Any:
+    """The .pth at path, of the generation `version` (x060, x070 or x070a), opened by the `rwkv` package in float32 on
+    the CPU."""
+    # The package reads at import if its models are RWKV-7, and with deep embeddings.
+    settings = {"RWKV_V7_ON": str(int(version != "x060")), "RWKV_DE_VERSION": str(int(version == "x070a"))}
+    if any(os.environ.get(name) != value for name, value in settings.items()):
+        os.environ.update(settings)
+        sys.modules.pop("rwkv.model", None)  # of another generation
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # the package uses it, newer torch deprecates it
+        from rwkv.model import RWKV
+
+        return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
 
 
 def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Ask `rwkv-simple`, which loads strictly, one token at a time: over several it raises decays to at least 0.005."""
+    """Logits (T, V) of `rwkv-simple`, one token at a time: over several it raises decays to at least 0.005."""
     from rwkv_simple import RWKV
 
     model = RWKV(
@@ -96,8 +208,8 @@ def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.
 
 
 def refused_by_rwkv_simple(config: ModelConfig) -> str:
-    """Say why `rwkv-simple` cannot take a model, or "". It takes any head size (4, 8, 12, 16, 32 and 64 were tried with
-    0.1.1); its other widths are fixed."""
+    """The reason why `rwkv-simple` cannot take a model, or "". Its widths are fixed, but not the heads' size (0.1.1 was
+    tried with 4, 8, 12, 16, 32 and 64)."""
     if not isinstance(config, RWKV6Config):
         return "takes only RWKV-6"
     if (config.maa_rank, config.decay_rank) != (32, 64):
@@ -108,7 +220,7 @@ def refused_by_rwkv_simple(config: ModelConfig) -> str:
 
 
 def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Ask llama.cpp through `xllamacpp` -> its log-probabilities (1, V) of the whole vocabulary after the prompt."""
+    """llama.cpp's, through `xllamacpp`: log-probabilities (1, V) of the whole vocabulary after the prompt."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -132,7 +244,7 @@ def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Te
 
 
 def refused_by_rwkv(config: ModelConfig) -> str:
-    """Say why `rwkv` cannot take a model, or ""."""
+    """The reason why `rwkv` cannot take a model, or ""."""
     if config.version not in ("x060", "x070", "x070a"):
         return "takes only RWKV-6, RWKV-7 and RWKV-7a"
     if isinstance(config, RWKV7aConfig) and config.deep_size != RWKV7aConfig.deep_size:
@@ -141,7 +253,7 @@ def refused_by_rwkv(config: ModelConfig) -> str:
 
 
 def refused_by_llama_cpp(config: ModelConfig) -> str:
-    """Say why llama.cpp cannot take a model, or ""."""
+    """The reason why llama.cpp cannot take a model, or ""."""
     return "" if config.version in ("x060", "x070") else "takes only RWKV-6 and RWKV-7"
 
 
@@ -162,7 +274,7 @@ def random_tokens(vocab_size: int, length: int) -> torch.Tensor:
 
 
 def reference_logits(base: Base, tokens: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Compute the logits (T, V) of a Base over tokens (T,) int64, in float64 unless dtype says otherwise. The sequence
+    """Compute the logits (T, V) of a Base over tokens (T,) int64, in float64 unless dtype is another. The sequence
     starts from the base's time states, if it has any."""
     family, states = base.family, split_time_states(base.tensors)[1]
     start = State.zeros(base.config, 1, dtype=dtype)
@@ -206,21 +318,3 @@ def logits_by_parts(
     with torch.no_grad():
         logits: torch.Tensor = model(tokens[None], state)[0][0]
         return logits
-
-
-class Difference(NamedTuple):
-    """The difference of two sets of logits (T, V): norm of the difference over the reference's norm, and the share of
-    positions with the same top token."""
-
-    relative: float
-    top_agreement: float
-
-    @classmethod
-    def between(cls, logits: torch.Tensor, reference: torch.Tensor) -> "Difference":
-        return cls(
-            float((logits - reference).norm() / reference.norm()),
-            float((logits.argmax(-1) == reference.argmax(-1)).float().mean()),
-        )
-
-    def __str__(self) -> str:
-        return f"relative difference {self.relative:.1e}, same top token in {self.top_agreement:.0%}"

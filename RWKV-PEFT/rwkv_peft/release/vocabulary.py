@@ -1,15 +1,80 @@
-"""Write a tokenizer's vocabulary in the forms of other tools: GGUF's lists, the files of a Hugging Face folder."""
+"""A tokenizer's vocabulary and the layout of chats in the forms of other tools: GGUF's lists, a Hugging Face folder.
+
+The chat template is the layout of training (data/turns.py, data/tools.py) in Jinja. It differs from the layout of rows
+in three things: a blank line ends the last turn, too; arguments of a call that are given as text stay as they are
+spelled; results of tools stay in the order in which they are given. The parts that count in the loss are marked as
+generated: an answer, the blank line behind it, and the name of the next speaker. `think`, "on" or "off", opens the next
+answer as --think does.
+
+World takes the longest token that begins at a place, which no order of merges does. A regular expression does: the tree
+of the tokens' bytes, with branches that begin with different bytes and optional ends. The last token that ended on the
+way remains where no branch goes on. It cuts the text; the model is then a table of whole words.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
 from ..data.tokenizer import JsonTokenizer, Tokenizer
-from ..data.turns import TURN_END
-from .chat_template import CHAT_TEMPLATE, cleaning
-from .world_json import MARKS, world_json
+from ..data.tools import ASKED
+from ..data.turns import CALLS, OPENINGS, SPEAKERS, TURN_END
+
+CLEANING = (  # as data/turns.cleaned
+    "{%- if name != 'Assistant' -%}"
+    r"{%- set lines = turn.words.replace('\r\n', '\n').split('\n') -%}"
+    "{%- set turn.words = '' -%}"
+    "{%- for line in lines if line -%}"
+    r"{%- set turn.words = turn.words + ('\n' if turn.words else '') + line -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+)
+CHAT_TEMPLATE = (
+    f"{{%- set names = { {role: name for role, name in SPEAKERS.items() if role not in CALLS} } -%}}"
+    "{%- set told = namespace(tools='') -%}"
+    "{%- for tool in tools or [] -%}"
+    "{%- set told.tools = told.tools + (tool['function'] if tool['function'] is defined else tool)|tojson + '\n' -%}"
+    "{%- endfor -%}"
+    "{%- if tools -%}"
+    f"{{%- set told.tools = '<tools>\n' + told.tools + '</tools>\n{ASKED}' -%}}"
+    "{%- if names[messages[0]['role']|lower] != 'System' -%}{{- 'System: ' + told.tools + '\n\n' -}}{%- endif -%}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- set name = names[message['role']|lower] or raise_exception('the role ' + message['role'] + ' has no name') -%}"
+    "{%- set content = message['content'] or '' -%}"
+    "{%- set turn = namespace(words=content if content is string else '') -%}"
+    "{%- for part in ([] if content is string else content) -%}"
+    "{%- if part['text'] is not string -%}{{- raise_exception('a part of a content is no text') -}}{%- endif -%}"
+    "{%- set turn.words = turn.words + part['text'] -%}"
+    "{%- endfor -%}"
+    f"{CLEANING}"
+    "{%- set turn.words = turn.words|trim -%}"
+    "{%- for called in message['tool_calls'] or [] -%}"
+    "{%- set call = called['function'] if called['function'] is defined else called -%}"
+    "{%- set given = call['arguments'] or {} -%}"
+    "{%- set given = given if given is string else given|tojson -%}"
+    "{%- set call = '{\"name\": ' + call['name']|tojson + ', \"arguments\": ' + given + '}' -%}"
+    "{%- set turn.words = turn.words + ('\n' if turn.words else '') + '<tool_call>\n' + call + '\n</tool_call>' -%}"
+    "{%- endfor -%}"
+    "{%- if loop.first and name == 'System' and tools -%}"
+    "{%- set turn.words = turn.words + ('\n' if turn.words else '') + told.tools -%}"
+    "{%- endif -%}"
+    "{%- set words = ' ' + turn.words + '\n\n' -%}"
+    "{%- if name == 'Assistant' -%}{{- 'Assistant:' -}}{% generation %}{{- words -}}{% endgeneration %}"
+    "{%- elif loop.previtem is defined and names[loop.previtem['role']|lower] == 'Assistant' -%}"
+    "{% generation %}{{- name + ':' -}}{% endgeneration %}{{- words -}}"
+    "{%- else -%}{{- name + ':' + words -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    f"{{{{- 'Assistant:' + ({dict(OPENINGS)}[think] if think else '') -}}}}"
+    "{%- endif -%}"
+)
+UNMARKED = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", CHAT_TEMPLATE)
+# Parts of llama.cpp do not interpret templates but recognize some by a piece of their text, which a comment holds here.
+GGUF_TEMPLATE = r"{#- {{- 'User: ' + message['content']|trim + '\n\n' -}} -#}" + UNMARKED
+
 
 FOLDER_SETTINGS = MappingProxyType(
     {
@@ -22,12 +87,21 @@ FOLDER_SETTINGS = MappingProxyType(
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
 
+END = "<|rwkv_tokenizer_end_of_text|>"  # the text of token 0, which ends a document, as published folders spell it
+MARKS = MappingProxyType(dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END))
+VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+UNSEEN = tuple(byte for byte in range(256) if byte not in VISIBLE)
+# the character that stands for each byte in the library's ByteLevel
+CHARACTERS = "".join(chr(byte if byte in VISIBLE else 256 + UNSEEN.index(byte)) for byte in range(256))
+Tree = dict[str, Any]  # {character: the tree behind it, "": whether a token ends here}
+
+
 class GgufVocabulary(NamedTuple):
     """A vocabulary as GGUF holds it.
 
     model and pre are llama.cpp's names for the tokenizer and its pre-tokenizer; tokens and types have an entry for each
-    id of the model; merges are those of byte-level BPE; end is the token that ends a document and turn_end the one that
-    ends a turn of a chat, or None; clean is that of its template (chat_template.cleaning).
+    id of the model; merges are byte-level BPE's; end is the token that ends a document and turn_end the one that
+    ends a turn of a chat, or None; clean makes its template clean turns.
     """
 
     model: str
@@ -93,8 +167,8 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
 
 
 def hf_files(tokenizer: Tokenizer, size: int, clean: bool = True) -> dict[str, bytes]:
-    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which transformers loads by itself; clean is
-    that of its chat template (chat_template.cleaning)."""
+    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which transformers loads by itself; clean
+    makes its chat template clean turns."""
     if isinstance(tokenizer, JsonTokenizer):
         content = tokenizer.path.read_bytes()
         marks: Mapping[str, str] = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
@@ -103,3 +177,56 @@ def hf_files(tokenizer: Tokenizer, size: int, clean: bool = True) -> dict[str, b
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **marks, **FOLDER_SETTINGS}
     settings["chat_template"] = cleaning(CHAT_TEMPLATE, clean)
     return {"tokenizer.json": content, "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def cleaning(template: str, clean: bool) -> str:
+    """The template with cleaning of other turns than the assistant's, or without."""
+    return template if clean else template.replace(CLEANING, "")
+
+
+def world_json(table: Sequence[bytes | None], size: int) -> bytes:
+    """Make the tokenizer.json of the first `size` entries of a table {id: bytes} (None: an id without a token)."""
+    words: dict[str, int] = {END: 0}
+    for number in range(1, size):
+        content = table[number] if number < len(table) else None
+        words[f"[PAD{number}]" if content is None else "".join(CHARACTERS[byte] for byte in content)] = number
+    tokens = [word for word, number in words.items() if number < len(table) and table[number]]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": longest(tokens)}, "behavior": "Isolated", "invert": False}
+    end = {"id": 0, "content": END, "special": True}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [end | plain],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [byte_level, cut]},
+            "decoder": byte_level,
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": ""},  # what has no token is an error
+        },
+        ensure_ascii=False,
+    ).encode()
+
+
+def longest(words: Iterable[str]) -> str:
+    """Write a regular expression that matches the longest of the words which begins at a place."""
+    root: Tree = {}
+    for word in words:
+        tree = root
+        for character in word:
+            tree = tree.setdefault(character, {})
+        tree[""] = True
+    return _expression(root)
+
+
+def _expression(tree: Tree) -> str:
+    """The expression of a tree's continuations; large branches come first, since they are the likely ones."""
+    behind = {character: _expression(below) for character, below in tree.items() if character}
+    last = "".join(_literal(character) for character, more in behind.items() if not more)
+    branches = sorted((_literal(character) + more for character, more in behind.items() if more), key=len, reverse=True)
+    leaves = ["[" + last.replace("-", r"\-") + "]"] if last else []
+    either = "|".join(leaves + branches)
+    return f"(?:{either})" + "?" * ("" in tree) if either else ""
+
+
+def _literal(character: str) -> str:
+    return "\\" + character if character in r"^$\.*+?()[]{}|/" else character

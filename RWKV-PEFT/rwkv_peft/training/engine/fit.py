@@ -24,7 +24,7 @@ from ...data.recorded import ENTRY
 from ...data.report import opening_of
 from ...memory import keep_freed_memory
 from ...plots import plot_loss, read_metrics, series
-from ...release.card import card_of, write_card
+from ...release.push import card_of, write_card
 from ..inputs import VALIDATION
 from ..measuring.learned import UNKNOWN, aim_of, blind, by_source, fall_of, held_out_line, notes_on, overfitted
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals

@@ -10,14 +10,12 @@ import torch
 from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
-from rwkv_peft.release.check import main
-from rwkv_peft.release.runtimes import Runtime, all_runtimes, reference_logits
-from rwkv_peft.release.verify import compare_structure, judge, verify, written
+from rwkv_peft.release.check import compare_structure, main
+from rwkv_peft.release.runtimes import Runtime, all_runtimes, judge, reference_logits, run_all, written
 
 # (format, largest absolute difference of logits that the runtimes' own arithmetic may make)
 BOUNDS = (("fp32", 1e-5), ("f32", 1e-5), ("f16", 4e-3), ("bf16", 2.5e-2), ("q8_0", 1e-1))
 DEMO = Path(__file__).resolve().parents[2] / "demo"
-pytestmark = pytest.mark.usefixtures("warm_python")
 
 
 def official(tiny_state, **changes):
@@ -105,7 +103,7 @@ def check(model, *flags):
 def asked_alone(monkeypatch, *names):
     """Make --runtimes ask only these."""
     runtimes = tuple(runtime for runtime in all_runtimes() if runtime.name in names)
-    monkeypatch.setattr("rwkv_peft.release.verify.all_runtimes", lambda: runtimes)
+    monkeypatch.setattr("rwkv_peft.release.runtimes.all_runtimes", lambda: runtimes)
 
 
 def test_a_table_is_printed_and_a_difference_noticed(tmp_path, tiny_state, capsys, monkeypatch):
@@ -116,7 +114,7 @@ def test_a_table_is_printed_and_a_difference_noticed(tmp_path, tiny_state, capsy
     assert "| rwkv, sequence" in text and "has the keys, order, shapes and dtypes of" in text
     asked_alone(monkeypatch, "rwkv, sequence")
     monkeypatch.setattr(
-        "rwkv_peft.release.verify.reference_logits", lambda model, tokens: reference_logits(model, tokens) + 0.1
+        "rwkv_peft.release.runtimes.reference_logits", lambda model, tokens: reference_logits(model, tokens) + 0.1
     )
     assert check(tmp_path / "m.pth", "--gguf_types") == 1
     assert "FAILED" in capsys.readouterr().out
@@ -138,16 +136,16 @@ def test_a_runtime_that_breaks_or_is_missing_is_a_row_and_the_others_are_asked(
         sound._replace(name="unlisted", package="no-package"),
         sound,
     )
-    monkeypatch.setattr("rwkv_peft.release.verify.all_runtimes", lambda: runtimes)
+    monkeypatch.setattr("rwkv_peft.release.runtimes.all_runtimes", lambda: runtimes)
     save_model(tmp_path / "m.pth", official(tiny_state))
     assert check(tmp_path / "m.pth") == 1
     rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert "failed: RuntimeError: no such instruction" in rows["broken"]
-    assert "not asked: pip install some-thing" in rows["absent"]
+    assert "not run: pip install some-thing" in rows["absent"]
     assert "failed: PackageNotFoundError" in rows["unlisted"]
     assert "0.0e+00" in rows["sound"]
-    monkeypatch.setattr("rwkv_peft.release.verify.all_runtimes", lambda: runtimes[1:2])
-    with pytest.raises(UserError, match="no runtime was asked"):
+    monkeypatch.setattr("rwkv_peft.release.runtimes.all_runtimes", lambda: runtimes[1:2])
+    with pytest.raises(UserError, match="no runtime ran"):
         check(tmp_path / "m.pth")
 
 
@@ -159,15 +157,15 @@ def test_gguf_needs_its_writer_too(monkeypatch):
 
 def test_runtimes_that_cannot_take_a_model_are_not_asked(tiny_state, monkeypatch):
     asked_alone(monkeypatch, "rwkv-simple")
-    (row,) = verify(base_of(tiny_state(n_layer=1)), length=4)
-    assert row.difference is None and "not asked" in row.note
+    (row,) = run_all(base_of(tiny_state(n_layer=1)), length=4)
+    assert row.difference is None and "not run" in row.note
 
 
 @pytest.mark.parametrize("changes", [{"head_size": 32}, {"head_size": 16, "dim_ffn": 100}])
 def test_rwkv_simple_is_asked_for_every_head_size(tiny_state, monkeypatch, changes):
     pytest.importorskip("rwkv_simple")
     asked_alone(monkeypatch, "rwkv-simple")
-    (row,) = verify(base_of(official(tiny_state, **changes)))
+    (row,) = run_all(base_of(official(tiny_state, **changes)))
     assert row.difference is not None and not row.failed, row
 
 

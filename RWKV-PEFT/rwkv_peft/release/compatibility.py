@@ -1,0 +1,142 @@
+"""Checks that an adapter fits a base: its generation, names, shapes, number of blocks, and an effect."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..adapters.change import Params
+from ..adapters.method import Method
+from ..checkpoints.adapter_file import Adapter
+from ..checkpoints.base import Base
+from ..checkpoints.rwkv_peft_file import SOURCE as RWKV_PEFT
+from ..checkpoints.tensors import TensorSpec
+from ..cli.errors import UserError, short
+from ..config import AdapterConfig, ModelConfig
+from ..models import FAMILIES, family_named
+from ..models.family import Family
+from ..models.state import time_state_shapes
+
+Adapters = Sequence[tuple[str | Path, Adapter]]  # (name, Adapter) in the order of their application
+ONES = AdapterConfig(rank=1, mini_rank=1, entries=1)  # the smallest sizes: only the number of dimensions is read
+
+
+def check_generations(base: Base, adapters: Adapters) -> None:
+    """Raise UserError if an adapter was trained on another generation. Some layers of two generations share names and
+    shapes but compute different things."""
+    for name, adapter in adapters:
+        version = adapter.metadata.generation
+        if version not in ("", base.family.version):
+            raise UserError(
+                f"{name} was trained on an {family_named(version).name}, and {base.path} is an {base.family.name}: "
+                "give the adapter's own base"
+            )
+
+
+def check_fit(name: str | Path, adapter: Adapter, base: Base) -> None:
+    """Raise UserError unless each tensor of an Adapter has a place in a Base and the shape that is due there, and at
+    least one changes something."""
+    modules, whole = adapter.modules(), adapter.whole()
+    keys = [f"{module}.weight" for module in modules] + list(whole)
+    shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(base.config)
+    if lost := [key for key in keys if key not in shapes]:
+        raise UserError(
+            f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
+            f"{short(lost[0])}, and the base has keys such as {list(shapes)[1]}; {other_model(lost[0], base.family)}"
+        )
+    method = adapter.metadata.method
+    idle = () if method is None else method.tensors.idle
+    effective = (tensor for key, tensor in adapter.tensors.items() if key.rpartition(".")[2] not in idle)
+    if not any(torch.count_nonzero(tensor) for tensor in effective):
+        raise UserError(f"{name} changes nothing: its tensors are all zero, as in an adapter that was never trained")
+    for key, tensor in whole.items():
+        if tuple(tensor.shape) != shapes[key]:
+            raise UserError(
+                f"{name}: {key} has shape {tuple(tensor.shape)}, and the base's is {shapes[key]}; it was trained on "
+                "another model"
+            )
+    for module, params in modules.items():
+        assert method is not None  # the readers refuse tensors of no method
+        check_params(f"{name}: {module}", method, params, shapes[f"{module}.weight"])
+
+
+def other_model(key: str, family: Family) -> str:
+    """The phrase on the model that an adapter is for, if a base of this family lacks one of its keys."""
+    layer = ".".join(key.split(".")[2:-1])
+    owner = next((other.name for other in FAMILIES if layer in other.targets), family.name)
+    if layer in family.targets or owner == family.name:
+        return "it was trained on a model of other names or of more layers"
+    return f"{layer} is a layer of {owner}, and the base is an {family.name}: give the adapter's own base"
+
+
+def check_params(name: str, method: Method, params: Params, weight_shape: tuple[int, ...]) -> None:
+    """Raise UserError unless the tensors of a Method's adapter fit a weight (out, in)."""
+    if len(weight_shape) != 2:
+        raise UserError(
+            f"{name} is no linear layer: its weight has shape {weight_shape}, and an adapter changes a matrix; it was "
+            "trained on another model"
+        )
+    shapes = {key: tuple(tensor.shape) for key, tensor in params.items()}
+    dims = {key: len(shape) for key, shape in method.tensors.shapes(ONES, *weight_shape).items()}
+    if odd := [shape for key, shape in shapes.items() if 0 in shape or len(shape) != dims[key]]:
+        raise UserError(
+            f"{name} holds a tensor of shape {odd[0]}, which no {method.name} adapter has; the file is "
+            "damaged, or describes itself wrongly"
+        )
+    config = method.tensors.config(params)
+    misfit = method.tensors.fit(config, *weight_shape)
+    if misfit is not None and not misfit.too_large:
+        raise UserError(
+            f"{name} is a {method.name} adapter whose {misfit.setting} {misfit.value} {misfit.problem}, and the base "
+            f"weight has shape {weight_shape}; it was trained on another model"
+        )
+    due = method.tensors.shapes(config, *weight_shape)
+    if any(shape != due[key] for key, shape in shapes.items()):
+        given, needed = (", ".join(str(group[key]) for key in shapes) for group in (shapes, due))
+        raise UserError(
+            f"{name} is a {method.name} adapter of shape {given}, and a base weight of shape {weight_shape} needs "
+            f"{needed}; it was trained on another model, or is damaged"
+        )
+
+
+def check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
+    """Raise UserError if some layers of the output have a time state and others have none."""
+    due = time_state_shapes(config)
+    without = [key for key in due if key not in specs]
+    if without and len(without) < len(due):
+        raise UserError(
+            f"{', '.join(map(str, names))}: time states of {len(due) - len(without)} of the model's "
+            f"{len(due)} layers (there is no {without[0]}), and runtimes read a state for every layer "
+            "or for none; give the whole file that the state tuning wrote"
+        )
+
+
+def check_depth(name: str | Path, adapter: Adapter, base: Base) -> None:
+    """Raise UserError if an Adapter of RWKV-PEFT changes only the first blocks of a Base.
+
+    RWKV-PEFT's files name no base, and an adapter on all blocks of a smaller model with the same widths looks like
+    this. Any other set of blocks was chosen in training: a whole model has no gaps, and its last block gives its depth.
+    """
+    blocks, n_layer = blocks_of(adapter), base.config.n_layer
+    first = {str(number) for number in range(len(blocks))}
+    if adapter.modules() and adapter.metadata.source == RWKV_PEFT and blocks == first and 0 < len(blocks) < n_layer:
+        raise UserError(
+            f"{name} changes only the first {len(blocks)} of the {n_layer} blocks of {base.path}, as RWKV-PEFT's "
+            "adapter on all blocks of a smaller model would, and names no base; give its own base, or, if its training "
+            "chose these blocks, force it with --any_base"
+        )
+
+
+def blocks_of(adapter: Adapter) -> set[str]:
+    """The numbers of the blocks that an Adapter has tensors for, as its keys spell them."""
+    return {key.split(".")[1] for key in adapter.tensors if key.startswith("blocks.")}
+
+
+def check_unmerge(base: Base, adapters: Adapters) -> None:
+    """Raise UserError if an adapter was trained on this very Base, which then does not hold it."""
+    for name, adapter in adapters:
+        if adapter.metadata.base_fingerprint == base.fingerprint:
+            raise UserError(
+                f"--unmerge: {base.path} is the base that {name} was trained on, without the adapter; give the merged "
+                "model as --base_model (or force it with --any_base)"
+            )
