@@ -24,8 +24,7 @@ from common import ROOT, Parser, head, row, run, write_tokens
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
-from rwkv_peft.data.encode_settings import EncodeSettings
-from rwkv_peft.data.encoding import encode_chunk, encoder
+from rwkv_peft.data.encoding import EncodeSettings, encode_chunk, encoder
 from rwkv_peft.data.preprocess import write
 from rwkv_peft.data.rows import read_chunks
 from rwkv_peft.data.sources import build_samples

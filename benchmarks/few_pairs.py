@@ -21,8 +21,8 @@ from few_rows import adapted, epochs_of, laid, parted, questions, shuffled, trai
 import rwkv_peft as rp
 from rwkv_peft.config import MOST_EPOCHS
 from rwkv_peft.data.answer_samples import mismatched
-from rwkv_peft.data.collate import collate
-from rwkv_peft.data.row_forms import UNDESIRABLE
+from rwkv_peft.data.binidx import UNDESIRABLE
+from rwkv_peft.data.samples import collate
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.objectives.documents import per_document
 from rwkv_peft.training.flags.rates import automatic_rate

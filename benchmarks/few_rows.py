@@ -26,7 +26,7 @@ from rwkv_peft.cli.names import NONE
 from rwkv_peft.config import AIM, MOST_EPOCHS, AdapterConfig
 from rwkv_peft.config.methods import BONE
 from rwkv_peft.config.schedules import learning_rate
-from rwkv_peft.data.collate import collate
+from rwkv_peft.data.samples import collate
 from rwkv_peft.training.flags.rates import automatic_rate
 from rwkv_peft.training.model import estimate_gradients
 from rwkv_peft.training.step.steps import Whole

@@ -18,11 +18,11 @@ from pathlib import Path
 from common import DEMO, ROOT, Parser, run, split, write_tokens
 
 from rwkv_peft.cli.errors import exit_on_user_error
+from rwkv_peft.data.chat import TURN_END
 from rwkv_peft.data.encoding import parse
+from rwkv_peft.data.layouts import RowLayout, Template, read_template
 from rwkv_peft.data.rows import read_chunks
-from rwkv_peft.data.templates import Template, read_template, segments
 from rwkv_peft.data.tokenizer import BytesTokenizer
-from rwkv_peft.data.turns import TURN_END
 from rwkv_peft.tools.compare.command import main as compare
 
 TRAIN = ("--ctx_len", "256", "--micro_bsz", "2", "--precision", "fp32", "--warmup_steps", "10")
@@ -64,9 +64,9 @@ def demo_rows(folder):
 
 def texts_of(path, template):
     """The text of each row of a file, laid out by a template if one is named."""
-    layout = Template(read_template(template)) if template else segments
+    layout = Template(read_template(template)) if template else RowLayout()
     rows = [parse(item) for chunk in read_chunks(path) for item in chunk.items]
-    return ["".join(text for text, _ in layout(row)) for row in rows]
+    return ["".join(text for text, _ in layout.segments(row)) for row in rows]
 
 
 def tokens_of(text, utf16):

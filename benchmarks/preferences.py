@@ -12,7 +12,7 @@ the ratios to pairs on whole rows within a round. Memory is what autograd keeps 
 import torch
 from common import VERSIONS, Parser, adapter_of, head, in_turns, median_ms, new_model, ratio, row, saved_bytes
 
-from rwkv_peft.data.collate import collate
+from rwkv_peft.data.samples import collate
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.steps import NEXT_TOKEN, Whole
 

@@ -53,9 +53,9 @@ def test_workers_of_python_3_10_which_knows_no_safe_path_are_not_either(ran, tmp
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "encode_all.py").write_text(
         "from pathlib import Path\n"
-        "from rwkv_peft.data.encode_settings import EncodeSettings\n"
+        "from rwkv_peft.data.encoding import EncodeSettings\n"
+        "from rwkv_peft.data.preprocess import encode_all\n"
         "from rwkv_peft.data.rows import read_chunks\n"
-        "from rwkv_peft.data.workers import encode_all\n"
         "if __name__ == '__main__':\n"
         "    settings = EncodeSettings(tokenizer='bytes')\n"
         "    print(len(list(encode_all(read_chunks(Path('rows.txt')), settings, 2))))\n"

@@ -1,5 +1,7 @@
 """Documents of a data set, and the segments that they are made of, as text."""
 
+from itertools import groupby
+
 from rwkv_peft.data.tokenizer import load_tokenizer
 
 USER, GOOD = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
@@ -29,3 +31,10 @@ def chat(*contents, **fields):
     """A row of turns, the user's and the assistant's in turn, with more fields of the last one."""
     turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
     return {"messages": [*turns[:-1], turns[-1] | fields]}
+
+
+def marked(parts):
+    """The text of segments, with [[ ]] around each part that counts."""
+    runs = groupby(parts, key=lambda part: part[1])
+    texts = [("".join(words for words, _ in run), counts) for counts, run in runs]
+    return "".join(f"[[{words}]]" if counts else words for words, counts in texts)

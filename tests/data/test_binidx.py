@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.prefix import binidx_prefix
+from rwkv_peft.data.recorded import binidx_prefix
 from rwkv_peft.data.shard_writer import ShardWriter
 
 IDX = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ2i2q3q", 1, 8, 2, 3, 3, 1, 0, 6, 0, 1, 2)

@@ -12,7 +12,7 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data import masks
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.masks import describe_mask, find, make_mask
-from rwkv_peft.data.prefix import default_mask
+from rwkv_peft.data.recorded import default_mask
 from rwkv_peft.data.shard_writer import ShardWriter
 
 

@@ -1,20 +1,21 @@
-"""preprocess leaves a whole set of files, or none, if a disk refuses, a signal ends it, or names are taken."""
+"""preprocess leaves a whole set of files, or none, for any end of it; and finds repeated rows wherever they are."""
 
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.preprocess import main
-from rwkv_peft.data.shard_writer import JOURNAL
+from rwkv_peft.data.preprocess import DIGEST, Seen, main
 
 
 def command(folder, *flags):
@@ -66,7 +67,7 @@ def endless(tmp_path):
 
         feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
-        while not any(path.stat().st_size for path in tmp_path.glob(".data.unfinished/*.bin")):
+        while not any(path.stat().st_size for path in tmp_path.glob(".data.bin.*.tmp/*.bin")):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         yield process
@@ -84,7 +85,7 @@ def test_ctrl_c_on_a_terminal_is_one_word(endless, tmp_path):
     assert endless.returncode == 130 and said[-1] == "interrupted"
     assert [line for line in said[:-1] if line and "tokenizing" not in line] == []
     left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
-    assert left == ["in.jsonl"] or f".data.unfinished/{JOURNAL}" in left  # which a slow machine has noted by then
+    assert left == ["in.jsonl"]
 
 
 def test_workers_end_with_the_process_that_began_them(endless):
@@ -108,20 +109,6 @@ def test_outputs_that_cannot_be_written_are_told_before_the_work(tmp_path):
     assert (tmp_path / "in.jsonl").read_text().startswith('{"text"')
 
 
-def test_a_link_that_was_planted_is_not_written_through(tmp_path):
-    rows(tmp_path)
-    (tmp_path / "precious").write_text("kept")
-    (tmp_path / "out").mkdir()
-    for name in (".data.bin.tmp", ".data.idx.tmp", ".data.json.tmp", "data.idx"):
-        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
-    command(tmp_path, "--overwrite")
-    assert (tmp_path / "precious").read_text() == "kept"
-    (tmp_path / "out" / ".data.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="cannot write"):
-        command(tmp_path)
-    assert (tmp_path / "precious").read_text() == "kept"
-
-
 @pytest.mark.parametrize("killed", [".bin", ".json", ".idx"])
 def test_a_kill_between_the_names_leaves_no_set_of_two_halves(tmp_path, monkeypatch, killed):
     """There is an older set of the same sizes, which the new index would fit."""
@@ -131,7 +118,7 @@ def test_a_kill_between_the_names_leaves_no_set_of_two_halves(tmp_path, monkeypa
     replace = os.replace
 
     def until(source, target):
-        if str(target).endswith(killed):
+        if str(target).endswith(f"data{killed}"):
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -169,3 +156,61 @@ def test_a_data_set_of_another_tool_is_replaced_on_request_alone(tmp_path):
     with pytest.raises(UserError, match="data.bin exists, made from"):
         command(tmp_path)
     assert command(tmp_path, "--overwrite") == 0
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Rows in many chunks, some of them repeated, and a text that goes on over chunks."""
+    monkeypatch.setattr("rwkv_peft.data.rows.CHUNK_BYTES", 200)
+    content = [{"query": str(n % 13), "response": "r" * (n % 13), "weight": 1 + n % 2} for n in range(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (tmp_path / "text.txt").write_text("".join(f"line {n}\n" for n in range(600)))
+    return tmp_path
+
+
+def command_of(folder, name, *flags):
+    inputs = [str(folder / file) for file in ("in.jsonl", "text.txt")]
+    return main([*inputs, "--output", str(folder / name), *flags])
+
+
+def test_a_refusal_leaves_nothing(small):
+    (small / "in.jsonl").write_text((small / "in.jsonl").read_text() + "no JSON\n")
+    with pytest.raises(UserError, match="line 61: not JSON"):
+        command_of(small, "data")
+    assert {path.name for path in small.iterdir()} == {"in.jsonl", "text.txt"}
+
+
+def test_repeated_rows_are_counted_or_dropped(small, capfd):
+    command_of(small, "all")
+    assert "note: 47 rows the same as an earlier one" in capfd.readouterr().out
+    command_of(small, "first", "--drop_duplicates")
+    out = capfd.readouterr().out
+    assert "47 rows the same as an earlier one, dropped" in out and "note: 47" not in out
+    kept, everything = BinidxDataset(small / "first"), BinidxDataset(small / "all")
+    assert len(everything) == 61 and len(kept) == 14  # weights apart, 13 rows and the text
+    due = [*range(13), 60]
+    assert [document.tobytes() for document in kept] == [everything[number].tobytes() for number in due]
+    for number, place in enumerate(due):
+        assert kept.weights[number] == everything.weights[place]
+
+
+def test_digests_are_found_again_in_any_order():
+    draw = random.Random(0)
+    seen, known, counts = Seen(), set(), Counter()
+    for _ in range(60):
+        digests = [
+            bytes([0] * draw.choice((0, 12))).ljust(DIGEST, bytes([draw.randrange(200)]))
+            for _ in range(draw.randrange(9))
+        ]
+        due = []
+        for digest in digests:
+            due.append(digest in known)
+            known.add(digest)
+        assert seen.add(b"".join(digests)).tolist() == due
+        counts.update(due)
+        assert len(seen) == len(known) and sum(run.nbytes for run in seen.runs) == DIGEST * len(known)
+        assert all(len(left) >= 2 * len(right) for left, right in zip(seen.runs, seen.runs[1:]))
+    assert min(counts.values()) > 50
+    few = Seen(3)
+    few.add(b"".join(bytes([n]) * DIGEST for n in range(1, 5)))
+    assert few.add(bytes([9]) * DIGEST * 2).tolist() == [False, True] and len(few) == 4

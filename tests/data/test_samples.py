@@ -1,16 +1,22 @@
-"""Samples: every token or document once an epoch, in an order that the seed draws."""
+"""Samples: every token or document once an epoch, in an order of the seed; packed rows; parts for validation."""
 
 import random
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data import samples as module
+from rwkv_peft.data.batches import EvalBatches, TrainBatches
+from rwkv_peft.data.order import Permutation, is_prime, magic_prime
+from rwkv_peft.data.samples import pack
 from rwkv_peft.data.shard_writer import ShardWriter
-from rwkv_peft.data.sources import build_samples
+from rwkv_peft.data.sources import build_samples, split_samples
 
 
 @pytest.fixture
@@ -119,10 +125,8 @@ def test_long_documents_are_cut_and_counted(make):
     assert "1 document of fewer than 2 tokens is left out" in text
 
 
-@pytest.mark.parametrize("stretch", [1, 40, 1 << 14])
 @pytest.mark.parametrize("mask", ["file", "qa"])
-def test_answers_behind_the_cut_are_counted_wherever_documents_lie(make, monkeypatch, stretch, mask):
-    monkeypatch.setattr(module, "STRETCH", stretch)
+def test_answers_behind_the_cut_are_counted_wherever_documents_lie(make, mask):
     rng = random.Random(0)
     documents = [[rng.choice((5, 6, 7)) for _ in range(rng.randrange(1, 24))] for _ in range(60)]
     masks = [[rng.random() < 0.1 for _ in document] for document in documents]
@@ -153,3 +157,126 @@ def test_contradictions_are_named(make, settings, message):
 def test_documents_too_short_to_predict_are_an_error(make):
     with pytest.raises(UserError, match="nothing to predict"):
         make([[1], [2]], dataload="pad")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config(documents, **settings) -> the DataConfig of a data set that holds them."""
+
+    def make(documents, **settings):
+        with ShardWriter(tmp_path / "data") as writer:
+            for document in documents:
+                writer.add(document)
+        return DataConfig(path=str(tmp_path / "data"), **settings)
+
+    return make
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=80))
+@settings(max_examples=80, deadline=None)
+def test_rows_hold_each_document_once_and_never_too_much(lengths):
+    rows = pack(np.array(lengths), 20)
+    assert sorted(position for row in rows for position in row) == list(range(len(lengths)))
+    loads = sorted(sum(lengths[position] for position in row) for row in rows)
+    assert loads[-1] <= 20
+    assert len(rows) == 1 or loads[0] + loads[1] > 20  # no two rows would fit into one
+
+
+def test_a_packed_batch_holds_the_documents_and_where_they_begin(config):
+    documents = [[100 * i + j for j in range(2 + i)] for i in range(12)]
+    samples = build_samples(config(documents, ctx_len=16, dataload="pack"), 65536)
+    batches, seen = iter(TrainBatches(samples, 2)), []
+    for _ in range(0, len(samples), 2):
+        batch = next(batches)
+        begins = batch["cu_seqlens"].tolist()
+        assert batch["tokens"].shape == batch["targets"].shape == batch["mask"].shape == (1, begins[-1])
+        assert batch["cu_seqlens"].dtype == torch.int64 and batch["mask"].all()
+        assert begins[-1] <= 2 * 16 and batch["step_count"] == int(batch["mask"].sum())
+        for begin, end in zip(begins, begins[1:]):
+            seen.append([*batch["tokens"][0, begin:end].tolist(), int(batch["targets"][0, end - 1])])
+            assert seen[-1][1:] == batch["targets"][0, begin:end].tolist()
+    batches.close()
+    assert {tuple(document) for document in seen} == {tuple(document) for document in documents}
+
+
+def test_packing_says_how_full_the_rows_are_and_what_it_cuts(config):
+    samples = build_samples(config([[1] * 9, [2] * 5, [3] * 5, [4] * 30], ctx_len=8, dataload="pack"), 65536)
+    assert len(samples) == 3
+    assert "packed into 3 rows of --ctx_len 8, 100.0% full" in samples.notes
+    assert any("1 document of more than --ctx_len 8" in note for note in samples.notes)
+
+
+@pytest.mark.parametrize("dataload", ["get", "pad", "only", "pack"])
+def test_a_split_shares_nothing_and_loses_nothing(config, dataload):
+    documents = [[i + 1] * (3 + i % 3) for i in range(60)]
+    made = config(documents, ctx_len=4, dataload=dataload)
+    whole = build_samples(made, 65536)
+    train, held_out = split_samples(made, 65536, 0.1)
+    units = [{samples.unit(n) for n in range(len(samples))} for samples in (whole, train, held_out)]
+    assert units[1] | units[2] == units[0] and not units[1] & units[2]
+    assert len(held_out) == round(0.1 * len(whole)) == len(units[2])
+    assert {train.unit(n) for n in range(len(train), 2 * len(train))} == units[1]
+    again = split_samples(made, 65536, 0.1)[1]
+    assert {again.unit(n) for n in range(len(again))} == units[2]
+    assert any("kept for validation" in note for note in train.notes)
+    other = replace(made, seed=made.seed + 1)
+    drawn = [split_samples(each, 65536, 0.1, seed)[1] for each, seed in ((made, 7), (other, 7), (other, made.seed))]
+    by_seven, again_by_seven, by_the_first = ({held.unit(n) for n in range(len(held))} for held in drawn)
+    assert by_seven == again_by_seven != units[2] == by_the_first
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 0.99])
+def test_a_split_that_leaves_nothing_is_named(config, fraction):
+    with pytest.raises(UserError, match="--val_split"):
+        split_samples(config([[1, 2], [3, 4]], dataload="pad"), 65536, fraction)
+
+
+@pytest.mark.parametrize("dataload", ["pad", "pack"])
+@pytest.mark.parametrize("world_size, micro_bsz", [(1, 1), (1, 4), (2, 3), (3, 2)])
+def test_validation_reads_every_sample_once_on_as_many_batches_a_rank(config, dataload, world_size, micro_bsz):
+    samples = build_samples(config([[i + 1] * 3 for i in range(13)], ctx_len=4, dataload=dataload), 65536)
+    counted, lengths = [], set()
+    for rank in range(world_size):
+        batches = EvalBatches(samples, micro_bsz, rank, world_size)
+        lengths.add(len(list(batches)))
+        assert len(batches) == len(list(batches))
+        for batch in batches:
+            counted += batch["targets"][batch["mask"]].tolist()
+    assert len(lengths) == 1
+    assert sorted(counted) == sorted([i + 1 for i in range(13)] * 2)
+
+
+@pytest.mark.parametrize("size", [*range(1, 70), 509, 510, 512, 1000])
+def test_every_position_once(size):
+    for key in ((0, 0), (0, 1), (7, 0)):
+        assert sorted(Permutation(size, *key)) == list(range(size))
+
+
+def test_the_order_is_the_keys_alone():
+    assert list(Permutation(100, 42, 3)) == list(Permutation(100, 42, 3))
+    orders = {tuple(Permutation(100, seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_the_order_mixes():
+    order = list(Permutation(10007, 42, 0))
+    half = sum(order[:5003]) / 5003
+    assert abs(half - 5003) < 250
+    assert sum(abs(a - b) == 1 for a, b in zip(order, order[1:])) < 20
+
+
+def test_large_sizes_cost_nothing():
+    order = Permutation(10**12, 1)
+    assert len({order[i] for i in range(1000)}) == 1000
+
+
+def test_primes():
+    sieve = [n for n in range(2, 2000) if all(n % d for d in range(2, int(n**0.5) + 1))]
+    assert [n for n in range(2000) if is_prime(n)] == sieve
+    assert not is_prime(3215031751) and is_prime(2**61 - 1)
+
+
+def test_magic_prime_is_the_one_that_rwkv_lm_uses():
+    assert magic_prime(1498226207, 512) == 2926181  # MiniPile, as its README quotes
+    assert magic_prime(1498226207, 4096) == 365759
+    assert magic_prime(20, 10) is None

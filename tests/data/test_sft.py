@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import rwkv_peft.data.sft as sft
+import rwkv_peft.data.sources as sft
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.sft import prepare_sft
-from rwkv_peft.data.sources import build_samples
+from rwkv_peft.data.sources import build_samples, prepare_sft
 from rwkv_peft.data.tokenizer import load_tokenizer
 
 
@@ -144,7 +143,9 @@ def test_a_folder_that_datasets_wrote(config, tmp_path):
 def test_a_cache_that_cannot_be_written_names_the_variable(config, tmp_path):
     rows = config(ROWS)
     (tmp_path / "cache").touch()
-    with pytest.raises(UserError, match="kept in .*cache.*Not a directory.*point XDG_CACHE_HOME elsewhere"):
+    with pytest.raises(
+        UserError, match="cache.* cannot be written .*Not a directory.* kept there, and XDG_CACHE_HOME names another"
+    ):
         prepare_sft(rows)
 
 
@@ -154,6 +155,6 @@ def test_a_disk_of_the_cache_that_is_full_names_the_variable(config, monkeypatch
     def full(writer, *files):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("rwkv_peft.data.token_files.Shard.write_index", full)
+    monkeypatch.setattr("rwkv_peft.data.shard_writer.Shard.complete", full)
     with pytest.raises(UserError, match="disk is full; .* kept there, and XDG_CACHE_HOME names another place"):
         prepare_sft(rows)

@@ -10,10 +10,9 @@ import torch
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
-from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.prefix import default_mask
+from rwkv_peft.data.binidx import BinidxDataset, open_dataset
 from rwkv_peft.data.preprocess import main
-from rwkv_peft.data.shards import open_dataset
+from rwkv_peft.data.recorded import default_mask
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.training.saving.resume import digest_of_data
 

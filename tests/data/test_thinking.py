@@ -2,23 +2,21 @@
 
 import json
 import re
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.documents import chat
+from data.documents import chat, marked
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encode_settings import EncodeSettings
-from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.encoding import EncodeSettings
+from rwkv_peft.data.layouts import RowLayout
+from rwkv_peft.data.preprocess import encode_all, main
 from rwkv_peft.data.rows import Chunk
-from rwkv_peft.data.sft import prepare_sft
-from rwkv_peft.data.templates import segments
+from rwkv_peft.data.sources import prepare_sft
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.data.workers import encode_all
 
 
 @pytest.fixture
@@ -35,13 +33,6 @@ def preprocess(tmp_path):
         return [marked(row) for row in rows]
 
     return run
-
-
-def marked(parts):
-    """The text of segments, with [[ ]] around each part that counts."""
-    runs = groupby(parts, key=lambda part: part[1])
-    texts = [("".join(text for text, _ in run), counts) for counts, run in runs]
-    return "".join(f"[[{text}]]" if counts else text for text, counts in texts)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +53,7 @@ def marked(parts):
     ],
 )
 def test_thinking_is_opened_as_g1_is_asked(row, think, expected):
-    assert marked(segments(row, think)) == f"User: Q\n\n{expected}"
+    assert marked(RowLayout(think).segments(row)) == f"User: Q\n\n{expected}"
 
 
 def test_fields_and_templates_have_thinking_too(preprocess):
@@ -123,6 +114,6 @@ def test_thinking_that_has_no_place_is_refused(preprocess, row, flags, message):
 def test_the_documented_ways_are_those_of_the_code():
     page = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
     for think in ("", "on", "off"):
-        text = marked(segments({"query": "2+2?", "response": "4", "reasoning": "2 and 2."}, think))
+        text = marked(RowLayout(think).segments({"query": "2+2?", "response": "4", "reasoning": "2 and 2."}))
         answer = text.removeprefix("User: 2+2?\n\n").replace("\n", "⏎")
         assert f"| `{answer}` | {f'`{think}`' if think else ''} |".replace("|  |", "| |") in page

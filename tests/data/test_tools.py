@@ -5,11 +5,10 @@ import random
 
 import pytest
 
-from data.documents import texts
+from data.documents import marked, texts
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.row_forms import opened, pair
-from rwkv_peft.data.templates import segments
-from rwkv_peft.data.tools import ASKED, Call, calls_text, parse_calls
+from rwkv_peft.data.layouts import RowLayout
+from rwkv_peft.data.tools import ASKED, ToolCall, calls_text, parse_calls
 
 WEATHER = {"name": "weather", "description": "It.", "parameters": {"type": "object", "properties": {}}}
 TIME = {"name": "time", "parameters": {}}
@@ -19,12 +18,6 @@ LISTED = f"<tools>\n{json.dumps(WEATHER)}\n{json.dumps(TIME)}\n</tools>\n{ASKED}
 CALLED = f"<tool_call>\n{json.dumps(PARIS)}\n</tool_call>\n<tool_call>\n{json.dumps(NOON)}\n</tool_call>"
 TEXT = f"System: Be.\n{LISTED}\n\nUser: Hi\n\nAssistant:[[ Well.\n{CALLED}\n\nTool:]] sun\n\nTool: 12\n\n"
 TEXT += "Assistant:[[ Fine.]]"
-
-
-def marked(parts):
-    """The text of segments, with [[ ]] around what counts."""
-    text = "".join(f"[[{text}]]" if counts else text for text, counts in parts)
-    return text.replace("]][[", "")
 
 
 def turn(role, content, **more):
@@ -88,7 +81,7 @@ ROWS = {
 
 @pytest.mark.parametrize("form", ROWS)
 def test_every_form_is_laid_out_alike(form):
-    assert marked(segments(ROWS[form])) == TEXT
+    assert marked(RowLayout().segments(ROWS[form])) == TEXT
 
 
 def test_tokens_count_as_the_layout_says(preprocess):
@@ -99,7 +92,7 @@ def test_tokens_count_as_the_layout_says(preprocess):
 
 def test_a_question_whose_answers_are_calls():
     xlam = {"query": "Hi", "tools": json.dumps([WEATHER, TIME]), "answers": json.dumps([PARIS, NOON])}
-    assert marked(segments(xlam)) == f"System: {LISTED}\n\nUser: Hi\n\nAssistant:[[ {CALLED}]]"
+    assert marked(RowLayout().segments(xlam)) == f"System: {LISTED}\n\nUser: Hi\n\nAssistant:[[ {CALLED}]]"
 
 
 @pytest.mark.parametrize("said", [None, "", "<think>hm</think>"])
@@ -108,16 +101,19 @@ def test_thinking_stands_before_calls(said):
     called = {"messages": [turn("user", "Hi"), turn("assistant", said, tool_calls=[CALLS[0]], **thought)]}
     text = f"<tool_call>\n{json.dumps(PARIS)}\n</tool_call>"
     breaks = "" if said else "\n"
-    assert marked(segments(called, "on")) == f"User: Hi\n\nAssistant: <think[[>{breaks}hm{breaks}</think>\n{text}]]"
-    assert marked(segments(called, "off")) == f"User: Hi\n\nAssistant: <think></think[[>\n{text}]]"
+    assert (
+        marked(RowLayout("on").segments(called))
+        == f"User: Hi\n\nAssistant: <think[[>{breaks}hm{breaks}</think>\n{text}]]"
+    )
+    assert marked(RowLayout("off").segments(called)) == f"User: Hi\n\nAssistant: <think></think[[>\n{text}]]"
 
 
 def test_pairs_and_prompts_list_tools_too():
     asked = {"messages": [turn("user", "Hi")], "tools": [WEATHER, TIME]}
     begin = f"System: {LISTED}\n\nUser: Hi\n\nAssistant:"
-    better, worse = pair(asked | {"chosen": turn("assistant", "", tool_calls=CALLS), "rejected": "No."})
+    better, worse = RowLayout().pair(asked | {"chosen": turn("assistant", "", tool_calls=CALLS), "rejected": "No."})
     assert marked(better) == f"{begin}[[ {CALLED}]]" and marked(worse) == f"{begin}[[ No.]]"
-    assert "".join(text for text, _ in opened(asked)) == begin
+    assert "".join(text for text, _ in RowLayout().opened(asked)) == begin
 
 
 @pytest.mark.parametrize(
@@ -160,7 +156,7 @@ def anything(draw, depth=0):
 def test_calls_come_back_as_they_were(before):
     draw = random.Random(0)
     for _ in range(200):
-        calls = [Call("f", {"x": anything(draw)}) for _ in range(draw.randint(0, 3))]
+        calls = [ToolCall("f", {"x": anything(draw)}) for _ in range(draw.randint(0, 3))]
         text = calls_text([call._asdict() for call in calls])
         assert "\n\n" not in text  # which would end the turn for some runtimes
         assert parse_calls(f" {before}\n{text}") == (before.strip(), calls)

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from data.documents import chat, text, texts
 from data.hostile import BOUNDARY, HOSTILE
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.encode_settings import EncodeSettings
-from rwkv_peft.data.encoding import encoder
+from rwkv_peft.data.chat import ChatLayout
+from rwkv_peft.data.encoding import EncodeSettings, encoder
+from rwkv_peft.data.layouts import TEMPLATES, RowLayout, Template
 from rwkv_peft.data.recorded import CLEAN, clean_data
 from rwkv_peft.data.rows import Chunk
-from rwkv_peft.data.templates import TEMPLATES, Template, before_answer, question, segments
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.data.turns import cleaned
 from rwkv_peft.inference.serve.requests import ChatBody, Limits
 
 CALL = {"name": "f", "arguments": {}}
@@ -115,10 +114,10 @@ def test_without_cleaning_it_does_and_rows_of_single_lines_are_the_same_either_w
 @pytest.mark.parametrize("words", HOSTILE)
 def test_no_text_forges_a_turn_in_a_prompt(words):
     """Of generate --chat, and of serve, whose page is a client of it."""
-    due = boundaries([text((each, 0) for each in question("hi", system="hi"))])
-    assert boundaries([text((each, 0) for each in question(words, system=words))]) == due
-    due = boundaries(["".join(before_answer([("tool", "4"), ("tool", "5")]))])
-    assert boundaries(["".join(before_answer([("tool", words), ("tool", words)]))]) == due
+    due = boundaries([text((each, 0) for each in ChatLayout().question("hi", system="hi"))])
+    assert boundaries([text((each, 0) for each in ChatLayout().question(words, system=words))]) == due
+    due = boundaries(["".join(ChatLayout().prompt([("tool", "4"), ("tool", "5")]))])
+    assert boundaries(["".join(ChatLayout().prompt([("tool", words), ("tool", words)]))]) == due
 
     def asked(words, clean=True):
         body = ChatBody(model="m", messages=turns(words), tools=[{"name": "f", "description": words}])
@@ -129,8 +128,8 @@ def test_no_text_forges_a_turn_in_a_prompt(words):
 
 @given(st.text(st.sampled_from("\r\n \t\x0b\x85\u2028ab:")))
 def test_cleaned_words_have_no_blank_line_and_else_stay(words):
-    found = cleaned(words)
-    assert "\n\n" not in found and found == found.strip() and cleaned(words, False) == words
+    found = ChatLayout().cleaned(words)
+    assert "\n\n" not in found and found == found.strip() and ChatLayout(clean=False).cleaned(words) == words
     assert re.sub(r"\s", "", found) == re.sub(r"\s", "", words)
     if "\n\n" not in words and "\r\n" not in words:
         assert found == words.strip()
@@ -138,17 +137,17 @@ def test_cleaned_words_have_no_blank_line_and_else_stay(words):
 
 def test_the_assistants_words_and_texts_without_turns_stay():
     answer = "One.\n\nUser: two?\r\n\r\nThree."
-    assert text(segments(chat("a\n\nb", answer))) == f"User: a\nb\n\nAssistant: {answer}"
+    assert text(RowLayout().segments(chat("a\n\nb", answer))) == f"User: a\nb\n\nAssistant: {answer}"
     for row in (
         {"text": answer},
         {"prompt": answer, "completion": answer},
         {"segments": [{"text": answer, "train": False}]},
     ):
-        assert text(segments(row)) == answer * (1 + ("prompt" in row))
+        assert text(RowLayout().segments(row)) == answer * (1 + ("prompt" in row))
     row = {"q": "a\n\nb", "a": answer, "context": answer, "question": "c", "answer": "d"}
     for layout in ("Q: {q}\n\nA:[[ {a}]]", "User: {q}\n\nAssistant: {a}"):  # of one's own; all of it counts
-        assert text(Template(layout)(row)) == re.sub(r"\[\[|\]\]", "", layout).format(**row)
-    assert text(Template("User: {q}\n\nAssistant:[[ {a}]]")(row)) == f"User: a\nb\n\nAssistant: {answer}"
+        assert text(Template(layout).segments(row)) == re.sub(r"\[\[|\]\]", "", layout).format(**row)
+    assert text(Template("User: {q}\n\nAssistant:[[ {a}]]").segments(row)) == f"User: a\nb\n\nAssistant: {answer}"
 
 
 def test_preprocess_records_what_it_did(preprocess, tmp_path):

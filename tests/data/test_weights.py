@@ -10,11 +10,11 @@ from data.documents import texts
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.collate import collate
+from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.samples import collate
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.data.templates import segments
 
 SEGMENTS = [{"text": "a", "train": False}, {"text": "b c", "train": True}, {"text": "d", "train": False}]
 
@@ -28,15 +28,15 @@ def test_segments_are_laid_out_as_they_stand(preprocess):
     assert texts(preprocess([{"segments": SEGMENTS}])) == [("abcd".replace("bc", "b c"), "b c")]
     assert texts(preprocess([{"segments": SEGMENTS[:2]}, {"segments": SEGMENTS}]))[0] == ("ab c", "b c")
     axolotl = [{"text": part["text"], "label": part["train"]} for part in SEGMENTS]
-    assert segments({"segments": axolotl}) == segments({"segments": SEGMENTS})
+    assert RowLayout().segments({"segments": axolotl}) == RowLayout().segments({"segments": SEGMENTS})
 
 
 @pytest.mark.parametrize(
     "off", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}, {"training": False}, {"loss": False}]
 )
 def test_a_turn_that_does_not_count_leaves_the_same_text(off):
-    whole = segments(turns(("Q", {}), ("A", {"weight": 1}), ("R", {"weight": 0}), ("B", {"train": True})))
-    part = segments(turns(("Q", {}), ("A", off), ("R", {}), ("B", {})))
+    whole = RowLayout().segments(turns(("Q", {}), ("A", {"weight": 1}), ("R", {"weight": 0}), ("B", {"train": True})))
+    part = RowLayout().segments(turns(("Q", {}), ("A", off), ("R", {}), ("B", {})))
     assert [text for text, _ in part] == [text for text, _ in whole]
     assert [text for text, counts in whole if counts] == [" A", "\n\n", "User:", " B"]
     assert [text for text, counts in part if counts] == [" B"]

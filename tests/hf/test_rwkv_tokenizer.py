@@ -7,8 +7,8 @@ from jinja2 import TemplateError
 
 import rwkv_peft as rp
 from data.hostile import BOUNDARY, HOSTILE
-from rwkv_peft.data.templates import segments
-from rwkv_peft.data.turns import CALLS, OPENINGS, SPEAKERS
+from rwkv_peft.data.chat import ONLY_CALLS, OPENINGS, SPEAKERS
+from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.hf import RWKVTokenizer
 from rwkv_peft.hf.rwkv_tokenizer import WORLD_FILE
 from rwkv_peft.inference.serve.requests import ChatBody, Limits
@@ -57,7 +57,10 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"é": 1}}
 @pytest.mark.parametrize("turns", [CHAT, CHAT[1:3], CHAT[2:]])
 def test_chats_and_what_counts_of_them_are_those_of_rows(turns, tools):
     """As trl's assistant_only_loss asks for it; the template ends every turn with a blank line, also the last."""
-    tokenizer, parts = RWKVTokenizer("bytes"), [*segments({"messages": turns, "tools": tools}), ("\n\n", True)]
+    tokenizer, parts = (
+        RWKVTokenizer("bytes"),
+        [*RowLayout().segments({"messages": turns, "tools": tools}), ("\n\n", True)],
+    )
     found = tokenizer.apply_chat_template(turns, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
     assert tokenizer.decode(found["input_ids"]) == "".join(text for text, _ in parts)
     assert found["assistant_masks"] == [int(counts) for text, counts in parts for _ in text.encode()]
@@ -68,7 +71,7 @@ def test_no_words_forge_a_turn_and_all_are_those_of_rows(words):
     turns = [{**turn, "content": turn["content"] if turn["role"] == "assistant" else words} for turn in CHAT]
     tools, tokenizer = [{"name": "f", "description": words}], RWKVTokenizer("bytes")
     found = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False)
-    assert found == "".join(text for text, _ in segments({"messages": turns, "tools": tools})) + "\n\n"
+    assert found == "".join(text for text, _ in RowLayout().segments({"messages": turns, "tools": tools})) + "\n\n"
     assert BOUNDARY.findall(found) == BOUNDARY.findall(tokenizer.apply_chat_template(CHAT, tokenize=False))
 
 
@@ -82,11 +85,11 @@ def test_the_next_answer_is_opened_as_in_serve(think):
         assert tokenizer.apply_chat_template(turns, **asked) == prompt.tokens
 
 
-@pytest.mark.parametrize("role", sorted(SPEAKERS.keys() - set(CALLS)))
+@pytest.mark.parametrize("role", sorted(SPEAKERS.keys() - set(ONLY_CALLS)))
 def test_roles_have_the_names_of_rows_and_an_answer_goes_on(role):
     turns = [{"role": role.title(), "content": " 1 "}, *CHAT[1:3]]
     found = RWKVTokenizer("bytes").apply_chat_template(turns, tokenize=False, continue_final_message=True)
-    assert found == "".join(text for text, _ in segments({"messages": turns}))
+    assert found == "".join(text for text, _ in RowLayout().segments({"messages": turns}))
 
 
 def test_masks_of_several_chats_and_of_another_template(tmp_path):

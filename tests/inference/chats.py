@@ -2,8 +2,7 @@
 
 import torch
 
-from rwkv_peft.data.encode_settings import EncodeSettings
-from rwkv_peft.data.encoding import Encoder
+from rwkv_peft.data.encoding import Encoder, EncodeSettings
 from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.inference.forward import prefill

@@ -18,8 +18,8 @@ from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.cli.streams import Patient
-from rwkv_peft.data.templates import segments
-from rwkv_peft.data.tools import Call, calls_text, parse_calls
+from rwkv_peft.data.layouts import RowLayout
+from rwkv_peft.data.tools import ToolCall, calls_text, parse_calls
 from rwkv_peft.inference import chat as chat_module
 from rwkv_peft.inference import engine
 
@@ -184,13 +184,13 @@ def test_calls_of_tools_are_shown_and_answered_as_the_data_has_them(chat, model,
     called = {"role": "assistant", "content": "Well.", "tool_calls": [PARIS, NOON]}
     turns = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}, called]
     turns += [{"role": "tool", "content": text} for text in ("sun", "12")] + [{"role": "assistant", "content": ""}]
-    laid_out = segments({"messages": turns, "tools": json.loads(tools.read_text())})
+    laid_out = RowLayout().segments({"messages": turns, "tools": json.loads(tools.read_text())})
     answer = next(text for text, counts in laid_out if counts)
     lines = ["/tool early", "Hi", "/tool sun", "/tool 12", "/reset", "Hi"]
     says = [f"{answer}\n\nTool:", " Fine.|", " Yo|"]
     out, error, logits = chat(lines, "--tools", tools, "--system", "Be.", says=says)
-    assert parse_calls(out.split("\n\nAssistant:")[0])[1] == [Call(**PARIS), Call(**NOON)]
-    assert f"(call 1 of 2: {Call(**PARIS)}; /tool TEXT is its result)\n(call 2 of 2: " in error
+    assert parse_calls(out.split("\n\nAssistant:")[0])[1] == [ToolCall(**PARIS), ToolCall(**NOON)]
+    assert f"(call 1 of 2: {ToolCall(**PARIS)}; /tool TEXT is its result)\n(call 2 of 2: " in error
     assert error.count("(call 2 of 2: its result?)") == 1 and error.count("/reset forgets the chat") == 2
     tokens = [token for text, _ in laid_out[:-1] for token in tokens_of(text)]
     torch.testing.assert_close(logits[len(says[0])], after(model, tokens), rtol=1e-4, atol=1e-4)
@@ -202,7 +202,7 @@ def test_a_call_that_was_only_thought_of_is_none(chat):
     _, error, _ = chat(
         ["Hi", "So?"], "--think", "on", says=[f"{thought}|", f"{thought}\n</think>\n{calls_text(PARIS)}|"]
     )
-    assert error.count("(call 1 of 1: ") == 1 and str(Call(**PARIS)) in error
+    assert error.count("(call 1 of 1: ") == 1 and str(ToolCall(**PARIS)) in error
 
 
 TOOLS = ["--chat", "--tools", "tools.json"]

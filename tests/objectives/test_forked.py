@@ -6,7 +6,7 @@ import torch
 
 from families import DISTINCT
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.collate import collate
+from rwkv_peft.data.samples import collate
 from rwkv_peft.models import family_named
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.objectives.answers import OfAnswers

@@ -10,7 +10,7 @@ from families import DISTINCT, shake, shaken
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.collate import collate_packed
+from rwkv_peft.data.samples import collate_packed
 from rwkv_peft.objectives.grpo import FORMS, GRPO
 from rwkv_peft.training.step.steps import Whole
 

@@ -14,8 +14,8 @@ from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.config.objective import TEACHER
-from rwkv_peft.data.collate import collate
-from rwkv_peft.data.row_forms import UNDESIRABLE
+from rwkv_peft.data.binidx import UNDESIRABLE
+from rwkv_peft.data.samples import collate
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.objectives.documents import log_probabilities
 from rwkv_peft.objectives.dpo import DPO

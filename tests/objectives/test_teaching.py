@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from families import DISTINCT, shaken
-from rwkv_peft.data.collate import positions
+from rwkv_peft.data.samples import positions
 from rwkv_peft.objectives import cross_entropy, divergence
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.distill import Distill

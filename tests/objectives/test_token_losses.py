@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_peft.data.collate import positions
+from rwkv_peft.data.samples import positions
 from rwkv_peft.objectives import cross_entropy as module
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 

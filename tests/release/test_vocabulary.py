@@ -13,10 +13,10 @@ from safetensors import safe_open
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.chat import OPENINGS
+from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.recorded import vocabulary_of
-from rwkv_peft.data.templates import segments
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.data.turns import OPENINGS
 from rwkv_peft.release.vocabulary import END, GGUF_TEMPLATE, world_json
 
 PIECES = [*" \n\t\r=-'\0\xa0\u3000é\u0301\ufffd🦢", "<s>", "क्षि", "ёж", "你好", "한글"]
@@ -145,7 +145,7 @@ def test_llama_cpp_cuts_text_with_it_as_the_tokenizer_does(convert, llama_cpp, b
 
 def laid_out(turns, tools=None, clean=True):
     """A chat's prompt for the next answer."""
-    parts = segments({"messages": [*turns, OPENED], "tools": tools}, clean=clean)
+    parts = RowLayout(clean=clean).segments({"messages": [*turns, OPENED], "tools": tools})
     return "".join(text for text, _ in parts).rstrip()
 
 

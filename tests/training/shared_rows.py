@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.collate import collate
+from rwkv_peft.data.samples import collate
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.next_token import NextToken

@@ -8,7 +8,7 @@ from torch._dynamo import utils
 from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig, DataConfig
-from rwkv_peft.data.collate import collate
+from rwkv_peft.data.samples import collate
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.training.step.compiling import compiled, uncompiled
 from rwkv_peft.training.step.steps import Whole

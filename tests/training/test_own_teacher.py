@@ -13,7 +13,7 @@ from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
 from rwkv_peft.data.batches import EvalBatches
-from rwkv_peft.data.collate import collate_packed
+from rwkv_peft.data.samples import collate_packed
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.objectives.distill import Distill

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
 from rwkv_peft.checkpoints.base import open_base
-from rwkv_peft.data.asked import clean_beside
 from rwkv_peft.data.preprocess import main as preprocess
+from rwkv_peft.data.recorded import clean_beside
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.release.merge import main as merge
 from training.held import held

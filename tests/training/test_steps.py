@@ -8,7 +8,7 @@ import families
 from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.collate import collate, positions
+from rwkv_peft.data.samples import collate, positions
 from rwkv_peft.models.state import State
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.step import segments, steps

@@ -15,8 +15,8 @@ from ..checkpoints.base import Base, open_base
 from ..checkpoints.tensors import DTYPES
 from ..cli.errors import UserError, quoted
 from ..config import AdapterConfig
+from ..data.chat import stops_of
 from ..data.recorded import find_tokenizer, recorded_beside
-from ..data.templates import stops_of
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..inference.decode import generate
 from ..inference.flags import WEIGHTS

@@ -40,7 +40,7 @@ SAMPLINGS = Table(
         "get": "data.samples:WindowSamples",
         "pad": "data.samples:PaddedSamples",
         "only": "data.samples:SingleSamples",
-        "pack": "data.pack:PackedSamples",
+        "pack": "data.samples:PackedSamples",
     }
 )
 # --optim, besides AdamW

@@ -1,7 +1,9 @@
-"""Samples of rows whose answers are learned or drawn: pairs, labelled answers, questions behind contexts, prompts."""
+"""Samples of rows with answers: pairs, labelled answers, questions behind contexts, prompts of rollouts; and checks
+of held-out rows against others."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +13,30 @@ import torch
 from ..cli.errors import UserError
 from ..cli.parser import counted
 from .binidx import BinidxDataset
-from .collate import Document, Sample, collate_packed
 from .masks import Mask
-from .samples import DocumentSamples, Units
+from .samples import Document, DocumentSamples, Sample, Samples, Units, collate_packed
 
 ROWS = ".rows"  # the ending of the file with a document's row a line, as JSON
+MOST_COMPARED = 20_000  # rows of each side that are compared, which takes a second
+MOST_MISMATCHED = 32
 
 
 class RowSamples(DocumentSamples):
-    """Samples of `documents` in a row (0: of one, if it has a target), which a note counts in the words of `told`."""
+    """Samples of `documents` in a row (0: of one, if it has a target); `noun` names them in a note on their number."""
 
     documents = 2
-    told = ("row", "")
+    noun = ("row", "")
 
     def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
         super().__init__(dataset, ctx_len, seed, mask)
         if self.documents:
             self._choose(np.arange(len(dataset) // self.documents))
-        word, more = self.told
+        word, more = self.noun
         self.notes = [f"{counted(len(self), word)}{more}"]
 
 
 class AnswerSamples(RowSamples):
-    """Samples of two documents, which count as one target, because the loss is that of answers."""
+    """Samples of two documents, which count as one target, because the loss is a mean over answers."""
 
     def count(self, n: int) -> int:
         return 1
@@ -43,7 +46,7 @@ class PairSamples(AnswerSamples):
     """Sample n is a list of two consecutive documents, (tokens (T + 1,), mask (T,)) each, the better answer first."""
 
     kind = counted = "pair"
-    told = ("pair", " of answers")
+    noun = ("pair", " of answers")
 
     def __getitem__(self, n: int) -> list[Document]:
         first = 2 * self.unit(n)
@@ -53,10 +56,10 @@ class PairSamples(AnswerSamples):
 class LabelSamples(AnswerSamples):
     """Sample n is a list of two documents, (tokens (T + 1,), mask (T,)) each: row n, and its prompt with the answer of
     the row that comes next in the epoch, from which the model's distance to the base is estimated. A mask is uint8: 1
-    or, in an undesirable answer, UNDESIRABLE (row_forms.py) for targets that count."""
+    or, in an undesirable answer, UNDESIRABLE for targets that count."""
 
     kind = counted = "answer"
-    documents, told = 0, ("labelled answer", "")
+    documents, noun = 0, ("labelled answer", "")
 
     def _choose(self, units: Units) -> None:
         super()._choose(units)
@@ -82,14 +85,14 @@ class LabelSamples(AnswerSamples):
 
 def mismatched(own: Document, other: Document, ctx_len: int) -> Document:
     """(tokens, mask) of a row's prompt with the answer of another; a prompt too long for that loses its front."""
-    prompt, (answer, counts) = own[0][: asked(own)], (part[asked(other) - 1 :] for part in other)
+    prompt, (answer, counts) = own[0][: prompt_length(own)], (part[prompt_length(other) - 1 :] for part in other)
     answer = answer[1:]
     prompt = prompt[max(0, len(prompt) + len(answer) - ctx_len - 1) :]
     return torch.cat([prompt, answer]), torch.cat([counts.new_zeros(len(prompt) - 1), counts])
 
 
-def asked(document: Document) -> int:
-    """The number of tokens before the answer of a document; mask[i] says whether tokens[i + 1] counts."""
+def prompt_length(document: Document) -> int:
+    """The number of tokens before the answer of a document, the first that counts: mask[i] is of tokens[i + 1]."""
     return int(document[1].nonzero()[0]) + 1
 
 
@@ -99,7 +102,7 @@ class ContextSamples(RowSamples):
     with teacher_, the latter."""
 
     kind = counted = "row"
-    told = ("row", " with contexts")
+    noun = ("row", " with contexts")
 
     def __getitem__(self, n: int) -> list[Document]:
         first = 2 * self.unit(n)
@@ -117,11 +120,11 @@ class ContextSamples(RowSamples):
 
 
 class PromptSamples(RowSamples):
-    """Sample n is a prompt, a document of which no token counts; it counts as one target, because the loss is that of
-    prompts. What judges its answers reads its row."""
+    """Sample n is a prompt without tokens that count; it is one target, because the loss is a mean over prompts. A
+    reward reads its row."""
 
     kind = counted = "prompt"
-    documents, told = 1, ("prompt", "")
+    documents, noun = 1, ("prompt", "")
     step = times = 1
 
     def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
@@ -133,7 +136,7 @@ class PromptSamples(RowSamples):
         self.step, self.times = step, times
 
     def original(self, n: int) -> int:
-        """The number of sample n if nothing was repeated: equal numbers are learned from the same answers."""
+        """The number of sample n without repetition: equal numbers share their answers."""
         return n // (self.step * self.times) * self.step + n % self.step
 
     def __len__(self) -> int:
@@ -147,7 +150,7 @@ class PromptSamples(RowSamples):
         return 1
 
     def place(self, original: int) -> int:
-        """The document that an original sample is: its place among the rows that were read, from 0."""
+        """The document of an original sample: its place among the rows that were read, from 0."""
         return super().unit(original)
 
     def prompt(self, original: int) -> list[int]:
@@ -155,5 +158,69 @@ class PromptSamples(RowSamples):
         return self.dataset[self.place(original)].tolist()
 
     def row(self, original: int) -> dict[str, Any]:
-        """The row that an original sample was made of."""
+        """The row of an original sample."""
         return json.loads(self.rows[self.place(original)])
+
+
+class OneDocument(Samples):
+    """A document of a data set, as the only sample."""
+
+    def __init__(self, dataset: BinidxDataset, document: Document) -> None:
+        self.dataset, self.document = dataset, document
+        super().__init__(range(1), None)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.document[0]) - 1
+
+    def __getitem__(self, n: int) -> Sample:
+        return self.document
+
+    def count(self, n: int) -> float:
+        return float(self.document[1].sum())
+
+
+def mismatched_answers(samples: Samples) -> Sequence[tuple[Samples, Samples]]:
+    """(a row, its answer behind the prompt of the next row with another answer) of the first samples; [] for rows
+    without a prompt, packed rows, and streams. Equal losses show that a model ignores the prompts."""
+    if not isinstance(samples, DocumentSamples) or isinstance(samples, RowSamples):
+        return []
+    first = map(samples.__getitem__, range(min(len(samples), MOST_MISMATCHED)))
+    rows = [row for row in first if isinstance(row, tuple) and row[1].any() and prompt_length(row) > 1]
+    found = []
+    for number, row in enumerate(rows):
+        for other in chain(rows[number + 1 :], rows[:number]):
+            if answer_tokens(other) != answer_tokens(row):
+                documents = (row, mismatched(other, row, samples.ctx_len))
+                found.append((OneDocument(samples.dataset, documents[0]), OneDocument(samples.dataset, documents[1])))
+                break
+    return found
+
+
+def answer_tokens(document: Document) -> list[int]:
+    """The tokens of a document from the first that counts on."""
+    return document[0][prompt_length(document) :].tolist()
+
+
+def overlap_notes(training: Samples, held_out: Samples) -> list[str]:
+    """A note, as a list, if held-out rows are training rows, which lowers their loss as they are learned by heart; []
+    for streams of text, which have no rows."""
+    if not isinstance(training, DocumentSamples) or not isinstance(held_out, DocumentSamples):
+        return []
+    trained, held = set(row_keys(training)), list(row_keys(held_out))
+    if not (number := sum(key in trained for key in held)):
+        return []
+    return [
+        f"note: {number:,} of {counted(len(held), 'held-out row')} {'is a' if number == 1 else 'are'} training "
+        f"{'row' if number == 1 else 'rows'} too, so that the validation loss tells less of other rows; preprocess "
+        "--drop_duplicates leaves repeated rows out, or take them out of one of two files"
+    ]
+
+
+def row_keys(samples: Samples) -> Iterator[bytes]:
+    """Yield the tokens of each row of the first samples of an epoch; of two answers in a row the first."""
+    for n in range(min(len(samples), MOST_COMPARED)):
+        sample = samples[n]
+        documents = sample if isinstance(sample, list) else [sample]
+        for tokens, _ in documents[:1] if isinstance(samples, RowSamples) else documents:
+            yield tokens.numpy().tobytes()

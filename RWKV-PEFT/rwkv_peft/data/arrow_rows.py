@@ -1,22 +1,22 @@
-"""Reads rows of parquet files and of folders that datasets.save_to_disk wrote, in lists of about a megabyte.
+"""Rows of parquet files and of folders that datasets.save_to_disk wrote: in order, or group by group in any order.
 
 Values are read as they are stored, but for JSON: a date is its number, a picture its bytes or its address.
 """
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoints.readable import read_settings, require_readable
 from ..cli.errors import UNREADABLE, UserError, told
-from .folders import SAVED, SPLITS, choose, require_within
+from .folders import SAVED, SPLITS, choose, is_saved, require_within, row_files, saved_splits
 
-PIECE_BYTES, PIECE_ROWS = 1 << 20, 1000  # the size of a list of rows
-BATCH_BYTES = 1 << 28  # unpacked at once, about
+LIST_ROWS = 1000  # rows that are unpacked at once
 Row = dict[str, Any]
 
 
@@ -32,171 +32,175 @@ def import_pyarrow(path: Path) -> ModuleType:
     return pyarrow
 
 
-def open_parquet(path: Path) -> Any:
-    """Open a parquet file -> pyarrow's ParquetFile. Raises UserError for damage."""
+@contextmanager
+def reading_arrow(path: Path, kind: str) -> Iterator[ModuleType]:
+    """Yield pyarrow; within, its exceptions for a damaged file, which should be of a kind, become a UserError."""
     arrow = import_pyarrow(path)
-    with telling_damage(path, "a parquet file"):
+    try:
+        yield arrow
+    except (*UNREADABLE, arrow.ArrowException, MemoryError) as error:
+        raise UserError(f"{path}: not {kind}, or a damaged one ({told(error)}); copy it again") from error
+
+
+def open_parquet(path: Path) -> Any:
+    """The pyarrow.parquet.ParquetFile at a path."""
+    with reading_arrow(path, "a parquet file") as arrow:
         return arrow.parquet.ParquetFile(path)
 
 
 def parquet_rows(path: Path, opened: Any = None, group: int | None = None) -> Iterator[list[Row]]:
-    """Yield the rows of a parquet file, or of one of its groups of rows, in lists; opened is what open_parquet gave.
-    Raises UserError as that does."""
+    """Yield the rows of a parquet file, or of one of its groups, in lists; opened is open_parquet's result."""
     file = opened or open_parquet(path)
-    with telling_damage(path, "a parquet file"):
-        groups = range(file.metadata.num_row_groups) if group is None else [group]
-        unpacked = sum(file.metadata.row_group(number).total_byte_size for number in groups)
-        rows = sum(file.metadata.row_group(number).num_rows for number in groups)
-        size = min(max(BATCH_BYTES * rows // max(unpacked, 1), 1), PIECE_ROWS)
-        for batch in file.iter_batches(batch_size=size, row_groups=list(groups)):
-            yield from pieces(batch)
+    with reading_arrow(path, "a parquet file"):
+        for batch in file.iter_batches(LIST_ROWS, None if group is None else [group]):
+            yield rows_of(batch)
 
 
 def saved_rows(path: Path, split: str) -> Iterator[list[Row]]:
-    """Yield the rows of a folder that datasets.save_to_disk wrote, in lists; if it has several splits, those of
-    `split`. Raises UserError for a folder that is damaged, incomplete, or in an order of its own."""
+    """Yield the rows of a folder that datasets.save_to_disk wrote, in lists; of several splits only `split`."""
     for file, columns in saved_files(path, split):
         for batch in arrow_batches(file):
             yield from batch_rows(file, batch, columns)
 
 
 def saved_files(path: Path, split: str) -> Iterator[tuple[Path, list[str] | None]]:
-    """Yield the files of a folder that datasets.save_to_disk wrote, each with the columns to read (None: all)."""
+    """Yield the files of a folder that datasets.save_to_disk wrote, each with the columns to read (None: all). Raises
+    UserError for a folder that is damaged, incomplete, or in an order of its own."""
     import_pyarrow(path)
     root = path
     if (path / SPLITS).is_file():
-        splits = settings(path / SPLITS).get("splits")
-        path = path / choose(filter(is_own, splits) if isinstance(splits, list) else (), split, path)
-    state = settings(path / SAVED)
-    if state.get("_indices_data_files"):
+        path = path / choose(saved_splits(path), split, path)
+    state = path / SAVED
+    settings = read_settings(require_readable(state, f"{state} is missing; copy the folder again", again=True))
+    if settings.get("_indices_data_files"):
         raise UserError(f"{path} keeps its rows in an order of its own; save it again with a newer datasets")
-    kept = state.get("_format_columns")
+    columns = settings.get("_format_columns")
     try:
-        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        names = [str(entry["filename"]) for entry in settings["_data_files"]]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path / SAVED} names no files of rows ({told(error)}); copy the folder again") from error
-    for name, times in Counter(names).items():
-        if times > 1 or not is_own(name):  # one file could stand for any number
-            what = f"{times} times" if times > 1 else "which is no file of its folder"
-            raise UserError(f"{path / SAVED} names {name!r}, {what}; copy the folder again")
+        raise UserError(f"{state} names no files of rows ({told(error)}); copy the folder again") from error
+    for name in names:
         file = require_readable(path / name, f"{path / name} is missing; copy the folder again", again=True)
-        yield require_within(root, file), kept if isinstance(kept, list) else None
+        yield require_within(root, file), columns if isinstance(columns, list) else None
 
 
 def arrow_batches(file: Path) -> Iterator[Any]:
-    """Yield the groups of rows of a file of Arrow, mapped and not checked. Raises UserError for a damaged one."""
-    arrow = import_pyarrow(file)
-    with telling_damage(file, "a file of Arrow"), arrow.memory_map(str(file)) as mapped:
+    """Yield the groups of rows of an Arrow file, mapped."""
+    with reading_arrow(file, "a file of Arrow") as arrow, arrow.memory_map(str(file)) as mapped:
         yield from arrow.ipc.open_stream(mapped)
 
 
 def batch_rows(file: Path, batch: Any, columns: list[str] | None) -> Iterator[list[Row]]:
     """Yield the rows of a group of arrow_batches in lists."""
-    with telling_damage(file, "a file of Arrow"):
-        batch.validate(full=True)  # nothing has checked for places outside the file yet
+    with reading_arrow(file, "a file of Arrow"):
+        batch.validate(full=True)  # offsets that lead out of the mapped file would crash the process
         if columns is not None:
             batch = batch.select([column for column in batch.schema.names if column in columns])
-        yield from pieces(batch)
+        for first in range(0, len(batch), LIST_ROWS):
+            yield rows_of(batch.slice(first, LIST_ROWS))
 
 
-def is_own(name: object) -> bool:
-    """Return whether a name in a folder's JSON is one of something directly in the folder."""
-    return isinstance(name, str) and Path(name).name == name != ".." and name.isprintable()
+def rows_of(batch: Any) -> list[Row]:
+    """The rows of a group of columns; a column is left out if its type is none that rows have."""
+    columns = {name: values_of(column) for name, column in zip(batch.schema.names, batch.columns)}
+    rows: list[Row] = [{} for _ in range(len(batch))]
+    for name, values in columns.items():
+        for row, value in zip(rows, values or ()):
+            row[name] = value
+    return rows
 
 
-def settings(path: Path) -> Row:
-    """Read the object in a JSON file of a datasets folder. Raises UserError if it is missing or holds none."""
-    return read_settings(require_readable(path, f"{path} is missing; copy the folder again", again=True))
+def values_of(array: Any) -> list[Any] | None:
+    """The values of an Arrow array, None for a type that rows do not have.
 
-
-@contextmanager
-def telling_damage(path: Path, kind: str) -> Iterator[None]:
-    """Make a UserError of what pyarrow raises for a broken file, which should be of a kind."""
-    from pyarrow import ArrowException
-
-    try:
-        yield
-    except (*UNREADABLE, ArrowException, MemoryError) as error:
-        raise UserError(f"{path}: not {kind}, or a damaged one ({told(error)}); copy it again") from error
-
-
-def pieces(batch: Any) -> Iterator[list[Row]]:
-    """Yield a batch's rows in lists of about PIECE_BYTES."""
-    columns = {name: plain(column) for name, column in zip(batch.schema.names, batch.columns)}
-    names = [name for name, column in columns.items() if column is not None]
-    restorers = {field.name: restorer(field.type, from_json) for field in batch.schema}
-    lists = [list(map(restorers[name], columns[name].to_pylist())) for name in names]
-    rows = [dict(zip(names, values)) for values in zip(*lists)] if lists else [{} for _ in range(len(batch))]
-    step = min(max(1, PIECE_BYTES * len(rows) // max(batch.nbytes, 1)), PIECE_ROWS)
-    for first in range(0, len(rows), step):
-        yield rows[first : first + step]
-
-
-def restorer(kind: Any, read_json: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what turns a stored value of an Arrow type into what was written.
-
-    JSON is read by read_json, and all objects of a column have the same fields, null where one lacks them, so that a
-    call of a tool has the arguments of all others."""
-    from pyarrow import BaseExtensionType, types
-
-    if isinstance(kind, BaseExtensionType):
-        return read_json if is_json(kind) else restorer(kind.storage_type, read_json)
-    if types.is_struct(kind):
-        fields = {field.name: restorer(field.type, read_json) for field in kind}
-        return lambda value: value and {name: fields[name](inner) for name, inner in value.items() if inner is not None}
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        restore = restorer(kind.value_type, read_json)
-        return unchanged if restore is unchanged else lambda value: value and list(map(restore, value))
-    return unchanged
-
-
-def unchanged(value: Any) -> Any:
-    return value
-
-
-def from_json(text: str | None) -> Any:
-    return None if text is None else json.loads(text)
-
-
-def plain(array: Any) -> Any:
-    """Convert an array to its stored values: dates, times and the like become numbers, dictionaries their values. None
-    for an array of a type that rows are not read from."""
-    kind = plain_type(array.type)
-    return None if kind is None else array if kind == array.type else array.cast(kind)
-
-
-def plain_type(kind: Any) -> Any:
-    """The type as which values of an Arrow type are stored, None for a type that rows are not read from."""
+    Dates, times and the like become their stored numbers, dictionaries their values, JSON its value. Objects lose
+    fields that are null, because all objects of a column have the fields of all others, such as arguments of calls."""
     import pyarrow as arrow
     from pyarrow import types
 
+    kind = array.type
     if isinstance(kind, arrow.BaseExtensionType):
-        return plain_type(kind.storage_type)
-    if types.is_temporal(kind):
-        return {32: arrow.int32(), 64: arrow.int64()}.get(kind.bit_width)
+        stored = values_of(array.storage)
+        if stored is None or kind.extension_name != "arrow.json":
+            return stored
+        return [None if text is None else json.loads(text) for text in stored]
     if types.is_dictionary(kind):
-        return plain_type(kind.value_type)
+        return values_of(array.dictionary_decode())
+    if types.is_temporal(kind):
+        number = {32: arrow.int32(), 64: arrow.int64()}.get(kind.bit_width)
+        return None if number is None else array.cast(number).to_pylist()
     if types.is_struct(kind):
-        inner = [plain_type(field.type) for field in kind]
-        return None if None in inner else arrow.struct([field.with_type(new) for field, new in zip(kind, inner)])
+        objects: list[Row] = [{} for _ in range(len(array))]
+        for inner, part in zip(kind, array.flatten()):
+            if (values := values_of(part)) is None:
+                return None
+            for each, value in zip(objects, values):
+                if value is not None:
+                    each[inner.name] = value
+        return [each if valid else None for each, valid in zip(objects, array.is_valid().to_pylist())]
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        if (element := plain_type(kind.value_type)) is None:
+        values = values_of(array.flatten())
+        if values is None:
             return None
-        field = kind.value_field.with_type(element)
-        if types.is_fixed_size_list(kind):
-            return arrow.list_(field, kind.list_size)
-        return arrow.list_(field) if types.is_list(kind) else arrow.large_list(field)
-    return kind if types.is_primitive(kind) or types.is_null(kind) or types.is_decimal(kind) or is_text(kind) else None
+        rest = iter(values)
+        sizes = array.value_lengths().to_pylist()
+        return [None if size is None else list(islice(rest, size)) for size in sizes]
+    texts = types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary
+    plain = types.is_primitive, types.is_null, types.is_decimal, *texts
+    return array.to_pylist() if any(test(kind) for test in plain) else None
 
 
-def is_json(kind: Any) -> bool:
-    """Return whether a type is Arrow's for texts of JSON."""
-    return getattr(kind, "extension_name", "") == "arrow.json"
+class RowGroup(NamedTuple):
+    """Group `number` of a file holds `rows` of its rows, from `first` on, counted from 1."""
+
+    file: Path
+    number: int
+    first: int
+    rows: int
 
 
-def is_text(kind: Any) -> bool:
-    """Return whether a type is text or bytes, stored value by value."""
-    from pyarrow import types
+class RowGroups:
+    """The groups of rows of a parquet file, a folder of them, or a folder that datasets.save_to_disk wrote.
 
-    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
-    return any(test(kind) for test in tests)
+    Only the files' own index of their groups is read at first. Raises UserError for other inputs."""
+
+    def __init__(self, path: Path, split: str = "") -> None:
+        self.columns: dict[Path, list[str] | None] = {}  # of the files of a datasets folder: the columns to read
+        if path.is_dir() and is_saved(path):
+            self.columns = dict(saved_files(path, split))
+            files = list(self.columns)
+        else:
+            splits = row_files(path) if path.is_dir() else {"": [path]}
+            files = splits[choose(splits, split if path.is_dir() else "", path)] if splits else []
+        if not files or (not self.columns and any(file.suffix != ".parquet" for file in files)):
+            raise UserError(
+                f"--data_file {path}: --stream reads .parquet files, and folders that datasets.save_to_disk wrote, "
+                "whose rows are found without reading all before; leave --stream out"
+            )
+        self._parquet = lru_cache(maxsize=16)(open_parquet)
+        # mapped, as long as they are held
+        self._batches = lru_cache(maxsize=16)(lambda file: list(arrow_batches(file)))
+        self.files = files
+        self.groups = [group for file in files for group in self._groups(file)]
+        self.rows = sum(group.rows for group in self.groups)
+        if not self.rows:
+            raise UserError(f"--data_file {path} holds no row; name data with rows")
+
+    def _groups(self, file: Path) -> Iterator[RowGroup]:
+        if self.columns:
+            sizes = [len(batch) for batch in self._batches(file)]
+        else:
+            metadata = self._parquet(file).metadata
+            sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        first = 1
+        for number, rows in enumerate(sizes):
+            yield RowGroup(file, number, first, rows)
+            first += rows
+
+    def read(self, group: RowGroup) -> Iterator[tuple[int, Row]]:
+        """Yield (number in the file, row) of each row of a group."""
+        if self.columns:
+            lists = batch_rows(group.file, self._batches(group.file)[group.number], self.columns[group.file])
+        else:
+            lists = parquet_rows(group.file, self._parquet(group.file), group.number)
+        return zip(range(group.first, group.first + group.rows), chain.from_iterable(lists))

@@ -1,4 +1,4 @@
-"""Makes batches from one global sample cursor, read ahead in a thread, so that a run resumes exactly."""
+"""Batches from one global sample cursor, so that a run resumes exactly; a thread prefetches them."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,9 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .collate import Sample
 from .mixture import Mixture
-from .samples import Samples
+from .samples import Sample, Samples
 
 TrainBatch = dict[str, Any]  # the tensors of a batch, and the number step_count
 Item = TypeVar("Item")
@@ -37,7 +36,7 @@ class TrainBatches:
     - samples, first: the samples, and the number of the batch's first
     - cu_seqlens: int64 (documents + 1,), only if samples are lists of documents, which lie one behind the other in a
       single row: the positions where they begin, and the end
-    - labels: bool (documents,), only of labelled answers: whether each document's answer is desirable
+    - labels: bool (documents,), only of labelled answers: true for each document with a desirable answer
 
     The first step begins at sample samples_seen.
     """
@@ -87,7 +86,7 @@ class TrainBatches:
         return sum(self.samples.count(n) for n in range(cursor, cursor + self.step_samples))
 
     def shares(self, cursor: int) -> dict[str, float]:
-        """{data file: its share of what step_count counts}, of several files; {} of one."""
+        """{data file: its share of step_count}, of several files; {} of one."""
         if not isinstance(self.samples, Mixture):
             return {}
         counts = dict.fromkeys(self.samples.sources, 0.0)
@@ -144,7 +143,7 @@ def row_of(counted: torch.Tensor, rows: Sequence[Sample], length: int) -> torch.
 
 
 def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:
-    """Yield from `iterable`, which a thread keeps `depth` items ahead (0: no thread). Its exceptions are raised here.
+    """Yield from `iterable`, `depth` items of which a thread prefetches (0: no thread). Its exceptions are raised here.
 
     The thread ends when the generator is closed or the main thread ends; it is no daemon, because a daemon would be cut
     off inside torch, which can abort the process.

@@ -1,4 +1,4 @@
-"""Token files in the MMIDIDX v1 format of RWKV-LM and Megatron: PREFIX.bin and PREFIX.idx.
+"""Token files in the MMIDIDX v1 format of RWKV-LM and Megatron: PREFIX.bin and PREFIX.idx, or shards of them.
 
 .bin holds the documents' tokens one after the other. .idx holds, little-endian: the magic
 "MMIDIDX\\0\\0", version (u64, 1), the token type's code (u8), the number of documents n (u64), the
@@ -6,11 +6,16 @@ number of boundaries m (u64), n sizes (i32, in tokens), n pointers (i64, in byte
 boundaries (i64; Megatron groups sentences with them, and we read documents one by one as RWKV-LM
 does). An optional PREFIX.mask holds a byte a token: 1 if the token counts in the loss, 2 if it counts
 in an answer labelled undesirable. An optional PREFIX.weights holds the weight of each document in the loss (f32).
+
+PREFIX.json of a set in shards is its manifest: the entry "shards" lists {"name", "documents", "tokens"} in order;
+PREFIX-00001.bin, .idx and the others of a shard are a set by themselves.
 """
 
 import os
 import struct
 from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,13 +25,15 @@ from numpy.typing import DTypeLike
 from ..checkpoints.digest import digest_of
 from ..checkpoints.readable import choice_in, require_readable
 from ..cli.errors import UserError
-from .prefix import ENDINGS, binidx_prefix
+from ..cli.numeric import is_whole
+from .recorded import ENDINGS, binidx_prefix, manifest_of, shard_at
 from .rows import ENDINGS as ROWS
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 REMEDY = "make it again with rwkv-peft preprocess"
 CHUNK = 1 << 22
+UNDESIRABLE = 2  # in a .mask
 # the numpy type of each .idx token code: integers only, little-endian
 TOKEN_TYPES = MappingProxyType({1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"})
 
@@ -46,6 +53,11 @@ def counting(stored: np.ndarray) -> int:
     return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
 
 
+def open_dataset(path: str | Path) -> "BinidxDataset":
+    """Open the token files of a PREFIX, which may be in shards. Raises UserError as BinidxDataset does."""
+    return ShardedDataset(path) if manifest_of(path) else BinidxDataset(path)
+
+
 class BinidxDataset:
     """A .bin/.idx pair, memory-mapped and validated when opened.
 
@@ -59,12 +71,9 @@ class BinidxDataset:
         self.bin_path, self.idx_path, self.mask_path, self.weights_path = (self.prefix + end for end in ENDINGS)
         self._read_index()
         self._map_tokens()
-        self.mask = self._companion(
-            self.mask_path, np.uint8, len(self.tokens), "mask has a byte for each of its tokens"
-        )
-        self.weights = self._companion(
-            self.weights_path, "<f4", len(self), "weight of 4 bytes is due for each document"
-        )
+        self.mask = self._companion(self.mask_path, np.uint8, len(self.tokens), "mask has a byte for each token")
+        due = "weight of 4 bytes is due for each document"
+        self.weights = self._companion(self.weights_path, "<f4", len(self), due)
         if self.weights is not None and not (np.isfinite(self.weights) & (self.weights >= 0)).all():
             raise UserError(f"{self.weights_path}: holds a weight that is negative or no number; {REMEDY}")
 
@@ -107,22 +116,7 @@ class BinidxDataset:
 
     def _read_index(self) -> None:
         path = self.idx_path
-        if os.path.isdir(self.prefix) and not os.path.isfile(path):
-            folder = f"{self.prefix} is a folder, and the PREFIX of PREFIX.bin and PREFIX.idx is due"
-            if pairs := choice_in(self.prefix, ".idx"):
-                raise UserError(folder + pairs)
-            rows = choice_in(self.prefix, *ROWS) or "; give a text"
-            raise UserError(f"{folder}; the folder holds no .idx{rows} to rwkv-peft preprocess, which makes them")
-        if os.path.isfile(self.prefix) and not os.path.isfile(path):
-            raise UserError(
-                f"{self.prefix} is a file of rows or text, and the PREFIX of PREFIX.bin and PREFIX.idx is due; "
-                "tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen and a "
-                "rejected answer"
-            )
-        missing = self.prefix if self.prefix.endswith(ROWS) else path  # a missing file of rows, in place of a PREFIX
-        require_readable(
-            path, f"{missing}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}", again=True
-        )
+        self._require_prefix()
         length = os.path.getsize(path)
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
@@ -154,6 +148,23 @@ class BinidxDataset:
         ends = raw[pointers_end:].view("<i8")
         if len(ends) and (ends.min() < 0 or ends.max() > count or np.any(np.diff(ends) < 0)):
             raise UserError(f"{path}: doc_idx is not a rising list within 0..{count}; the index is damaged; {REMEDY}")
+
+    def _require_prefix(self) -> None:
+        """Raise UserError if there is no index, with a remedy if a folder or a file of rows is there."""
+        if os.path.isdir(self.prefix) and not os.path.isfile(self.idx_path):
+            pairs, rows = choice_in(self.prefix, ".idx"), choice_in(self.prefix, *ROWS) or "; give a text"
+            none = f"; the folder holds no .idx{rows} to rwkv-peft preprocess, which makes them"
+            due = "and the PREFIX of PREFIX.bin and PREFIX.idx is due"
+            raise UserError(f"{self.prefix} is a folder, {due}{pairs or none}")
+        if os.path.isfile(self.prefix) and not os.path.isfile(self.idx_path):
+            raise UserError(
+                f"{self.prefix} is a file of rows or text, and the PREFIX of PREFIX.bin and PREFIX.idx is due; "
+                "tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen and a "
+                "rejected answer"
+            )
+        missing = self.prefix if self.prefix.endswith(ROWS) else self.idx_path  # rows given in place of a PREFIX
+        message = f"{missing}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}"
+        require_readable(self.idx_path, message, again=True)
 
     def _check_documents(self) -> None:
         """Raise UserError unless documents lie one after the other: pointers are the running sum of the sizes."""
@@ -199,3 +210,81 @@ class BinidxDataset:
                 f"tokens in {len(self)} documents, and a {due}; {REMEDY}, or remove the file"
             )
         return map_file(path, dtype)
+
+
+class ChainedArray:
+    """Reads slices of several arrays as if they were one. A part that is None holds `filler` everywhere."""
+
+    def __init__(self, parts: Sequence[np.ndarray | None], sizes: Sequence[int], dtype: DTypeLike, filler: int) -> None:
+        self.parts, self.dtype, self.filler = parts, np.dtype(dtype), filler
+        self.starts = [0, *accumulate(sizes)]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        start, stop, _ = key.indices(len(self))
+        number = bisect_right(self.starts, start) - 1
+        pieces = []
+        while start < stop:
+            begin, end = self.starts[number], min(self.starts[number + 1], stop)
+            part = self.parts[number]
+            pieces.append(
+                np.full(end - start, self.filler, self.dtype) if part is None else part[start - begin : end - begin]
+            )
+            start, number = end, number + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, self.dtype)])
+
+
+class ShardedDataset(BinidxDataset):
+    """A BinidxDataset over shards. Its index is in memory, 12 bytes a document; tokens and masks stay on the disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.prefix = binidx_prefix(path)
+        self.bin_path = self.idx_path = manifest = f"{self.prefix}.json"
+        self.mask_path, self.weights_path = f"{self.prefix}-….mask", f"{self.prefix}-….weights"
+        self.parts = [open_shard(manifest, shard_at(path, entry), entry) for entry in manifest_of(path)]
+        first = self.parts[0]
+        for part in self.parts:
+            if part.dtype != first.dtype:
+                raise UserError(
+                    f"{manifest}: {part.bin_path} holds {part.dtype.name} and {first.bin_path} {first.dtype.name}, "
+                    f"which are not shards of one set; {REMEDY}"
+                )
+        self.dtype = first.dtype
+        sizes = [len(part.tokens) for part in self.parts]
+        self.tokens = ChainedArray([part.tokens for part in self.parts], sizes, self.dtype, 0)  # type: ignore[assignment]
+        masks, weights = [part.mask for part in self.parts], [part.weights for part in self.parts]
+        has_mask = any(mask is not None for mask in masks)
+        self.mask = ChainedArray(masks, sizes, np.uint8, 1) if has_mask else None  # type: ignore[assignment]
+        self.weights = None
+        if any(found is not None for found in weights):
+            ones = (np.ones(len(part), np.float32) for part in self.parts)
+            self.weights = np.concatenate([one if found is None else found for one, found in zip(ones, weights)])
+        self.sizes = np.concatenate([part.sizes for part in self.parts])
+        ends = np.cumsum(self.sizes, dtype=np.int64)
+        self.pointers = (ends - self.sizes) * self.dtype.itemsize
+
+    def digest(self, with_mask: bool) -> str:
+        return "".join(part.digest(with_mask) for part in self.parts)
+
+    def check_vocab(self, vocab_size: int) -> None:
+        for part in self.parts:
+            part.check_vocab(vocab_size)
+
+
+def open_shard(manifest: str, prefix: str, entry: object) -> BinidxDataset:
+    """Open the shard of a manifest's entry. Raises UserError if it is missing or damaged, or another set's."""
+    due = [entry.get(name) for name in ("documents", "tokens")] if isinstance(entry, dict) else []
+    if not prefix or not all(map(is_whole, due)):
+        raise UserError(f"{manifest}: a shard is {{name, documents, tokens}}, and one is {str(entry)[:80]}; {REMEDY}")
+    try:
+        found = BinidxDataset(prefix)
+    except UserError as error:
+        raise UserError(f"{manifest} names the shard {prefix}: {error}") from error
+    if [len(found), len(found.tokens)] != due:
+        raise UserError(
+            f"{manifest} names the shard {prefix} of {due[0]:,} documents and {due[1]:,} tokens, and it has "
+            f"{len(found):,} and {len(found.tokens):,}: it is of another set; put the right file there, or {REMEDY}"
+        )
+    return found

@@ -1,68 +1,145 @@
-"""Encodes chunks of rows as tokens and masks."""
+"""Rows -> tokens and masks: the settings, the encoder of chunks of rows, and its counts of rows."""
 
 import hashlib
 import json
+import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from ..cli.errors import UserError, visible
-from .bad_rows import BadRows
-from .binidx import dtype_code
-from .cutting import Piece, length, shorten, windows
-from .encode_settings import ALIKE, HEADER, REMEDIES, EncodeSettings
+from ..cli.errors import UserError, in_line, quoted
+from ..cli.parser import counted
+from .binidx import UNDESIRABLE, dtype_code
+from .chat import SPEAKERS, THINKING, TURN_END, WEIGHT, Segment, opening_within, opens_thinking
 from .fields import Fields, UnknownForm
-from .row_forms import TURNS, UNDESIRABLE, in_context, label_of, labelled, opened, pair, refuse_compared
+from .layouts import FOREIGN_MARKS, TURNS, RowLayout, Template, label_of, refuse_compared
 from .rows import CSV_ENDINGS, TO_UTF_8, Chunk
-from .templates import FOREIGN_MARKS, Template, named_segments, opening_within, segments, thinks
-from .tokenizer import load_tokenizer, utf8
+from .tokenizer import load_tokenizer
 from .tools import as_list
-from .turns import FIELDS, SPEAKERS, TURN_END, Segment, weight_of
 
 Documents = list[list[Segment]]  # the documents of one row
-# the kinds of rows (EncodeSettings.command) that have a layout of their own: (row, fields, think, clean) -> documents
-LAYOUTS: Mapping[str, Callable[[object, Sequence[str], str, bool], Documents]] = MappingProxyType(
+TokenRun = tuple[list[int], bool]  # the tokens of a segment, and True if they count in the loss
+# the kinds of rows with a layout of their own -> the documents of a row
+LAYOUTS: Mapping[str, Callable[[RowLayout, object], Documents]] = MappingProxyType(
     {
-        "pairs": pair,
-        "labels": lambda *row: [labelled(*row)],
-        "prompts": lambda *row: [opened(*row)],
-        "contexts": in_context,
+        "pairs": RowLayout.pair,
+        "labels": lambda layout, row: [layout.labelled(row)],
+        "prompts": lambda layout, row: [layout.opened(row)],
+        "contexts": RowLayout.in_context,
     }
 )
+LEARNED = ("preprocess", "train")  # the kinds of rows with a loss of tokens, in which rows may weigh
+ALIKE = (*LEARNED, "contexts")  # the kinds of which every answer is learned
 DIGEST = 16  # bytes of a row's
-OTHERS = frozenset(f"{speaker}:" for speaker in SPEAKERS.values()) - {"Assistant:"}  # what opens their turns in a chat
+OTHERS = frozenset(f"{speaker}:" for speaker in SPEAKERS.values()) - {"Assistant:"}  # openings of their turns
 # a turn before an answer that has only its speaker's name
 EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
+# the kinds of rows -> the flag that names their fields, and the fields to name
+NAMED = MappingProxyType(
+    {
+        "preprocess": ("--fields", "QUESTION ANSWER", "TEXT"),
+        "train": ("--sft_field", "QUESTION ANSWER", "TEXT"),
+        "pairs": ("--sft_field", "PROMPT CHOSEN REJECTED"),
+        "labels": ("--sft_field", "PROMPT ANSWER LABEL"),
+        "prompts": ("--sft_field", "PROMPT"),
+        "contexts": ("--sft_field", "CONTEXT QUESTION ANSWER"),
+    }
+)
+HEADER = "; the first line of a table names its columns: write one, such as question,answer, if it is a row"
+MOST_KINDS = 100  # kinds of bad rows that are told apart
+SHOWN_KINDS = 8  # kinds in a message
+# the parts in which messages of one kind differ
+VARIES = re.compile(r"(?<!\w)'(?:\\.|[^'\\])*'…?|\"(?:\\.|[^\"\\])*\"…?|\(.*\)|\d+|\b(?:None|True|False)\b|\[…\]|\{…\}")
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """The settings by which rows become documents.
+
+    - tokenizer: a name or path for load_tokenizer
+    - end_token: end each document with the tokenizer's end_id
+    - fields, think, clean_turns: as in a RowLayout
+    - template: the text of a Template
+    - skip_bad_rows: leave out rows that cannot be read, which are refused otherwise
+    - max_tokens: the most that a document may have (0: no limit)
+    - too_long: "left" removes tokens from the front of a longer document's prompt, and then from the end of its answer;
+      "skip" leaves the document out
+    - command: the kind of rows, a key of NAMED: "preprocess" and "train" read texts, questions and answers; "pairs"
+      makes two documents of a row, its better and its worse answer, "labels" an answer with its label, "prompts" a
+      prompt, and "contexts" its context, and its question and answer, which are never shortened
+    """
+
+    tokenizer: str = "world"
+    end_token: bool = True
+    fields: tuple[str, ...] = ()
+    template: str = ""
+    think: str = ""
+    clean_turns: bool = True
+    skip_bad_rows: bool = False
+    max_tokens: int = 0
+    too_long: str = "left"
+    command: str = "preprocess"
+
+
+class BadRows:
+    """Counts of bad rows by kind, in the order of their first rows; messages of one kind differ only in VARIES."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}  # kind -> the place of its first row, and the message
+
+    def add(self, place: str, message: str) -> None:
+        self._add(VARIES.sub("…", message), in_line(f"{place}: {message}"), 1)
+
+    def add_all(self, other: "BadRows") -> None:
+        for kind, number in other.counts.items():
+            self._add(kind, other.first[kind], number)
+
+    def _add(self, kind: str, first: str, number: int) -> None:
+        if kind not in self.counts and len(self.counts) >= MOST_KINDS:
+            kind = "other"
+        self.counts[kind] += number
+        self.first.setdefault(kind, first)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def lines(self, note: str = "") -> Iterator[str]:
+        """Yield a heading, with `note` behind the count, and a line for each of the most frequent kinds."""
+        total, kinds = self.counts.total(), self.counts.most_common(SHOWN_KINDS)
+        which = f", of {len(self.counts)} kinds, the first of each" if len(self.counts) > 1 else ", the first of them"
+        yield f"{counted(total, 'bad row')}{note}{which if total > 1 else ''}:"
+        for kind, number in kinds:
+            yield "  " + (f"{number:,} x  " if total > 1 else "") + self.first[kind]
+        if rest := total - sum(number for _, number in kinds):
+            yield f"  and {counted(rest, 'row')} of other kinds"
 
 
 @dataclass
 class Encoded:
-    """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens.
+    """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens, weights in the loss.
 
-    weights are those of the documents in the loss; bad holds the rows that cannot be read; digests has DIGEST bytes for
-    each row that is written, and rows the row itself as JSON, if it is a prompt. counts has the characters of text that
-    were read. Of documents, or of pairs: empty, shortened and too_long ones; cut texts, each of which became several;
-    equal pairs, whose answers are the same; bare rows, which lack a prompt or an answer.
-    Of rows that are written: wordless with an empty answer, unanswered without an answer, unfinished with a last turn
-    that is not the model's, blank with another empty turn, dialogues and templated for texts with turns, of RWKV's or
-    another model's; thinking and at_once for those with and without, if asked; "unread NAME" for those with a text in
-    a field that no document holds. counted has the tokens that count in the loss.
+    If it continues, the first document goes on the last one before. bad holds the rows that cannot be read; digests has
+    DIGEST bytes for each row that is written, and rows the row itself as JSON, of prompts. counts are of characters of
+    text, of counted tokens, and of rows: those left out or cut by `report.left_out`, those worth a note by
+    `report.laid_out`, and "unread NAME" for rows with a text in a field that no document holds.
     """
 
     sizes: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    tokens: bytes = b""
-    mask: bytes = b""
+    tokens: bytes | bytearray = field(default_factory=bytearray)
+    mask: bytes | bytearray = field(default_factory=bytearray)
     continues: bool = False
     bad: BadRows = field(default_factory=BadRows)
-    digests: bytes = b""
+    digests: bytes | bytearray = field(default_factory=bytearray)
     rows: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -73,7 +150,7 @@ class Encoded:
         self.rows += other.rows
 
     def drop(self, dropped: np.ndarray) -> None:
-        """Leave out documents, of rows that are a document each."""
+        """Leave out the documents at which dropped (n,) is true, of rows that are a document each."""
         tokens = np.repeat(~dropped, self.sizes)
         wide = len(self.tokens) // max(1, len(tokens))
         self.tokens = np.frombuffer(self.tokens, f"V{wide}")[tokens].tobytes()
@@ -81,22 +158,9 @@ class Encoded:
         self.sizes = np.array(self.sizes)[~dropped].tolist()
         self.weights = np.array(self.weights)[~dropped].tolist()
 
-    def to_json(self) -> dict[str, Any]:
-        """The counts and bad rows, for from_json."""
-        return {"counts": self.counts, "bad": [self.bad.counts, self.bad.first]}
 
-    @staticmethod
-    def from_json(content: Mapping[str, Any]) -> "Encoded":
-        counts, first = content["bad"]
-        result = Encoded(counts=Counter({name: int(count) for name, count in content["counts"].items()}))
-        result.bad.counts = Counter({kind: int(count) for kind, count in counts.items()})
-        result.bad.first = {kind: visible(first[kind]) for kind in counts}
-        return result
-
-
-def encode_chunk(chunk: Chunk, settings: EncodeSettings, judge: bool = False) -> Encoded:
-    """Encode a chunk; with judge, only look for bad rows and make no documents."""
-    return encoder(settings).encode(chunk, judge)
+def encode_chunk(chunk: Chunk, settings: EncodeSettings) -> Encoded:
+    return encoder(settings).encode(chunk)
 
 
 @lru_cache(maxsize=4)
@@ -106,17 +170,18 @@ def encoder(settings: EncodeSettings) -> "Encoder":
 
 
 class Encoder:
-    """A tokenizer and a template, ready to encode chunks."""
+    """A tokenizer and a layout, which encode chunks of rows."""
 
     def __init__(self, settings: EncodeSettings) -> None:
-        self.settings, self.kind, self.remedies = settings, settings.command, REMEDIES[settings.command]
+        self.settings, self.kind = settings, settings.command
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.code = "H" if dtype_code(self.tokenizer.vocab_size) == 8 else "i"
         self.end_id = self.tokenizer.end_id if settings.end_token else None
         if settings.end_token and self.end_id is None:
+            remedy = {"preprocess": "take", "train": "make token files with rwkv-peft preprocess"}.get(self.kind)
             raise UserError(
                 f"--tokenizer {self.tokenizer.name} names no end-of-document token, which each document ends with; "
-                + self.remedies.no_end
+                + (f"{remedy} --no-append_eod" if remedy else "take one that does")
             )
         if settings.template and settings.fields:
             raise UserError("--template and --fields both say which fields are read; give one of them")
@@ -125,107 +190,92 @@ class Encoder:
                 "--template and --think both set the opening of an answer; write it into the template, as in the "
                 "templates think and no-think"
             )
-        self.layout: Callable[[object, str], Documents]
-        clean = settings.clean_turns
-        if own := LAYOUTS.get(settings.command):
-            self.layout = lambda row, think: own(row, settings.fields, think, clean)
-        elif settings.template:
-            template = Template(settings.template, clean)
-            self.layout = lambda row, think: [template(row)]
-        elif settings.fields:
-            self.layout = lambda row, think: [named_segments(row, settings.fields, think, clean)]
-        else:
-            self.layout = lambda row, think: [segments(row, think, clean)]
+        self.layout = RowLayout(settings.think, settings.clean_turns, settings.fields)
+        self.template = Template(settings.template, settings.clean_turns) if settings.template else None
 
     def documents(self, row: object) -> Documents:
-        """The documents of a row. If thinking is asked for and the row holds none, its answer is laid out as one at
-        once; if either answer of a pair holds none, both are, because they answer the same prompt."""
-        found = self.layout(row, self.settings.think)
-        if self.settings.think != "on" or all(map(thinks, self.told(found))):
+        """The documents of a row. With think "on" an answer without thinking opens as with "off"; both answers of a
+        pair do if either lacks it, because they share their prompt."""
+        if self.template:
+            return [self.template.segments(row)]
+        found = self._laid_out(row, self.layout)
+        if self.layout.think != "on" or all(map(opens_thinking, self.answering(found))):
             return found
-        return self.layout(row, "off")
+        return self._laid_out(row, replace(self.layout, think="off"))
 
-    def told(self, documents: list[Any]) -> list[Any]:
-        """Those of a row's documents that ask and answer: all but a context."""
+    def _laid_out(self, row: object, layout: RowLayout) -> Documents:
+        own = LAYOUTS.get(self.kind)
+        return own(layout, row) if own else [layout.segments(row)]
+
+    def answering(self, documents: list[Any]) -> list[Any]:
+        """The documents of a row with a prompt and an answer: all but a context."""
         return documents[1:] if self.kind == "contexts" else documents
 
-    def encode(self, chunk: Chunk, judge: bool = False) -> Encoded:
+    def encode(self, chunk: Chunk) -> Encoded:
+        """The documents and counts of a chunk."""
         result = Encoded(continues=chunk.continues and not self.settings.max_tokens)
-        tokens, mask, digests = array(self.code), bytearray(), bytearray()
-        for offset, item in enumerate(chunk.items):
+        for number, item in enumerate(chunk.items, chunk.first):
             if isinstance(item, bytes) and not item.strip():
                 continue
             try:
-                whole = isinstance(item, str) and self.kind in ("preprocess", "train")
-                row: Any = None if whole else parse(item)
-                if isinstance(row, dict):
-                    row = Fields(row)
-                    if self.kind in ALIKE and not self.settings.template:
-                        refuse_compared(row, bool(self.settings.fields))
-                documents = [[(str(item), True)]] if whole else self.documents(row)
-                weight = 1.0 if self.settings.template or self.kind == "prompts" else weight_of(row, self.kind)
-                undesirable = self.kind == "labels" and not label_of(row, self.settings.fields)
-                if self.kind in ("pairs", "labels") and not all(map(asked_and_answered, documents)):
-                    result.counts["bare"] += 1
-                    continue
-                convert: Callable[[str], list[int]] = judged if judge else self.tokenizer.encode
-                pieces = [[(convert(text), counts) for text, counts in document] for document in documents]
-                added = not judge and self._add(pieces, chunk, result, tokens, mask)
+                self._encode_row(item, chunk, result)
             except UserError as error:
                 more = self._remedy(chunk.source) if isinstance(error, UnknownForm) else ""
-                result.bad.add(f"{chunk.source}, {chunk.unit} {chunk.first + offset}", f"{error}{more}")
-                continue
-            result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
-            if added and not whole:
-                self._count(self.told(documents), result.counts)
-                result.counts.update(f"unread {name}" for name in unread(row, self.settings.think))
-                size = sum(result.sizes[-len(documents) :])
-                result.weights[-1] = weight
-                if undesirable:
-                    mask[-size:] = mask[-size:].replace(b"\1", bytes([UNDESIRABLE]))
-                if self.kind == "prompts":
-                    result.rows.append(json.dumps(row, ensure_ascii=False, default=str))
-                written = tokens[len(tokens) - size :].tobytes()
-                digests += hashlib.blake2b(written, digest_size=DIGEST).digest()
-        result.counts["counted"] = len(mask) - mask.count(0)
-        result.tokens, result.mask, result.digests = tokens.tobytes(), bytes(mask), bytes(digests)
+                result.bad.add(f"{chunk.source}, {chunk.unit} {number}", f"{error}{more}")
+        result.counts["counted"] = len(result.mask) - result.mask.count(0)
         return result
 
     def _remedy(self, source: str) -> str:
-        """The end of the message about a row of a file whose fields are not known."""
-        header = HEADER if source.endswith(CSV_ENDINGS) else ""
-        return "" if self.settings.template else f"; {self.remedies.unknown_form}{header}"
+        """The end of the message about a row without the fields of any layout."""
+        if self.template:
+            return ""
+        flag, *fields = NAMED[self.kind]
+        named = " or ".join(f"{flag} {each}" for each in fields)
+        return f"; name yours, as {named}" + (HEADER if source.endswith(CSV_ENDINGS) else "")
 
-    def _count(self, documents: Documents, counts: Counter[str]) -> None:
-        """Count what report.py tells of a row that is written."""
-        learned = [[text for text, is_learned in document if is_learned] for document in documents]
-        if not all(learned):
-            counts["unanswered"] += self.kind != "prompts"
-        elif not all(text.strip() or text == TURN_END for one in learned for text in one):
-            counts["wordless"] += 1
-        else:
-            counts["unfinished"] += any(map(ends_with_another, documents))
-        counts["blank"] += any(map(has_empty_turn, documents))
-        (text, is_learned), *more = documents[0]
-        counts["dialogues"] += is_learned and not more and bool(opening_within(text))
-        counts["templated"] += is_learned and not more and any(map(text[:400].__contains__, FOREIGN_MARKS))
-        if self.settings.think == "on":
-            counts["thinking" if thinks(documents[0]) else "at_once"] += 1
+    def _encode_row(self, item: object, chunk: Chunk, result: Encoded) -> None:
+        """Add the documents of a row, or of a piece of a text. Raises UserError for a bad row."""
+        is_text = isinstance(item, str) and self.kind in LEARNED
+        row: Any = None if is_text else parse(item)
+        if isinstance(row, dict):
+            row = Fields(row)
+            if self.kind in ALIKE and not self.template:
+                refuse_compared(row, bool(self.settings.fields))
+        documents = [[(str(item), True)]] if is_text else self.documents(row)
+        weight = 1.0 if self.template or self.kind == "prompts" else weight_of(row, self.kind)
+        undesirable = self.kind == "labels" and not label_of(row, self.settings.fields)
+        if self.kind in ("pairs", "labels") and not all(map(has_prompt_and_answer, documents)):
+            result.counts["bare"] += 1
+            return
+        encode, before = self.tokenizer.encode, len(result.mask)
+        runs = [[(encode(text), counts) for text, counts in document] for document in documents]
+        added = self._add(runs, chunk, result)
+        result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
+        if not added or is_text:
+            return
+        self._count(self.answering(documents), result.counts)
+        result.counts.update(f"unread {name}" for name in unread(row, self.settings.think))
+        result.weights[-1] = weight
+        if undesirable:
+            labelled = result.mask[before:].replace(b"\1", bytes([UNDESIRABLE]))
+            result.mask = result.mask[:before] + labelled
+        if self.kind == "prompts":
+            result.rows.append(json.dumps(row, ensure_ascii=False, default=str))
+        wide = len(result.tokens) // len(result.mask)
+        result.digests += hashlib.blake2b(result.tokens[before * wide :], digest_size=DIGEST).digest()
 
-    def _add(
-        self, documents: list[list[Piece]], chunk: Chunk, result: Encoded, tokens: "array[int]", mask: bytearray
-    ) -> bool:
-        """Append the documents of a row, or a piece of one, [(ids, counts)] each, to the chunk's tokens and mask; ->
-        False if they are left out. Raises UserError for a context that is too long."""
-        if not chunk.continues and not any(ids for pieces in documents for ids, _ in pieces):
+    def _add(self, documents: list[list[TokenRun]], chunk: Chunk, result: Encoded) -> bool:
+        """Append the documents of a row to a chunk's; -> False if they are left out. Raises UserError for a context
+        that is too long."""
+        if not chunk.continues and not any(ids for runs in documents for ids, _ in runs):
             result.counts["empty"] += 1
             return False
         if self.kind == "pairs" and documents[0] == documents[1]:
             result.counts["equal"] += 1
             return False
         if self.end_id is not None and chunk.ends:
-            for pieces in self.told(documents):
-                pieces.append(([self.end_id], pieces[-1][1]))
+            for runs in self.answering(documents):
+                runs.append(([self.end_id], runs[-1][1]))
         read_at_once = sum if self.kind == "contexts" else max
         longest, limit = read_at_once(map(length, documents)), self.settings.max_tokens
         if limit and longest > limit:
@@ -238,54 +288,40 @@ class Encoder:
                     f"the most; this row needs --ctx_len {longest - 1}: take what the longest needs, shorter contexts, "
                     "or --sft_long skip to leave such rows out"
                 )
-            is_text = isinstance(chunk.items[0], str)
-            if is_text:
+            if isinstance(chunk.items[0], str):
                 documents = windows(documents[0], limit)
+                result.counts["cut"] += 1
             else:
-                documents = [shorten(pieces, longest - limit, limit) for pieces in documents]
-            result.counts["cut" if is_text else "shortened"] += 1
-        for pieces in documents:
-            for ids, counts in pieces:
-                tokens += array(self.code, ids)  # faster than extend(ids)
-                mask.extend((b"\1" if counts else b"\0") * len(ids))
-            result.sizes.append(length(pieces))
+                documents = [shorten(runs, longest - limit, limit) for runs in documents]
+                result.counts["shortened"] += 1
+        for runs in documents:
+            for ids, counts in runs:
+                result.tokens += array(self.code, ids)  # faster than extend(ids)
+                result.mask += (b"\1" if counts else b"\0") * len(ids)
+            result.sizes.append(length(runs))
             result.weights.append(1.0)
         return True
 
-
-def unread(row: Fields, think: str) -> list[str]:
-    """The fields whose text is in no document of a row, and those of its turns with thinking that is not asked for."""
-    turns = [turn for name in TURNS if name in row.read for turn in as_list(row.peek(name)) if isinstance(turn, dict)]
-    thought = [name for name in FIELDS if not think and any(turn.get(name) for turn in turns)]
-    return list(dict.fromkeys([*row.unread(), *thought]))
-
-
-def judged(text: str) -> list[int]:
-    """Return no tokens. Raises UserError for a text that is not Unicode."""
-    utf8(text)
-    return []
-
-
-def asked_and_answered(document: list[Segment]) -> bool:
-    """Return whether a document begins with a text that does not count, and has words that do."""
-    (prompt, counts), *_ = document
-    return bool(prompt and not counts) and any(text.strip() for text, counts in document if counts)
-
-
-def ends_with_another(document: list[Segment]) -> bool:
-    """Return whether the last turn of a document is not the model's."""
-    return len(document) > 1 and document[-2][0] in OTHERS
-
-
-def has_empty_turn(document: list[Segment]) -> bool:
-    """Return whether a turn before an answer of a document has no words."""
-    turns = (text if not counts or text == TURN_END or text.endswith(":") else "…" for text, counts in document)
-    return EMPTY_TURN.search("".join(turns)) is not None
+    def _count(self, documents: Documents, counts: Counter[str]) -> None:
+        """Count a row that is written for the notes of report.py."""
+        learned = [[text for text, is_learned in document if is_learned] for document in documents]
+        if not all(learned):
+            counts["unanswered"] += self.kind != "prompts"
+        elif not all(text.strip() or text == TURN_END for one in learned for text in one):
+            counts["wordless"] += 1
+        else:
+            counts["unfinished"] += any(map(ends_with_another, documents))
+        counts["blank"] += any(map(has_empty_turn, documents))
+        (text, is_learned), *more = documents[0]
+        counts["dialogues"] += is_learned and not more and bool(opening_within(text))
+        counts["templated"] += is_learned and not more and any(map(text[:400].__contains__, FOREIGN_MARKS))
+        if self.settings.think == "on":
+            counts["thinking" if opens_thinking(documents[0]) else "at_once"] += 1
 
 
 def parse(item: object) -> Any:
-    """Parse a line of JSON; a row that is already read stays as it is. Raises UserError for a line that is not JSON,
-    and the UserError that stands for a row that could not be read."""
+    """The row of a line of JSON; a row that is already read stays as it is. Raises UserError for a line that is not
+    JSON, and the UserError that stands for a row that could not be read."""
     if isinstance(item, UserError):
         raise item
     if not isinstance(item, bytes):
@@ -299,3 +335,67 @@ def parse(item: object) -> Any:
         if item.lstrip()[:1] not in (b"{", b"["):
             more = "; the name of a table ends in .csv, and that of a text in .txt"
         raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line{more}") from error
+
+
+def weight_of(row: object, kind: str) -> float:
+    """The weight of a row in the loss, 1 if it has none. Raises UserError for anything but a number from 0 on, and for
+    kinds of rows without weights."""
+    found = row.get(WEIGHT) if isinstance(row, dict) else None
+    if found is None or found == "":
+        return 1.0
+    try:
+        weight = float(found)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    said, rename = f"field {WEIGHT!r} holds {quoted(found)}", "rename the field if it means something else"
+    if isinstance(found, bool) or not 0 <= weight < math.inf:
+        raise UserError(f"{said}; a row's weight in the loss is a number from 0 on; {rename}")
+    if weight != 1 and kind not in LEARNED:
+        raise UserError(f"{said}, and only rows of --data_type sft weigh in the loss; leave it out, or {rename}")
+    return weight
+
+
+def unread(row: Fields, think: str) -> list[str]:
+    """The fields with a text in no document of a row, and the fields of turns with a thinking that is not laid out."""
+    turns = [turn for name in TURNS if name in row.read for turn in as_list(row.peek(name)) if isinstance(turn, dict)]
+    thought = [name for name in THINKING if not think and any(turn.get(name) for turn in turns)]
+    return list(dict.fromkeys([*row.unread(), *thought]))
+
+
+def has_prompt_and_answer(document: Sequence[Segment]) -> bool:
+    """True if a document begins with a text that does not count, and has words that do."""
+    (prompt, counts), *_ = document
+    return bool(prompt and not counts) and any(text.strip() for text, counts in document if counts)
+
+
+def ends_with_another(document: Sequence[Segment]) -> bool:
+    """True if the last turn of a document is not the model's."""
+    return len(document) > 1 and document[-2][0] in OTHERS
+
+
+def has_empty_turn(document: Sequence[Segment]) -> bool:
+    """True if a turn before an answer of a document has no words."""
+    turns = (text if not counts or text == TURN_END or text.endswith(":") else "…" for text, counts in document)
+    return EMPTY_TURN.search("".join(turns)) is not None
+
+
+def length(runs: Sequence[TokenRun]) -> int:
+    """The number of tokens of a document."""
+    return sum(len(ids) for ids, _ in runs)
+
+
+def windows(runs: Sequence[TokenRun], most: int) -> list[list[TokenRun]]:
+    """Cut a text into documents of at most `most` tokens, which all count. Each begins with the last token of the one
+    before, so that every token is predicted."""
+    ids = [token for part, _ in runs for token in part]
+    return [[(ids[begin : begin + most], True)] for begin in range(0, len(ids) - 1, most - 1)]
+
+
+def shorten(runs: Sequence[TokenRun], excess: int, limit: int) -> list[TokenRun]:
+    """Remove `excess` tokens from the front of the prompt, but not its last, then those beyond `limit` at the end."""
+    prompt = sum(len(ids) for ids, _ in takewhile(lambda run: not run[1], runs))
+    first, shorter = min(excess, max(prompt - 1, 0)), []  # tokens [first, first + limit) stay
+    for ids, counts in runs:
+        shorter.append((ids[max(first, 0) : max(first + limit, 0)], counts))
+        first -= len(ids)
+    return shorter

@@ -1,9 +1,8 @@
-"""Finds the files of rows in a folder, and their splits by the files' names."""
+"""The files of rows in a folder, and their splits by the files' names."""
 
 import os
 import re
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -12,7 +11,7 @@ from ..cli.errors import UserError
 
 ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".csv", ".tsv", ".parquet")  # not .json, which settings have, too
 TRAIN = "train"
-WORDS = MappingProxyType(  # in the name of a file -> its split
+WORDS = MappingProxyType(  # a word in the name of a file -> its split
     {
         "train": TRAIN,
         "training": TRAIN,
@@ -25,55 +24,52 @@ WORDS = MappingProxyType(  # in the name of a file -> its split
     }
 )
 HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits to validate on, the first that exists
-SAVED, SPLITS = "state.json", "dataset_dict.json"  # one of them lies in what datasets.save_to_disk wrote
+SAVED, SPLITS = "state.json", "dataset_dict.json"  # one of them lies in a folder of datasets.save_to_disk
 
 
 def is_saved(folder: Path) -> bool:
-    """Return whether datasets.save_to_disk wrote a folder."""
+    """True for a folder that datasets.save_to_disk wrote."""
     return (folder / SAVED).exists() or (folder / SPLITS).exists()
 
 
 def row_files(folder: Path) -> dict[str, list[Path]]:
     """The {split: files of rows} of a folder or, if it has none, of the one folder in it that has some, or else the
-    folder's texts; {} if there are none. A file whose name has none of WORDS is of the split train. Raises UserError
-    for files of several kinds, for several such folders, and for a link that leads out of the folder."""
-    splits = splits_of(folder)
-    for path in chain.from_iterable(splits.values()):
+    folder's texts; {} if there are none. Files without one of WORDS in their names are of the split train.
+
+    Raises UserError for files of several kinds, for several such folders, and for a link out of the folder."""
+    found, place = files_in(folder), folder
+    if not found:
+        within = [path for path in below(folder) if path.is_dir() and files_in(path)]
+        if len(within) > 1:
+            raise UserError(f"{folder} holds several folders of rows; give one of {', '.join(map(str, within))}")
+        for place in within:
+            found = files_in(place)
+    kinds = sorted({ending_of(path) for path in found})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{place} holds files of several kinds ({', '.join(kinds)}), which may be the same rows twice; name a "
+            "file, or leave one kind in the folder"
+        )
+    splits: dict[str, list[Path]] = {}
+    for path in found:
+        words = re.split("[^a-z]+", path.name.lower())
+        splits.setdefault(next((WORDS[word] for word in words if word in WORDS), TRAIN), []).append(path)
+    if texts := [] if found else [path for path in below(folder) if path.suffix == ".txt" and path.is_file()]:
+        splits[TRAIN] = texts
+    for path in sum(splits.values(), []):
         require_within(folder, path)
     return splits
 
 
 def require_within(folder: Path, path: Path) -> Path:
-    """The path itself. Raises UserError if a link leads from a folder of rows out of it: a data set that was
-    downloaded could read any file, such as a key, into the tokens."""
+    """The path itself. Raises UserError for a link out of a folder of rows: a downloaded data set could read any file,
+    such as a key, into the tokens."""
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise UserError(
             f"{path} leads out of {folder} by a link, to {os.path.realpath(path)}, and only files within a folder are "
             "read as its rows; name that file itself, or put a copy in the link's place"
         )
     return path
-
-
-def splits_of(folder: Path) -> dict[str, list[Path]]:
-    if found := files_in(folder):
-        kinds = sorted({ending_of(path) for path in found})
-        if len(kinds) > 1:
-            raise UserError(
-                f"{folder} holds files of several kinds ({', '.join(kinds)}), which may be the same rows twice; name a "
-                "file, or leave one kind in the folder"
-            )
-        splits: dict[str, list[Path]] = {}
-        for path in found:
-            words = re.split("[^a-z]+", path.name.lower())
-            splits.setdefault(next((WORDS[word] for word in words if word in WORDS), TRAIN), []).append(path)
-        return splits
-    within = [path for path in below(folder) if path.is_dir() and files_in(path)]
-    if len(within) > 1:
-        raise UserError(f"{folder} holds several folders of rows; give one of {', '.join(map(str, within))}")
-    if within:
-        return splits_of(within[0])
-    texts = [path for path in below(folder) if path.suffix == ".txt" and path.is_file()]
-    return {TRAIN: texts} if texts else {}
 
 
 def choose(splits: Iterable[str], name: str, folder: Path) -> str:
@@ -95,8 +91,8 @@ def held_out_split(path: str | Path) -> str:
 
 
 def saved_splits(folder: Path) -> list[str]:
-    """The splits that datasets.save_to_disk wrote; [] if it wrote one data set, or if the file that names them cannot
-    be read (an error when the folder itself is read)."""
+    """The splits that datasets.save_to_disk wrote; [] for one data set, or if the file that names them cannot be read,
+    which is an error as soon as rows are read."""
     splits = object_in(folder / SPLITS).get("splits")
     return [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
 
@@ -111,5 +107,5 @@ def below(folder: Path) -> list[Path]:
 
 
 def ending_of(path: Path) -> str:
-    """The one of ENDINGS that a name has, or ""."""
+    """The ending of a name among ENDINGS, or ""."""
     return next((ending for ending in reversed(ENDINGS) if path.name.endswith(ending)), "")

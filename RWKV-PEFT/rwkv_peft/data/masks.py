@@ -1,7 +1,7 @@
-"""Masks select the targets that count in the loss: all, those of a .mask file, or those between token markers.
+"""Masks select the targets that count in the loss: all, by a .mask file, or between token markers.
 
 A mask is a function (start, stop) -> bool (stop - start,), true for each token in [start, stop) of the data set's
-stream that counts when it is the target; or, of documents that have weights, float32: how much it counts.
+stream that counts as a target; or, of documents with weights, float32: how much it counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,18 +11,17 @@ import numpy as np
 
 from ..cli.errors import UserError
 from ..config import DataConfig
-from .binidx import BinidxDataset, counting
-from .row_forms import UNDESIRABLE
+from .binidx import UNDESIRABLE, BinidxDataset, counting
 
 if TYPE_CHECKING:
-    from torch import Tensor  # whose import takes seconds, of each process that encodes rows
+    from torch import Tensor  # preprocess does without its import, which takes seconds
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool or float32 (stop - start,)
 LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
 
 
 def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
-    """Describe in a line which tokens of a BinidxDataset count. Raises UserError if its .mask counts none."""
+    """A line on the tokens of a BinidxDataset that count. Raises UserError if its .mask counts none."""
     total, kind = len(dataset.tokens), config.loss_mask
     if kind in ("qa", "se"):
         return f"loss on the tokens after --mask_id {' '.join(map(str, config.mask_id))} (--loss_mask {kind})"
@@ -40,7 +39,7 @@ def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
 
 
 def undesirable(mask: "Tensor") -> bool:
-    """Return whether a sample's mask tells that its answer is labelled undesirable; one of weights does not."""
+    """True for a sample's mask of an undesirable answer; masks of weights have no labels."""
     return not mask.is_floating_point() and UNDESIRABLE in mask
 
 
@@ -60,7 +59,7 @@ def weighted(mask: Mask | None, dataset: BinidxDataset) -> Mask | None:
 
 
 def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
-    """Make the mask that config.loss_mask names over a BinidxDataset; None if every token counts.
+    """Make the mask config.loss_mask over a BinidxDataset; None if every token counts.
 
     "file" reads the .mask companion. "qa" counts from behind each config.mask_id (the tokens that
     open an answer) to the document's end, or up to the next config.mask_end_id (the tokens that

@@ -14,7 +14,7 @@ HALF = WHOLE // 2
 
 
 class Several(Samples):
-    """Samples of several sources by name, `length` an epoch. What they share is that of the first."""
+    """Samples of several sources by name, `length` an epoch; kind, seed and vocabulary are the first source's."""
 
     def __init__(self, sources: Mapping[str, Samples], length: int) -> None:
         first = next(iter(sources.values()))
@@ -53,8 +53,8 @@ class Mixture(Several):
     """A stream in which each source has its share of the tokens, as even as whole samples allow: of any samples in a
     row, a source has its share to within a sample for each source before it.
 
-    The order follows from the shares alone: what is read at a place needs no more than its number. An epoch reads as
-    many tokens as the sources hold; a source goes through epochs of its own.
+    The order follows from the shares alone: a sample depends on its number only. An epoch reads as many tokens as the
+    sources hold; a source goes through epochs of its own.
     """
 
     def __init__(self, sources: Mapping[str, Samples], shares: Sequence[float]) -> None:
@@ -64,7 +64,9 @@ class Mixture(Several):
         each = [share / mean for share, mean in zip(self.shares, means)]  # samples, for a token of the mixture
         length = max(1, round(sum(tokens) * sum(each)))
         rest = reversed(list(accumulate(reversed(each))))
-        self._cuts = [round(WHOLE * part / left) for part, left in zip(each, rest)]  # of what sources before it leave
+        self._cuts = [
+            round(WHOLE * part / left) for part, left in zip(each, rest)
+        ]  # of the samples that sources before it leave
         self.of_samples = dict(zip(sources, (part / sum(each) for part in each)))
         super().__init__(sources, length)
         read = self.seen(length)
@@ -105,6 +107,6 @@ class Joined(Several):
 
 
 def shares_of(numbers: Sequence[float]) -> list[float]:
-    """Numbers as parts of their sum, which are equal for 7 3 and 0.7 0.3: a decimal is taken as it is written."""
+    """Numbers as parts of their sum, equal for 7 3 and 0.7 0.3: a decimal is taken as it is written."""
     whole = [Fraction(repr(number)) for number in numbers]
     return [float(number / sum(whole)) for number in whole]

@@ -8,9 +8,9 @@ class Permutation:
     """A bijection of range(size) that depends only on `key`: permutation[i] in constant time and memory.
 
     Cubing is a bijection modulo a prime that is 2 modulo 3, the idea of RWKV-LM's "magic prime".
-    Here the prime is the first one at or above size, and a value that falls outside range(size) is
-    sent through the map again until it falls inside, so that no sample is left out. Two rounds of
-    a (x + b)^3 + c, their constants hashed from the key, give each key an order of its own.
+    Here the prime is the first one at or above size. A value outside range(size) passes through the
+    map again until it falls inside, so that no sample is left out. Two rounds of a (x + b)^3 + c,
+    their constants hashed from the key, give each key an order of its own.
     """
 
     def __init__(self, size: int, *key: object) -> None:
@@ -48,7 +48,7 @@ def magic_prime(tokens: int, ctx_len: int) -> int | None:
 
 
 def is_prime(n: int) -> bool:
-    """Tell whether n is prime, by Miller-Rabin with bases for every n below 3.3e24 (Sorenson and Webster 2015)."""
+    """True for a prime, by Miller-Rabin with bases for every n below 3.3e24 (Sorenson and Webster 2015)."""
     bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
     if n < 2 or any(n % p == 0 for p in bases):
         return n in bases

@@ -2,22 +2,25 @@
 
     rwkv-peft preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE] [--workers N]
 
-INPUT is .jsonl (a row a line; templates.py lists the forms that are recognised), .json, .csv (the first line names the
+INPUT is .jsonl (a row a line; layouts.py lists the forms), .json, .csv (the first line names the
 fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
 datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
 loss, PREFIX.weights if rows have weights, and PREFIX.json, which names the tokenizer; with --shard_tokens in shards,
-PREFIX-00001.bin and so on, which PREFIX.json lists. A command that was cut off goes on if it is given again.
+PREFIX-00001.bin and so on, which PREFIX.json lists.
 
     rwkv-peft preprocess --ids "Assistant:"    prints the token ids of a text
 """
 
-import hashlib
-import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import islice
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TextIO
 
@@ -25,29 +28,23 @@ import numpy as np
 from tqdm import tqdm
 
 from ..checkpoints.atomic import check_output, temporary_beside
-from ..checkpoints.digest import stamp_of
-from ..checkpoints.readable import files_below
+from ..children import elsewhere
 from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..cli.streams import bar_seconds
-from .binidx import BinidxDataset
-from .encode_settings import EncodeSettings
-from .encoding import DIGEST, Encoded, encoder
+from .binidx import BinidxDataset, open_dataset
+from .chat import THINKING
+from .encoding import DIGEST, Encoded, EncodeSettings, encode_chunk, encoder
+from .layouts import read_template
 from .order import Permutation
-from .prefix import ENDINGS, binidx_prefix
 from .preprocess_flags import parse_flags
-from .recorded import check_record, record_of, require_own
-from .report import describe, laid_out, left_out
-from .rows import read_chunks
+from .recorded import ENDINGS, binidx_prefix, check_record, record_of
+from .report import describe, laid_out, left_out, marks_for, show_documents
+from .rows import Chunk, read_chunks
 from .shard_writer import ShardWriter
-from .shards import open_dataset
-from .templates import read_template
 from .tokenizer import load_tokenizer
-from .turns import FIELDS
-from .workers import encode_all
 
 INLINE_BYTES = 4 << 20
-FORMAT = 2  # of the files of a command that was cut off
 MOST_COMPARED = 1 << 24  # rows that are compared to count repeated ones, unless they are dropped
 SKIP = "--skip_bad_rows leaves such rows out, and counts them"
 DIGESTS = np.dtype(f"S{DIGEST}")
@@ -70,14 +67,11 @@ def main(argv: list[str]) -> int:
         options.skip_bad_rows,
     )
     output, tokenizer = binidx_prefix(options.output), encoder(settings).tokenizer
-    check_record(output, options.input)
     for end in ENDINGS:
         check_output("--output", output + end, [("an input", path) for path in options.input])
     record = record_of(tokenizer, options.input, options.clean_turns)
-    if not options.overwrite:
-        require_own(output, record)
-    key = key_of(settings, options.split, options.drop_duplicates, options.shard_tokens, options.input)
-    writer = ShardWriter(output, tokenizer.vocab_size, record, options.shard_tokens, key)
+    check_record(output, options.input, record, options.overwrite)
+    writer = ShardWriter(output, tokenizer.vocab_size, record, options.shard_tokens)
 
     def encode(to: str | Path | ShardWriter) -> Encoded:
         return write(options.input, to, settings, options.workers, options.split, sys.stderr, options.drop_duplicates)
@@ -85,26 +79,14 @@ def main(argv: list[str]) -> int:
     if options.shuffle is None and options.repeat == 1:
         totals = encode(writer)
     else:
-        writer.key = ""
         with temporary_beside(Path(output), folder=True) as folder:
             totals = encode(folder / "data")
             rewrite(BinidxDataset(folder / "data"), writer, options.shuffle, options.repeat)
     written = open_dataset(output)
     print(describe(written, totals))
     if options.show:
-        from .show import marks_for, show_documents  # by torch, which nothing else here needs
-
         print(show_documents(written, options.show, tokenizer, marks_for(sys.stdout)))
     return 0
-
-
-def key_of(settings: EncodeSettings, split: str, drop: bool, shard_tokens: int, inputs: Sequence[str]) -> str:
-    """A hash of all that shapes the files of a command, its inputs by name, size and time of change: a command goes on
-    from the files that one with the same key left."""
-    files = (file for path in inputs for file in files_below(path) if os.path.exists(file))  # reading tells the others
-    stamps = [(str(file.resolve()), *stamp_of(file)) for file in files]
-    content = [FORMAT, asdict(settings), encoder(settings).tokenizer.vocab_size, split, drop, shard_tokens, stamps]
-    return hashlib.blake2b(json.dumps(content).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def write(
@@ -116,18 +98,17 @@ def write(
     progress: TextIO | None = None,
     drop: bool = False,
 ) -> Encoded:
-    """Encode the inputs into a PREFIX, or by a ShardWriter, which may have a part of them; return an Encoded with the
-    counts of all chunks.
+    """Encode the inputs into a PREFIX, or by a ShardWriter; return an Encoded with the counts of all chunks.
 
     progress is a stream for a progress bar, or None; drop leaves out rows that are the same as an earlier one. Raises
-    UserError if inputs cannot be read, if no document is left, and if thinking is asked for and no row has any.
+    UserError if inputs cannot be read, if no document is left, and if think is "on" and no row has a thinking.
     """
     tokenizer = encoder(settings).tokenizer  # a wrong setting stops here, before any worker starts
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
     if 0 < size < INLINE_BYTES:
         workers = 1
     chunks = (chunk for path in inputs for chunk in read_chunks(path, split, tokenizer.cuts_at_lines))
-    seen = Seen(0 if drop else MOST_COMPARED)
+    seen, totals = Seen(0 if drop else MOST_COMPARED), Encoded()
     # a character counts as a byte of the input, which is near enough for a bar
     bar = tqdm(
         total=size or None,
@@ -141,42 +122,35 @@ def write(
         disable=progress is None,
     )
     with bar, output if isinstance(output, ShardWriter) else ShardWriter(output, tokenizer.vocab_size) as writer:
-        totals = writer.totals
-        if writer.chunks:
-            seen.add(writer.known())
-            bar.write(
-                f"going on behind {counted(writer.documents, 'document')} of a command that was cut off", progress
-            )
-            bar.update(min(totals.counts["characters"], size))
-        rest = islice(chunks, writer.chunks, None)
-        for part in encode_all(rest, settings, workers, lambda: bool(totals.bad) and not settings.skip_bad_rows):
+        for part in encode_all(chunks, settings, workers):
             repeated = seen.add(part.digests)
             part.counts["dropped" if drop else "repeated"] += int(repeated.sum())
             if drop and repeated.any():
                 part.drop(repeated)
             writer.write(part)
             totals.add_counts(part)
-            writer.chunk_done(totals, part.digests if len(seen) != seen.most else b"")
             bar.set_postfix_str(counted(writer.documents, "document"), refresh=False)
             bar.update(min(part.counts["characters"], size - bar.n) if size else part.counts["characters"])
         bar.update(size - bar.n if size else 0)
-        if totals.bad and not settings.skip_bad_rows:
-            raise UserError(*totals.bad.lines(), f"({SKIP})")
-        if not writer.documents:
-            why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
-            raise UserError(f"{', '.join(map(str, inputs))}: no document to write: {why}")
-        if not totals.counts["counted"] and settings.command != "prompts":
-            why = "; ".join(line.removeprefix("note: ") for line in laid_out(totals) + left_out(totals))
-            raise UserError(
-                f"{', '.join(map(str, inputs))}: no token counts in the loss, so that there is nothing to learn: {why}"
-            )
-        if settings.think == "on" and not totals.counts["thinking"]:
-            raise UserError(
-                f"{', '.join(map(str, inputs))}: no row holds thinking, neither <think> … </think> before an answer's "
-                f"words nor a field {' or '.join(FIELDS)}; name the field so, or give --think off for answers without "
-                "thinking"
-            )
+        refuse_useless(totals, writer.documents, ", ".join(map(str, inputs)), settings, split)
     return totals
+
+
+def refuse_useless(totals: Encoded, documents: int, inputs: str, settings: EncodeSettings, split: str) -> None:
+    """Raise UserError for bad rows that are not to be skipped, and for documents from which nothing is learned."""
+    if totals.bad and not settings.skip_bad_rows:
+        raise UserError(*totals.bad.lines(), f"({SKIP})")
+    if not documents:
+        why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
+        raise UserError(f"{inputs}: no document to write: {why}")
+    if not totals.counts["counted"] and settings.command != "prompts":
+        why = "; ".join(line.removeprefix("note: ") for line in laid_out(totals) + left_out(totals))
+        raise UserError(f"{inputs}: no token counts in the loss, so that there is nothing to learn: {why}")
+    if settings.think == "on" and not totals.counts["thinking"]:
+        raise UserError(
+            f"{inputs}: no row holds thinking, neither <think> … </think> before an answer's words nor a field "
+            f"{' or '.join(THINKING)}; name the field so, or give --think off for answers without thinking"
+        )
 
 
 def rewrite(source: BinidxDataset, writer: ShardWriter, seed: int | None, repeat: int) -> None:
@@ -190,9 +164,68 @@ def rewrite(source: BinidxDataset, writer: ShardWriter, seed: int | None, repeat
                 writer.write(Encoded([size], [weight], source[index].tobytes(), mask))
 
 
+def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1) -> Iterator[Encoded]:
+    """Yield the Encoded of every chunk, in order, from this process or several others; at most two chunks a worker are
+    in memory. Raises UserError if a worker is killed, as by the system when memory runs out, or cannot begin."""
+    if workers <= 1:
+        for chunk in chunks:
+            yield encode_chunk(chunk, settings)
+        return
+    with elsewhere():  # the process of multiprocessing that keeps track of the others begins
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), end_with_parent)
+    waiting: deque[Future[Encoded]] = deque()
+    try:
+        for chunk in chunks:
+            with blocked_ctrl_c(), elsewhere():  # a new process inherits both
+                waiting.append(submitted(pool, chunk, settings))
+            if len(waiting) >= 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was ended from outside, or could not begin, which happens if memory runs out; give "
+            f"fewer than --workers {workers}"
+        ) from error
+    finally:
+        with blocked_ctrl_c():  # the workers are done after a chunk
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def submitted(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings) -> "Future[Encoded]":
+    """Submit a chunk, for which the pool may begin one more process. Raises BrokenProcessPool if it cannot: there is no
+    room for one, or another died this moment, which closes the pipes that the new one inherits."""
+    try:
+        return pool.submit(encode_chunk, chunk, settings)
+    except (OSError, ValueError) as error:
+        raise BrokenProcessPool("a process could not begin") from error
+
+
+@contextmanager
+def blocked_ctrl_c() -> Iterator[None]:
+    """Put Ctrl-C off until the block ends; processes that begin in it get none, because their parent does."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def end_with_parent() -> None:
+    """End this worker when its parent is gone, however that ended."""
+
+    def watch() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Seen:
     """A set of digests that takes DIGEST bytes each, and as much again for a moment while it grows: sorted arrays, each
-    more than twice as long as the next. Beyond `most` digests (0: any number) none is added."""
+    more than twice as long as the next. Beyond `most` digests (0: any number) it stays as it is."""
 
     def __init__(self, most: int = 0) -> None:
         self.most, self.runs = most, list[np.ndarray]()
@@ -200,8 +233,9 @@ class Seen:
     def __len__(self) -> int:
         return sum(map(len, self.runs))
 
-    def add(self, digests: bytes) -> np.ndarray:
-        """Add digests, one behind the other -> for each, whether it was there before, or earlier among them."""
+    def add(self, digests: bytes | bytearray) -> np.ndarray:
+        """Add n digests, one behind the other -> bool (n,), true for each that was there before, or earlier among
+        them."""
         given = np.frombuffer(digests, DIGESTS)
         new, first = np.unique(given, return_index=True)
         known = np.ones(len(given), dtype=bool)
@@ -214,7 +248,7 @@ class Seen:
 
 
 def has(run: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """Tell of each digest whether a sorted array has it: a bool for each."""
+    """bool (n,), true for each of n digests that a sorted array has."""
     if not len(run):
         return np.zeros(len(digests), dtype=bool)
     return run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests

@@ -6,9 +6,9 @@ from types import MappingProxyType
 
 from ..cli.parser import Parser, count, positive, switch, whole
 from ..cli.rules import EXCLUDES, NEEDS, Rule
+from .chat import OPENINGS
+from .layouts import TEMPLATES
 from .rows import KINDS
-from .templates import TEMPLATES
-from .turns import OPENINGS
 
 PROG = "rwkv-peft preprocess"
 WRITING = (

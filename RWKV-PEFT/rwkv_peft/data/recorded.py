@@ -1,27 +1,26 @@
-"""Records the tokenizer that made tokens: its name, a hash of its vocabulary and its size.
-
-preprocess writes the record beside the data (PREFIX.json), and a run into its config.json, where the commands that read
-the model or adapter in its folder find it.
-"""
+"""The names of a token set's files, and its record beside them, in a PREFIX.json or a run's config.json: the tokenizer
+that made the tokens, the layout of the rows. Nothing here imports numpy, so that flags are checked at once."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoints.atomic import same_file
-from ..checkpoints.readable import MOST_BYTES, require_readable
+from ..checkpoints.readable import MOST_BYTES, object_in, require_readable
 from ..cli.errors import UserError, short, told
 from ..cli.names import RUN
 from ..cli.numeric import is_whole
-from .prefix import ENDINGS, SHARDS, binidx_prefix, prefixes_of, shard_prefix
+from .chat import KNOWN
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 
-ENTRY = "vocabulary"  # of the JSON object
-CLEAN = "clean_turns"  # in a PREFIX.json that says no
+ENDINGS = (".bin", ".idx", ".mask", ".weights")  # of the files of a set; it may lack the last two
+# entries of a record: the Vocabulary, the shards of a manifest, false if turns are not cleaned, the opening of answers
+ENTRY, SHARDS, CLEAN, OPENING = "vocabulary", "shards", "clean_turns", "opening"
+PROMPTS = {last: f"{openings[0]} …\\n\\n{last}" for openings, last in KNOWN if last != "Assistant:"}
 
 
 class Vocabulary(NamedTuple):
@@ -35,6 +34,40 @@ class Vocabulary(NamedTuple):
         return f"{short(self.name)} ({self.size:,} tokens, {short(self.hash)})"
 
 
+def binidx_prefix(path: str | Path) -> str:
+    """PREFIX, PREFIX.bin or PREFIX.idx -> PREFIX."""
+    text = str(path)
+    return text[:-4] if text.endswith((".bin", ".idx")) else text
+
+
+def shard_prefix(prefix: str | Path, number: int) -> str:
+    """The prefix of a shard of a set, from number 1 on."""
+    return f"{prefix}-{number:05}"
+
+
+def manifest_of(prefix: str | Path) -> list[Any]:
+    """The entries of a set's shards in its PREFIX.json, unchecked; [] for a set in one file."""
+    found = object_in(record_path(prefix)).get(SHARDS)
+    return found if isinstance(found, list) else []
+
+
+def shard_at(prefix: str | Path, entry: object) -> str:
+    """The prefix of the shard of a manifest's entry, "" if it has no name. A name is a path from the
+    manifest's folder, so that shards may lie on several disks."""
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    return os.path.join(os.path.dirname(binidx_prefix(prefix)), name) if isinstance(name, str) and name else ""
+
+
+def prefixes_of(prefix: str | Path) -> list[str]:
+    """The prefixes of a set's files: its shards', or its own."""
+    return [shard_at(prefix, entry) for entry in manifest_of(prefix)] or [binidx_prefix(prefix)]
+
+
+def default_mask(prefix: str | Path) -> str:
+    """The --loss_mask of token files if none is given: "file" if they have a .mask file, else "none"."""
+    return "file" if any(Path(each + ".mask").is_file() for each in prefixes_of(prefix)) else "none"
+
+
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """The Vocabulary of a tokenizer; a file is named by its absolute path, so that it is found from other folders."""
     digest = hashlib.blake2b(tokenizer.content(), digest_size=8).hexdigest()
@@ -46,29 +79,6 @@ def record_path(prefix: str | Path) -> Path:
     return Path(binidx_prefix(prefix) + ".json")
 
 
-def check_record(prefix: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raise UserError if the record of PREFIX would replace an input, or a file that is no record."""
-    path = record_path(prefix)
-    if any(same_file(path, file) for file in inputs):
-        raise UserError(f"--output {prefix} writes {path}, which is an input; choose another PREFIX")
-    if path.exists() and not isinstance(_entry(path), dict):
-        raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
-
-
-def require_own(prefix: str, record: str) -> None:
-    """Raise UserError if there is a data set PREFIX that other inputs or another tokenizer made."""
-    prefixes = dict.fromkeys((prefix, shard_prefix(prefix, 1), *prefixes_of(prefix)))
-    found = next((path for each in prefixes for end in ENDINGS if os.path.lexists(path := each + end)), None)
-    content = content_of(record_path(prefix))
-    if isinstance(content, dict):
-        content.pop(SHARDS, None)
-    if found is not None and content != json.loads(record):
-        raise UserError(
-            f"--output {prefix}: {found} exists, made from other inputs, with another tokenizer or --clean_turns; "
-            "choose another PREFIX, or replace the old files with --overwrite"
-        )
-
-
 def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path], clean: bool = True) -> str:
     """The text of PREFIX.json: the Vocabulary of a tokenizer, a hash of the inputs' names, and CLEAN if it is false."""
     names = "\n".join(str(Path(path).resolve()) for path in inputs)
@@ -77,9 +87,30 @@ def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path], clean: bool = 
     return json.dumps(record) + "\n"
 
 
+def check_record(prefix: str, inputs: Iterable[str | Path], record: str, overwrite: bool = False) -> None:
+    """Raise UserError if the record of PREFIX would replace an input, or a file of another tool; and if there is a data
+    set PREFIX of other inputs or another tokenizer, unless it is to be overwritten."""
+    path = record_path(prefix)
+    if any(same_file(path, file) for file in inputs):
+        raise UserError(f"--output {prefix} writes {path}, which is an input; choose another PREFIX")
+    content = content_of(path)
+    found = dict(content) if isinstance(content, dict) else {}
+    if path.exists() and not isinstance(found.get(ENTRY), dict):
+        raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
+    prefixes = dict.fromkeys((prefix, shard_prefix(prefix, 1), *prefixes_of(prefix)))
+    old = next((file for each in prefixes for end in ENDINGS if os.path.lexists(file := each + end)), None)
+    found.pop(SHARDS, None)
+    if old is not None and not overwrite and found != json.loads(record):
+        raise UserError(
+            f"--output {prefix}: {old} exists, made from other inputs, with another tokenizer or --clean_turns; "
+            "choose another PREFIX, or replace the old files with --overwrite"
+        )
+
+
 def read_record(path: str | Path) -> Vocabulary | None:
-    """Read the Vocabulary in a PREFIX.json or a run's config.json; None if it is missing, or another tool's."""
-    entry = _entry(path)
+    """The Vocabulary in a PREFIX.json or a run's config.json; None if it is missing, or another tool's."""
+    content = content_of(path)
+    entry = content.get(ENTRY) if isinstance(content, dict) else None
     if not isinstance(entry, dict):
         return None
     name, digest, size = map(entry.get, Vocabulary._fields)
@@ -93,23 +124,52 @@ def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
 
 
 def clean_data(prefix: str | Path) -> bool:
-    """Whether the turns in the token files PREFIX are cleaned, as far as their record says."""
+    """True if the turns in the token files PREFIX are cleaned, by their record."""
     content = content_of(record_path(prefix))
     return not isinstance(content, dict) or content.get(CLEAN) is not False
 
 
 def runs_beside(*paths: str | Path | None) -> Iterator[Path]:
-    """Yield where the settings of a run are in the folders that are, or hold, these paths."""
+    """Yield the paths of a run's settings in the folders that are, or hold, these paths."""
     return (Path(path if os.path.isdir(path) else Path(path).parent, RUN) for path in paths if path)
 
 
 def recorded_beside(*paths: str | Path | None) -> Vocabulary | None:
-    """The Vocabulary of the first run whose folder is, or holds, one of these paths; None if there is none."""
+    """The Vocabulary of the first run with a folder that is, or holds, one of these paths; None if there is none."""
     return next(filter(None, map(read_record, runs_beside(*paths))), None)
 
 
+def clean_beside(*paths: str | Path | None) -> bool:
+    """True if the turns of the rows of that run are cleaned, as by default."""
+    found = (content.get("data") for content in map(content_of, runs_beside(*paths)) if isinstance(content, dict))
+    settings = next((each for each in found if isinstance(each, dict)), {})
+    return settings.get(CLEAN) is not False
+
+
+def prompt_beside(*paths: str | Path | None) -> str:
+    """The prompt, with escapes, in the layout of the rows of that run; "" if they are chats, or of no known layout."""
+    found = filter(None, map(content_of, runs_beside(*paths)))
+    opening = next((content.get(OPENING) for content in found if isinstance(content, dict)), None)
+    return PROMPTS.get(opening, "") if isinstance(opening, str) else ""
+
+
+def flags_beside(*paths: str | Path | None) -> str:
+    """The flags of generate for a prompt in the layout of the rows of that run: --prompt, or --chat."""
+    prompt = prompt_beside(*paths)
+    return f"--escapes --prompt '{prompt}'" if prompt else "--chat"
+
+
+def note_on_chats(*paths: str | Path | None) -> str:
+    """A note for a chat with a model that learned another layout; "" for any other."""
+    prompt = prompt_beside(*paths)
+    return prompt and (
+        "note: the rows of this run ask in another layout than a chat, in which it may answer as if it had learned "
+        f"nothing; a prompt in theirs is '{prompt}'"
+    )
+
+
 def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -> list[str]:
-    """The lines to print on the data's Vocabulary and the base's (None: unknown), for a base of vocab_size tokens."""
+    """The lines to print on the Vocabularies of data and base (None: unknown), for a base of vocab_size tokens."""
     if data is None:
         return []
     if base is not None and base.hash != data.hash:
@@ -120,7 +180,7 @@ def remarks(data: Vocabulary | None, base: Vocabulary | None, vocab_size: int) -
 
 
 def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
-    """The reason why a model of vocab_size tokens was probably not trained with a Vocabulary, "" if there is none."""
+    """The reason why a model of vocab_size tokens was probably trained with another Vocabulary, "" if there is none."""
     known = dict(KNOWN_SIZES)
     if vocab_size in known and vocabulary.name in known.values() and vocabulary.name != known[vocab_size]:
         return f"a vocabulary of {vocab_size:,} tokens is that of {known[vocab_size]}"
@@ -130,7 +190,7 @@ def doubt(vocabulary: Vocabulary, vocab_size: int) -> str:
 
 
 def usual(vocab_size: int) -> str:
-    """The tokenizer that models of vocab_size tokens have, as the end of a sentence; "" if none is known."""
+    """The tokenizer of most models of vocab_size tokens, as the end of a sentence; "" if none is known."""
     known = dict(KNOWN_SIZES).get(vocab_size)
     return f", such as {known}" if known else ""
 
@@ -156,10 +216,11 @@ def require_same(data: Vocabulary | None, path: str, measured: Vocabulary | None
 def find_tokenizer(
     name: str | None, vocab_size: int, recorded: Vocabulary | None = None, say: Callable[[str], object] | None = None
 ) -> Tokenizer:
-    """Load the tokenizer called name; without a name the recorded one (a Vocabulary), or else the one that vocab_size
-    implies. It calls say(text) with a line if the tokenizer is not the recorded one, or if none is recorded and it is
+    """Load the tokenizer called name; without a name the recorded one, or else the usual one for vocab_size.
+
+    It calls say(text) with a line if the tokenizer differs from the recorded one, or if none is recorded and it is
     probably not the model's."""
-    asked = name
+    given = name
     if name is None and recorded is not None:
         name = recorded.name
         if not (name in dict(KNOWN_SIZES).values() or Path(name).is_file()):
@@ -173,31 +234,24 @@ def find_tokenizer(
         )
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
-        what = "--tokenizer" if asked else "the tokenizer"
+        what = "--tokenizer" if given else "the tokenizer"
         raise UserError(
             f"{what} {name} has {tokenizer.vocab_size:,} tokens, and the model {vocab_size:,}; give the tokenizer that "
             f"it was trained with{usual(vocab_size)}"
         )
     if recorded is not None and say is not None and vocabulary_of(tokenizer).hash != recorded.hash:
-        changed = "" if asked else ": the file has changed since"
+        changed = "" if given else ": the file has changed since"
         say(f"note: the run was trained with {recorded}, and this is {vocabulary_of(tokenizer)}{changed}")
     if recorded is None and say is not None and (why := doubt(vocabulary_of(tokenizer), vocab_size)):
         say(f"note: the tokenizer is {vocabulary_of(tokenizer)}, and {why}")
     return tokenizer
 
 
-def _entry(path: str | Path) -> Any:
-    """Read the Vocabulary's entry in a JSON file, None if there is none."""
-    content = content_of(path)
-    return content.get(ENTRY) if isinstance(content, dict) else None
-
-
 def content_of(path: str | Path) -> Any:
-    """Read a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line."""
+    """The value in a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line."""
     if not os.path.isfile(path) or os.path.getsize(path) > MOST_BYTES:
         return None
-    require_readable(path, f"{path} is gone")
-    text = Path(path).read_bytes()
+    text = require_readable(path, f"{path} is gone").read_bytes()
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

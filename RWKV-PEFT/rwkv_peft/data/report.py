@@ -1,19 +1,32 @@
-"""Describes a data set and the training settings that fit it, as text; finds the text that opens its answers."""
+"""Text about a data set: its rows, the training settings that fit it, the opening of its answers, and documents and
+samples with marks around the parts that count in the loss."""
+
+import os
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
-from ..cli.errors import UserError, some
+from ..cli.errors import UserError, some, visible
 from ..cli.parser import counted
 from .binidx import BinidxDataset, counting
+from .chat import THINKING, TURN_END, opening_within, stops_of
 from .encoding import Encoded
+from .masks import undesirable
 from .order import magic_prime
 from .recorded import Vocabulary, vocabulary_of
-from .templates import opening_within, stops_of
 from .tokenizer import Tokenizer, load_tokenizer
-from .turns import FIELDS, TURN_END
 
+if TYPE_CHECKING:
+    from .samples import Samples  # by torch, which preprocess does without
+
+Marks = tuple[str, str]  # the marks that open and close counted text
+PLAIN, TERMINAL = ("[[", "]]"), ("\033[1;32m", "\033[0m")
+END = "<end>"
+LONG, RUNS = 1000, 20  # a piece of more characters loses its middle, and a document or sample of more pieces, too
 UNREAD = "unread "  # before a field's name in Encoded.counts
-DOCUMENTS, TOKENS = 20, 4096  # documents that are looked at, and tokens of each
+DOCUMENTS, TOKENS = 20, 4096  # documents in which openings are looked for, and tokens of each
 
 
 def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
@@ -32,7 +45,7 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
 
 
 def laid_out(totals: Encoded) -> list[str]:
-    """The lines on rows with thinking and without, if asked for, and notes on rows that may be mistakes."""
+    """The lines on rows with thinking and without, for think "on", and notes on rows that may be mistakes."""
     lines, counts = [], totals.counts
     if counts["thinking"]:
         lines.append(
@@ -61,13 +74,13 @@ def laid_out(totals: Encoded) -> list[str]:
 
 
 def unread_fields(totals: Encoded) -> list[str]:
-    """The note, as a list, on fields whose text is in no document; [] if there are none."""
+    """The note, as a list, on fields with a text in no document; [] if there are none."""
     names = [(name.removeprefix(UNREAD), n) for name, n in totals.counts.most_common() if name.startswith(UNREAD)]
     if not names:
         return []
     listed = some([f"{name} ({counted(number, 'row')})" for name, number in names], 20)
     remedies = ["preprocess --template lays out any field"]
-    remedies += ["--think (train.py: --sft_think) thinking"] * any(name in FIELDS for name, _ in names)
+    remedies += ["--think (train.py: --sft_think) thinking"] * any(name in THINKING for name, _ in names)
     return [f"note: not read: {listed}; {', and '.join(remedies)}"]
 
 
@@ -99,7 +112,7 @@ def histogram(sizes: np.ndarray) -> list[str]:
 
 
 def suggestions(sizes: np.ndarray, tokens: int, answers: bool) -> list[str]:
-    """Lines on a ctx_len with room for 95 % of the documents (16 to 4096), and the steps that it makes."""
+    """Lines on a ctx_len with room for 95 % of the documents (16 to 4096), and its steps an epoch."""
     room = 1 << int(np.ceil(np.log2(max(np.percentile(sizes, 95) - 1, 1))))
     ctx_len = min(max(room, 16), 4096, max(tokens - 1, 1))
     windows, batch = -(-(tokens - 1) // ctx_len), 8
@@ -121,8 +134,8 @@ def suggestions(sizes: np.ndarray, tokens: int, answers: bool) -> list[str]:
 
 
 def opening_of(dataset: BinidxDataset, vocabulary: Vocabulary | None) -> str:
-    """The text that opens an answer in the first documents, such as "Assistant:" or "Assistant: <think"; "" if none has
-    a known one, or their tokenizer is not available."""
+    """The text that opens an answer in the first documents, such as "Assistant:" or "Assistant: <think"; "" if it is
+    unknown, or their tokenizer is not available."""
     tokenizer = at_hand(vocabulary) if vocabulary is not None else None
     if tokenizer is None:
         return ""
@@ -149,3 +162,72 @@ def at_hand(vocabulary: Vocabulary) -> Tokenizer | None:
     except UserError:
         return None
     return tokenizer if vocabulary_of(tokenizer).hash == vocabulary.hash else None
+
+
+def marks_for(stream: TextIO) -> Marks:
+    """The Marks for a stream: bold and green on a terminal with colours, unless NO_COLOR is set; else PLAIN."""
+    colours = os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    return TERMINAL if stream.isatty() and colours else PLAIN
+
+
+def show_documents(dataset: BinidxDataset, number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:
+    """The first `number` documents of a BinidxDataset, one below the other."""
+    blocks: list[str] = []
+    for index in range(min(number, len(dataset))):
+        tokens = dataset[index]
+        blocks.append(block(f"document {index + 1}", tokens, counted_in(dataset, index), tokenizer, marks))
+    return "\n".join(blocks)
+
+
+def counted_in(dataset: BinidxDataset, index: int) -> np.ndarray:
+    """bool (n,), true for each token of a document that counts in the loss."""
+    start, size = dataset.start(index), int(dataset.sizes[index])
+    if dataset.mask is None:
+        return np.ones(size, dtype=bool)
+    return np.asarray(dataset.mask[start : start + size] != 0)
+
+
+def show_samples(samples: "Samples", number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:
+    """The first `number` samples of a run, in the order in which it reads them."""
+    blocks = []
+    for n in range(min(number, len(samples))):
+        sample = samples[n]
+        rows = sample if isinstance(sample, list) else [sample]
+        for part, (tokens, mask) in enumerate(rows, start=1):
+            title = f"sample {n + 1}" + (f", document {part}" if len(rows) > 1 else "")
+            title += ", undesirable" if undesirable(mask) else ""
+            counts = np.concatenate([[False], mask.numpy() != 0])  # nothing predicts the first token
+            blocks.append(block(title, tokens.numpy(), counts, tokenizer, marks))
+    return "\n".join(blocks)
+
+
+def block(title: str, tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
+    """A heading, and tokens (n,) as text, with marks around those at which counted (n,) is true."""
+    parts = [f"{marks[0]}{text}{marks[1]}" if counts else text for text, counts in pieces(tokens, counted, tokenizer)]
+    return f"== {title}: {len(tokens)} tokens, {int(counted.sum())} count\n{''.join(parts)}"
+
+
+def pieces(tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of tokens as [(text, counts)]; long pieces, and long lists of them, lose their middle."""
+    found = [
+        (shortened(plain_text([token for token, _ in run], tokenizer)), bool(counts))
+        for counts, run in groupby(zip(tokens.tolist(), counted.tolist()), key=lambda pair: pair[1])
+    ]
+    if len(found) > RUNS:
+        found[RUNS // 2 : -(RUNS // 2)] = [(f"\n… {len(found) - RUNS:,} pieces are not shown …\n", False)]
+    return found
+
+
+def shortened(text: str) -> str:
+    """A text, without its middle if it is longer than LONG."""
+    if len(text) <= LONG:
+        return text
+    half = LONG // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters are not shown …\n{text[-half:]}"
+
+
+def plain_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of a list of tokens, with END for the tokenizer's end token, and other special tokens by their names."""
+    names = {number: name for name, number in tokenizer.special.items()}
+    runs = groupby(tokens, key=lambda token: END if token == tokenizer.end_id else names.get(token, ""))
+    return "".join(name * len(list(run)) if name else visible(tokenizer.decode(list(run))) for name, run in runs)

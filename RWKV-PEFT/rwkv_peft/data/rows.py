@@ -1,4 +1,4 @@
-"""Reads rows in chunks of about a megabyte from jsonl, json, csv, txt and parquet files, folders and datasets."""
+"""Rows of .jsonl, .json, .csv, .txt and .parquet files, of folders of them and datasets, in chunks of about 1 MB."""
 
 import csv
 import gzip
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 from ..checkpoints.readable import choice_in, require_readable
 from ..cli.errors import UserError, short, told
@@ -21,7 +20,7 @@ from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
-ROW_BYTES = 1 << 26  # the most that a line may have, because a device has no end, and a packed line may be long
+ROW_BYTES = 1 << 26  # of a line, at most: a few compressed bytes may unpack to any length
 KINDS = (
     ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv, .parquet or .txt files, "
     "or one that datasets.save_to_disk wrote"
@@ -35,7 +34,7 @@ TO_UTF_8 = (
     "-t UTF-8 OLD > NEW` converts GBK (`-f WINDOWS-1252`: Western Europe's)"
 )
 UTF_16 = f"UTF-16, and UTF-8 is due; {TO_UTF_8.partition(' (`')[0].replace('GBK', 'UTF-16')}"
-STARTS = (  # the first bytes of a file, what it is, and the remedy
+STARTS = (  # the first bytes of a file that is named as a text, its kind and the remedy
     (b"\xff\xfe", UTF_16),
     (b"\xfe\xff", UTF_16),
     (b"PK\3\4", "a zip file, as office programs write them, whatever its name; export it as .csv or .txt"),
@@ -44,7 +43,7 @@ STARTS = (  # the first bytes of a file, what it is, and the remedy
     (b"%PDF", "a PDF, whatever its name; export its text as .txt"),
 )
 DELIMITERS = ",;\t"
-MOST_CHARACTERS = 1 << 24  # of a cell; without a bound an unclosed quote would take in all that follows
+MOST_CHARACTERS = 1 << 24  # of a cell: without a bound an unclosed quote would take in all that follows
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class Chunk:
     """Consecutive rows of one source.
 
     items are lines of JSON (bytes), rows (dict), UserErrors of rows that cannot be read, or one piece of a text file
-    (str); first is the number of the first item, counted from 1; continues says that the piece continues the document
-    of the piece before, ends that it ends its document.
+    (str); first is the number of the first item, counted from 1; continues is true for a piece that goes on the
+    document of the piece before, ends for the last piece of its document.
     """
 
     source: str
@@ -64,15 +63,15 @@ class Chunk:
 
     @property
     def unit(self) -> str:
-        """The word for an item in messages: line or row."""
+        """The word for an item in messages."""
         return "line" if self.items and isinstance(self.items[0], bytes) else "row"
 
 
 def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iterator[Chunk]:
     """Yield the Chunks of one input.
 
-    split selects rows as datasets writes it: "train[:1000]", "[10%:]"; the name matters only in a folder of splits.
-    With pieces=True a .txt file comes in pieces, cut where a line begins with a visible character.
+    split selects rows in the form of datasets: "train[:1000]", "[10%:]"; the name matters only in a folder of splits.
+    With pieces=True a .txt file comes in pieces, cut at lines that begin with a visible character.
     """
     path = Path(path)
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
@@ -85,7 +84,7 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
     if path.is_dir():
         chunks = folder_chunks(path, name)
     elif suffix == ".jsonl.gz":
-        chunks = zipped_chunks(path)
+        chunks = listed_chunks(path, read_lines(gzip.open(path, "rb"), path))
     elif suffix in JSON_ENDINGS:
         chunks = json_chunks(path)
     elif suffix in CSV_ENDINGS:
@@ -105,37 +104,33 @@ def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iter
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise UserError for a file that is named like a text, and begins like something else."""
+    """Raise UserError for a file named like a text that begins like something else."""
     with open(path, "rb") as file:
         start = file.read(4)
-    for bytes_, what in STARTS:
-        if start.startswith(bytes_) and path.suffix not in (".parquet", ".gz"):
-            raise UserError(f"{path} is {what}")
-
-
-def zipped_chunks(path: Path) -> Iterator[Chunk]:
-    with gzip.open(path, "rb") as file:
-        yield from listed_chunks(path, read_lines(file, path))
+    for first, kind in STARTS:
+        if start.startswith(first) and path.suffix not in (".parquet", ".gz"):
+            raise UserError(f"{path} is {kind}")
 
 
 def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
-    """Yield the lines of an open file, about a megabyte at a time. Raises UserError for a damaged file, and for a line
-    beyond ROW_BYTES."""
+    """Yield the lines of an open file in lists of about CHUNK_BYTES, and close it. Raises UserError for a damaged file,
+    and for a line beyond ROW_BYTES."""
     lines: list[bytes] = []
     size = number = 0
     try:
-        while line := file.readline(ROW_BYTES + 1):
-            number += 1
-            if len(line) > ROW_BYTES:
-                raise UserError(
-                    f"{path}, line {number} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or "
-                    "give a long text as a .txt"
-                )
-            lines.append(line)
-            size += len(line)
-            if size >= CHUNK_BYTES:
-                yield lines
-                lines, size = [], 0
+        with file:
+            while line := file.readline(ROW_BYTES + 1):
+                number += 1
+                if len(line) > ROW_BYTES:
+                    raise UserError(
+                        f"{path}, line {number} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or "
+                        "give a long text as a .txt"
+                    )
+                lines.append(line)
+                size += len(line)
+                if size >= CHUNK_BYTES:
+                    yield lines
+                    lines, size = [], 0
     except (OSError, EOFError, zlib.error) as error:  # gzip raises another type for each place of damage
         raise UserError(f"{path} cannot be read to its end: {told(error)}; copy it again") from error
     if lines:
@@ -251,14 +246,14 @@ def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable
 def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
     """Yield each row as {name in the first line: cell}, or a UserError for a row with more or fewer cells than names.
 
-    Cells are separated by the one of DELIMITERS that is most frequent in the first line. Raises UserError if the file
-    cannot be read on, and UnicodeDecodeError if it is not UTF-8.
+    The most frequent of DELIMITERS in the first line separates cells. Raises UserError if the file is no CSV, and
+    UnicodeDecodeError if it is not UTF-8.
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter = max(DELIMITERS, key=file.readline(MOST_CHARACTERS).count)
+        delimiter = max(DELIMITERS, key=file.readline().count)
         file.seek(0)
         csv.field_size_limit(MOST_CHARACTERS)
-        reader = csv.reader(bounded_lines(file, path), delimiter=delimiter, strict=True)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             yield from named(reader, path)
         except csv.Error as error:
@@ -268,16 +263,8 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
             ) from error
 
 
-def bounded_lines(file: TextIO, path: Path) -> Iterator[str]:
-    """Yield the lines of a file. Raises UserError for one of more characters than a row has bytes."""
-    while line := file.readline(ROW_BYTES + 1):
-        if len(line) > ROW_BYTES:
-            raise UserError(f"{path} has a line of more than {ROW_BYTES:,} characters, which no row may have; split it")
-        yield line
-
-
 def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:
-    """Yield the rows after the first, as csv_rows does, but no blank lines. Raises UserError for a name twice."""
+    """Yield the rows after the first as csv_rows does, without blank lines. Raises UserError for a name twice."""
     names = [name.strip() for name in next(rows, [])]
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise UserError(

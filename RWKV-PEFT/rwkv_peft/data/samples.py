@@ -2,12 +2,13 @@
 
 Sample n, for any n >= 0, is sample n % len of epoch n // len; each epoch visits every sample once,
 in its own order. A sample is (tokens, mask): tokens int64 (T + 1,), inputs are tokens[:-1] and
-targets tokens[1:], and mask bool (T,) says which targets count, or float32 (T,) how much. (A packed sample or a pair is
-a list of these.)
+targets tokens[1:], and mask bool (T,) is true for targets that count, or float32 (T,), how much. (A packed sample or a
+pair is a list of these.)
 """
 
 import copy
 from abc import ABC, abstractmethod
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -17,32 +18,80 @@ import torch
 from ..cli.errors import UserError
 from ..cli.parser import counted
 from .binidx import BinidxDataset
-from .collate import Document, Sample, collate
-from .masks import Mask
+from .masks import Mask, undesirable
 from .order import Permutation
 from .recorded import Vocabulary
 
 BUCKET, RUN = 512, 16  # documents that are sorted by length together, and those of similar length that stay together
-STRETCH = 1 << 14  # documents that begin in the same stretch of so many tokens are masked in one call
 Units = range | np.ndarray
+Document = tuple[torch.Tensor, torch.Tensor]  # its tokens (T + 1,) and its mask (T,)
+Sample = Document | list[Document]
+
+
+def collate(rows: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Make a batch: [(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (B, T), T the longest, and counted; and
+    weights (B, T), if the masks are weights.
+
+    Rows that are lists of such documents give (1, sum of T_i) and cu_seqlens.
+    """
+    packed = [document for row in rows if isinstance(row, list) for document in row]
+    if packed:
+        return collate_packed(packed)
+    documents = [row for row in rows if isinstance(row, tuple)]
+    length = max(len(mask) for _, mask in documents)
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    targets = torch.zeros_like(tokens)
+    weigh = any(mask.is_floating_point() for _, mask in documents)  # of a mixture perhaps some
+    mask = torch.zeros(len(rows), length, dtype=torch.float32 if weigh else documents[0][1].dtype)
+    for row, (sequence, counts) in enumerate(documents):
+        size = len(counts)
+        tokens[row, :size], targets[row, :size], mask[row, :size] = sequence[:-1], sequence[1:], counts
+    return {"tokens": tokens, "targets": targets} | mask_entries(mask)
+
+
+def collate_packed(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """[(tokens (T_i + 1,), mask (T_i,))] -> tokens, targets, mask (1, sum of T_i), counted, cu_seqlens (n + 1,); and
+    weights (1, sum of T_i), or labels (n,), if the masks have them."""
+    masks = [mask for _, mask in documents]
+    batch = {
+        "tokens": torch.cat([tokens[:-1] for tokens, _ in documents])[None],
+        "targets": torch.cat([tokens[1:] for tokens, _ in documents])[None],
+        "cu_seqlens": torch.tensor([0, *map(len, masks)]).cumsum(0),
+        **mask_entries(torch.cat(masks)[None]),
+    }
+    if masks[0].dtype == torch.uint8:
+        batch["labels"] = torch.tensor([not undesirable(mask) for mask in masks])
+    return batch
+
+
+def mask_entries(mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The entries of a batch with a mask (B, T): mask, counted, and weights if the mask is of weights."""
+    counts = mask != 0
+    found = {"mask": counts, "counted": positions(counts)}
+    return found | {"weights": mask} if mask.is_floating_point() else found
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """The positions at which a mask (B, T) is true, in its B * T elements: int64 (n,)."""
+    return mask.flatten().nonzero()[:, 0]
 
 
 class Samples(ABC):
     """`units` numbers of things to visit (windows, documents, rows) in `dataset`, each once an epoch.
 
-    `kind` is the word for a sample, and `counted` that for what people count of their data, which `size` is the number
-    of: rows, of which a packed sample holds several."""
+    `kind` is the word for a sample, `counted` the word for the `size` things that people count: of packed samples,
+    rows."""
 
     dataset: BinidxDataset
     kind = counted = "window"
 
     def bucket(self, wanted: bool) -> None:  # noqa: B027 (most have nothing to do)
-        """Tell the samples, before the first is read, whether rows of similar length are to come together."""
+        """Bring rows of similar length together if `wanted`, from before the first sample is read."""
 
     def __init__(self, units: Units, seed: int | None) -> None:
         self.seed = seed
         self.notes: list[str] = []
-        self.row_notes: list[str] = []  # those of the notes that are on rows left out, or laid out oddly
+        self.row_notes: list[str] = []  # the notes on rows left out, or laid out oddly
         self.vocabulary: Vocabulary | None = None
         self._choose(units)
 
@@ -65,18 +114,18 @@ class Samples(ABC):
         return len(self.units)
 
     def head(self) -> "Samples":
-        """Samples that begin as these do, and that are all at hand."""
+        """Samples that begin as these do, and that are all in memory or mapped."""
         return self
 
     @property
     def size(self) -> int:
-        """The number of what people count that an epoch reads."""
+        """The number of `counted` things that an epoch reads."""
         return len(self)
 
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """The number of tokens that an epoch reads as inputs."""
+        """The input tokens of an epoch."""
 
     @property
     def parts(self) -> Sequence["Samples"]:
@@ -84,7 +133,7 @@ class Samples(ABC):
         return [self]
 
     def seen(self, number: int) -> dict[str, float]:
-        """The times that `number` samples in a row read each data set, by its name; "" if there is one alone."""
+        """The times that `number` samples in a row read each data set, by its name; "" for one alone."""
         return {"": number / len(self)}
 
     @abstractmethod
@@ -100,7 +149,7 @@ class Samples(ABC):
         return collate(rows)
 
     def unit(self, n: int) -> int:
-        """Sample n -> the one of `units` that it visits."""
+        """The unit that sample n visits."""
         epoch, position = divmod(n, len(self.units))
         return int(self.units[self._order(epoch)[position]])
 
@@ -211,20 +260,15 @@ class DocumentSamples(Samples):
 
     def _cut_answers(self) -> str:
         """A note on the tokens that the mask counts and --ctx_len cuts off; "" if there are none."""
-        mask, lost, bare, limit = self._mask, 0, 0, self.ctx_len + 1
-        cut = np.flatnonzero(self.dataset.sizes > limit)
-        if mask is None or not len(cut):
+        if self._mask is None:
             return ""
-        begins = self.dataset.pointers[cut] // self.dataset.dtype.itemsize
-        ends = begins + self.dataset.sizes[cut]
-        # documents that lie near each other share a call, because a call for each takes long
-        for near in np.split(np.arange(len(cut)), np.flatnonzero(np.diff(begins // STRETCH)) + 1):
-            first, last = int(begins[near].min()), int(ends[near].max())
-            before = np.concatenate(([0], np.cumsum(mask(first, last) != 0)))  # counted tokens before each
-            begin, end = begins[near] - first, ends[near] - first
-            behind = before[end] - before[begin + limit]
-            lost += int(behind.sum())
-            bare += int(np.count_nonzero((behind > 0) & (before[begin + limit] == before[begin + 1])))
+        lost = bare = 0
+        for index in np.flatnonzero(self.dataset.sizes > self.ctx_len + 1).tolist():
+            start, size = self.dataset.start(index), int(self.dataset.sizes[index])
+            counts = self._mask(start + 1, start + size) != 0
+            behind = int(np.count_nonzero(counts[self.ctx_len :]))
+            lost += behind
+            bare += bool(behind) and not counts[: self.ctx_len].any()
         if not lost:
             return ""
         return (
@@ -252,8 +296,8 @@ class DocumentSamples(Samples):
 class PaddedSamples(DocumentSamples):
     """Dataload "pad": the rows of a batch are padded to the longest, so rows of similar length should share a batch.
 
-    If that is wanted and there is a seed, the order is bucketed; it does not depend on how many rows share one. A run
-    whose rows are each alone in a batch does not want it: nothing is padded, and the order is a plain shuffle.
+    If that is wanted and there is a seed, the order is bucketed, however many rows share a batch. If each row is alone
+    in its batch, nothing is padded, and the order is a plain shuffle.
     """
 
     def bucket(self, wanted: bool) -> None:
@@ -262,6 +306,67 @@ class PaddedSamples(DocumentSamples):
 
 class SingleSamples(DocumentSamples):
     """Dataload "only": one document at a time, never padded."""
+
+
+class PackedSamples(DocumentSamples):
+    """Dataload "pack": rows of documents with at most ctx_len targets in all.
+
+    Sample n is a list of (tokens (T_i + 1,), mask (T_i,)), one for each document. The documents of a row follow from
+    the lengths and the seed; each epoch visits the rows in its own order. Documents longer than ctx_len are cut, as
+    with "pad".
+    """
+
+    kind = "packed row"
+
+    def __init__(self, dataset: BinidxDataset, ctx_len: int, seed: int | None, mask: Mask | None = None) -> None:
+        super().__init__(dataset, ctx_len, seed, mask)
+        documents = self.units
+        shuffled = documents[[self._order(0)[i] for i in range(len(documents))]]
+        lengths = np.minimum(np.asarray(dataset.sizes)[shuffled].astype(np.int64), ctx_len + 1) - 1
+        self._rows = [shuffled[row] for row in pack(lengths, ctx_len)]
+        self._choose(np.arange(len(self._rows)))
+        filled = int(lengths.sum()) / (len(self._rows) * ctx_len)
+        self.notes.insert(1, f"packed into {len(self._rows)} rows of --ctx_len {ctx_len}, {filled:.1%} full")
+
+    @property
+    def size(self) -> int:
+        return sum(len(self._rows[unit]) for unit in self.units)
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens_of(np.concatenate([self._rows[unit] for unit in self.units]))
+
+    def __getitem__(self, n: int) -> list[Document]:
+        return [self.document(index) for index in self._rows[self.unit(n)]]
+
+    def count(self, n: int) -> float:
+        return sum(self.document_count(index) for index in self._rows[self.unit(n)])
+
+
+def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
+    """Pack by best fit, longest first: lengths (n,) up to `room` -> lists of positions that add up to at most that."""
+    rows: list[list[int]] = []
+    by_free: dict[int, list[int]] = {}  # {free: rows with so much room left}
+    free_sizes: list[int] = []  # its keys, sorted
+    for position in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[position])
+        at = bisect_left(free_sizes, length)
+        if at < len(free_sizes):
+            free = free_sizes[at]
+            row = by_free[free].pop()
+            if not by_free[free]:
+                del by_free[free], free_sizes[at]
+        else:
+            free, row = room, len(rows)
+            rows.append([])
+        rows[row].append(int(position))
+        free -= length
+        if free:
+            if free not in by_free:
+                by_free[free] = []
+                insort(free_sizes, free)
+            by_free[free].append(row)
+    return rows
 
 
 def total(counted: np.ndarray) -> float:

@@ -1,29 +1,53 @@
-"""Builds the samples that settings name: their data, sampling and mask."""
+"""Builds the samples that settings name: their data, sampling and mask.
 
+Rows are tokenized once into a cache. It holds a .bin/.idx/.mask set named by a hash of the rows' content and of every
+setting that shapes the tokens, so that a second run, or another rank, reads the first one's files.
+"""
+
+import hashlib
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+from filelock import FileLock
 
-from ..cli.errors import UserError
+from ..checkpoints.atomic import CannotWrite, write_text
+from ..checkpoints.readable import files_below, object_in, require_readable
+from ..cli.errors import UserError, told
+from ..cli.names import user_cache
 from ..cli.parser import counted
 from ..cli.refusals import require_none
 from ..cli.tables import SAMPLINGS
-from ..config import DataConfig
+from ..config import DATA_TYPES, DataConfig
 from ..config.rules import check_settings
-from .answer_samples import ContextSamples, LabelSamples, PairSamples, PromptSamples
+from .answer_samples import ROWS, ContextSamples, LabelSamples, PairSamples, PromptSamples
+from .binidx import open_dataset
+from .encoding import EncodeSettings
 from .masks import describe_mask, make_mask, weighted
 from .mixture import Joined, Mixture
 from .order import Permutation
-from .prefix import default_mask
-from .recorded import Vocabulary, find_tokenizer, recorded_of_data, require_same, require_within, vocabulary_of
+from .preprocess import write
+from .recorded import (
+    ENDINGS,
+    default_mask,
+    find_tokenizer,
+    recorded_of_data,
+    require_same,
+    require_within,
+    vocabulary_of,
+)
+from .report import laid_out, left_out
+from .rows import JSON_ENDINGS, KINDS
 from .samples import DocumentSamples, Samples
-from .sft import prepare_sft, settings_of
-from .shards import open_dataset
 from .stream_samples import StreamSamples
 
+FORMAT = 10  # of the cache
+FILES = (*ENDINGS, ROWS)  # of a set in the cache; ROWS only of prompts
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
     {"pairs": PairSamples, "labels": LabelSamples, "prompts": PromptSamples, "contexts": ContextSamples}
@@ -34,9 +58,8 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     """Build the samples that a DataConfig names, over tokens checked to be below the model's vocab_size; their
     `vocabulary` is the Vocabulary that made the tokens, None if it is unknown.
 
-    Data of rows tokenizes config.path first, once (sft.py). Raises UserError for files that are
-    missing or damaged, ids or a tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that
-    contradict each other.
+    Rows in config.path are tokenized first, once. Raises UserError for files that are missing or damaged, ids or a
+    tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that contradict each other.
     """
     require_none(check_settings, config)
     if config.more:
@@ -46,7 +69,11 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     if config.of_rows:
         vocabulary = vocabulary_of(find_tokenizer(config.tokenizer, vocab_size))  # before hours of tokenizing
         if config.stream:
-            return streamed(config, vocabulary)
+            streamed = StreamSamples(config, settings_of(config))
+            streamed.bucket(config.buckets)
+            streamed.vocabulary = vocabulary
+            require_counted(streamed, config)
+            return streamed
         prefix, notes = prepare_sft(config)
         config = replace(config, path=prefix)
     dataset = open_dataset(config.path)
@@ -72,21 +99,12 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
 
 
 def find_data(config: DataConfig) -> None:
-    """Raise UserError if one of the files that a DataConfig names is not there, or is of another kind."""
+    """Raise UserError if one of the files in a DataConfig is missing, or is of another kind."""
     for part in parts_of(config).values():
         if part.of_rows:
             settings_of(part)
         else:
             open_dataset(part.path)
-
-
-def streamed(config: DataConfig, vocabulary: Vocabulary) -> Samples:
-    """The samples of rows that are tokenized as they are read (--stream)."""
-    samples = StreamSamples(config, settings_of(config))
-    samples.bucket(config.buckets)
-    samples.vocabulary = vocabulary
-    require_counted(samples, config)
-    return samples
 
 
 def split_samples(
@@ -121,8 +139,8 @@ def split_samples(
 
 
 def parts_of(config: DataConfig, flag: str = "--data_file") -> dict[str, DataConfig]:
-    """The settings of each data file that a flag names, by the file's name, or its whole path if names are alike. Token
-    files without a .mask count every token, even beside others that have one."""
+    """The settings of each data file of a flag, by the file's name, or its whole path if names are alike. Token files
+    without a .mask count every token, even beside others that have one."""
     paths = (config.path, *config.more)
     names = [Path(path).name for path in paths]
     found = {}
@@ -147,10 +165,112 @@ def mixed(sources: Mapping[str, Samples], config: DataConfig) -> Mixture:
 
 
 def require_counted(samples: Samples, config: DataConfig) -> None:
-    """Raise UserError if none of the samples has a target that counts in the loss."""
+    """Raise UserError if no sample has a target that counts in the loss."""
     if not any(samples.count(n) for n in range(len(samples))):
         raise UserError(
             f"{config.path}: the loss counts no token of {counted(len(samples), 'sample')} of up to --ctx_len "
             f"{config.ctx_len}, so that there is nothing to learn; give a longer --ctx_len if the tokens that count "
             "come later in the documents, or --loss_mask none"
         )
+
+
+def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[str, list[str]]:
+    """Tokenize the rows of a DataConfig -> (prefix of the token files, the notes of report.py on its rows).
+
+    config.path is a file or folder of rows (rows.KINDS); config.sft_field names its fields, config.sft_split its
+    rows. Documents longer than ctx_len, or prompts that leave no room there for an answer, lose the front of their
+    prompt (sft_long "left") or are left out ("skip"), and a .txt is cut into several; the stream of dataload "get"
+    keeps them whole. cache is a folder, by default rwkv_peft/data under the user's cache folder.
+    """
+    settings, path = settings_of(config), Path(config.path)
+    cache = Path(cache or cache_folder())
+    prefix = cache / key_of(path, settings, config.sft_split)
+    done = prefix.with_suffix(".json")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(prefix.with_suffix(".lock")):  # one rank writes, the others wait for it
+            if (notes := notes_of(done)) is None:
+                totals = write([path], prefix, settings, split=config.sft_split)
+                notes = laid_out(totals) + left_out(totals)
+                if totals.rows:
+                    write_text(prefix.with_suffix(ROWS), "".join(f"{row}\n" for row in totals.rows))
+                # last: it says that the files before it are whole
+                write_text(done, json.dumps({"notes": notes, "sizes": sizes_beside(done)}))
+    except (CannotWrite, OSError) as error:
+        why = error if isinstance(error, CannotWrite) else f"{cache} cannot be written ({told(error)})"
+        kept = f"the tokens of --data_type {config.data_type} are kept there"
+        raise UserError(f"{why}; {kept}, and XDG_CACHE_HOME names another place") from error
+    return str(prefix), notes
+
+
+def settings_of(config: DataConfig) -> EncodeSettings:
+    """The settings by which the rows of a DataConfig become documents. Raises UserError for too many or too few fields,
+    and for rows that are missing."""
+    DATA_TYPES[config.data_type].judge(config.sft_field)
+    settings = EncodeSettings(
+        config.tokenizer,
+        fields=config.sft_field,
+        think=config.sft_think,
+        clean_turns=config.clean_turns,
+        skip_bad_rows=config.skip_bad_rows,
+        too_long=config.sft_long,
+        command="train" if config.data_type == "sft" else config.data_type,
+        max_tokens=0 if config.dataload == "get" else config.longest,
+        end_token=not config.of_prompts,
+    )
+    refuse_hub_name(config)
+    path = Path(config.path)
+    if not path.is_dir():
+        require_readable(
+            path,
+            f"{path}: no such file; --data_type {config.data_type} takes {KINDS}. Nothing is downloaded: "
+            "of a data set on Hugging Face give the files of its rows",
+            again=True,
+        )
+    return settings
+
+
+def refuse_hub_name(config: DataConfig) -> None:
+    """Raise UserError for missing rows that are named like a data set on Hugging Face's hub."""
+    path = Path(config.path)
+    named = HUB_NAME.fullmatch(config.path) and not config.path.endswith(JSON_ENDINGS)  # of files that will be written
+    if config.of_rows and named and not path.parent.exists():
+        raise UserError(
+            f"{path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
+            f"download {path} --repo-type dataset --local-dir {path.name}` fetches it; give that folder, "
+            "or the file of its rows"
+        )
+
+
+def notes_of(done: Path) -> list[str] | None:
+    """The notes on rows in a set's .json; None if it is missing, or if the files beside it have other sizes than it
+    records: caches are cleared file by file, and a full disk or a crash may leave less."""
+    written = object_in(done)
+    return written.get("notes") if written.get("sizes") == sizes_beside(done) else None
+
+
+def sizes_beside(done: Path) -> dict[str, int]:
+    """{ending: bytes} of the FILES beside a set's .json."""
+    files = {end: done.with_suffix(end) for end in FILES}
+    return {end: file.stat().st_size for end, file in files.items() if file.is_file()}
+
+
+def cache_folder() -> Path:
+    folder = user_cache()
+    if folder is None:
+        raise UserError(
+            "this user has no home folder to keep the tokens of --data_type sft in; point XDG_CACHE_HOME at one"
+        )
+    return folder / "data"
+
+
+def key_of(path: Path, settings: EncodeSettings, split: str) -> str:
+    """A hash of the settings and of the names and content of the files, with the tokenizer's."""
+    digest = hashlib.blake2b(json.dumps([FORMAT, asdict(settings), split], sort_keys=True).encode(), digest_size=16)
+    tokenizer = Path(settings.tokenizer)
+    for file in files_below(path) + [tokenizer] * tokenizer.is_file():
+        digest.update(file.name.encode())
+        with open(file, "rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

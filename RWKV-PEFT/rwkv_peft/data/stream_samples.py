@@ -1,16 +1,17 @@
 """Samples of rows that are read, tokenized and shuffled while a run goes on, for data that takes too long, or too much
 room, to be tokenized before.
 
-An epoch goes through the groups of rows (row_groups.py) in an order of its own, and cuts it into windows of at least
---stream rows. The rows of a window are in memory at once, in an order of their own. So a sample's number alone says
-what it is: a run that goes on reads only the window that it stopped in. A row that is left out is a sample that counts
-nothing, because nobody knows of it before it is read.
+An epoch visits the groups of rows (arrow_rows.py) in an order of its own, and cuts it into windows of at least --stream
+rows. The rows of a window are in memory at once, in an order of their own. So a sample depends on its number alone, and
+a resumed run reads only the window that it stopped in. A row that is left out is a sample that counts nothing, because
+it is found only when it is read.
 """
 
 import hashlib
 from array import array
 from bisect import bisect_right
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,27 +19,26 @@ import numpy as np
 from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..config import DataConfig
-from .binidx import BinidxDataset
-from .collate import Sample
-from .encode_settings import EncodeSettings
-from .encoding import Encoded, encoder
+from .arrow_rows import RowGroups
+from .binidx import TOKEN_TYPES, BinidxDataset, dtype_code
+from .encoding import Encoded, EncodeSettings, encoder
 from .masks import weighted
 from .order import Permutation
 from .report import laid_out, left_out
-from .row_groups import RowGroups
-from .samples import PaddedSamples, Samples
+from .rows import Chunk, parse_split
+from .samples import PaddedSamples, Sample, Samples
 
 LEFT_OUT = (0, 0)  # the tokens of a row that is left out
 
 
 class Windows(NamedTuple):
-    """The windows of an epoch: where each begins, and the numbers of its groups."""
+    """The windows of an epoch: the sample at which each begins, and the numbers of its groups."""
 
     starts: list[int]
     groups: list[list[int]]
 
 
-class HeldDataset(BinidxDataset):
+class WindowDataset(BinidxDataset):
     """Documents in memory as a BinidxDataset."""
 
     mask: np.ndarray
@@ -57,23 +57,30 @@ class HeldDataset(BinidxDataset):
         self.identity = hashlib.sha256(repr((sizes, groups)).encode(errors="surrogateescape")).hexdigest()
 
     def digest(self, with_mask: bool) -> str:
-        """The names and sizes of the files and of their groups of rows: reading all would take what --stream saves."""
+        """A hash of the names and sizes of the files and of their groups of rows: one of all their content would take
+        the time that --stream saves."""
         return self.identity
 
 
 class StreamSamples(Samples):
-    """One row a sample, cut to ctx_len + 1 tokens, as PaddedSamples has them; its data are those of a window."""
+    """One row a sample, cut to ctx_len + 1 tokens, as PaddedSamples over the documents of a window."""
 
     kind = counted = "row"
 
     def __init__(self, config: DataConfig, settings: EncodeSettings) -> None:
-        self.rows = RowGroups(config.path, config.sft_split)
+        name, bounds = parse_split(config.sft_split)
+        if bounds:
+            raise UserError(
+                f"--sft_split {config.sft_split}: --stream reads whole splits; leave out the part in brackets, or "
+                "--stream"
+            )
+        self.rows = RowGroups(Path(config.path), name)
         self.config, self.settings, self.bucketed = config, settings, False
         super().__init__(range(self.rows.rows), config.seed)
         self._windows = lru_cache(maxsize=4)(self._cut)
-        self._held = lru_cache(maxsize=2)(self._encoded)  # a step may begin in one window and end in the next
-        self._window = lru_cache(maxsize=2)(self._read)
-        self.dataset, totals = self._held(0, 0)
+        self._encoded = lru_cache(maxsize=2)(self._encode)  # a step may begin in one window and end in the next
+        self._window = lru_cache(maxsize=2)(self._samples)
+        self.dataset, totals = self._encoded(0, 0)
         first, windows = len(self.dataset), len(self._windows(0).starts)
         self.notes += [
             f"{self.rows.rows:,} rows of {counted(len(self.rows.files), 'file')}, tokenized as they are read, and "
@@ -127,8 +134,8 @@ class StreamSamples(Samples):
             at, room = at + groups[number].rows, room - groups[number].rows
         return windows
 
-    def _read(self, epoch: int, number: int) -> PaddedSamples:
-        dataset, seed = self._held(epoch, number)[0], self.seed
+    def _samples(self, epoch: int, number: int) -> PaddedSamples:
+        dataset, seed = self._encoded(epoch, number)[0], self.seed
         if seed is not None:
             key = repr((seed, epoch, number, "window")).encode()
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
@@ -138,20 +145,23 @@ class StreamSamples(Samples):
         samples.bucket(self.bucketed)
         return samples
 
-    def _encoded(self, epoch: int, number: int) -> tuple[HeldDataset, Encoded]:
+    def _encode(self, epoch: int, number: int) -> tuple[WindowDataset, Encoded]:
         """Read and tokenize a window -> its documents, one for each row, and the counts of its rows."""
-        encode, whole, totals = encoder(self.settings), self.config.loss_mask != "file", Encoded()
-        held, tokens, mask = Encoded(), array(encode.code), bytearray()
-        for group in self._windows(epoch).groups[number]:
-            for chunk in self.rows.read(self.rows.groups[group]):
-                part = encode.encode(chunk)
+        encode, whole = encoder(self.settings), self.config.loss_mask != "file"
+        window, totals = Encoded(), Encoded()
+        for group in map(self.rows.groups.__getitem__, self._windows(epoch).groups[number]):
+            for place, row in self.rows.read(group):
+                part = encode.encode(Chunk(str(group.file), place, (row,)))
                 totals.add_counts(part)
-                kept = bool(part.sizes) and part.sizes[0] >= 2
-                tokens.frombytes(part.tokens if kept else array(encode.code, LEFT_OUT).tobytes())
-                mask += (b"\1" * len(part.mask) if whole else part.mask) if kept else bytes(len(LEFT_OUT))
-                held.sizes.append(part.sizes[0] if kept else len(LEFT_OUT))
-                held.weights.append(part.weights[0] if kept else 1.0)
+                if not part.sizes or part.sizes[0] < 2:
+                    part = Encoded([len(LEFT_OUT)], [1.0], array(encode.code, LEFT_OUT).tobytes(), bytes(len(LEFT_OUT)))
+                elif whole:
+                    part.mask = b"\1" * len(part.mask)
+                window.tokens += part.tokens
+                window.mask += part.mask
+                window.sizes.append(part.sizes[0])
+                window.weights.append(part.weights[0])
         if totals.bad and not self.settings.skip_bad_rows:
             raise UserError(*totals.bad.lines(), "(--skip_bad_rows leaves such rows out)")
-        held.tokens, held.mask = tokens.tobytes(), bytes(mask)
-        return HeldDataset(self.rows, held, np.dtype("<u2" if encode.code == "H" else "<i4")), totals
+        dtype = np.dtype(TOKEN_TYPES[dtype_code(encode.tokenizer.vocab_size)])
+        return WindowDataset(self.rows, window, dtype), totals

@@ -4,11 +4,12 @@ Every tokenizer has
 - encode(str) -> list[int], decode(list[int]) -> str
 - name, and vocab_size, which is above every id
 - end_id: the token that ends a document, None if the vocabulary names none
-- cuts_at_lines: whether a text that is cut where a line begins with a visible character keeps its tokens
+- cuts_at_lines: true if a text cut at a line that begins with a visible character keeps its tokens
 - special: {text: id} of the tokens that encode reads in a text and decode leaves out
-- content() -> bytes that tell its tokens from any other tokenizer's
+- content() -> bytes that differ for tokenizers with different tokens
 """
 
+import ast
 import importlib.util
 import json
 import sys
@@ -22,13 +23,13 @@ from typing import TypeVar
 from ..checkpoints.readable import require_readable
 from ..cli.errors import UserError, told
 from ..cli.installing import how_to_install
-from .world_vocabulary import parse_world_vocabulary
 
-MOST_TOKENS = 1 << 31  # the most that token files can tell apart
+MOST_TOKENS = 1 << 31  # ids of token files are below
+MOST_WORLD_TOKENS = 1 << 24  # ids of a World vocabulary are below; the table of its tokens has a place for each
 REPLACEMENT = "\ufffd"
 Result = TypeVar("Result")
 KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # (a model's vocabulary size, the tokenizer that it implies)
-ENCODES = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # parts of a tokenizer.json that decide its tokens
+ENCODES = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # parts of a tokenizer.json that shape its tokens
 END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
 
 
@@ -117,8 +118,39 @@ class WorldTokenizer:
         return self.path.read_bytes().replace(b"\r\n", b"\n")  # the same vocabulary, whatever the line ends
 
 
+def parse_world_vocabulary(path: Path) -> list[bytes | None]:
+    """The bytes of each token id, or None, in a World vocabulary: a line "id 'token' length" for each token, the token
+    as Python writes it. Raises UserError with the bad line."""
+    table: list[bytes | None] = [None]
+    like = "give a World vocabulary such as rwkv_vocab_v20230424.txt"
+    for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").split("\n"), start=1):
+        if not (line := line.rstrip("\r")):
+            continue
+        head, _, rest = line.partition(" ")
+        literal, _, length = rest.rpartition(" ")
+        try:
+            token, value, size = int(head), ast.literal_eval(literal), int(length)
+            value = value.encode("utf-8") if isinstance(value, str) else value
+            if not isinstance(value, bytes):
+                raise ValueError
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise UserError(f"{path}, line {number}: {line[:60]!r} is not \"id 'token' length\"; {like}") from None
+        if not 0 < token < MOST_WORLD_TOKENS:
+            raise UserError(f"{path}, line {number}: token {token} is not from 1 to {MOST_WORLD_TOKENS - 1:,}; {like}")
+        if len(value) != size:
+            raise UserError(
+                f"{path}, line {number}: token {token} has {len(value)} bytes, and the line "
+                f"says {size}; the file is damaged, download it again"
+            )
+        table.extend([None] * (token + 1 - len(table)))
+        table[token] = value
+    if len(table) == 1:
+        raise UserError(f"{path}: holds no token; {like}")
+    return table
+
+
 class GreedyEncoder:
-    """Encodes by the longest token that matches at each place; table holds the bytes of each token id, or None."""
+    """Encodes by the longest token that matches at each place; table has the bytes of each token id, or None."""
 
     def __init__(self, table: Sequence[bytes | None]) -> None:
         self._ids = {token: number for number, token in enumerate(table) if token}
@@ -252,7 +284,7 @@ def check_ids(ids: Iterable[int], vocab_size: int, name: str) -> None:
 
 
 def guarded(failed: str, function: Callable[..., Result], *arguments: object, **named: object) -> Result:
-    """Call a tokenizer library, whose bare Exceptions and panics become a UserError that begins with `failed`."""
+    """Call a tokenizer library; its bare Exceptions and panics become a UserError that begins with `failed`."""
     try:
         return function(*arguments, **named)
     except BaseException as error:

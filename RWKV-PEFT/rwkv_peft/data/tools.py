@@ -1,8 +1,8 @@
-"""Lays out tools, calls of tools and their results in chats, and reads the calls back out of an answer.
+"""Tools, calls of tools and their results in chats: rows' objects -> text, and the text of an answer -> its calls.
 
 RWKV-7 G1 was trained on many forms of calls (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt), among them the data sets of
-Glaive, xLAM and Hermes (RWKV-LM, #308). This is the form of Hermes, which RWKV runtimes ask for and parse, too
-(RWKV-Vibe/rwkv_lightning, API_servers/openai_adapter.py), in the turns of RWKV's own chats: the system's turn lists the
+Glaive, xLAM and Hermes (RWKV-LM, #308). This is the form of Hermes, which RWKV runtimes write and parse, too
+(RWKV-Vibe/rwkv_lightning, API_servers/openai_adapter.py), in the turns of RWKV's own chats: the system turn lists the
 tools, as short as it can, an answer holds each call as JSON between <tool_call> and </tool_call>, and a turn of the
 speaker Tool holds a result.
 """
@@ -13,19 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, quoted, short
+from .fields import CALLS, LISTS, NOTHING
 
-LISTS = ("tools", "functions")  # fields of a row, or of the system's turn, that list tools
-TURN_CALLS = ("tool_calls", "function_call")  # fields of a turn that hold its calls
 ASKED = 'To call one, answer <tool_call>{"name": …, "arguments": {…}}</tool_call>.'
-NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
-THOUGHT = re.compile(r"\s*(?:<think>.*?(?:</think>|\Z)|>.*?</think>)", re.DOTALL)  # with or without its prompt's part
+THOUGHT = re.compile(r"\s*(?:<think>.*?(?:</think>|\Z)|>.*?</think>)|", re.DOTALL)  # with or without its prompt's part
 OPENS = re.compile(r"<tool_call>\s*|\*\*Tool Call:\*\*\s*```(?:json)?\s*")  # the second as in RWKV-LM's templates
 SPACE = re.compile(r"\s*")
 CLOSINGS = ("</tool_call>", "```")
-CLOSES = re.compile(rf"\s*(?:{'|'.join(CLOSINGS)})?")
+CLOSES = re.compile(rf"\s*(?:{'|'.join(CLOSINGS)})|")
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """A call of the tool `name`."""
 
     name: str
@@ -36,7 +34,7 @@ class Call(NamedTuple):
 
 
 def tools_text(tools: object) -> str:
-    """The part of a system's turn that lists tools, "" if there is none: a list, or its JSON as text, of functions
+    """The part of a system turn that lists tools, "" for none. tools is a list, or its JSON as text, of functions
     {name, description, parameters}, each perhaps within {"type": "function", "function": …}."""
     found = parsed(tools, "the list of tools")
     if found in NOTHING:
@@ -55,32 +53,34 @@ def listed(holder: Mapping[str, Any]) -> str:
 
 
 def calls_text(calls: object) -> str:
-    """The part of an answer that calls tools, "" if it calls none: a call, a list of calls, or the JSON of either as
+    """The part of an answer that calls tools, "" for none. calls is a call, a list of calls, or the JSON of either as
     text; each is {name, arguments}, perhaps within {"type": "function", "function": …}."""
     found = parsed(calls, "a call of a tool")
     each_call = () if found in NOTHING else map(call_of, as_list(found))
     return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in each_call)
 
 
-def call_of(value: object) -> Call:
-    """The Call that a row's value is. Raises UserError for any other value, and for arguments that are no object."""
+def called(turn: Mapping[str, Any]) -> str:
+    """calls_text of a turn."""
+    return "\n".join(filter(None, (calls_text(turn.get(name)) for name in CALLS)))
+
+
+def call_of(value: object) -> ToolCall:
+    """The ToolCall in a row's value. Raises UserError for any other value, and for arguments that are no object."""
     call = value.get("function", value) if isinstance(value, dict) else value
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         raise UserError(f"a call of a tool is {quoted(value)}; it needs a name and arguments")
-    arguments = parsed(
-        call.get("arguments", call.get("parameters")), f"the arguments of the call of {short(call['name'])}"
-    )
+    name = call["name"]
+    arguments = parsed(call.get("arguments", call.get("parameters")), f"the arguments of the call of {short(name)}")
     if arguments in NOTHING:
-        return Call(call["name"], {})
+        return ToolCall(name, {})
     if not isinstance(arguments, dict):
-        raise UserError(
-            f"the arguments of the call of {short(call['name'])} are {quoted(arguments)}, and an object is due"
-        )
-    return Call(call["name"], arguments)
+        raise UserError(f"the arguments of the call of {short(name)} are {quoted(arguments)}, and an object is due")
+    return ToolCall(name, arguments)
 
 
 def parsed(value: object, what: str) -> object:
-    """The value itself, or what it means if it is JSON as text."""
+    """The value itself, or the value of its JSON if it is a text."""
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
@@ -93,41 +93,37 @@ def as_list(value: object) -> Sequence[object]:
     return value if isinstance(value, list) else [value]
 
 
-def called(turn: Mapping[str, Any]) -> str:
-    """The calls of a turn in its TURN_CALLS, as an answer's words; "" if it has none."""
-    return "\n".join(filter(None, (calls_text(turn.get(name)) for name in TURN_CALLS)))
-
-
 def ordered(turns: Sequence[Any]) -> list[Any]:
-    """Turns in which results that name their call (tool_call_id) follow in the order of the calls."""
-    keys, calls, asked = list[tuple[int, int]](), dict[str, int](), 0
+    """Turns, with results that name their call (tool_call_id) in the order of the calls."""
+    keys, calls, calling = list[tuple[int, int]](), dict[str, int](), 0
     for place, turn in enumerate(turns):
         fields = turn if isinstance(turn, dict) else {}
         if isinstance(found := fields.get("tool_calls"), list) and found:
-            asked, calls = place, {str(each.get("id")): n for n, each in enumerate(found, 1) if isinstance(each, dict)}
-        named = fields.get("tool_call_id") is not None and str(fields["tool_call_id"]) in calls
-        keys.append((asked, calls[str(fields["tool_call_id"])]) if named else (place, 0))
+            calling = place
+            calls = {str(each.get("id")): number for number, each in enumerate(found, 1) if isinstance(each, dict)}
+        answers = calls.get(str(fields["tool_call_id"])) if fields.get("tool_call_id") is not None else None
+        keys.append((place, 0) if answers is None else (calling, answers))
     return [turns[place] for place in sorted(range(len(turns)), key=keys.__getitem__)]
 
 
-def parse_calls(text: str) -> tuple[str, list[Call]]:
-    """Split the text of an answer, all that stands behind "Assistant:" -> (its other words, the calls that it holds).
-    What the model thought is among the words, and calls nothing; neither does an opening without JSON of a call behind
-    it."""
-    thought = skipped(THOUGHT, text, 0)
-    kept, calls, place = [text[:thought]], list[Call](), thought
+def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """Split the text of an answer, all behind "Assistant:" -> (its other words, its calls).
+
+    A thinking is among the words, and calls nothing; neither does an opening without JSON of a call behind it."""
+    place = end_of(THOUGHT, text, 0)
+    kept, calls = [text[:place]], list[ToolCall]()
     decode = json.JSONDecoder().raw_decode
     while opening := OPENS.search(text, place):
-        found, end = list[Call](), opening.end()
+        found, end = list[ToolCall](), opening.end()
         try:
             while text.startswith(("{", "["), end):
                 value, end = decode(text, end)
                 found += [call_of(each) for each in as_list(value)]
-                end = skipped(SPACE, text, end)
-        except (UserError, ValueError, RecursionError):  # not that of a call, or not JSON
+                end = end_of(SPACE, text, end)
+        except (UserError, ValueError, RecursionError):  # JSON of something else, or no JSON
             found = []
-        end = skipped(CLOSES, text, end) if found else opening.end()
-        if found and any(closing.startswith(text[end:]) for closing in CLOSINGS):  # a limit has cut it
+        end = end_of(CLOSES, text, end) if found else opening.end()
+        if found and any(closing.startswith(text[end:]) for closing in CLOSINGS):  # cut by a limit
             end = len(text)
         kept.append(text[place : opening.start() if found else end])
         calls += found
@@ -135,7 +131,8 @@ def parse_calls(text: str) -> tuple[str, list[Call]]:
     return "".join([*kept, text[place:]]).strip(), calls
 
 
-def skipped(pattern: re.Pattern[str], text: str, place: int) -> int:
-    """The place behind what a pattern matches at `place`, or `place` itself."""
+def end_of(pattern: re.Pattern[str], text: str, place: int) -> int:
+    """The place behind the match of a pattern, which may be empty, at `place`."""
     match = pattern.match(text, place)
-    return match.end() if match else place
+    assert match is not None
+    return match.end()

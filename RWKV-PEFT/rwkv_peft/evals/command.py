@@ -24,7 +24,7 @@ from ..cli.errors import Ended, UserError, ending_of
 from ..cli.parser import counted
 from ..cli.streams import bar_seconds
 from ..cli.tables import TASKS
-from ..data.asked import clean_beside
+from ..data.recorded import clean_beside
 from ..data.tokenizer import KNOWN_SIZES
 from ..inference.flags import note_escapes
 from ..inference.loading import load_subject

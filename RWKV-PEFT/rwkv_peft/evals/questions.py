@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 from ..cli.errors import UserError
 from ..cli.tables import TASKS
 from ..config import TrainConfig
-from ..data.collate import Document
+from ..data.chat import stops_of
 from ..data.masks import undesirable
 from ..data.mixture import Several
-from ..data.samples import DocumentSamples, Samples
-from ..data.templates import stops_of
+from ..data.samples import Document, DocumentSamples, Samples
 from ..data.tokenizer import Tokenizer
 from ..inference.decode import generate
 from ..inference.flags import unescaped

@@ -6,8 +6,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from ..cli.errors import UserError, field_names, quoted, some
-from ..data.templates import UnknownForm, layout_named, segments, stops_of
-from ..data.turns import TURN_END, cleaned, field
+from ..data.chat import TURN_END, ChatLayout, stops_of
+from ..data.fields import UnknownForm, field
+from ..data.layouts import RowLayout, layout_named
 from ..inference.prompts import made_of
 
 Fields = Mapping[str, Any]  # of a row
@@ -48,13 +49,13 @@ class Exact:
 
     def problem(self, row: Fields, layout: str, clean: bool = True) -> Problem:
         """The Problem of a row, in a layout's text ("": the row's own form); clean: its questions are cleaned
-        (data/turns.py). Raises UserError for a row without question and answer."""
+        (data/chat.py). Raises UserError for a row without question and answer."""
         if layout:
             solution = text_of(row, "answer", "response", "output", "completion", "solution")
             question = text_of(row, "question", "query", "instruction", "prompt", "problem")
             return Problem(laid_out(layout, question, clean), behind(solution), solution.strip())
         try:
-            parts = segments(row, clean=clean)
+            parts = RowLayout(clean=clean).segments(row)
         except UnknownForm as error:
             raise UserError(f"{error}; give the fields such names") from error
         # in a chat the blank line after an answer counts too, and so does the next speaker's name; neither is an answer
@@ -108,7 +109,7 @@ def text_of(row: Fields, *names: str) -> str:
 
 def laid_out(layout: str, question: str, clean: bool) -> str:
     """A question in the text of a layout; in a layout of turns it is cleaned if `clean`."""
-    return layout.replace(FIELD, cleaned(question.strip(), clean and bool(stops_of(layout))))
+    return layout.replace(FIELD, ChatLayout(clean=clean and bool(stops_of(layout))).cleaned(question.strip()))
 
 
 def behind(solution: str) -> str:

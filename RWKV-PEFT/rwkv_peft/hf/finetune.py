@@ -20,7 +20,7 @@ import torch
 from ..cli.errors import UserError, some
 from ..cli.numeric import all_finite
 from ..cli.parser import unknown_flag
-from ..data.row_forms import refuse_compared
+from ..data.layouts import refuse_compared
 from ..gpus import count_gpus
 from ..ops.products import is_slow
 from . import register

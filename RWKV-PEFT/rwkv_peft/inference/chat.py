@@ -1,4 +1,4 @@
-"""An interactive chat in the layout of the training data (data/templates.py): `rwkv-peft generate --chat`.
+"""An interactive chat in the layout of the training data (data/chat.py): `rwkv-peft generate --chat`.
 
 Lines come from standard input, a terminal or a pipe; answers stream to standard output, remarks to standard error.
 """
@@ -10,7 +10,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 import torch
 
@@ -18,10 +17,9 @@ from ..checkpoints.atomic import check_output, same_file
 from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError, short
 from ..cli.streams import is_heard
-from ..data.templates import before_answer, question
+from ..data.chat import TURN_END, ChatLayout
 from ..data.tokenizer import Tokenizer
 from ..data.tools import parse_calls
-from ..data.turns import TURN_END
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .decode import GeneratedToken, TokenCollector, damaged_error
@@ -38,16 +36,6 @@ HELP = (
     "ends it; Ctrl-C ends an answer, twice the chat"
 )
 CODE = 130  # the exit code after Ctrl-C
-
-
-class ChatLayout(NamedTuple):
-    """The settings of a chat's layout: think ("", "on", "off") opens answers, system and tools (tools_text) come before
-    the first turn, clean removes blank lines from lines, results and system (turns.py)."""
-
-    think: str = ""
-    system: str = ""
-    tools: str = ""
-    clean: bool = True
 
 
 class Session:
@@ -141,8 +129,8 @@ class ChatLoop:
     """The loop of a chat over a Session.
 
     stops end an answer; convert(line) is applied to each line; inputs are the (flag, path) pairs that /save must not
-    overwrite, except --state, because a session may go on in its own file. If an answer calls tools, as many results
-    are due before the next one.
+    overwrite, except --state, because a session may go on in its own file. system and tools (tools_text) come before
+    the first turn, also after /reset. If an answer calls tools, as many results are due before the next one.
     """
 
     def __init__(
@@ -153,11 +141,13 @@ class ChatLoop:
         convert: Callable[[str], str],
         inputs: Sequence[tuple[str, str | None]],
         layout: ChatLayout,
+        system: str = "",
+        tools: str = "",
     ) -> None:
         self.session, self.stops, self.max_tokens, self.convert = session, stops, max_tokens, convert
         self.inputs = [(flag, path) for flag, path in inputs if flag != "--state"]
         self.replaceable = [path for flag, path in inputs if flag == "--state" and path]
-        self.layout = layout
+        self.layout, self.system, self.tools = layout, system, tools
         self.awaited, self.results = 1, list[str]()
 
     def run(self) -> int:
@@ -188,8 +178,8 @@ class ChatLoop:
                 remark(f"error: {error}")
 
     def answer(self, words: str) -> None:
-        layout = self.layout if self.session.begins else self.layout._replace(system="", tools="")
-        self.reply(question(words, *layout))
+        first = (self.system, self.tools) if self.session.begins else ("", "")
+        self.reply(self.layout.question(words, *first))
 
     def take_result(self, text: str) -> None:
         """Collect the result of a call, and answer once all are there."""
@@ -198,7 +188,7 @@ class ChatLoop:
             remark(f"(call {len(self.results) + 1} of {self.awaited}: its result?)")
             return
         turns = [("tool", result) for result in self.results]
-        self.reply(before_answer(turns, self.layout.think, self.layout.clean))
+        self.reply(self.layout.prompt(turns))
 
     def reply(self, texts: Sequence[str]) -> None:
         """Print the answer to texts, and the calls in it."""

@@ -11,9 +11,9 @@ from ..checkpoints.atomic import CannotWrite, append_text, check_output, telling
 from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError
 from ..cli.parser import counted
-from ..data.asked import clean_beside, note_on_chats
-from ..data.templates import stops_of
-from .chat import ChatLayout, ChatLoop, OutputClosed, Session, remark, show
+from ..data.chat import ChatLayout, stops_of
+from ..data.recorded import clean_beside, note_on_chats
+from .chat import ChatLoop, OutputClosed, Session, remark, show
 from .decode import complete
 from .flags import note_escapes, parse_flags, unescaped
 from .forward import prefill
@@ -90,9 +90,9 @@ def chat(args: Namespace, subject: Subject, sampling: Sampling, tools: str) -> i
         remark(note)
     session = Session(subject.model, subject.tokenizer, sampling, subject.start)
     stops = [*stops_of("Assistant:"), *args.stop]
-    layout = ChatLayout(args.think or "", args.system or "", tools, clean)
+    layout = ChatLayout(args.think or "", clean)
     inputs = [*inputs_of(args), ("--state", args.state)]
-    return ChatLoop(session, stops, args.max_tokens, convert, inputs, layout).run()
+    return ChatLoop(session, stops, args.max_tokens, convert, inputs, layout, args.system or "", tools).run()
 
 
 def check_outputs(args: Namespace) -> None:

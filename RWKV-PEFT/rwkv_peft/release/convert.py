@@ -27,8 +27,7 @@ from ..checkpoints.state_file import is_own, read_states, write_states
 from ..checkpoints.tensors import DTYPES, read_safetensors, read_tensors, save_safetensors
 from ..cli.errors import UserError, short, some
 from ..cli.parser import counted
-from ..data.asked import clean_beside
-from ..data.recorded import find_tokenizer, recorded_beside
+from ..data.recorded import clean_beside, find_tokenizer, recorded_beside
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
 from .formats import FLA, FOLDER, GGUF_TYPE, HF, Wanted, cast, describe, format_of

@@ -15,7 +15,7 @@ from ..checkpoints.best import BEST, labelled, take
 from ..cli.errors import UserError, told
 from ..cli.names import ADAPTER, CARD, MERGED, MODEL, PICTURE, TUNED
 from ..cli.parser import counted
-from ..data.asked import flags_beside
+from ..data.recorded import flags_beside
 from .flags import push_flags
 from .inspect import ADAPTER as IS_ADAPTER
 from .inspect import STATES, Line, contents_of

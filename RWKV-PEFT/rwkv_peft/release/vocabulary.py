@@ -1,6 +1,6 @@
 """A tokenizer's vocabulary and the layout of chats in the forms of other tools: GGUF's lists, a Hugging Face folder.
 
-The chat template is the layout of training (data/turns.py, data/tools.py) in Jinja. It differs from the layout of rows
+The chat template is the layout of training (data/chat.py, data/tools.py) in Jinja. It differs from the layout of rows
 in three things: a blank line ends the last turn, too; arguments of a call that are given as text stay as they are
 spelled; results of tools stay in the order in which they are given. The parts that count in the loss are marked as
 generated: an answer, the blank line behind it, and the name of the next speaker. `think`, "on" or "off", opens the next
@@ -18,11 +18,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
+from ..data.chat import ONLY_CALLS, OPENINGS, SPEAKERS, TURN_END
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 from ..data.tools import ASKED
-from ..data.turns import CALLS, OPENINGS, SPEAKERS, TURN_END
 
-CLEANING = (  # as data/turns.cleaned
+CLEANING = (  # as ChatLayout.cleaned
     "{%- if name != 'Assistant' -%}"
     r"{%- set lines = turn.words.replace('\r\n', '\n').split('\n') -%}"
     "{%- set turn.words = '' -%}"
@@ -32,7 +32,7 @@ CLEANING = (  # as data/turns.cleaned
     "{%- endif -%}"
 )
 CHAT_TEMPLATE = (
-    f"{{%- set names = { {role: name for role, name in SPEAKERS.items() if role not in CALLS} } -%}}"
+    f"{{%- set names = { {role: name for role, name in SPEAKERS.items() if role not in ONLY_CALLS} } -%}}"
     "{%- set told = namespace(tools='') -%}"
     "{%- for tool in tools or [] -%}"
     "{%- set told.tools = told.tools + (tool['function'] if tool['function'] is defined else tool)|tojson + '\n' -%}"

@@ -9,12 +9,10 @@ from typing import Any
 from ..checkpoints.base import Base
 from ..cli.names import METRICS
 from ..config import RunConfig, TrainConfig
-from ..data.answer_samples import PromptSamples
+from ..data.answer_samples import PromptSamples, overlap_notes
 from ..data.folders import held_out_split
-from ..data.leaks import leaked
 from ..data.mixture import Joined
-from ..data.prefix import default_mask
-from ..data.recorded import clean_data, recorded_beside, remarks, require_same
+from ..data.recorded import clean_data, default_mask, recorded_beside, remarks, require_same
 from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
@@ -146,7 +144,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     elif VALIDATION in measured:
         held_out[""] = measured[VALIDATION]
     for found in held_out.values():
-        samples.notes += leaked(samples, found)
+        samples.notes += overlap_notes(samples, found)
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
         if data.loss_mask == "file" and not data.of_rows:  # data to retain may have no .mask file

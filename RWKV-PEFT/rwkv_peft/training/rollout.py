@@ -22,8 +22,8 @@ from ..checkpoints.atomic import append_text
 from ..cli.errors import UNREADABLE, UserError, told
 from ..config import RunConfig
 from ..data.answer_samples import PromptSamples
-from ..data.collate import collate_packed
-from ..data.templates import stops_of
+from ..data.chat import stops_of
+from ..data.samples import collate_packed
 from ..data.tokenizer import Tokenizer
 from ..evals.questions import sample
 from ..inference.flags import unescaped

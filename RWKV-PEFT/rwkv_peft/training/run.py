@@ -23,9 +23,9 @@ from ..config.rules import check_settings
 from ..data.answer_samples import PromptSamples
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
+from ..data.report import marks_for, show_samples
 from ..data.samples import Samples
-from ..data.sft import refuse_hub_name
-from ..data.show import marks_for, show_samples
+from ..data.sources import refuse_hub_name
 from ..gpus import resolve_accelerator
 from ..plots import plot_loss
 from ..rewards import Rewards

@@ -9,8 +9,7 @@ from ...checkpoints.adapters import adapter_of_run, source_of
 from ...checkpoints.base import open_base
 from ...checkpoints.readable import within
 from ...cli.errors import UserError, short
-from ...data.asked import clean_beside, note_on_chats
-from ...data.recorded import find_tokenizer, recorded_beside
+from ...data.recorded import clean_beside, find_tokenizer, note_on_chats, recorded_beside
 from ..chat import remark
 from ..loading import load_model, resolve_device
 from ..speakers import Speaker, adapter_speaker, state_speaker

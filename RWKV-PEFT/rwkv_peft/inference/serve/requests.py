@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...cli.errors import UserError
-from ...data.templates import segments, stops_of
+from ...data.chat import OPENINGS, stops_of
+from ...data.layouts import RowLayout
 from ...data.tokenizer import Tokenizer
-from ...data.turns import OPENINGS
 from ..prompts import encode
 from ..settings import Sampling
 from .web import RequestError
@@ -234,7 +234,7 @@ class ChatBody(GenerationBody):
         try:
             turns = [*self.messages, {"role": "assistant", "content": ""}]
             row = {"messages": turns, "tools": self.tools if self.calls else None}
-            texts = [text for text, _ in segments(row, clean=limits.clean)[:-1]]
+            texts = [text for text, _ in RowLayout(clean=limits.clean).segments(row)[:-1]]
             texts[-1] += OPENINGS.get(self.think or "", "")
             limits.check_length(*texts)
             encoded = [tokenizer.encode(text) for text in texts]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ...cli.streams import encoded
 from ...data.tokenizer import Tokenizer
-from ...data.tools import OPENS, Call, parse_calls
+from ...data.tools import OPENS, ToolCall, parse_calls
 from ..requests import Logprobs
 from ..text import overlap
 
@@ -111,7 +111,7 @@ class ChatResponse(Response):
         return {"index": part.number, "message": message, **self._rest(part, bool(calls))}
 
     def delta(self, part: CompletionPart, first: bool) -> Fields | None:
-        calls: list[Call] = []
+        calls: list[ToolCall] = []
         if self.calls:
             stream = self.streams[part.number]
             part = part._replace(text=stream.feed(part.text))
@@ -186,7 +186,7 @@ class CallStream:
         new, self.released = self.text[self.released : certain], certain
         return new
 
-    def finish(self) -> tuple[str, list[Call]]:
+    def finish(self) -> tuple[str, list[ToolCall]]:
         """The text still withheld, and the calls."""
         words, calls = parse_calls(self.text)
         if not calls:
@@ -194,7 +194,7 @@ class CallStream:
         return words[len(self.text[: self.released].strip()) :], calls
 
 
-def call_fields(calls: Sequence[Call]) -> list[Fields]:
+def call_fields(calls: Sequence[ToolCall]) -> list[Fields]:
     functions = [{"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)} for call in calls]
     return [{"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": each} for each in functions]
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from ...checkpoints.adapters import AdapterSource, product_of_run
 from ...checkpoints.base import Base
-from ...data.asked import flags_beside
+from ...data.recorded import flags_beside
 from ...release.inspect import ADAPTER, MODEL, SESSION, STATES, Contents, contents_of, formatted
 
 SHORT = ("kind", "dimensions", "method", "trained whole", "base", "parameters", "dtype", "states", "keys", "not read")

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ...checkpoints.readable import require_readable
 from ...cli.errors import UserError
-from ...data.templates import stops_of
-from ...data.turns import TURN_END
+from ...data.chat import TURN_END, stops_of
 from ...evals.questions import GREEDY, Completion, sample
 from ...inference.forward import prefill
 from ...inference.loading import Subject

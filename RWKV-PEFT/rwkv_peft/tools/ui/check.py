@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from ...cli.errors import exit_on_user_error
 from ...config import RunConfig
+from ...data.binidx import open_dataset
 from ...data.folders import held_out_split
 from ...data.recorded import find_tokenizer
 from ...data.rows import parse_split, read_chunks
-from ...data.sft import settings_of
-from ...data.shards import open_dataset
+from ...data.sources import settings_of
 from ...training.flags.request import parse_run
 from ...training.run import check
 from ..plan.command import main as plan

@@ -16,12 +16,10 @@ import numpy as np
 from ...cli.errors import UserError
 from ...config import DATA_TYPES, OF_ROWS
 from ...data.binidx import BinidxDataset
-from ...data.encode_settings import EncodeSettings
-from ...data.encoding import encoder
+from ...data.encoding import EncodeSettings, encoder
 from ...data.folders import TRAIN, is_saved, row_files
 from ...data.preprocess import write
-from ...data.report import laid_out, left_out
-from ...data.show import counted_in, pieces
+from ...data.report import counted_in, laid_out, left_out, pieces
 
 ROWS = 2000  # rows that are read, from the start
 SPLIT = f"[:{ROWS}]"

@@ -19,8 +19,7 @@ from ...children import import_matplotlib
 from ...cli.errors import Ended, UserError, ending_at_once, keeping_handlers
 from ...cli.names import CARD, METRICS, PICTURE, RUN
 from ...cli.parser import counted
-from ...data.asked import OPENING
-from ...data.recorded import ENTRY
+from ...data.recorded import ENTRY, OPENING
 from ...data.report import opening_of
 from ...memory import keep_freed_memory
 from ...plots import plot_loss, read_metrics, series

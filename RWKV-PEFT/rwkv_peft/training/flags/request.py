@@ -32,7 +32,7 @@ from ...config import (
 )
 from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
-from ...data.prefix import default_mask
+from ...data.recorded import default_mask
 from ...objectives import takers_of
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, entries_of, first_of, parser_of_train, settings_of

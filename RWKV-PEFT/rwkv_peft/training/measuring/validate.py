@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from ...checkpoints.best import BEST
+from ...data.answer_samples import mismatched_answers
 from ...data.batches import EvalBatches
 from ...data.mixture import Several
 from ...data.samples import Samples
-from ...data.swapped import swapped
 from ..inputs import VALIDATION, Inputs
 from ..saving.optimizer_state import averaged
 from ..saving.saver import Saver
@@ -70,7 +70,7 @@ class Validator:
         """Measure the held-out answers behind their own prompts and behind others, once the last step is done."""
         if VALIDATION not in self.measured or not self.of_tokens:
             return
-        pairs = swapped(self.measured[VALIDATION])
+        pairs = mismatched_answers(self.measured[VALIDATION])
         with averaged(trainer.optimizers[0]):
             self.swapped = [[means(self.sums(one, trainer, lit, 1))[0] for one in pair] for pair in pairs]
 

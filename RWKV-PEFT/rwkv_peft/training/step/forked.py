@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from ...config import RunConfig
-from ...data.collate import positions
-from ...data.samples import Samples
+from ...data.samples import Samples, positions
 from ...models.state import State
 from ...ops.products import matmul
 from ...ops.recurrence.signature import vouch

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...data.collate import positions
+from ...data.samples import positions
 from ...models.state import State
 from ...ops.recurrence.signature import vouch
 

@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.cli.tables import TASKS as CLASSES
-from rwkv_peft.data.templates import stops_of
+from rwkv_peft.data.chat import stops_of
 from rwkv_peft.evals.command import standard_error, summary
 from rwkv_peft.evals.rows import LAYOUTS, example, layout_of, stops_of_prompt
 

@@ -1,19 +1,116 @@
-"""Rows of .csv files and of folders, and the split of a folder that validates."""
+"""Rows of files and folders are read in chunks, or a part of them, and workers encode them as one process does."""
 
 import json
+import multiprocessing
 import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from data.documents import texts
 from fuzz.foreign import save_folder
 from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.checkpoints.tensors import read_pth
 from rwkv_peft.cli import commands
-from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.errors import UserError, exit_on_user_error
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.preprocess import main as preprocess_main
-from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.encoding import EncodeSettings
+from rwkv_peft.data.layouts import read_template
+from rwkv_peft.data.preprocess import encode_all, main
+from rwkv_peft.data.rows import Chunk, read_chunks
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.plots import read_metrics
 from rwkv_peft.tools.ui.preview import preview
+
+
+@pytest.mark.parametrize(
+    "split, expected",
+    [
+        ("train[:3]", range(3)),
+        ("train[3:5]", range(3, 5)),
+        ("[2:]", range(2, 10)),
+        ("train[-2:]", range(8, 10)),
+        ("train[:20%]", range(2)),
+        ("train[90%:]", range(9, 10)),
+        ("train", range(10)),
+        ("train[4:4]", ()),
+    ],
+)
+def test_split_selects_rows(tmp_path, split, expected):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(f"{i}\n" for i in range(10)))
+    chunks = list(read_chunks(path, split))
+    assert [int(item) for chunk in chunks for item in chunk.items] == list(expected)
+    assert all(int(chunk.items[0]) + 1 == chunk.first for chunk in chunks)
+
+
+def test_a_split_that_is_none_is_named(tmp_path):
+    (tmp_path / "in.jsonl").write_text("1\n")
+    with pytest.raises(UserError, match=r"write train, train\[:1000\]"):
+        list(read_chunks(tmp_path / "in.jsonl", "train[oops]"))
+
+
+@pytest.mark.parametrize("visible", ["x", "é", "中", "\u3000"])
+def test_text_in_pieces_has_the_same_tokens(tmp_path, monkeypatch, visible):
+    import rwkv_peft.data.rows as rows
+
+    text = "".join(f"{visible} line {i}\n{'  ' * (i % 3)}\n\n\t{visible * (i % 5)}\n" for i in range(200)) + visible
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 64)
+    chunks = list(read_chunks(tmp_path / "in.txt", pieces=True))
+    assert "".join(item for chunk in chunks for item in chunk.items) == text
+    assert len(chunks) == 1 if visible.isspace() else len(chunks) > 8  # which no line begins with
+    assert main([str(tmp_path / "in.txt"), "--output", str(tmp_path / "data")]) == 0
+    (document,) = BinidxDataset(tmp_path / "data")
+    assert document.tolist() == load_tokenizer("world").encode(text) + [0]
+
+
+def test_workers_do_not_change_the_documents(tmp_path, monkeypatch):
+    import rwkv_peft.data.rows as rows
+
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 256)
+    rows = [{"query": "q" * (i % 9), "response": str(i)} for i in range(60)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = EncodeSettings("bytes")
+
+    def encoded(workers):
+        parts = list(encode_all(read_chunks(tmp_path / "in.jsonl"), settings, workers))
+        return [(part.sizes, part.tokens, part.mask) for part in parts]
+
+    assert len(encoded(1)) > 4
+    assert encoded(2) == encoded(1)
+
+
+def test_a_worker_that_is_killed_is_told(tmp_path):
+    def chunks():
+        for number in range(40):
+            yield Chunk("in.jsonl", number, (b'{"text": "a"}',))
+            if number == 20:  # both have begun
+                for child in multiprocessing.active_children():
+                    child.kill()
+
+    with pytest.raises(UserError, match="ended from outside.*memory.*fewer than --workers 2"):
+        list(encode_all(chunks(), EncodeSettings("bytes"), 2))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("handle is closed"),
+        ValueError("bad value(s) in fds_to_keep"),
+        BlockingIOError(11, "Resource temporarily unavailable"),
+    ],
+)
+def test_a_worker_that_cannot_begin_is_told(error, monkeypatch):
+    def submit(pool, *work):  # another one was killed while this one began
+        raise error
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
+    with pytest.raises(UserError, match="could not begin.*fewer than --workers 2"):
+        list(encode_all([Chunk("in.jsonl", 0, (b'{"text": "a"}',))], EncodeSettings("bytes"), 2))
 
 
 def rows(*words):
@@ -49,20 +146,6 @@ def test_cells_in_quotes(preprocess):
 
 def test_a_long_cell(preprocess):
     assert len(preprocess(f"text\n{'a' * 200_000}\n", name="in.csv")[0]) == 200_001
-
-
-def test_tables_and_texts_have_an_end(tmp_path):
-    """A file of 1 TiB takes no disk if nothing is written in it, and a device has no end at all."""
-    for name, *words in (("in.csv",), ("v.txt", "--tokenizer"), ("t.txt", "--template")):
-        with open(path := tmp_path / name, "wb") as file:
-            file.truncate(1 << 40)
-        (tmp_path / "rows.csv").write_text("text\na\n")
-        argv = [str(tmp_path / "rows.csv"), *words, str(path)] if words else [str(path)]
-        with pytest.raises(UserError, match=f"{name} has (a line of more than|more than|1,099,511,627,776 bytes)"):
-            preprocess_main([*argv, "--output", str(tmp_path / "out"), "--workers", "1"])
-    os.mkfifo(tmp_path / "pipe.csv")
-    with pytest.raises(UserError, match="is a pipe or a device, which cannot be read twice"):
-        preprocess_main([str(tmp_path / "pipe.csv"), "--output", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(
@@ -190,7 +273,7 @@ def test_a_link_out_of_a_folder_of_rows_is_refused(tmp_path, folder, link, targe
     (path / link).symlink_to(target)
     given = path / "saved" if link.startswith("saved") else path
     with pytest.raises(UserError, match=OUT.replace("rows", "saved") if link.startswith("saved") else OUT):
-        preprocess_main([str(given), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"])
+        main([str(given), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"])
     with pytest.raises(UserError, match="leads out of"):
         preview({"path": str(given), "tokenizer": "bytes"})
 
@@ -255,3 +338,55 @@ def test_what_is_odd_about_rows_that_validate_is_told(folder, header):
     for flag in ("--val_data", "--retain_data"):
         assert f"{flag} {path / 'b.jsonl'}: note: 1 row the same as an earlier one" in said
         assert f"{flag} {path / 'b.jsonl'}: 1 bad row left out:\n" in said
+
+
+@pytest.fixture
+def unreadable():
+    """unreadable(name) -> the path of a file that exists but may not be read, or is in a folder "shut" that may not be
+    entered; root becomes another user for the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+
+        def make(name):
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+            (Path(folder) / name.split("/")[0]).chmod(0)
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            return path
+
+        yield make
+        if os.getuid() == 0:
+            os.seteuid(0)
+        for path in Path(folder).iterdir():
+            path.chmod(0o700)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".txt"])
+def test_a_folder_that_may_not_be_entered_is_one_message(unreadable, monkeypatch, capsys, ending):
+    path = unreadable("shut/below/in" + ending)
+    monkeypatch.setattr(sys, "argv", ["preprocess", str(path), "--output", str(path.parents[2] / "out")])
+    with pytest.raises(SystemExit) as exit_info:
+        exit_on_user_error(main)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: ") and f"in{ending}" in error and "permission denied" in error
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.txt", "in.parquet", "in.json"])
+def test_an_input_that_may_not_be_read_is_not_called_missing(unreadable, name):
+    path = unreadable(name)
+    with pytest.raises(UserError, match=f"{name} exists, but may not be read .permission denied"):
+        list(read_chunks(path))
+
+
+READERS = {"a.pth": read_pth, "data.idx": BinidxDataset, "vocabulary.txt": load_tokenizer}
+READERS |= {"metrics.jsonl": read_metrics, "template.txt": read_template}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_other_file_that_may_not_be_read_is_called_missing(unreadable, name):
+    path = unreadable(name)
+    with pytest.raises(UserError, match=f"{name} exists, but may not be read .permission denied"):
+        READERS[name](str(path))

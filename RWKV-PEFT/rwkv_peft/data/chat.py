@@ -1,0 +1,220 @@
+"""The layout of RWKV's chats: turns -> segments (text, counts); the model learns the texts that count.
+
+Answers with thinking are laid out as RWKV-7 G1 writes them: <think>, the thinking, </think>, the answer. A prompt that
+ends in "Assistant: <think" opens a thinking, and "Assistant: <think></think" an empty one before an immediate answer;
+the model continues there (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt).
+
+A turn begins behind TURN_END with a speaker's name. Texts of a system, a user or a tool hold no TURN_END if they are
+cleaned, as in G1's training, so that none of them forges a turn of somebody else.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ..cli.errors import UserError, field_names, quoted, short
+from .fields import NOTHING, field, refuse_media
+from .tools import called, calls_text, listed, ordered
+
+Segment = tuple[str, bool]  # a text, and True if it counts in the loss
+TURN_END = "\n\n"  # token 261 of the World vocabulary
+# --think -> the text that a prompt adds to "Assistant:"
+OPENINGS = MappingProxyType({"on": " <think", "off": " <think></think"})
+EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
+THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of the thinking, if the answer's words have none
+ONLY_CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form
+SPEAKERS = MappingProxyType(  # the role of a turn -> the speaker's name in RWKV World chats
+    {
+        "user": "User",
+        "human": "User",
+        "assistant": "Assistant",
+        "gpt": "Assistant",
+        "model": "Assistant",
+        "bot": "Assistant",
+        "system": "System",
+        "developer": "System",
+        "tool": "Tool",
+        "function": "Tool",
+        "observation": "Tool",
+        "tool_response": "Tool",
+        **dict.fromkeys(ONLY_CALLS, "Assistant"),
+    }
+)
+TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of a content that are texts
+TRAIN, WEIGHT = "train", "weight"
+SWITCHES = (WEIGHT, TRAIN, "training", "loss")  # fields of a turn that switch it off in the loss, by tools' names
+PARTLY = ("train_detail", "mask", "masked")  # fields that do so for parts of a turn, which is not supported
+# (texts that may open the turn behind an answer, the text that opens the answer)
+KNOWN = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer:"), (("Instruction:",), "Response:"))
+
+
+@dataclass(frozen=True)
+class ChatLayout:
+    """The layout of a chat: think ("", "on" or "off") opens its answers, clean removes blank lines from all other
+    turns."""
+
+    think: str = ""
+    clean: bool = True
+
+    def cleaned(self, words: str) -> str:
+        """Words of a user, a system or a tool, without blank lines and without space at their ends if `clean`."""
+        return re.sub(r"\n{2,}", "\n", words.replace("\r\n", "\n")).strip() if self.clean else words
+
+    def chat(self, turns: object) -> list[Segment]:
+        """The segments of turns {role, content} or {from, value}. Answers count unless their turn switches that off.
+
+        The blank line behind an answer and the next speaker's name count, too: both together end the answer, because a
+        blank line alone may separate two paragraphs (stops_of). They are segments of their own, so that the blank line
+        is the token that runtimes expect, for any last word."""
+        if not isinstance(turns, list) or not turns:
+            raise UserError("messages must be a list of turns, each with role and content (or from and value)")
+        parts: list[Segment] = []
+        before = ""  # the speaker of the turn before
+        for turn in ordered(turns):
+            if not isinstance(turn, dict):
+                raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
+            speaker, words = self.spoken(turn)
+            learned_before = bool(parts) and parts[-1][1]
+            if before == speaker == "Assistant" and role_of(turn).lower() in ONLY_CALLS:
+                parts[-1] = (f"{parts[-1][0]}\n{words}", learned_before)
+                continue
+            if before == "Assistant":
+                parts.append((TURN_END, learned_before))
+            elif parts:
+                parts[-1] = (parts[-1][0] + TURN_END, False)
+            if speaker == "Assistant":
+                opening, rest = self.answer(words, turn)
+                parts += [(f"{speaker}:{opening}", False), (rest, is_learned(turn))]
+            else:
+                parts += [(f"{speaker}:", learned_before), (f" {words}", False)]
+            before = speaker
+        return parts
+
+    def spoken(self, turn: Mapping[str, Any]) -> tuple[str, str]:
+        """(speaker, words) of a turn; calls are among an assistant's words, tools among a system's."""
+        name = "content" if "role" in turn else "value"
+        speaker = speaker_of(role_of(turn)) if "role" in turn or "from" in turn else ""
+        refuse_media(turn)
+        calls, tools = called(turn), listed(turn)
+        if not speaker or (name not in turn and not calls):
+            raise UserError(f"a turn has the fields {field_names(turn)}; it needs role and content, or from and value")
+        for more, due, what in ((calls, "Assistant", "calls a tool"), (tools, "System", "lists tools")):
+            if more and speaker != due:
+                raise UserError(f"a turn of role {role_of(turn)!r} {what}, which only the {due.lower()} does")
+        if role_of(turn).lower() in ONLY_CALLS:
+            return speaker, calls or calls_text(turn[name])
+        words = "" if calls and turn.get(name) is None else words_of(turn, name).strip()
+        words = words if speaker == "Assistant" else self.cleaned(words)
+        return speaker, "\n".join(filter(None, (words, calls, tools)))
+
+    def answer(self, words: str, row: Mapping[str, Any]) -> tuple[str, str]:
+        """(the opening of an answer behind "Assistant:", the text that the model continues it with). With think "on"
+        that is the thinking in the words or the row's fields, if there is any."""
+        if not self.think:
+            return "", f" {words.strip()}"
+        thinking, answer = split_thinking(words, row)
+        if self.think == "off":
+            return OPENINGS["off"], f">\n{answer}"
+        if not (thinking or "").strip():
+            return "", f" {answer}"
+        return OPENINGS["on"], f">{thinking}</think>\n{answer}"
+
+    def prompt(self, turns: Sequence[tuple[str, str]]) -> list[str]:
+        """The texts of turns (role, words) and of the opening of the answer to them."""
+        named = [{"role": role, "content": content} for role, content in (*turns, ("assistant", ""))]
+        *texts, opening = (text for text, counts in ChatLayout("", self.clean).chat(named) if not counts)
+        return [*texts, opening + OPENINGS.get(self.think, "")]
+
+    def question(self, words: str, system: str = "", tools: str = "") -> list[str]:
+        """The texts of a user's turn and of the opening of the answer, behind a system text and tools_text, if any."""
+        first = "\n".join(filter(None, (system.strip(), tools)))
+        return self.prompt([("system", first)] * bool(first) + [("user", words)])
+
+
+def split_thinking(words: str, row: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Split an answer -> (thinking or None, answer); without <think> the thinking is in a field of its row. Raises
+    UserError for a <think> without an end."""
+    words = words.strip()
+    if words.startswith("<think>"):
+        thinking, closing, answer = words.removeprefix("<think>").partition("</think>")
+        if not closing:
+            raise UserError("an answer opens <think> and has no </think>; close it, or leave the row out")
+        return thinking, answer.strip()
+    found = next((row[name] for name in THINKING if isinstance(row.get(name), str)), None)
+    return found and f"\n{found.strip()}\n", words
+
+
+def role_of(turn: Mapping[str, Any]) -> str:
+    """The role of a turn that has one."""
+    return field(turn, "role" if "role" in turn else "from")
+
+
+def speaker_of(role: str) -> str:
+    """The speaker's name of a role. Raises UserError for an unknown role."""
+    if role.lower() not in SPEAKERS:
+        raise UserError(f"role {short(role)!r}; known are {', '.join(SPEAKERS)}")
+    return SPEAKERS[role.lower()]
+
+
+def words_of(turn: Mapping[str, Any], name: str) -> str:
+    """The words in a turn's field: a text, or a list of parts with texts to join."""
+    content = turn[name]
+    if content is None:
+        raise UserError(f"field {name!r} of a turn is null; give it the turn's words, or leave the turn out")
+    return "".join(map(part_text, content)) if isinstance(content, list) else field(turn, name)
+
+
+def part_text(part: object) -> str:
+    """The text of one part of a turn's content. Raises UserError for a part that is no text, such as an image."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise UserError(f"a part of a turn's content is {type(part).__name__}, not a text or an object with a type")
+    kind = part.get("type", TEXT_PARTS[0])
+    if kind not in TEXT_PARTS or "text" not in part:
+        raise UserError(
+            f"a part of a turn's content has the type {short(str(kind))!r}, and an RWKV model reads only texts "
+            '({"type": "text", "text": …}); leave such rows out, or write that part out as text'
+        )
+    return field(part, "text")
+
+
+def is_learned(turn: Mapping[str, Any]) -> bool:
+    """True if an answer counts: no field of SWITCHES is 0 or false. Raises UserError for other values, because only
+    whole rows have other weights, and for a field of PARTLY."""
+    for name in PARTLY:
+        if turn.get(name) not in (*NOTHING, False):
+            raise UserError(
+                f"field {name!r} of a turn is not followed; a turn counts as a whole, or with {TRAIN!r} false not at "
+                "all, and rows of segments may count in parts"
+            )
+    for name in SWITCHES:
+        found = turn.get(name)
+        if found not in (None, 0, 1):
+            raise UserError(
+                f"field {name!r} of a turn holds {quoted(found)}; 0 leaves its words out of the loss, and 1 does "
+                "not; any other weight is for the whole row, beside its turns"
+            )
+        if found is not None and not found:
+            return False
+    return True
+
+
+def opens_thinking(parts: Sequence[Segment]) -> bool:
+    """True if an answer in these segments opens with a thinking, laid out with think "on"."""
+    return any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts)
+
+
+def opening_within(text: str) -> str:
+    """The opening of an answer in a text of questions and answers in a known layout, "" for any other text."""
+    begins = text.lstrip()
+    return next((last for openings, last in KNOWN if begins.startswith(openings) and TURN_END + last in text), "")
+
+
+def stops_of(prompt: str) -> tuple[str, ...]:
+    """The texts that end the answer to a prompt in a known layout, recognized by its last words; () for any other."""
+    end = EMPTY.sub("", prompt).rstrip()
+    openings = next((openings for openings, last in KNOWN if end.endswith(last)), ())
+    return tuple(TURN_END + opening for opening in openings)
