@@ -1,1 +1,1 @@
-"""The optimizers of --optim, a file each, with what a checkpoint keeps of them."""
+"""The optimizers of --optim, a file each, with their states in checkpoints."""

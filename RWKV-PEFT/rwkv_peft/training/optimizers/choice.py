@@ -1,4 +1,4 @@
-"""Make the optimizer that --optim and --strategy name; the packages of the others than AdamW are imported only then."""
+"""Make the optimizer of --optim and --strategy; packages of others than AdamW are imported only then."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -12,29 +12,30 @@ from .cpu_adam import cpu_adam
 
 @runtime_checkable
 class Further(Protocol):
-    """An optimizer of OPTIMS: what the engine and checkpoints ask of it besides torch's interface.
+    """An optimizer of OPTIMS, with the interface beyond torch's that the engine and checkpoints use.
 
-    by_parameter: true if each number that trains has state of its own, which any ranks can take up; if not, a rank's
-    state is of use to that rank alone.
+    by_parameter: true if each number that trains has state of its own, which any ranks can resume from; if not, a
+    rank's state is of use to that rank alone.
     """
 
     by_parameter: bool
     param_groups: list[dict[str, Any]]
 
     def begin(self, flat: torch.Tensor) -> None:
-        """Make the state that a flat tensor of weights has before the first step."""
+        """Initialize the state of a flat tensor of weights, as before the first step."""
 
 
 @runtime_checkable
 class Averaging(Further, Protocol):
-    """An optimizer whose result is an average of the weights: eval() puts it into the weights, train() takes it out."""
+    """An optimizer that results in an average of its weights: eval() puts it into the weights, train() takes it
+    out."""
 
     @property
     def averaging(self) -> bool:
-        """Tell whether the weights are the average now."""
+        """True if the weights are the average now."""
 
     def go_on(self, rates: Iterable[float]) -> None:
-        """Go on after steps at these learning rates, as they are without the groups' ratios."""
+        """Go on after steps at these base learning rates."""
 
     def eval(self) -> None: ...
 

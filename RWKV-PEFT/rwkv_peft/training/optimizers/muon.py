@@ -24,7 +24,7 @@ ROUNDS, FACTORS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chos
 
 
 class Muon(torch.optim.AdamW):
-    """groups: those of matrices have their "shapes", in the order of their parameters (adapters/groups.py)."""
+    """groups: matrices have their "shapes", in the order of their parameters (adapters/groups.py)."""
 
     by_parameter = True
 
@@ -50,7 +50,7 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def turn(self, group: dict[str, Any], flat: Tensor) -> None:
-        """Take a step of this rank's part (n,) of a group's matrices, which lie one behind the other."""
+        """Step this rank's part (n,) of a group's matrices, which are concatenated."""
         assert flat.grad is not None  # because the engine has just set it
         if not self.state[flat]:
             self.begin(flat)
@@ -68,7 +68,7 @@ class Muon(torch.optim.AdamW):
 
 
 def gathered(part: Tensor) -> tuple[Tensor, int]:
-    """(the parts (n,) of all ranks one behind the other, the first element of this rank's)."""
+    """(the parts (n,) of all ranks concatenated, the index of this rank's first element)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return part, 0
     whole = part.new_empty(dist.get_world_size() * len(part))

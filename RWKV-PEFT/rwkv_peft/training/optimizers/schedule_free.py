@@ -1,7 +1,7 @@
 """Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682), by schedulefree: an average of the weights takes the
 place of a learning rate that falls, so that a run may end at any step.
 
-Gradients are taken at y, between the average x and the point z that steps lead to. x is what a run measures and saves.
+Gradients are taken at y, between the average x and the point z that steps lead to. Runs measure and save x.
 """
 
 from collections.abc import Iterable, Sequence
