@@ -34,7 +34,7 @@ def excluded(objective: type[Objective]) -> tuple[Exclusion, ...]:
 
 
 def rules() -> Iterator[Rule]:
-    """Yield the rules on what objectives do not go with, and on flags of theirs."""
+    """Yield the rules of objectives: exclusions, and flags that belong to one."""
     for exclusion in dict.fromkeys(each for one in OBJECTIVES.values() for each in excluded(one)):
         those = [name for name, one in OBJECTIVES.items() if exclusion in excluded(one)]
         yield Rule(f"--objective {'|'.join(those)}", EXCLUDES, *exclusion)

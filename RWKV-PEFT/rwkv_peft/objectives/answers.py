@@ -1,4 +1,4 @@
-"""The base of objectives that judge whole answers by their log-probabilities."""
+"""The base class of objectives on log-probabilities of whole answers."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -16,9 +16,12 @@ CHOSEN, NLL = Figure("chosen"), Figure("nll")
 
 
 class Answers(NamedTuple):
-    """The answers of a batch, two a row, in the order of its documents. likelihood (rows, 2): the log-probability of
-    each; base: the same by the model before training, equal to 0 unless the objective needs it; tokens (rows, 2): how
-    many count in each; labels (rows,): whether the first is desirable, if rows say it; figures: those of Passes."""
+    """The answers of a batch, two a row, in the order of its documents.
+
+    likelihood (rows, 2): log-probabilities; base: the reference log-probabilities, 0 unless the objective needs them;
+    tokens (rows, 2): the number of counted tokens; labels (rows,): true if the first answer is desirable, if rows are
+    labelled; figures: the previous step's, over all ranks.
+    """
 
     likelihood: "Tensor"
     base: "Tensor"

@@ -63,7 +63,7 @@ class ChunkedHead(torch.autograd.Function):
 
 
 def chunk_rows(vocabulary: int, on_gpu: bool) -> int:
-    """The number of tokens whose logits are alive at once."""
+    """The number of tokens in a chunk of logits."""
     return max(1, (GPU_CHUNK_ELEMENTS if on_gpu else CHUNK_ELEMENTS) // vocabulary)
 
 
@@ -82,13 +82,13 @@ def linear_cross_entropy(
 
     hidden (B, T, C), weight (V, C) of the same dtype, targets (B, T) int64, counted (n,) int64: the positions, in
     B * T, of the targets that count; only they need logits;
-    count: the number of counted tokens that the average is over, or the sum of their weights, a number or a 0-dim
-    tensor (a whole optimizer step's, over all ranks and micro batches; above 0). Returns a float32 scalar (float64 for
-    float64 input).
+    count: the number of counted tokens in the average, or the sum of their weights, above 0: a number or a 0-dim
+    tensor, of a whole optimizer step over all ranks and micro batches. Returns a float32 scalar (float64 for float64
+    input).
     l2wrap adds l2wrap · (largest logit) to the gradient of each counted token's largest logit, scaled as the loss
     is (RWKV-LM's L2Wrap); it does not show in the value.
-    parts (k, n) bool, if given, tells which of the counted targets are of each of k parts: the loss, which alone has a
-    gradient, is then followed by what each part adds to it: (1 + k,).
+    parts (k, n) bool, if given, marks the counted targets of each of k parts: the loss, which alone has a gradient, is
+    then followed by each part's share in it: (1 + k,).
     """
     targets = targets.reshape(-1)[counted]
     weights = None if weights is None else weights.reshape(-1)[counted]
@@ -117,7 +117,7 @@ def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, flo
 
 class TokenLosses(torch.autograd.Function):
     """hidden (B, T, C), weight (V, C), targets (B, T), counted (n,) -> losses (n,). If the weight trains, backward
-    computes the logits again, because only then the factor of each loss is known."""
+    computes the logits again, because the factor of each loss is not there before."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

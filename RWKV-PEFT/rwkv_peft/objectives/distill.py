@@ -1,11 +1,11 @@
-"""Distillation: say what a teacher says at each token that counts: another model with the same tokens, or the model
-as it was before training, which reads a context that its student does not see (context distillation: Askell et al.
-2021, arXiv 2112.00861, section 2.1; Snell et al. 2022, arXiv 2209.15189).
+"""Distillation: match a teacher's probabilities at each token that counts. The teacher is another model with the same
+tokens, or the model as it was before training, which reads a context that its student does not see (context
+distillation: Askell et al. 2021, arXiv 2112.00861, section 2.1; Snell et al. 2022, arXiv 2209.15189).
 
 The loss is weight times the divergence from the teacher's distribution (divergence.py), and 1 - weight times the
-cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531). The tokens are those of rows, or those of
-answers that the student draws to prompts: it then learns at the places to which its own words lead, as in GKD (Agarwal
-et al. 2024, arXiv 2306.13649). What a teacher says of rows may be stored before (training/step/stored.py).
+cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531). The tokens come from rows, or from completions
+that the student samples to prompts: it then learns at the places to which its own tokens lead, as in GKD (Agarwal et
+al. 2024, arXiv 2306.13649). The teacher's log-probabilities of rows may be stored before (training/step/teacher.py).
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ WORDS = MappingProxyType(
 @dataclass(frozen=True)
 class Distill(Draws):
     """kl is the divergence from the teacher, nll the cross-entropy of the next token, both means over the tokens that
-    count; of drawn answers it tells how sure the student is of its own words. A batch may have other tokens for the
-    teacher (training/step/steps.py), in which as many count."""
+    count; of sampled completions, nll is low if the student is sure of its own tokens. A batch may have other tokens
+    for the teacher (training/step/shared_prefix.py), in which as many count."""
 
     name = "distill"
     text = "nearness to a teacher's probabilities of each token that counts"
@@ -50,7 +50,7 @@ class Distill(Draws):
             "it learns from one",
             "name a .pth of the same tokens, or give rows with contexts, in which the model teaches itself",
         ),
-        Rule("--teacher_logprobs", EXCLUDES, "--teacher_model, --store_teacher", "it holds what a teacher said"),
+        Rule("--teacher_logprobs", EXCLUDES, "--teacher_model, --store_teacher", "it holds a teacher's results"),
         Rule(
             "--teacher_logprobs, --store_teacher",
             EXCLUDES,
@@ -59,7 +59,7 @@ class Distill(Draws):
             "name a --teacher_model",
         ),
         Rule("--teacher_logprobs", EXCLUDES, "--context_parallel", "a rank reads a part of each row", "leave it out"),
-        Rule("--teacher_top_k", NEEDS, "--store_teacher", "it says how much of the teacher's word is stored"),
+        Rule("--teacher_top_k", NEEDS, "--store_teacher", "it is the number of tokens that are stored"),
         Rule("--teacher_adapter, --teacher_state", NEEDS, "--teacher_model", "it belongs to that model"),
         Rule("--distill_beta", NEEDS, "--distill_kl jsd", "it weighs the parts of that"),
         Rule("--distill_weight", EXCLUDES, "--data_type prompts", "the student's own words are no example to follow"),
@@ -75,7 +75,7 @@ class Distill(Draws):
     teacher_state: str = setting("", "time states that each of the teacher's rows begins with, in place of its own")
     stored: str = setting(
         "",
-        "learn what a teacher said of these rows before, a file that --store_teacher wrote, with no teacher in memory",
+        "learn from a file of --store_teacher, a teacher's log-probabilities of these rows, with no teacher in memory",
         flag="teacher_logprobs",
         metavar="FILE",
     )
@@ -94,8 +94,8 @@ class Distill(Draws):
     )
     kind: str = setting(
         FORWARD,
-        "forward: KL(teacher | student), which covers what the teacher says; reverse: KL(student | teacher), which "
-        "seeks what it says most; jsd: the generalized Jensen-Shannon divergence between them",
+        "forward: KL(teacher | student), which covers all of the teacher's modes; reverse: KL(student | teacher), "
+        "which seeks the largest; jsd: the generalized Jensen-Shannon divergence between them",
         flag="distill_kl",
         choices=(FORWARD, REVERSE, JSD),
     )

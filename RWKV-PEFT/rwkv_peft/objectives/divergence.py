@@ -1,14 +1,14 @@
 """The divergence of a student's next token from its teacher's, with the gradient, in chunks of tokens.
 
-Forward KL covers all that the teacher says; reverse KL seeks what it says most; the generalized Jensen-Shannon
-divergence of GKD (Agarwal et al. 2024, arXiv 2306.13649, equation 1) lies between: beta KL(teacher | m) + (1 - beta)
+Forward KL covers all of the teacher's modes; reverse KL seeks the largest; the generalized Jensen-Shannon divergence of
+GKD (Agarwal et al. 2024, arXiv 2306.13649, equation 1) lies between: beta KL(teacher | m) + (1 - beta)
 KL(student | m) with m = beta teacher + (1 - beta) student. Both distributions are softmax(logits / temperature), and
 the divergence is times temperature², so that its gradient stays as large at any temperature (Hinton et al. 2015, arXiv
 1503.02531).
 
-A teacher that is Stored tells of each place some words, and of all others only how probable they are together. The
-divergence is then that of the distributions over these classes, at most that over all tokens, and the student is free
-in how it spreads what is left over the others.
+A Stored teacher has the probabilities of a few tokens at each place, and of all others together. The divergence is then
+between the distributions over these classes, at most the one over all tokens: the student may spread the probability
+that is left over the others as it likes.
 """
 
 import math
@@ -23,7 +23,7 @@ from .cross_entropy import L2WRAP, ChunkedHead, chunk_rows, divisors
 
 
 class Stored(NamedTuple):
-    """words (n, k): the most probable tokens; logprobs (n, k + 1): theirs, and that of all others together."""
+    """words (n, k): the most probable tokens; logprobs (n, k + 1): theirs, and the log-probability of all others."""
 
     words: Tensor
     logprobs: Tensor
@@ -40,7 +40,7 @@ def most_probable(logits: Tensor, number: int, temperature: float) -> Stored:
 
 
 def in_classes(log_p: Tensor, words: Tensor) -> Tensor:
-    """log-probabilities (n, V) -> those of the words (n, k), and of all others together: (n, k + 1)."""
+    """log-probabilities (n, V), words (n, k) -> the words', and all others' together: (n, k + 1)."""
     others = log_p.scatter(1, words, -torch.inf).logsumexp(1, keepdim=True)
     return torch.cat([log_p.gather(1, words), others], 1)
 
@@ -49,8 +49,8 @@ ALIVE = 8  # tensors of a chunk's logits that are alive at once, so that a chunk
 
 
 class Divergence(NamedTuple):
-    """Settings of a divergence: kind ("forward", "reverse" or "jsd"), beta of the last, temperature; and the weight of
-    the divergence in the loss, of which the rest is the cross-entropy of the next token."""
+    """Settings of a divergence: kind ("forward", "reverse" or "jsd"), beta of the last, temperature; and its weight in
+    the loss, beside 1 - weight of the next token's cross-entropy."""
 
     kind: str
     beta: float
@@ -59,8 +59,8 @@ class Divergence(NamedTuple):
 
 
 def divergence(student: Tensor, teacher: Tensor | Stored, settings: Divergence) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) of both, or what is stored of the teacher's -> the divergence of each token (n,), its gradient in
-    the student's logits (n, V); float32, or float64 for float64 logits."""
+    """Logits (n, V) of both, or the teacher's Stored -> the divergence of each token (n,), its gradient in the
+    student's logits (n, V); float32, or float64 for float64 logits."""
     wide, temperature = torch.promote_types(student.dtype, torch.float32), settings.temperature
     log_p = (student.to(wide) / temperature).log_softmax(1)
     if isinstance(teacher, Stored):
@@ -71,8 +71,8 @@ def divergence(student: Tensor, teacher: Tensor | Stored, settings: Divergence) 
 
 
 def of_classes(log_p: Tensor, teacher: Stored, settings: Divergence) -> tuple[Tensor, Tensor]:
-    """The divergence over a Stored's classes: values (n,), and the gradient in logits whose log_softmax is log_p
-    (n, V). In the class of all others it is shared as the student's probability is."""
+    """log_p (n, V), the log_softmax of logits -> the divergence over a Stored's classes (n,), its gradient in the
+    logits (n, V). In the class of all others it is shared as the student's probability is."""
     words = teacher.words.long()
     of_class = in_classes(log_p, words)
     values, gradient = of_logprobs(of_class.clone(), teacher.logprobs.to(log_p.dtype, copy=True), settings)
@@ -81,8 +81,8 @@ def of_classes(log_p: Tensor, teacher: Stored, settings: Divergence) -> tuple[Te
 
 
 def of_logprobs(log_p: Tensor, log_q: Tensor, settings: Divergence) -> tuple[Tensor, Tensor]:
-    """log-probabilities (n, V) of student and teacher, which are overwritten -> the divergence of each token (n,), and
-    its gradient in logits whose log_softmax is log_p (n, V)."""
+    """log-probabilities (n, V) of student and teacher, which are overwritten -> the divergence of each token (n,), its
+    gradient in the student's logits (n, V), log_p being their log_softmax."""
     if settings.kind == "forward":
         q = log_q.exp()
         values = (q * log_q.sub_(log_p)).sum(1)
@@ -113,8 +113,8 @@ def linear_divergence(
     cross-entropy of the next token: (3,); only the first has a gradient.
 
     student: hidden (B, T, C) and the weight of its head (V, C); teacher: hidden (n, D) of the counted tokens alone, and
-    the weight of its head (V, D), or what is Stored of these tokens; the others as in linear_cross_entropy, whose
-    gradient the share of the cross-entropy has, L2Wrap included.
+    the weight of its head (V, D), or the Stored of these tokens; the others as in linear_cross_entropy, and so is the
+    gradient of the cross-entropy's share, L2Wrap included.
     """
     hidden, weight = student
     targets = targets.reshape(-1)[counted]
@@ -131,7 +131,7 @@ def linear_divergence(
 
 
 def taught_rows(vocabulary: int, on_gpu: bool) -> int:
-    """The number of tokens whose logits are alive at once."""
+    """The number of tokens in a chunk of logits of both."""
     return max(1, chunk_rows(vocabulary, on_gpu) // ALIVE)
 
 

@@ -1,4 +1,4 @@
-"""DPO: make the better of two answers to a prompt likelier than the worse, measured by what the base says of both.
+"""DPO: make the better of two answers to a prompt likelier than the worse, relative to the reference model.
 
 Rafailov et al. 2023, arXiv 2305.18290, equation 7: -log sigmoid(beta (chosen - rejected)), with each answer's
 log-ratio log(p / p_base).
@@ -14,15 +14,15 @@ from .answers import ACCURACY, CHOSEN, MARGIN, Answers, OfAnswers
 
 @dataclass(frozen=True)
 class DPO(OfAnswers):
-    """nll adds so many times the mean loss of the chosen answer's tokens (Pang et al. 2024, arXiv 2404.19733, whose
-    default it has: without it a few pairs make the chosen answers unlikely, docs/guides/preferences.md).
+    """nll adds so many times the mean loss of the chosen answer's tokens (Pang et al. 2024, arXiv 2404.19733, with
+    the same default: without it a few pairs make the chosen answers unlikely, docs/guides/preferences.md).
 
-    accuracy is the share of pairs whose margin, beta (chosen - rejected), is above 0; chosen is the chosen answers'
+    accuracy is the share of pairs with a margin, beta (chosen - rejected), above 0; chosen is the chosen answers'
     part of it, which is below 0 if they become less likely themselves.
     """
 
     name = "dpo"
-    text = "the chosen answer above the rejected, by the base's measure"
+    text = "the chosen answer above the rejected, relative to the base"
     needs = (BASE,)
     figures = (ACCURACY, MARGIN, CHOSEN)
     beta: float = setting(

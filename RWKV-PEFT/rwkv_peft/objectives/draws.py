@@ -1,4 +1,4 @@
-"""The base of objectives that learn from answers which the model draws itself, to --data_type prompts."""
+"""The base class of objectives on completions that the model samples itself, to --data_type prompts."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Draws(Objective):
-    """Settings of drawing. A batch of rollouts (training/rollout.py) has besides its tokens, targets, mask, counted and
-    cu_seqlens
+    """Settings of sampling. A batch of rollouts (training/rollout.py) has besides its tokens, targets, mask, counted
+    and cu_seqlens
 
-    - lengths (answers,): the tokens of each answer, what ends it included
-    - sampled (n,): the log-probability by which each of them was drawn
+    - lengths (answers,): the tokens of each answer, its end included
+    - sampled (n,): the log-probability of each of them when it was sampled
     - shares (answers,): how much each counts, and mean_length: their mean number of tokens that count, of all answers
       of a step
     - advantages (answers,), if rewards judge them
     - prompts and limit: the number of prompts, and --max_completion_length
 
-    ahead: the answers of a step are drawn before the step before it learns.
+    ahead: the completions of a step are sampled before the step before it learns.
     """
 
     ahead = False
@@ -55,7 +55,7 @@ class Draws(Objective):
     )
 
     def share(self, cut: bool) -> float:
-        """Return the weight of a drawn answer in the loss; `cut` is true if it was cut at --max_completion_length."""
+        """The weight of a completion in the loss; `cut` is true if it was cut at --max_completion_length."""
         return 1.0
 
     def advantages(self, rewards: "Tensor") -> "Tensor":

@@ -1,6 +1,6 @@
-"""GRPO and its kin: make those of the model's own answers to a prompt likelier that earn more than the others do.
+"""GRPO and its kin: make the model's own completions of a prompt likelier if they earn more than the others.
 
-An answer's advantage A compares its reward with those of its group, the answers to the same prompt; ratio is the
+An answer's advantage A compares its reward with its group's, the answers to the same prompt; ratio is the
 probability of a token by the model over that by which it was drawn. A step minimizes the mean over answers of
 
     grpo      mean over tokens of -min(ratio A, clip(ratio) A), A = (reward - mean) / (std + 1e-4)
@@ -14,9 +14,9 @@ probability of a token by the model over that by which it was drawn. A step mini
     rloo      one ratio for an answer, the product of its tokens', A = reward - mean of the others'
               (Ahmadian et al. 2024, arXiv 2402.14740)
 
-and --kl_beta times an estimate of the distance from the base, exp(d) - d - 1 of each token with d = log(p_base / p)
-(Schulman's k3), averaged as tokens are; for rloo and gspo over an answer's sum and its mean. --entropy_bonus times the
-entropy of the next token at each token, averaged alike, is taken off (Williams and Peng 1991, Function Optimization
+and --kl_beta times an estimate of the distance from the base (Schulman's k3): exp(d) - d - 1 of each token with
+d = log(p_base / p), averaged as tokens are; for rloo and gspo over an answer's sum and its mean. --entropy_bonus times
+the entropy of the next token at each token, averaged alike, is taken off (Williams and Peng 1991, Function Optimization
 Using Connectionist Reinforcement Learning Algorithms, section 4).
 """
 
@@ -40,21 +40,21 @@ REWARD, LENGTH = Figure("reward", "reward", "reward"), Figure("length", "tokens 
 ENTROPY = Figure("entropy", "entropy of a draw", "nats")
 
 
-class Form(NamedTuple):
-    """A form of the loss: how far a ratio may go below and above 1, and whether an answer has one ratio."""
+class Variant(NamedTuple):
+    """A variant of the loss: how far a ratio may go below and above 1; whole: an answer has one ratio."""
 
     low: float
     high: float
     whole: bool = False
 
 
-FORMS = MappingProxyType(
+VARIANTS = MappingProxyType(
     {
-        "grpo": Form(0.2, 0.2),
-        "dr_grpo": Form(0.2, 0.2),
-        "dapo": Form(0.2, 0.28),
-        "gspo": Form(3e-4, 4e-4, True),
-        "rloo": Form(0.2, 0.2, True),
+        "grpo": Variant(0.2, 0.2),
+        "dr_grpo": Variant(0.2, 0.2),
+        "dapo": Variant(0.2, 0.28),
+        "gspo": Variant(3e-4, 4e-4, True),
+        "rloo": Variant(0.2, 0.2, True),
     }
 )
 
@@ -62,12 +62,12 @@ FORMS = MappingProxyType(
 @dataclass(frozen=True)
 class GRPO(Draws):
     """kl is the estimated distance from the base, in nats a token; clipped the share of tokens (gspo, rloo: of answers)
-    whose ratio is clipped; gap the mean difference between the log-probability by which a token was drawn and that by
-    which the step began to learn from it, which are computed in another order, and with --draw_ahead a step of learning
-    apart; gap_max the largest of a step."""
+    with a clipped ratio. gap is the mean difference between a token's log-probability when it was sampled and when the
+    step began to learn from it: they are computed in another order, and with --draw_ahead a step of learning apart.
+    gap_max is the largest of a step."""
 
     name = "grpo"
-    text = "answers that the model draws itself, judged by --reward"
+    text = "completions that the model samples itself, scored by --reward"
     rows = ("prompts",)
     unit = "prompt"
     pace = 0.3
@@ -87,16 +87,16 @@ class GRPO(Draws):
         "the loss: grpo; dr_grpo, which weighs neither length nor spread; dapo, by tokens; gspo and rloo, by whole "
         "answers",
         flag="grpo_loss",
-        choices=tuple(FORMS),
+        choices=tuple(VARIANTS),
     )
     reward: tuple[str, ...] = setting(
         (),
-        "what judges answers: the right one of a row (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
-        "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; of several the sum counts",
+        "scores of completions: the right answer of a row (gsm8k, math, jsonl, choices: 1 if right), match:REGEX, "
+        "json:SCHEMA.json, or FILE.py:FUNCTION, which runs that file; several are added up",
         metavar="REWARD",
     )
     weights: tuple[float, ...] = setting(
-        (), "what each --reward is multiplied by (default: 1)", flag="reward_weights", type=finite, metavar="N"
+        (), "a factor for each --reward (default: 1)", flag="reward_weights", type=finite, metavar="N"
     )
     iterations: int = setting(
         1,
@@ -106,8 +106,8 @@ class GRPO(Draws):
     )
     ahead: bool = setting(
         False,
-        "1: draw the answers of the next step before this one learns, so that rewards judge them meanwhile; ratios "
-        "tell how far the model has come since",
+        "1: sample the completions of the next step before this one learns, so that rewards score them meanwhile; "
+        "ratios correct for the step between",
         flag="draw_ahead",
         type=switch,
     )
@@ -115,9 +115,7 @@ class GRPO(Draws):
         0.0, "also keep the model near its base: weight of the estimated distance", type=not_negative
     )
     entropy_bonus: float = setting(
-        0.0,
-        "also keep the model from being sure too early: weight of the entropy of its next token, such as 0.01",
-        type=not_negative,
+        0.0, "also keep the entropy of the next token high: its weight, such as 0.01", type=not_negative
     )
     clip_low: float | None = setting(
         None, "a ratio below 1 less this is clipped (default: 0.2; gspo 3e-4)", type=not_negative
@@ -136,7 +134,7 @@ class GRPO(Draws):
     @property
     def bounds(self) -> tuple[float, float]:
         """The bounds of an unclipped ratio."""
-        form = FORMS[self.form]
+        form = VARIANTS[self.form]
         low = form.low if self.clip_low is None else self.clip_low
         high = form.high if self.clip_low is None else self.clip_low
         return 1 - low, 1 + (high if self.clip_high is None else self.clip_high)
@@ -163,7 +161,7 @@ class GRPO(Draws):
     def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
         from .documents import drawn_log_probabilities, means
 
-        lengths, form = batch["lengths"], FORMS[self.form]
+        lengths, form = batch["lengths"], VARIANTS[self.form]
         weight = batch["shares"] / len(lengths)  # of each answer, in the mean over prompts
         if self.form in ("dr_grpo", "dapo"):
             weight = weight * lengths / (batch["limit"] if self.form == "dr_grpo" else batch["mean_length"])

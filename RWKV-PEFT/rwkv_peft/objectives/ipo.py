@@ -1,4 +1,4 @@
-"""IPO: set two answers to a prompt a fixed distance apart, measured by what the base says of both.
+"""IPO: set two answers to a prompt a fixed distance apart, relative to the reference model.
 
 Azar et al. 2023, arXiv 2310.12036, equation 17: (chosen - rejected - 1 / (2 tau))², with each answer's log-ratio
 log(p / p_base). A log-ratio is the mean over the answer's tokens, as the authors compute it and trl does, so that long
@@ -15,10 +15,10 @@ from .answers import ACCURACY, CHOSEN, MARGIN, Answers, OfAnswers
 
 @dataclass(frozen=True)
 class IPO(OfAnswers):
-    """margin is chosen - rejected, whose goal is 1 / (2 beta) nats a token; chosen is the chosen answers' part."""
+    """margin is chosen - rejected, to become 1 / (2 beta) nats a token; chosen is the chosen answers' part."""
 
     name = "ipo"
-    text = "a fixed margin between chosen and rejected answer, by the base's measure"
+    text = "a fixed margin between chosen and rejected answer, relative to the base"
     needs = (BASE,)
     figures = (ACCURACY, MARGIN, CHOSEN)
     beta: float = setting(

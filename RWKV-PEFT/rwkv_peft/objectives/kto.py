@@ -1,10 +1,10 @@
 """KTO: make desirable answers likelier and undesirable ones less likely, one labelled answer to a prompt.
 
 Ethayarajh et al. 2024, arXiv 2402.01306, equation 8: weight (1 - sigmoid(beta (gain - kl))) of a desirable answer and
-weight (1 - sigmoid(beta (kl - gain))) of an undesirable one, with its gain, the log-ratio log(p / p_base). kl
+weight (1 - sigmoid(beta (kl - gain))) of an undesirable one. gain is its log-ratio log(p / p_base). kl
 estimates how far the model as a whole is from the base: the mean gain of answers that belong to other prompts, at
 least 0, without a gradient. Each row brings one: its prompt with the answer of the next row (data/answer_samples.py).
-The paper takes those of a micro batch; here they are all of the step before, so that neither micro batches nor ranks
+The paper takes a micro batch's; here they are all of the step before, so that neither micro batches nor ranks
 change a loss, and 0 in the first step, where the model is the base.
 """
 
@@ -18,11 +18,11 @@ from .answers import ACCURACY, MARGIN, Answers, OfAnswers
 
 @dataclass(frozen=True)
 class KTO(OfAnswers):
-    """margin says how far answers are on their side of kl: beta (gain - kl) of desirable ones, beta (kl - gain) of the
-    others; accuracy is the share for which it is above 0."""
+    """margin is beta (gain - kl) of desirable answers, and beta (kl - gain) of the others; accuracy is the share of
+    answers with a margin above 0."""
 
     name = "kto"
-    text = "desirable answers likelier, undesirable ones less, by the base's measure"
+    text = "desirable answers likelier, undesirable ones less, relative to the base"
     rows = ("labels",)
     unit = "answer"
     needs = (BASE,)

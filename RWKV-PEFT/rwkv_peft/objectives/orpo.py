@@ -1,8 +1,8 @@
-"""ORPO: learn the better of two answers, and raise its odds above those of the worse, without the base's word.
+"""ORPO: learn the better of two answers, and raise its odds above the worse one's, without a reference model.
 
 Hong et al. 2024, arXiv 2403.07691, equations 6 and 7: the mean loss of the chosen answer's tokens, and lambda times
--log sigmoid(log odds(chosen) - log odds(rejected)), with odds = p / (1 - p) of p, the geometric mean of the
-probabilities of an answer's tokens.
+-log sigmoid(log odds(chosen) - log odds(rejected)). odds = p / (1 - p) of p, the geometric mean of the probabilities of
+an answer's tokens.
 """
 
 from dataclasses import dataclass

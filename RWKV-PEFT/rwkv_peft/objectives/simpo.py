@@ -1,4 +1,4 @@
-"""SimPO: make the better of two answers likelier a token than the worse, by a margin and without the base's word.
+"""SimPO: make the better of two answers likelier a token than the worse, by a margin and without a reference model.
 
 Meng et al. 2024, arXiv 2405.14734, equation 6: -log sigmoid(beta (chosen - rejected) - gamma), with the mean
 log-probability of each answer's tokens.
