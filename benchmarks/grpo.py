@@ -20,7 +20,7 @@ from common import VERSIONS, Parser, head, new_model, row
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.training.rollout import RolloutSettings, packed, sample_rollouts
-from rwkv_peft.training.step.forked import forked
+from rwkv_peft.training.step.shared_prefix import share_prefixes
 from rwkv_peft.training.step.steps import Whole
 
 
@@ -75,7 +75,7 @@ def ours(version, args):
         assert all(len(answer.tokens) == args.tokens for answer in answers)
         batch = packed(answers) | {"advantages": torch.randn(number), "shares": torch.ones(number)}
         batch |= {"prompts": torch.tensor(float(args.prompts))}
-        step.loss(model, batch | forked(batch, args.answers), args.prompts).backward()
+        step.loss(model, batch | share_prefixes(batch, args.answers), args.prompts).backward()
         model.zero_grad()
         return drawn - began, time.process_time() - drawn
 

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from common import VERSIONS, Parser, adapter_of, head, new_model, resident_peak, row
 
 from rwkv_peft.objectives.next_token import NextToken
-from rwkv_peft.training.step.relay import Line, in_flight, waiting
-from rwkv_peft.training.step.shared import SharedRows, SharedSegments
-from rwkv_peft.training.step.steps import Segments, Whole
+from rwkv_peft.training.step.context_parallel import Line, SharedRows, in_flight, waiting
+from rwkv_peft.training.step.segments import Segments
+from rwkv_peft.training.step.steps import Whole
 
 VOCABULARY, WARM = 257, 256
 QUICK = dict(generations=("x070",), ranks=(1, 2), lengths=(512,), segments=(0, 128), layers=2, repeat=1)
@@ -95,7 +95,7 @@ def step_of(rank, ranks, segment, layers):
     if ranks == 1:
         return Segments(segment) if segment else Whole()
     line = Line(rank, ranks, layers)
-    return SharedSegments(segment, line, NextToken()) if segment else SharedRows(NextToken(), line)
+    return SharedRows(NextToken(), line, chunk=segment)
 
 
 def take(model, step, T):
@@ -103,7 +103,7 @@ def take(model, step, T):
     tokens = torch.randint(VOCABULARY, (1, T + 1), generator=torch.Generator().manual_seed(T))
     mask = torch.ones(1, T, dtype=torch.bool)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask, "counted": torch.arange(T)}
-    loss = step.loss(model, batch | step.sent(batch, torch.device("cpu")), T)
+    loss = step.loss(model, step.prepare_inputs(batch, torch.device("cpu")), T)
     loss.backward()
     return loss.item()
 

@@ -51,7 +51,7 @@ def measure(model, length, args):
     batch = collate([[(torch.cat([prompt, answer]), mask) for answer in answers]])
     objective = DPO() if args.answers == 2 else NEXT_TOKEN
     once = Whole(objective, group=args.answers)
-    shared = batch | once.sent(batch, torch.device("cpu"))
+    shared = once.prepare_inputs(batch, torch.device("cpu"))
     cases = {"plain": (Whole(), batch), "pairs": (Whole(objective), batch), "once": (once, shared)}
     losses = {name: lambda step=step, rows=rows: step.loss(model, rows, 1) for name, (step, rows) in cases.items()}
     times = in_turns({name: lambda loss=loss: loss().backward() for name, loss in losses.items()}, args.rounds)

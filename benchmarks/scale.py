@@ -17,7 +17,7 @@ from common import Parser
 from rwkv_peft.models import family_named
 from rwkv_peft.tools.plan.command import largest_rows, parse_flags, planned, usable
 from rwkv_peft.tools.plan.memory import CPU, GPU, Estimate, peak, written
-from rwkv_peft.training.step.relay import in_flight, waiting
+from rwkv_peft.training.step.context_parallel import in_flight, waiting
 
 GIB = 1 << 30
 # H100 SXM and DGX H100 (NVIDIA's data sheets): memory, bfloat16 without sparsity, a direction of NVLink, of the port

@@ -72,7 +72,7 @@ class Turns:
 def measure(method, dtype, args):
     """Print the line of one method."""
     turns = Turns(cProfile.Profile() if args.profile else None)
-    fit, ended = run.fit, callbacks.StopSignals.on_train_batch_end
+    fit, ended = run.fit, callbacks.RunCallback.on_train_batch_end
 
     def fit_beside(prepared, say):
         turns.make(prepared.model)
@@ -82,7 +82,7 @@ def measure(method, dtype, args):
         ended(self, trainer, lit, outputs, batch, batch_idx)
         turns.after_a_step(batch)
 
-    run.fit, callbacks.StopSignals.on_train_batch_end = fit_beside, on_train_batch_end  # the last of the callbacks
+    run.fit, callbacks.RunCallback.on_train_batch_end = fit_beside, on_train_batch_end
     with tempfile.TemporaryDirectory() as folder:
         argv = [*inputs(Path(folder), args.layers), *METHODS[method], "--precision", dtype, "--accelerator", "cpu"]
         argv += ["--ctx_len", str(TOKENS), "--epoch_steps", str(args.rounds + WARM_UP + 2), "--epoch_save", "0"]

@@ -11,7 +11,7 @@ import rwkv_peft
 
 PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
-    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "relay", "shared")),
+    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "context_parallel")),
     *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
     *("inference/batch.py", "inference/forward.py", "inference/sampling.py"),  # of a token that is drawn
     *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
@@ -38,9 +38,9 @@ ALLOWED = {
     ("objectives/documents.py", "head", "repeat_interleave"): "into a size that is told",
     ("objectives/grpo.py", "loss", "repeat_interleave"): "into a size that is told",
     ("training/step/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
-    ("training/step/steps.py", "loss", "tolist"): "of seeds that the CPU drew",
-    ("training/step/steps.py", "segments", "tensor"): "ranks agree on a number before forward, in stage 3 alone",
-    ("training/step/shared.py", "loss", "tolist"): "of seeds that the CPU drew",
+    ("training/step/context_parallel.py", "recomputed", "tolist"): "of seeds that the CPU drew",
+    ("training/step/segments.py", "loss", "tolist"): "of seeds that the CPU drew",
+    ("training/step/segments.py", "segments", "tensor"): "ranks agree on a number before forward, in stage 3 alone",
     ("training/step/segments.py", "end_of", "nonzero"): "of a batch on the CPU",
     ("training/step/segments.py", "part_of", "tolist"): "of a batch on the CPU",
     ("training/step/segments.py", "part_of", "new_tensor"): "of a batch on the CPU",

@@ -43,7 +43,7 @@ from rwkv_peft.training.saving.resume import (
     validated_from,
 )
 from rwkv_peft.training.step.plan import Plan
-from rwkv_peft.training.step.stored import ENTRY, StoredTeacher
+from rwkv_peft.training.step.teacher import ENTRY, StoredTeacher
 
 
 @dataclass(frozen=True)

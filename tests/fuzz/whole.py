@@ -20,7 +20,7 @@ from rwkv_peft.models.state import time_state_key
 from rwkv_peft.objectives.divergence import Stored
 from rwkv_peft.release import convert
 from rwkv_peft.training.saving.checkpoints import write_state
-from rwkv_peft.training.step.stored import Source, write_stored
+from rwkv_peft.training.step.teacher import Source, write_stored
 
 LAYER = "blocks.0.att.key"
 ROW = {

@@ -25,7 +25,7 @@ from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.inference.speakers import Speaker, adapter_speaker, state_speaker
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
-from rwkv_peft.training.step.contexts import Contexts
+from rwkv_peft.training.step.shared_prefix import Contexts
 
 SAMPLINGS = [
     GREEDY,

@@ -12,7 +12,7 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv7b import model as rwkv7b
 from rwkv_peft.models.state import State, is_time_state, state_of, state_tensors
-from rwkv_peft.training.step.forked import Handed
+from rwkv_peft.training.step.shared_prefix import GatherRows
 
 FAMILY = family_named("x070b")
 SIZES = {"n_layer": 2, "n_embd": 16, "vocab_size": 20, "head_size": 8, "dim_ffn": 24}
@@ -122,7 +122,7 @@ def test_answers_hand_their_gradients_to_the_prompt_that_they_share(model):
     answers = [row(size, size) for size in (3, 4, 5)]
     bounds = torch.tensor([0, 3, 7, 12])
     _, state = model(torch.cat(prompts, 1), cu_seqlens=torch.tensor([0, 6, 8]))
-    forked = state.each(lambda name, tensor: Handed.apply(tensor, owner))
+    forked = state.each(lambda name, tensor: GatherRows.apply(tensor, owner))
     found = model(torch.cat(answers, 1), forked, bounds)[0]
     due = [model(torch.cat([prompts[own], one], 1))[0] for own, one in zip(owner, answers)]
     due = torch.cat([logits[:, prompts[own].shape[1] :] for own, logits in zip(owner, due)], 1)

@@ -11,9 +11,8 @@ from rwkv_peft.models import family_named
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.objectives.answers import OfAnswers
 from rwkv_peft.objectives.documents import counted_losses, per_document
-from rwkv_peft.training.step import forked as module
-from rwkv_peft.training.step.forked import Handed, forked, on_device, tokens_read
-from rwkv_peft.training.step.steps import Whole, plain_forward
+from rwkv_peft.training.step.shared_prefix import GatherRows, share_prefixes, tokens_read
+from rwkv_peft.training.step.steps import Whole, plain_forward, to_device
 from training.test_steps import VOCABULARY, compare, gradients, shaken
 
 EVERY = pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
@@ -37,7 +36,7 @@ def documents(groups):
 def batches(groups=SHARED):
     """A batch of whole documents, and the same with prompts that stand there once."""
     batch = collate([list(documents(groups))])
-    return batch, batch | on_device(forked(batch, len(groups[0]) - 1), torch.device("cpu"))
+    return batch, batch | to_device(share_prefixes(batch, len(groups[0]) - 1), torch.device("cpu"))
 
 
 def weighed(model, batch):
@@ -84,7 +83,7 @@ def test_every_objective_of_answers_has_the_same_loss_and_figures(family, name):
         batch["labels"] = torch.tensor([True, True, False, False])
     whole, once = Whole(OBJECTIVES[name]()), Whole(OBJECTIVES[name](), group=2)
     expected = whole.loss(model, batch, 2.0)
-    laid = batch | once.sent(batch, torch.device("cpu"))
+    laid = once.prepare_inputs(batch, torch.device("cpu"))
     assert tokens_read(laid) == tokens_read(batch) - 8 - 4
     found = once.loss(model, laid, 2.0)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
@@ -100,7 +99,7 @@ def test_documents_are_cut_where_they_differ_or_begin_to_count():
     for count, expected in ((2, 2), (3, 3), (4, 4), (7, 4)):  # what counts first, what is shared
         mask = torch.arange(9) >= count
         batch = collate([[(tokens, mask), (other, mask)]])
-        laid = forked(batch, 2)
+        laid = share_prefixes(batch, 2)
         assert laid["shared"].tolist() == [list(range(expected))] and laid["shared_seqlens"].tolist() == [0, expected]
         assert laid["cu_seqlens"].tolist() == [0, 9 - expected, 18 - 2 * expected] and laid["owner"].tolist() == [0, 0]
         targets = [one["targets"].flatten()[one["counted"]].tolist() for one in (batch, laid)]
@@ -110,7 +109,7 @@ def test_documents_are_cut_where_they_differ_or_begin_to_count():
 
 def test_equal_documents_keep_a_token_each_and_rows_that_count_nothing_share():
     nothing = torch.zeros(5, dtype=torch.bool)
-    laid = forked(collate([[(torch.arange(6), nothing)] * 2]), 2)
+    laid = share_prefixes(collate([[(torch.arange(6), nothing)] * 2]), 2)
     assert laid["shared"].tolist() == [[0, 1, 2, 3]] and laid["tokens"].tolist() == [[4, 4]]
 
 
@@ -123,16 +122,15 @@ def test_gradients_of_answers_add_up_as_those_of_rows_that_are_indexed():
     tensor, owner = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True), torch.tensor([2, 0, 0, 2, 2])
     factors = torch.randn(5, 2, 4, dtype=torch.float64)
     pairs = [(handed, *torch.autograd.grad((handed * factors).sum(), tensor)) for handed in (
-        Handed.apply(tensor, owner), tensor[owner]
+        GatherRows.apply(tensor, owner), tensor[owner]
     )]  # fmt: skip
     torch.testing.assert_close(pairs[0], pairs[1], rtol=1e-14, atol=1e-14)
 
 
 @EVERY
-def test_a_step_asks_for_no_value(family, monkeypatch):
+def test_a_step_reads_no_value(family):
     """On the meta device, which has no values; on a GPU, reading one would wait."""
-    monkeypatch.setattr(module, "sent", lambda x, device: x.to(device))  # no memory is pinned without a GPU
     step, batch, meta = Whole(OBJECTIVES["dpo"](), group=2), collate([list(documents([[9, 4, 2], [5, 1, 6]]))]), "meta"
     model = shaken(family, torch.float32, ADAPTERS[1]).to(meta)
-    laid = {name: tensor.to(meta) for name, tensor in batch.items()} | step.sent(batch, torch.device(meta))
+    laid = step.prepare_inputs(batch, torch.device(meta))
     assert all(grad.is_meta for grad in gradients(model, step.loss(model, laid, 2.0)).values())

@@ -11,7 +11,7 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.samples import collate_packed
-from rwkv_peft.objectives.grpo import FORMS, GRPO
+from rwkv_peft.objectives.grpo import GRPO, VARIANTS
 from rwkv_peft.training.step.steps import Whole
 
 G, LIMIT, VOCABULARY, STEP_TOKENS = 4, 9, 30, 50
@@ -108,7 +108,7 @@ def naive_advantages(form):
 
 
 @pytest.mark.parametrize("masked, bonus", [(False, 0.0), (True, 0.2)])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", VARIANTS)
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_loss_and_gradients_are_the_papers(family, form, masked, bonus):
     bounds = {"clip_low": 0.1, "clip_high": 0.15}
@@ -136,7 +136,7 @@ def test_loss_and_gradients_are_the_papers(family, form, masked, bonus):
     assert 0 < step.measures["clipped"] < 2 / 3
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", VARIANTS)
 def test_the_first_pass_has_a_ratio_of_1(form):
     """Its gradient is that of advantage times log-probability, whatever the bounds are."""
     one, model = GRPO(form, clip_low=0.0, clip_high=0.0), model_of(DISTINCT[1], trained=False)
@@ -164,6 +164,6 @@ def test_bounds_of_the_ratio(form, more, bounds):
 
 
 def test_equal_rewards_have_no_advantage():
-    for form in FORMS:
+    for form in VARIANTS:
         assert (GRPO(form).advantages(torch.full((3, 4), 0.1)).abs() < 1e-3).all()
         assert (GRPO(form).advantages(torch.full((3, 4), math.nan)) == 0).all()

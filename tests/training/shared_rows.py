@@ -17,8 +17,7 @@ from rwkv_peft.data.samples import collate
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.next_token import NextToken
-from rwkv_peft.training.step.relay import Line
-from rwkv_peft.training.step.shared import SharedRows, SharedSegments
+from rwkv_peft.training.step.context_parallel import Line, SharedRows
 
 VOCABULARY, CPU = 30, torch.device("cpu")
 LORA = AdapterConfig(method="lora", rank=4, train_parts=("ln", "time"))
@@ -73,7 +72,7 @@ class Noted(NextToken):
 def found_by(step, model, batch):
     """(logits of each pass, sum of the losses, gradients) of a step, each of this rank's part."""
     noted.clear()
-    batch = batch | step.sent(batch, CPU)
+    batch = step.prepare_inputs(batch, CPU)
     step.loss(model, batch, 5.0).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     logits = [*noted]
@@ -116,7 +115,7 @@ def main(rank, ranks, port, file):
         for family in FAMILIES[:2]:  # as tests/families.py has them
             for name in CASES:
                 steps = {"SharedRows": SharedRows(Noted(), line), "in flight": SharedRows(Noted(), line, least=16)}
-                steps |= {"SharedSegments": SharedSegments(LENGTH, line, Noted())} if parts == 4 else {}
+                steps |= {"SharedSegments": SharedRows(Noted(), line, chunk=LENGTH)} if parts == 4 else {}
                 for kind, step in steps.items():
                     with note_messages(line):
                         found[family.version, parts, name, kind] = found_by(step, *case(family, name))

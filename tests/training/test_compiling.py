@@ -58,7 +58,7 @@ def test_pairs_train_and_validate_compiled(all_or_error):
     with compiled(model, DataConfig(path="", data_type="pairs")):
         for sizes in ((9, 12), (3, 5)):
             batch = collate([[(torch.arange(size), torch.arange(size - 1) > 0) for size in sizes]])
-            batch |= step.sent(batch, torch.device("cpu"))
+            batch = step.prepare_inputs(batch, torch.device("cpu"))
             step.loss(model, batch, 1).backward()
             model.eval()
             step.total(model, batch)

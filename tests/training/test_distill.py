@@ -131,11 +131,11 @@ def test_a_teacher_begins_with_the_time_states_of_its_file(tmp_path, family):
     tokens, logits = torch.arange(5)[None], []
     for base in (plain, open_teacher(Distill(str(tmp_path / "begun.pth")), 80)):
         config = RunConfig(plain.config, AdapterConfig(), DataConfig("d"), TrainConfig(precision="fp32"), Distill())
-        model = make_teacher(base, config, torch.device("cpu")).model
+        model = make_teacher(base, config, torch.device("cpu"))
         assert not any(parameter.requires_grad for parameter in model.parameters())
         logits.append(model(tokens)[0])
     tuned = model.tuned_states()
-    torch.testing.assert_close(make_teacher(plain, config, torch.device("cpu")).model(tokens, tuned)[0], logits[1])
+    torch.testing.assert_close(make_teacher(plain, config, torch.device("cpu"))(tokens, tuned)[0], logits[1])
     assert not torch.allclose(*logits)
 
 

@@ -44,11 +44,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_is_saved(fi
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan, -1.0])  # DeepSpeed's -1 is a norm that it found not finite
 def test_a_norm_that_is_not_finite_in_any_spelling(norm):
-    from rwkv_peft.training.engine.callbacks import FiniteGradients
+    from rwkv_peft.training.engine.callbacks import RunCallback
     from rwkv_peft.training.step.lit import Diverged
 
     engine = SimpleNamespace(get_global_grad_norm=lambda: torch.tensor(norm))
     strategy = SimpleNamespace(deepspeed_engine=engine)
     trainer, lit = SimpleNamespace(strategy=strategy, optimizers=[None]), SimpleNamespace(step=7)
     with pytest.raises(Diverged, match="at step 8"):
-        FiniteGradients(accumulate=1).on_train_batch_end(trainer, lit, None, None, 0)
+        RunCallback(SimpleNamespace(config=SimpleNamespace(train=None))).gradient_norm(trainer, lit)

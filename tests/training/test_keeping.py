@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.objectives.next_token import NextToken
-from rwkv_peft.training.engine.callbacks import Save
+from rwkv_peft.training.engine.callbacks import RunCallback
 from rwkv_peft.training.saving.checkpoints import discard_old, list_checkpoints, telling_refusals, write_state
 from rwkv_peft.training.step.plan import Plan
 
@@ -123,17 +122,19 @@ def test_a_kill_at_any_file_leaves_whole_checkpoints_and_the_next_save_the_rest(
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_rank_asks_for_a_save_by_a_clock_that_nobody_sets(monkeypatch, first):
     now, saves = [100.0], []
-    monkeypatch.setattr("rwkv_peft.training.engine.callbacks.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(
+        "rwkv_peft.training.engine.callbacks.time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: 0.0)
+    )
     saver = SimpleNamespace(save=lambda trainer, lit, done, epoch: saves.append((done, epoch)))
     config = SimpleNamespace(train=TrainConfig(save_minutes=0.5), objective=NextToken())
     plan, ends = Plan(1, 100, 100, 0, 0), lambda done: False
-    save = Save(SimpleNamespace(config=config, saver=saver, plan=plan, checkpoint=None, ends=ends))
+    watch = SimpleNamespace(moved=lambda where: None)
+    callback = RunCallback(SimpleNamespace(config=config, saver=saver, plan=plan, ends=ends, watch=watch))
     trainer, lit = SimpleNamespace(is_global_zero=first), SimpleNamespace(step=0, stopping=False)
-    save.on_train_start(trainer, lit)
+    callback.saved = now[0]
     for step, seconds in enumerate((20, 9, 2, 20, 20)):
         now[0] += seconds
-        save.on_train_batch_start(trainer, lit, None, 0)
+        callback.on_train_batch_start(trainer, lit, None, 1)
         lit.saving = lit.save_requested  # which the ranks agree on
-        lit.step = step
-        save.on_train_batch_end(trainer, lit, None, {"tokens": Path()}, 0)
+        callback.save(trainer, lit, step + 1)
     assert saves == ([(3, None), (5, None)] if first else [])

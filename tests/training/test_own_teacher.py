@@ -20,8 +20,8 @@ from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.ops.recurrence.signature import bounds_on_host
 from rwkv_peft.tools.plan.command import main as plan
 from rwkv_peft.training.flags.request import parse_flags, parse_run
-from rwkv_peft.training.step.contexts import Contexts
 from rwkv_peft.training.step.lit import Lit
+from rwkv_peft.training.step.shared_prefix import Contexts
 from rwkv_peft.training.step.steps import Whole
 from training.runs import ROOT, finish, metrics, rewound, start_ranks
 
@@ -118,7 +118,7 @@ def test_a_context_is_read_once_for_all_of_its_rows(samples, family, room, read)
     for batch in EvalBatches(samples, 3):
         due = whole.total(model, batch)
         lengths.clear()
-        found = step.total(model, batch | step.sent(batch, torch.device("cpu")))
+        found = step.total(model, step.prepare_inputs(batch, torch.device("cpu")))
         torch.testing.assert_close(found, due, rtol=1e-9, atol=1e-12)
         rows = batch["tokens"].shape[1]
         assert lengths[-2:] == [rows, rows]  # of the teacher behind contexts, and of the student

@@ -4,7 +4,7 @@ import pytest
 
 from rwkv_peft.ops.native.build import make_once
 from rwkv_peft.training.engine import progress
-from rwkv_peft.training.engine.progress import Progress, telling_compilations
+from rwkv_peft.training.engine.progress import Progress, printing_compilations
 from rwkv_peft.training.step.plan import Plan
 
 
@@ -43,9 +43,9 @@ def test_what_is_compiled_is_told_once_and_by_one_rank(tmp_path, capsys):
         (work / "made").write_bytes(b"kernel")
         return work / "made"
 
-    with telling_compilations(False):
+    with printing_compilations(False):
         make_once(tmp_path / "silent", "silent", make)
-    with telling_compilations(True):
+    with printing_compilations(True):
         for _ in range(2):
             make_once(tmp_path / "told", "told", make)
     make_once(tmp_path / "later", "later", make)

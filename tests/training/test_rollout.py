@@ -14,7 +14,7 @@ from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.grpo import GRPO
 from rwkv_peft.rewards import Judged
 from rwkv_peft.training.rollout import PromptPlan, RolloutSettings, RolloutStep, packed, sample_rollouts
-from rwkv_peft.training.step.forked import forked
+from rwkv_peft.training.step.shared_prefix import share_prefixes
 from rwkv_peft.training.step.steps import Whole
 
 PROMPTS = {3: [5, 9, 2, 7], 4: [8], 9: [1] * 9}
@@ -45,7 +45,7 @@ def gap(model, answers, *more):
 def test_drawing_and_learning_agree(family, adapter):
     model = shake(make(family, ADAPTERS[adapter], dtype=torch.float32))
     answers = drawn(model)
-    assert gap(model, answers) < 1e-5 and gap(model, answers, forked) < 1e-5
+    assert gap(model, answers) < 1e-5 and gap(model, answers, share_prefixes) < 1e-5
     assert any(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -54,7 +54,7 @@ def test_draws_begin_from_tuned_states(family):
     model = make(family, dtype=torch.float32)
     model.tune_states()
     before = drawn(shake(model))
-    assert gap(model, before) < 1e-5 and gap(model, before, forked) < 1e-5
+    assert gap(model, before) < 1e-5 and gap(model, before, share_prefixes) < 1e-5
     with torch.no_grad():
         for block in model.blocks:
             block.att.time_state += torch.randn_like(block.att.time_state)
@@ -75,7 +75,7 @@ def test_a_teacher_scores_each_drawn_token_alike(family):
         expected = expected + (p.exp() * (p - q)).sum() / total
     numbers = {"shares": torch.ones(len(rows)), "prompts": torch.tensor(3.0), "mean_length": total / 2 / len(rows)}
     gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
-    for lay in (lambda batch, times: {}, forked):
+    for lay in (lambda batch, times: {}, share_prefixes):
         batch = packed(rows) | numbers
         step = Whole(Distill(kind="reverse"), teacher=teacher)
         found = step.loss(model, batch | lay(batch, 4), 6.0)  # prompts of the step
@@ -109,7 +109,7 @@ def test_answers_are_judged_while_the_step_before_learns():
     plan = PromptPlan(micro_bsz=1, apart=1, accumulate=1, end=3)
     step = RolloutStep(GRPO(ahead=True), SETTINGS, SimpleNamespace(submit=ask), None, 2, plan, lambda doing: None)
     for first in range(3):
-        batch = step.completed(model, {"samples": samples, "first": first, "tokens": torch.zeros(1, 1)})
+        batch = step.complete_batch(model, {"samples": samples, "first": first, "tokens": torch.zeros(1, 1)})
         events.append(("learned", first))
         assert torch.equal(batch["parts"][0]["old"], batch["parts"][0]["sampled"])
     words = "asked 0, judged 0, asked 1, learned 0, judged 1, asked 2, learned 1, judged 2, learned 2"

@@ -8,7 +8,7 @@ import torch
 
 from families import DISTINCT
 from rwkv_peft.training.header import shared_rows
-from rwkv_peft.training.step.relay import MOST, in_flight, waiting
+from rwkv_peft.training.step.context_parallel import MOST, in_flight, waiting
 from rwkv_peft.training.step.steps import Whole
 from training.runs import ROOT, finish, free_port, start
 from training.shared_rows import CASES, Noted, case, found_by, taught

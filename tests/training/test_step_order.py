@@ -1,4 +1,4 @@
-"""The order of a step, as the docstring of training/engine/trainer.py tells it, is that of a run."""
+"""A run does its steps in the order of the docstring of training/engine/trainer.py, and no copy at its end."""
 
 import re
 import sys
@@ -27,11 +27,12 @@ run("train")
 """
 
 
-def test_a_step_is_done_in_the_order_that_is_told(files, command):
+def test_a_step_is_done_in_the_order_of_the_table(files, command):
     methods = re.findall(r"^    (\w+\.\w+) ", trainer.__doc__, re.MULTILINE)
     assert len(methods) > 10
+    never = "Lit.cpu"  # Lightning's teardown moves the module to main memory
     script, log = files / "traced.py", files / "calls.txt"
-    script.write_text(TRACED.format(methods=methods, log=log))
+    script.write_text(TRACED.format(methods=[*methods, never], log=log))
     more = ("--epoch_steps", "2", "--epoch_count", "1", "--answer_rows", "0")
     finish(start([sys.executable, str(script), *command("traced", *more)[2:]]))
     assert log.read_text().split() == methods * 2

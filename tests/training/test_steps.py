@@ -11,9 +11,9 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.samples import collate, positions
 from rwkv_peft.models.state import State
 from rwkv_peft.objectives.next_token import NextToken
-from rwkv_peft.training.step import segments, steps
-from rwkv_peft.training.step.segments import filler, segments_of
-from rwkv_peft.training.step.steps import Segments, Whole, run
+from rwkv_peft.training.step import segments
+from rwkv_peft.training.step.segments import Segments, filler, forward, segments_of
+from rwkv_peft.training.step.steps import Whole
 
 pytestmark = pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 VOCABULARY = 30
@@ -86,11 +86,10 @@ def test_weights_of_targets_are_those_of_whole_rows(family, packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("step", [Whole(), Segments(4), Segments(4, 1)], ids=["whole", "segments", "cut"])
-def test_a_step_asks_for_no_value_before_it_has_gone_back(family, packed, step, monkeypatch):
+def test_a_step_reads_no_value_before_the_end_of_backward(family, packed, step):
     """On the meta device, which has no values; on a GPU, reading one would wait."""
-    monkeypatch.setattr(segments, "sent", lambda x, device: x.to(device))  # no memory is pinned without a GPU
     model, batch, meta = shaken(family, torch.float32, AdapterConfig(rank=8)).to("meta"), a_batch(packed), "meta"
-    batch = {name: tensor.to(meta) for name, tensor in batch.items()} | step.sent(batch, torch.device(meta))
+    batch = step.prepare_inputs(batch, torch.device(meta))
     found = gradients(model, step.loss(model, batch, 5.0))
     assert all(grad.is_meta for grad in found.values())
 
@@ -103,7 +102,7 @@ def in_order(model, batch, length, group, seeds):
             state = State(type(layer)(*(tensor.detach() for tensor in layer)) for layer in state)
         torch.manual_seed(seeds[number])
         head = NextToken().head(segment.targets, segment.counted, 5.0)
-        loss, after = run(model, segment, state if segment.carries else None, head)
+        loss, after = forward(model, segment, state if segment.carries else None, head)
         total, state = total + loss, segment.state_after(after)
     return total
 
@@ -163,8 +162,8 @@ def test_autograd_enters_the_same_modules_whatever_a_segment_holds(family, packe
         module.register_forward_hook(lambda *call, name=name: noted(call[-1], lambda: seen[-1].append(name)))
     for block in model.blocks:
         block.att.time_state.requires_grad_(tuned)
-    go_back = steps.go_back
-    monkeypatch.setattr(steps, "go_back", lambda *given: seen.append([]) or go_back(*given))
+    go_back = segments.go_back
+    monkeypatch.setattr(segments, "go_back", lambda *given: seen.append([]) or go_back(*given))
     parts = segments_of(batch, 6)
     monkeypatch.setattr(Segments, "segments", lambda *_: [*parts, filler(parts[0]), filler(parts[0])])
     Segments(6, bptt).loss(model, batch, 5.0)
@@ -176,7 +175,8 @@ def test_segments_behind_the_last_counted_target_are_not_computed(family, monkey
     model, batch, seen = shaken(family), a_batch(False), []
     count(batch, batch["mask"] & (torch.arange(batch["mask"].shape[1]) < 6))
     expected = gradients(model, Whole().loss(model, batch, 5.0))
-    monkeypatch.setattr(steps, "run", lambda model, segment, *rest: seen.append(1) or run(model, segment, *rest))
+    go_back = segments.go_back
+    monkeypatch.setattr(segments, "go_back", lambda *given: seen.append(1) or go_back(*given))
     compare(gradients(model, Segments(3).loss(model, batch, 5.0)), expected)
     assert len(seen) == 2
     count(batch, torch.zeros_like(batch["mask"]))

@@ -1,4 +1,4 @@
-"""Print what a run is about to do: what trains, what does not, on what, and where it writes."""
+"""The header of a run: its model, trained and frozen parts, machine, data, steps, rate and output."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,9 +21,9 @@ from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
 from .inputs import Inputs
 from .measuring.learned import doubts, rate_of
-from .step.forked import saved_tokens
+from .step.context_parallel import in_flight, waiting
 from .step.plan import Plan
-from .step.relay import in_flight, waiting
+from .step.shared_prefix import saved_tokens
 from .step.zero import loses_in_sums
 
 # (operations, their CUDA kernels), besides the recurrence
@@ -35,7 +35,7 @@ UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter b
 def describe(
     inputs: Inputs, accelerator: str, notes: Sequence[str], report: InjectReport, say: Callable[..., object]
 ) -> None:
-    """Say in a few lines what is about to happen."""
+    """Print the header of a run."""
     config, samples, plan = inputs.config, inputs.samples, inputs.plan
     model, train, data, adapter = config.model, config.train, config.data, config.adapter
     family = family_named(model.version)
@@ -116,7 +116,7 @@ def describe(
 
 
 def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
-    """Yield lines on how much a run reads, how often it sees each row or window, and why."""
+    """Yield lines on the steps of a run, and on how often each row or window is read."""
     train, data, unit = config.train, config.data, samples.counted
     epochs = f"{counted(train.epoch_count, 'epoch')} of {counted(plan.epoch_steps, 'step')}"
     steps = plan.total_steps - train.epoch_begin * plan.epoch_steps
@@ -136,7 +136,7 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
 
 
 def shared_rows(config: RunConfig) -> str:
-    """Say how ranks share rows, and how long they wait for each other at most: rows may be shorter."""
+    """How ranks share rows, and the share of a pass that they wait for each other at most: rows may be shorter."""
     parts, segment, length = config.train.context_parallel, config.train.chunk_ctx, config.data.ctx_len
     blocks = config.model.n_layer
     segments = -(-length // segment) if segment else in_flight(parts, blocks, length)
@@ -146,7 +146,7 @@ def shared_rows(config: RunConfig) -> str:
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
-    """Say in a few words what trains."""
+    """A few words on the parts that train."""
     words, method = ["full model"], method_of(adapter)
     if method is not None:
         words = [method.label, method.size_words(vars(adapter))]
@@ -162,7 +162,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
 
 
 def frozen_parts(adapter: AdapterConfig, family: Family, keys: Iterable[str]) -> str:
-    """Say which parts of the base do not train, and which flag trains them along; "" if all parts train."""
+    """A line on the frozen parts of the base, with the flag that trains them along; "" if all parts train."""
     tensors = Counter(family.part_of(key) for key in keys)
     frozen = [part for part in family.parts if part not in adapter.train_parts]
     if not frozen:

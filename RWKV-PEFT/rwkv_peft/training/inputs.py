@@ -1,4 +1,4 @@
-"""Find what a run reads, before its ranks meet: samples, the checkpoint that it goes on from, its place in the data."""
+"""The inputs of a run: its samples, the checkpoint that it resumes from, and its place in the data."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,18 +21,20 @@ from .flags.request import Request
 from .saving.checkpoints import require_files
 from .saving.resume import Lowest, data_identity, find_state, history, other_retained, validated_from, with_kept_order
 from .step.plan import Plan
-from .step.stored import StoredTeacher
-from .step.teacher import require_own_tokens
+from .step.teacher import StoredTeacher, require_own_tokens
 
 VALIDATION, RETAINED = "val", "retain"  # the names of a data set's numbers begin so
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a run: config, in which nothing is left to be chosen; base, None for a new model; its samples, and
-    those whose loss is measured, by name, with their identities; checkpoint and its state.json, None for a run that
-    begins; identity, which a run that goes on shares with the first; its plan, and its lowest validation so far; the
-    teacher that it learns from, or what one said of its rows before, or None."""
+    """The inputs of a run.
+
+    config: with all choices made; base: None for a new model; samples to train on, and `measured` ones for validation
+    by name, with their identities in of_measured; checkpoint and its state.json: None for a run that begins; identity:
+    equal in a run that resumes; plan; lowest: its lowest validation so far; teacher or stored: the teacher's model, or
+    its stored log-probabilities, or neither.
+    """
 
     config: RunConfig
     base: Base | None
@@ -54,7 +56,7 @@ class Inputs:
 
 
 def find_inputs(request: Request) -> Inputs:
-    """Find the Inputs of a Request. Raises UserError if a run that goes on would read something else than before."""
+    """Find the Inputs of a Request. Raises UserError if a run that resumes would read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
     config = replace(config, data=with_kept_order(config.data, config.train))
     train, step_samples = config.train, config.step_samples
@@ -112,8 +114,10 @@ def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Ma
 
 
 def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
-    """Find (training samples, {VALIDATION and RETAINED, if flags name them: samples whose loss is measured}). Notes on
-    all join those of the training samples."""
+    """Find (training samples, {VALIDATION or RETAINED: samples to measure, if flags name them}).
+
+    Notes on all of them are among the training samples' notes.
+    """
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
     # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders

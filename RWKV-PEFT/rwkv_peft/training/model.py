@@ -1,4 +1,4 @@
-"""Make the model of a run on its device: a generation's plain model, its weights, its adapter, and what fuses."""
+"""Make the model of a run: a generation's plain model, its weights, and its adapter."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,8 +22,8 @@ from .flags.upstream import INIT
 from .inputs import Inputs
 from .saving.products import model_dtypes, write_model
 from .saving.start import start_adapter, start_states
-from .step.segments import segments_of
-from .step.steps import NEXT_TOKEN, Batch, run
+from .step.segments import forward, segments_of
+from .step.steps import NEXT_TOKEN, Batch
 
 
 def make_model(
@@ -134,7 +134,7 @@ def estimate_gradients(
         segment = max(segments, key=lambda segment: len(segment.counted)).to(next(model.parameters()).device)
         count = max(1, len(segment.counted))
         head = NEXT_TOKEN.head(segment.targets, segment.counted, count, segment.weights)
-        run(model, segment, None, head)[0].backward()
+        forward(model, segment, None, head)[0].backward()
     for hook in hooks:
         hook.remove()
     for parameter, flag in flags:

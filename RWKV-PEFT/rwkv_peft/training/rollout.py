@@ -33,9 +33,9 @@ from ..models.parts import LanguageModel
 from ..objectives.draws import Draws
 from ..rewards import Judged, Rewards
 from .step.compiling import uncompiled
-from .step.forked import forked, on_device
 from .step.plan import Plan
-from .step.steps import Batch, Whole, add, delivered
+from .step.shared_prefix import share_prefixes
+from .step.steps import Batch, Whole, add_gradients, to_device, trainable, with_gradients
 
 SEEDS = 1 << 44  # more than the completions that any run samples: no two seeds of a run share a draw
 FILE = "drawn-{}.jsonl"  # of a rank, in a checkpoint
@@ -187,7 +187,7 @@ class RolloutStep(Whole):
         self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
         self.most: dict[str, torch.Tensor] = {}
 
-    def completed(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
+    def complete_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         first = batch["samples"].original(batch["first"])
         if first not in self.ready:
             self.ready = self.prepared(model, batch["samples"], first, batch["tokens"].device)
@@ -197,16 +197,16 @@ class RolloutStep(Whole):
         parts = batch["parts"]
         if len(parts) == 1:
             return self.part_loss(model, parts[0], count)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = trainable(model)
         sums: list[torch.Tensor] = []
         losses, measures = [], []
         for part in parts:
             loss = self.part_loss(model, part, count)
-            add(sums, torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
+            add_gradients(sums, torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
             losses.append(loss.detach())
             measures.append(self.measures)
         self.measures = {name: torch.stack([each[name] for each in measures]).sum() for name in self.measures}
-        return delivered(torch.stack(losses).sum(), sums, parameters)
+        return with_gradients(torch.stack(losses).sum(), sums, parameters)
 
     def part_loss(self, model: nn.Module, part: Batch, count: float) -> torch.Tensor:
         loss = super().loss(model, part, count)
@@ -293,7 +293,7 @@ class RolloutStep(Whole):
         batch |= {"old": batch["sampled"]} if self.objective.ahead else {}  # the model has changed since
         numbers = {"prompts": len(rollouts) / times, "limit": self.settings.longest, "mean_length": max(mean, 1.0)}
         batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
-        return on_device(batch | forked(batch, min(times, len(rollouts))), device)
+        return to_device(batch | share_prefixes(batch, min(times, len(rollouts))), device)
 
     @torch.no_grad()
     def total(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -322,10 +322,10 @@ class RolloutStep(Whole):
         rows = min(self.plan.micro_bsz, max(0, len(batch["samples"]) - batch["first"]))
         return torch.tensor(float(rows), device=batch["tokens"].device)
 
-    def keep(self, folder: Path, rank: int) -> None:
+    def save_state(self, folder: Path, rank: int) -> None:
         write_rollouts(folder, rank, self.ahead)
 
-    def restore(self, checkpoint: Path) -> None:
+    def load_state(self, checkpoint: Path) -> None:
         self.ahead = read_rollouts(checkpoint) if self.objective.ahead else {}
 
     def recorded(

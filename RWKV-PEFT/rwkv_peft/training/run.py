@@ -31,7 +31,7 @@ from ..plots import plot_loss
 from ..rewards import Rewards
 from .engine.fit import fit
 from .engine.prepared import Prepared
-from .engine.progress import telling_compilations
+from .engine.progress import printing_compilations
 from .flags.parser import WRITE
 from .flags.request import Request, parse_run
 from .flags.settings_file import write
@@ -120,7 +120,7 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
         ranks = held.enter_context(Ranks(world, request.argv, train.join_minutes, print if world.leads else silent))
         if world.rank == 0:
             held.enter_context(alone_in(folder, say))
-        held.enter_context(telling_compilations(world.rank == 0))
+        held.enter_context(printing_compilations(world.rank == 0))
         return run_on(ranks, request, say)
 
 

@@ -1,4 +1,4 @@
-"""Reads the rows of a run once with its teacher, and stores what it says of them: --store_teacher."""
+"""--store_teacher: read the rows of a run once with its teacher, and store its most probable tokens there."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,16 +20,15 @@ from ..ops.products import linear
 from .flags.request import Request
 from .inputs import find_samples
 from .model import own_device
-from .step.contexts import Contexts, seen_by_teacher
+from .step.shared_prefix import Contexts, teacher_batch
 from .step.steps import Whole
-from .step.stored import Source, documents_of, write_stored
-from .step.teacher import make_teacher, require_own_tokens
+from .step.teacher import Source, documents_of, make_teacher, require_own_tokens, write_stored
 
-TOLD = 100  # batches after which progress is told
+EVERY = 100  # documents after which progress is printed
 
 
 def store(request: Request, say: Callable[..., object]) -> int:
-    """Store the teacher's word on the rows that the run of a Request would read. Returns the exit code."""
+    """Store the teacher's log-probabilities on the rows that the run of a Request would read -> the exit code."""
     config, objective = request.config, request.config.objective
     base = request.teacher or request.base
     assert isinstance(objective, Distill) and base is not None  # because others store nothing, and rules ask for one
@@ -40,47 +39,45 @@ def store(request: Request, say: Callable[..., object]) -> int:
     base.require_finite()
     samples, measured = find_samples(config)
     require_own_tokens(base, samples.vocabulary)
-    device = own_device(resolve_accelerator(config.train), 0)
-    model = make_teacher(base, config, device).model
-    said: dict[bytes, Stored] = {}
-    for number, (key, word) in enumerate(words_on([samples, *measured.values()], model, config, objective), 1):
-        said.setdefault(key, word)
-        if number % TOLD == 0:
+    model = make_teacher(base, config, own_device(resolve_accelerator(config.train), 0))
+    stored: dict[bytes, Stored] = {}
+    for number, (key, found) in enumerate(stored_of([samples, *measured.values()], model, config, objective), 1):
+        stored.setdefault(key, found)
+        if number % EVERY == 0:
             say(f"{counted(number, 'document')} read", flush=True)
-    left = torch.cat([word.logprobs[:, -1] for word in said.values()]).exp()
+    left = torch.cat([found.logprobs[:, -1] for found in stored.values()]).exp()
     tokenizer = samples.vocabulary.hash if samples.vocabulary else ""
     sizes = (config.model.vocab_size, objective.temperature, left.mean().item())
     with atomic_write(objective.store) as temporary:
-        write_stored(temporary, said, Source(Path(base.path).name, base.fingerprint, tokenizer, *sizes))
-    kept = next(iter(said.values())).words.shape[1]
+        write_stored(temporary, stored, Source(Path(base.path).name, base.fingerprint, tokenizer, *sizes))
+    kept = next(iter(stored.values())).words.shape[1]
     say(
         f"wrote {objective.store}: {kept} tokens at each of {counted(len(left), 'place')} of "
-        f"{counted(len(said), 'document')}, {Path(objective.store).stat().st_size:,} bytes; of the probability "
+        f"{counted(len(stored), 'document')}, {Path(objective.store).stat().st_size:,} bytes; of the probability "
         f"{left.mean():.2%} is left, at most {left.max():.2%} at a place"
     )
     return 0
 
 
 @torch.inference_mode()
-def words_on(
+def stored_of(
     found: Iterable[Samples], model: LanguageModel, config: RunConfig, objective: Distill
 ) -> Iterator[tuple[bytes, Stored]]:
-    """Yield the key of each document of samples, as documents_of makes it, and what a teacher says there."""
-    device, contexts = next(model.parameters()).device, Contexts()
-    through: Any = contexts.through  # whose head here gives no tensor
+    """Yield the key of each document of samples, as documents_of makes it, and the teacher's Stored of it."""
+    contexts = Contexts()
+    teacher_forward: Any = contexts.forward  # whose head here gives no tensor
     number = min(objective.top_k, config.model.vocab_size - 1)
     step = Whole(contexts=contexts if config.data.of_contexts else None)
     parts = (part for samples in found for part in samples.parts)
     for batch in (batch for part in parts for batch in EvalBatches(part, config.data.micro_bsz)):
-        seen = dict(seen_by_teacher(batch | step.sent(batch, device)))
-        seen |= {name: tensor.to(device) for name, tensor in seen.items() if torch.is_tensor(tensor)}
+        seen = teacher_batch(step.prepare_inputs(batch, next(model.parameters()).device))
 
         def head(x: torch.Tensor, weight: torch.Tensor, counted: torch.Tensor = seen["counted"]) -> Stored:
             parts = x.reshape(-1, x.shape[-1])[counted].split(taught_rows(len(weight), weight.is_cuda))
-            said = [most_probable(linear(part, weight), number, objective.temperature) for part in parts]
-            return Stored(*map(torch.cat, zip(*said)))
+            chunks = [most_probable(linear(part, weight), number, objective.temperature) for part in parts]
+            return Stored(*map(torch.cat, zip(*chunks)))
 
-        word = through(model, seen, head)
-        word = Stored(word.words.int().cpu(), word.logprobs.float().cpu())
+        stored = teacher_forward(model, seen, head)
+        stored = Stored(stored.words.int().cpu(), stored.logprobs.float().cpu())
         for key, place in documents_of(batch):
-            yield key, word.part(place)
+            yield key, stored.part(place)

@@ -26,7 +26,7 @@ from rwkv_peft.tools.plan import activations, memory
 from rwkv_peft.tools.plan.activations import CPU, GPU, ITEM
 from rwkv_peft.tools.plan.memory import activations_of, count
 from rwkv_peft.training.saving import checkpoints, products
-from rwkv_peft.training.step import contexts, zero
+from rwkv_peft.training.step import shared_prefix, zero
 from tools.plan import rehearsal
 from tools.plan.estimates import NEW, estimate
 from tools.plan.rehearsal import Tracker, drawing_bytes, logit_bytes, step_bytes
@@ -146,7 +146,7 @@ def test_numbers_are_those_of_the_modules_that_import_torch():
     assert memory.CHUNK_ELEMENTS == {CPU: cross_entropy.CHUNK_ELEMENTS, GPU: cross_entropy.GPU_CHUNK_ELEMENTS}
     assert memory.ROW_ELEMENTS == {CPU: quant.ROW_ELEMENTS, GPU: quant.GPU_ROW_ELEMENTS}
     assert {kind: quant.block_size(kind) for kind in ("nf4", "int8")} == memory.BLOCK_SIZES
-    assert (memory.ALIVE, memory.PREFILL, memory.ROOM) == (divergence.ALIVE, forward.PREFILL, contexts.ROOM)
+    assert (memory.ALIVE, memory.PREFILL, memory.ROOM) == (divergence.ALIVE, forward.PREFILL, shared_prefix.ROOM)
     for strategy, ranks, pieces in product(("1", "2", "2_offload", "3"), (1, 2), (1, 2)):
         flags = ("--strategy", f"deepspeed_stage_{strategy}", "--devices", ranks, "--accumulate_grad_batches", pieces)
         planned = estimate(*map(str, flags))

@@ -94,7 +94,7 @@ def learn(study: Study) -> int:
 
 def reader_of(request: Request, base: Base) -> Subject:
     """A base ready to generate, in the run's precision and on its device."""
-    return subject_of(request, make_teacher(base, request.config, device_of(request)).model)
+    return subject_of(request, make_teacher(base, request.config, device_of(request)))
 
 
 def learner_of(request: Request, base: Base) -> Subject:

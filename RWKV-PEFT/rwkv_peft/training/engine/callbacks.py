@@ -1,10 +1,10 @@
-"""The callbacks of a run: they draw the progress bar, write metrics.jsonl, feed the loggers, save, and stop the run."""
+"""The callback of a run: around Lit's steps it measures, writes metrics.jsonl, feeds the loggers, saves and stops."""
 
 import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Thread
 from types import FrameType
 from typing import Any
@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 from ...cli.errors import hangup_signals
 from ...cli.names import METRICS
 from ...data.batches import TrainBatch
-from ..ranks.watch import Watch
 from ..saving.resume import forget_rest
 from ..saving.saver import load_checkpoint
 from ..step.lit import Diverged, Lit
@@ -25,139 +24,152 @@ from .progress import Progress, in_words
 PLACE = ("step", "samples")  # a line's place in the run, which loggers do not get as numbers
 
 
-class StepCallback(pl.Callback):
-    """Calls on_step after each optimizer step; `done` counts the steps finished since the run first began."""
+class RunCallback(pl.Callback):
+    """All that a run does besides learning, on all ranks; rank 0 writes and prints.
 
-    def __init__(self, accumulate: int) -> None:
-        self.accumulate = accumulate
+    Line by line metrics.jsonl has a step's loss, rate, gradient norm and speed, with the results of validation and of
+    questions. tokens_per_s counts the tokens of all ranks, padding included, over the step's wall time without
+    validation, questions and saving.
 
-    def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.accumulate == 0:
-            self.on_step(trainer, lit, done=lit.step + 1)
-
-    def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
-        """Called after each optimizer step."""
-
-
-def gradient_norm(trainer: Any) -> float | None:
-    """The norm of the last step's gradient, over all ranks and before clipping; None if the engine has none."""
-    norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
-    if norm is None:
-        return None
-    return math.nan if norm < 0 else float(norm)  # DeepSpeed writes -1 for a norm that is not finite
-
-
-class Moves(pl.Callback):
-    """Tells the watch (training/ranks/watch.py) of every micro batch."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-
-    def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
-        self.watch.moved(f"step {lit.step + 1}")
-
-    def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.watch.moved(f"the end of step {lit.step + 1}")
-
-
-class FiniteGradients(StepCallback):
-    """Raises Diverged, on all ranks, if the gradient norm is not finite, because clipping then makes zeros or NaN of
-    the step; in float16 only if no lower loss scale is left. It must stand before the callbacks that record and
-    save."""
-
-    def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
-        norm = gradient_norm(trainer)
-        if norm is not None and not math.isfinite(norm) and not skipped(trainer.optimizers[0]):
-            raise Diverged(f"the gradient norm became {norm} at step {lit.step + 1}")
-
-
-class Record(StepCallback):
-    """Writes one line a step to metrics.jsonl (rank 0), feeds the loggers and draws the progress bar.
-
-    It calls the validator and the examiners, whose results join the line, and the rows, whose answers do not.
-    tokens_per_s counts the tokens of all ranks, padding included, over the step's wall time, validation, questions and
-    saving excluded.
+    A checkpoint is saved every epoch_save epochs, every save_every steps, save_minutes after the last one, and at the
+    end; but never between steps that learn from the same completions. Rank 0 counts the minutes, by a
+    clock that neither a new time of day nor the machine's sleep moves.
     """
 
-    def __init__(self, run: Prepared) -> None:
-        super().__init__(run.config.train.accumulate_grad_batches)
-        self.run, self.path, self.plan, self.objective = run, run.folder / METRICS, run.plan, run.config.objective
+    def __init__(self, run: Prepared, say: Callable[..., object] = print) -> None:
+        self.run, self.say, self.train = run, say, run.config.train
+        self.tokens = 0  # of the step so far
+        self.start_losses: dict[str, float] = {}  # measured before the first step, for its line
         self.ending = False  # true once the last step is done
-        self.tokens = 0
-        self.before: dict[str, float] = {}  # measured before the first step, for its line
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        if self.run.validator is not None:
-            self.before = self.run.validator.before(trainer, lit)
-        if self.run.rows is not None:
-            self.run.rows.before(trainer, lit)
+        run = self.run
+        if run.checkpoint is not None:
+            load_checkpoint(trainer, lit, run.checkpoint)
+        if run.validator is not None:
+            self.start_losses = run.validator.before(trainer, lit)
+        if run.rows is not None:
+            run.rows.before(trainer, lit)
         if trainer.is_global_zero:
-            for path in (self.path, *(examiner.path for examiner in self.run.examiners)):
-                forget_rest(path, self.plan)
-            self.file = open(self.path, "a", buffering=1)
-            self.progress = Progress(self.plan)
-            if self.before:
-                losses = {name.replace("_start", "_loss"): loss for name, loss in self.before.items()}
-                self.progress.say(f"before the first step: {in_words(losses, self.objective)}")
-        self.start = time.perf_counter()
+            for path in (run.folder / METRICS, *(examiner.path for examiner in run.examiners)):
+                forget_rest(path, run.plan)
+            self.file = open(run.folder / METRICS, "a", buffering=1)
+            self.progress = Progress(run.plan)
+            if self.start_losses:
+                losses = {name.replace("_start", "_loss"): loss for name, loss in self.start_losses.items()}
+                self.progress.say(f"before the first step: {in_words(losses, run.config.objective)}")
+        trainer._signal_connector.teardown()  # Lightning's handlers would end the run at SIGTERM without saving
+        handle_signals(trainer, lit, self.say)
+        self.began, self.saved = time.perf_counter(), time.monotonic()
+
+    def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
+        self.run.watch.moved(f"step {lit.step + 1}")
+        if batch_idx % self.train.accumulate_grad_batches == 0:
+            self.began = time.perf_counter()
+        passed = time.monotonic() - self.saved
+        lit.save_requested = trainer.is_global_zero and 0 < self.train.save_minutes * 60 <= passed
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
+        self.run.watch.moved(f"the end of step {lit.step + 1}")
         self.tokens += lit.micro_tokens
-        super().on_train_batch_end(trainer, lit, outputs, batch, batch_idx)
-
-    def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
-        seconds = time.perf_counter() - self.start
-        tokens, self.tokens = self.tokens, 0
+        if (batch_idx + 1) % self.train.accumulate_grad_batches:
+            return  # the optimizer steps after the last micro batch
+        seconds, done = time.perf_counter() - self.began, lit.step + 1
+        norm = self.gradient_norm(trainer, lit)
         validation = {} if self.run.validator is None else self.run.validator(trainer, lit, done)
-        self.ending = self.run.ends(done)
+        self.ending = self.run.ends(done)  # --early_stop may end it now
+        scores, lines = self.examine(trainer, lit, done, seconds)
+        if trainer.is_global_zero:
+            metrics = self.metrics(trainer, lit, norm, seconds) | validation | scores
+            self.record(trainer, lit, metrics)
+            self.show(lit, metrics, validation, lines, seconds)
+        self.start_losses, self.tokens = {}, 0
+        self.save(trainer, lit, done)
+
+    def gradient_norm(self, trainer: Any, lit: Lit) -> float | None:
+        """The norm of the step's gradient, over all ranks and before clipping; None if the engine has none or skipped
+        the step.
+
+        Raises Diverged, on all ranks, for a norm that is not finite, because clipping then makes zeros or NaN of the
+        step; in float16 only if no lower loss scale is left.
+        """
+        norm = trainer.strategy.deepspeed_engine.get_global_grad_norm()
+        if norm is None or skipped(trainer.optimizers[0]):
+            return None
+        norm = math.nan if norm < 0 else float(norm)  # DeepSpeed writes -1 for a norm that is not finite
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient norm became {norm} at step {lit.step + 1}")
+        return norm
+
+    def examine(self, trainer: Any, lit: Lit, done: int, seconds: float) -> tuple[dict[str, float], list[str]]:
+        """Run the exams that are due after `done` steps -> (numbers by name, lines to print)."""
         scores: dict[str, float] = {}
-        told: list[str] = []
+        lines: list[str] = []
         for examiner in self.run.examiners:
             found, words = examiner(trainer, lit, done, self.ending)
             scores |= found
-            told += words
+            lines += words
         if "draw_s" in scores:
             scores["learn_s"] = seconds - scores["draw_s"] - scores["judge_s"]
-        if not trainer.is_global_zero:
-            return
-        scaler, skips = dynamic_scaler(trainer.optimizers[0]), skipped(trainer.optimizers[0])
-        metrics = {
+        return scores, lines
+
+    def metrics(self, trainer: Any, lit: Lit, norm: float | None, seconds: float) -> dict[str, Any]:
+        """The numbers of the step that has just been taken, by name, and of the measurements before the first."""
+        plan, optimizer = self.run.plan, trainer.optimizers[0]
+        scaler = dynamic_scaler(optimizer)
+        return {
             "step": lit.step,
-            "samples": self.plan.samples_seen(done),
-            "epoch": lit.step // self.plan.epoch_steps,
+            "samples": plan.samples_seen(lit.step + 1),
+            "epoch": lit.step // plan.epoch_steps,
             "loss": lit.step_loss if lit.step_tokens else None,  # no token counts: there is no mean
             "lr": lit.lr,
-            "grad_norm": None if skips else gradient_norm(trainer),
-            "tokens": tokens,
-            "tokens_per_s": round(tokens / seconds, 1),
-            **({} if scaler is None else {"loss_scale": scaler.cur_scale, "skipped": int(skips)}),
+            "grad_norm": norm,
+            "tokens": self.tokens,
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            **({} if scaler is None else {"loss_scale": scaler.cur_scale, "skipped": int(skipped(optimizer))}),
             **lit.step_measures,
-            **self.before,
-            **validation,
-            **scores,
+            **self.start_losses,
         }
-        self.before = {}
+
+    def record(self, trainer: Any, lit: Lit, metrics: dict[str, Any]) -> None:
+        """Write a step's line of metrics.jsonl, and log its numbers."""
         self.file.write(json.dumps(metrics) + "\n")
         numbers = {key: value for key, value in metrics.items() if value is not None and key not in PLACE}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=lit.step)
+
+    def show(
+        self, lit: Lit, metrics: dict[str, Any], validation: dict[str, float], lines: Sequence[str], seconds: float
+    ) -> None:
+        """Print a step's validation and the examiners' lines, and move the progress bar."""
+        done, objective = lit.step + 1, self.run.config.objective
         if validation:
-            self.progress.say(f"step {done:,}: {in_words(validation, self.objective)}")
-        for line in told:
+            self.progress.say(f"step {done:,}: {in_words(validation, objective)}")
+        for line in lines:
             self.progress.say(f"step {done:,}: {line}")
         loss = f"loss {lit.step_loss:.4f}" if lit.step_tokens else "no token counts in the loss"
-        for figure in self.objective.figures[:1]:
+        for figure in objective.figures[:1]:
             loss += f", {figure.name} {metrics[figure.name]:.2f}"
-        if skips:
+        if metrics.get("skipped"):
             loss += f", step skipped: loss scale {metrics['loss_scale']:g}"
-        self.progress.update(f"{loss}, lr {lit.lr:.1e}", done, seconds, tokens)
+        self.progress.update(f"{loss}, lr {lit.lr:.1e}", done, seconds, self.tokens)
 
-    def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
-        if batch_idx % self.accumulate == 0:
-            self.start = time.perf_counter()
+    def save(self, trainer: Any, lit: Lit, done: int) -> None:
+        """Save after `done` steps if it is time, and stop the run if it is over or a stop was requested."""
+        train, plan = self.train, self.run.plan
+        if done % self.run.config.objective.together:
+            return
+        epoch, rest = divmod(done, plan.epoch_steps)
+        ending = lit.stopping or self.run.ends(done)
+        by_epoch = rest == 0 and train.epoch_save and epoch % train.epoch_save == 0
+        if ending or by_epoch or lit.saving or (train.save_every and done % train.save_every == 0):
+            self.run.saver.save(trainer, lit, done, epoch if rest == 0 and (ending or by_epoch) else None)
+            self.saved = time.monotonic()
+        if ending:
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
-        if self.ending and self.run.validator is not None:  # Save has saved the last step
+        if self.ending and self.run.validator is not None:  # the last step is saved by now
             self.run.validator.after(trainer, lit)
         if self.ending and self.run.rows is not None:
             self.run.rows.after(trainer, lit)
@@ -167,73 +179,30 @@ class Record(StepCallback):
         self.close(trainer)
 
     def close(self, trainer: Any) -> None:
+        """Close metrics.jsonl and the progress bar."""
         if trainer.is_global_zero and hasattr(self, "file"):
             self.file.close()
             self.progress.close()
 
 
-class Save(StepCallback):
-    """Restores the checkpoint, if any, before the first step, then saves every epoch_save epochs, every save_every
-    steps and save_minutes after the last save. It saves and stops the run when that ends, or if a stop was asked for;
-    always after a multiple of the steps that learn from the same answers.
+def handle_signals(trainer: Any, lit: Lit, say: Callable[..., object]) -> None:
+    """From now on, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) request a save and a stop after the current
+    step; a second Ctrl-C or SIGTERM stops at once."""
 
-    Rank 0 counts the minutes, by a clock that neither a new time of day nor the machine's sleep moves.
-    """
+    def stop(number: int, frame: FrameType | None) -> None:
+        if lit.stop_requested:
+            raise KeyboardInterrupt(number)
+        lit.stop_requested = number
+        if not trainer.should_stop:  # or the run is ending anyway
+            words = "\nstopping after this step; again to stop at once, without saving"
+            # by another thread, because this one may be in the middle of a print
+            Thread(target=say, args=(words,), kwargs={"flush": True}).start()
 
-    def __init__(self, run: Prepared) -> None:
-        self.run, train = run, run.config.train
-        super().__init__(train.accumulate_grad_batches)
-        self.epochs, self.steps, self.minutes = train.epoch_save, train.save_every, train.save_minutes
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # both the system and the shell send one
+        lit.stop_requested = lit.stop_requested or number
 
-    def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        if self.run.checkpoint is not None:
-            load_checkpoint(trainer, lit, self.run.checkpoint)
-        self.saved = time.monotonic()
-
-    def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
-        passed = time.monotonic() - self.saved
-        lit.save_requested = trainer.is_global_zero and 0 < self.minutes * 60 <= passed
-
-    def on_step(self, trainer: Any, lit: Lit, done: int) -> None:
-        if done % self.run.config.objective.together:
-            return
-        epoch, rest = divmod(done, self.run.plan.epoch_steps)
-        ending = lit.stopping or self.run.ends(done)
-        by_epoch = rest == 0 and self.epochs and epoch % self.epochs == 0
-        if ending or by_epoch or lit.saving or (self.steps and done % self.steps == 0):
-            self.run.saver.save(trainer, lit, done, epoch if rest == 0 and (ending or by_epoch) else None)
-            self.saved = time.monotonic()
-        if ending:
-            trainer.should_stop = True
-
-
-class StopSignals(pl.Callback):
-    """From the first step on, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) ask for a save and a stop after
-    the current step; a second Ctrl-C or SIGTERM stops at once.
-
-    The handlers replace Lightning's own, which would end the run at SIGTERM without saving, and would restore Python's
-    in the middle of the trainer's end: a SIGHUP that is ignored by then would be heard again.
-    """
-
-    def __init__(self, say: Callable[..., object]) -> None:
-        self.say = say
-
-    def on_train_start(self, trainer: Any, lit: Lit) -> None:
-        def ask(number: int, frame: FrameType | None) -> None:
-            if lit.stop_requested:
-                raise KeyboardInterrupt(number)
-            lit.stop_requested = number
-            if not trainer.should_stop:  # or the run is ending anyway
-                words = "\nstopping after this step; again to stop at once, without saving"
-                # by another thread, because this one may be in the middle of a print
-                Thread(target=self.say, args=(words,), kwargs={"flush": True}).start()
-
-        def hang_up(number: int, frame: FrameType | None) -> None:
-            signal.signal(number, signal.SIG_IGN)  # both the system and the shell send one
-            lit.stop_requested = lit.stop_requested or number
-
-        trainer._signal_connector.teardown()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask)
-        for number in hangup_signals():
-            signal.signal(number, hang_up)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    for number in hangup_signals():
+        signal.signal(number, hang_up)

@@ -1,4 +1,4 @@
-"""Run the training loop of a prepared run, Lightning's Trainer over DeepSpeed, and say how it ended."""
+"""Run the training loop of a prepared run, Lightning's Trainer over DeepSpeed, and report how it ended."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -75,7 +75,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         with telling_refusals(run.folder), compiling:
             loggers = []
             if run.leads:
-                record(run)
+                write_run_config(run)
                 loggers = make_loggers(run.config, run.folder, run.plan.first_step)
             lit = make_lit(run)
             trainer = make_trainer(run, loggers, say)
@@ -86,7 +86,7 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
         say(
             f"error: {error}; {DIVERGED}. "
             + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
-            + f"; {remedy_for(run) if run.leads else ''}",
+            + "; try a lower --lr_init, or --precision fp32",
             file=sys.stderr,
         )
         return (1 if run.leads or run.ranks.world.elastic else 0), ""
@@ -104,19 +104,8 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     return (stopped(run, lit) if run.ranks.world.elastic else 0), ""
 
 
-def remedy_for(run: Prepared) -> str:
-    """The remedy for a run that diverged: another base or teacher if one is not finite by now, because its file was
-    written to meanwhile, else another rate."""
-    try:
-        for base in filter(None, (run.inputs.base, run.inputs.teacher)):
-            base.require_finite()
-    except UserError as error:
-        return str(error)
-    return "try a lower --lr_init, or --precision fp32"
-
-
-def record(run: Prepared) -> None:
-    """Write the run's settings, steps, vocabulary and what opens an answer in its data to its config.json."""
+def write_run_config(run: Prepared) -> None:
+    """Write the run's settings, steps, vocabulary and the opening of an answer in its data to its config.json."""
     vocabulary = run.samples.vocabulary
     entries: dict[str, Any] = {OPENING: opening_of(run.samples.dataset, vocabulary), "steps": run.plan.total_steps}
     entries[SINCE] = run.inputs.identity[SINCE]
@@ -126,13 +115,13 @@ def record(run: Prepared) -> None:
 
 
 def stopped(run: Prepared, lit: "Lit") -> int:
-    """The exit code of a run that ends before its last step because a rank was asked to stop, else 0."""
+    """The exit code of a run that ends before its last step because of a signal on a rank, else 0."""
     early = lit.stopping and lit.step < run.plan.total_steps and not run.exhausted
     return 128 + (lit.stop_requested or signal.SIGTERM) if early else 0
 
 
 def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, str]:
-    """Draw the loss curve; returns (the exit code, how the run ended in words)."""
+    """Draw the loss curve and write the card of a run; returns (the exit code, how it ended in words)."""
     records, losses, sources, held_out = list[dict[str, Any]](), list[float](), list[str](), HeldOut(None, [])
     name, sign = aim_of(run.config)
     try:
@@ -147,35 +136,48 @@ def ended(run: Prepared, lit: "Lit", say: Callable[..., object]) -> tuple[int, s
             f"stopped after {lit.step:,} of {counted(run.plan.total_steps, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
         )
-    told, rows = "".join(f"{'' if number else 'sources':<10}{line}\n" for number, line in enumerate(sources)), run.rows
+    answers = [] if run.rows is None else list(run.rows.lines())
+    report = [*under("sources", sources), *under("answers", answers)]
+    report += notes_on(run.config, run.plan, losses, records, run.rows)
     figures = [("steps", f"{run.plan.total_steps:,}")]
     if fall := fall_of(losses):
         figures.append((name, f"{fall.in_words(sign)}, the first and last quarter's mean"))
     figures += [("sources", line) for line in sources]
-    if rows is not None:
-        lines = list(rows.lines())
-        figures += [("answers", line) for line in lines if not line.startswith(" ")]
-        told += "".join(f"{'' if number else 'answers':<10}{line}\n" for number, line in enumerate(lines))
-    told += "".join(f"{note}\n" for note in notes_on(run.config, run.plan, losses, records, rows))
+    figures += [("answers", line) for line in answers if not line.startswith(" ")]
     if held_out.losses:
-        best = labelled(run.saver.newest, BEST)
-        words = held_out_line(held_out, name, sign)
-        figures.append(("validation", words))
-        told += f"validation  {words}, {best}"
-        if run.exhausted:
-            told += f"; stopped after {counted(run.config.train.early_stop, 'validation')} without a lower one"
-        told += "\n"
-        note = overfitted(held_out, run.plan, best, run.config.train.lr_init) if sign > 0 else ""
-        if note := note or blind(run.validator.swapped if run.validator is not None else ()):
-            told += f"{note}\n"
+        figures.append(("validation", held_out_line(held_out, name, sign)))
+        report += on_held_out(run, held_out, name, sign)
     elif run.config.data.of_answers and VALIDATION not in run.inputs.measured:
-        told += f"validation  {UNKNOWN}\n"
-    use, chosen = "", take(run.folder, run.saver.newest.name).path
+        report.append(f"validation  {UNKNOWN}")
+    use = write_run_card(run, figures, say)
+    report.append(f"finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}{use}")
+    return 0, "\n".join(report)
+
+
+def under(label: str, lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines in a column, the first behind the label."""
+    for number, line in enumerate(lines):
+        yield f"{'' if number else label:<10}{line}"
+
+
+def on_held_out(run: Prepared, held_out: HeldOut, name: str, sign: int) -> Iterator[str]:
+    """Yield the lines about the validation of a run, the last a note if it learned nothing that holds for others."""
+    best = labelled(run.saver.newest, BEST)
+    patience = counted(run.config.train.early_stop, "validation")
+    early = f"; stopped after {patience} without a lower one" if run.exhausted else ""
+    yield f"validation  {held_out_line(held_out, name, sign)}, {best}{early}"
+    note = overfitted(held_out, run.plan, best, run.config.train.lr_init) if sign > 0 else ""
+    if note := note or blind(run.validator.swapped if run.validator is not None else ()):
+        yield note
+
+
+def write_run_card(run: Prepared, figures: Sequence[tuple[str, str]], say: Callable[..., object]) -> str:
+    """Write the card of a run's folder -> a clause that names it, "" if it was not written."""
+    card, chosen = run.folder / CARD, take(run.folder, run.saver.newest.name).path
     try:
         if write_card(run.folder, card_of(run.folder.resolve().name, [chosen], figures)):
-            use = f"; {run.folder / CARD} says how to use it"
-        else:
-            say(f"note: {run.folder / CARD} is yours and stays; the run's own card is not written", file=sys.stderr)
-    except UserError as error:  # what it describes is saved
+            return f"; {card} says how to use it"
+        say(f"note: {card} is yours and stays; the run's own card is not written", file=sys.stderr)
+    except UserError as error:  # the tensors that it describes are saved
         say(f"note: no card was written: {error}", file=sys.stderr)
-    return 0, f"{told}finished  {run.saver.newest}, {run.folder / PICTURE}, {run.folder / METRICS}{use}"
+    return ""

@@ -1,4 +1,4 @@
-"""The parts of a run that is ready to begin."""
+"""The parts of a run that is ready to begin; a module of its own, because Lightning is imported later."""
 
 from typing import Any
 
@@ -11,16 +11,15 @@ from ..ranks.meeting import Ranks
 from ..rollout import RolloutLog
 from ..saving.checkpoints import ANSWERS, ROWS
 from ..saving.saver import Saver
-from ..step.teacher import Teacher
 
 
 class Prepared:
-    """A run that is ready to begin, on Ranks that have met: its inputs, its questions, its model with the number of
-    `trainable` parameters, and the teacher and the rewards that it learns from, if any; accelerator: "cpu" or "gpu".
+    """A run that is ready to begin, on Ranks that have met.
 
-    It makes what measures and saves: the validator (None without data to measure), the examiners, the rows to be
-    answered before and after training (or None), and the saver. `leads` tells whether this process writes the files
-    and prints: rank 0 does.
+    Its inputs, its questions, its model with the number of `trainable` parameters, and the teacher and the rewards
+    that it learns from, if any; accelerator: "cpu" or "gpu". From these it makes the validator (None without data to
+    measure), the examiners, the rows to be answered before and after training (or None), and the saver. `leads` is true
+    in rank 0, which writes the files and prints.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class Prepared:
         asked: Questions,
         model: LanguageModel,
         trainable: int,
-        teacher: Teacher | None,
+        teacher: LanguageModel | None,
         rewards: Rewards | None,
         accelerator: str,
         ranks: Ranks,
@@ -58,9 +57,9 @@ class Prepared:
 
     @property
     def exhausted(self) -> bool:
-        """Tell whether --early_stop ends the run."""
+        """True if --early_stop ends the run."""
         return self.validator is not None and self.validator.exhausted
 
     def ends(self, done: int) -> bool:
-        """Tell whether the run is over after `done` steps."""
+        """True if the run is over after `done` steps."""
         return done == self.plan.total_steps or self.exhausted

@@ -21,15 +21,14 @@ def in_words(validation: dict[str, float], objective: Objective) -> str:
     words = {"val_ppl": ("perplexity", 2)} | {f"val_{name}": (name, 3) for name, *_ in objective.figures}
     words |= {name: (word, 4) for name, word in LOSSES.items()}
     words |= {name: (f"of {file}", 4) for name, _, file in of_files(validation)}
-    told = ((*words[name], value) for name, value in validation.items() if name in words)
-    return ", ".join(f"{word} {value:.{n}f}" for word, n, value in told)
+    shown = ((*words[name], value) for name, value in validation.items() if name in words)
+    return ", ".join(f"{word} {value:.{digits}f}" for word, digits, value in shown)
 
 
 class Progress:
     """Show progress and ETA: a moving bar on a terminal; in a log file a line every ten seconds.
 
-    The first step of a process counts neither in the speed nor in the ETA, because it also loads and compiles what the
-    others use.
+    The first step of a process counts neither in the speed nor in the ETA, because it also loads and compiles kernels.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -79,12 +78,12 @@ class Compilations(logging.Handler):
 
 
 @contextmanager
-def telling_compilations(tells: bool) -> Iterator[None]:
-    """Print which kernels are compiled within, if this process `tells`."""
-    teller = Compilations(logging.INFO if tells else logging.CRITICAL)
-    COMPILING.addHandler(teller)
+def printing_compilations(prints: bool) -> Iterator[None]:
+    """Within, print which kernels are compiled; nothing on ranks that do not print."""
+    handler = Compilations(logging.INFO if prints else logging.CRITICAL)
+    COMPILING.addHandler(handler)
     COMPILING.setLevel(logging.INFO)
     try:
         yield
     finally:
-        COMPILING.removeHandler(teller)
+        COMPILING.removeHandler(handler)

@@ -67,7 +67,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA, on ranks that have met."""
 
     def __init__(self, ranks: Ranks, exchange: bool, **settings: Any) -> None:
-        """exchange: whether gradients go through buckets (exchanges_gradients)."""
+        """exchange: gradients go through buckets (exchanges_gradients)."""
         super().__init__(cluster_environment=MetRanks(ranks.world), **settings)
         self.ranks, self.exchange = ranks, exchange
 
@@ -93,20 +93,31 @@ class ZeroStrategy(DeepSpeedStrategy):
 
         engine, optimizer = super()._setup_model_and_optimizer(*arguments, **named)
         if (scaler := dynamic_scaler(optimizer)) is not None:
-            scaler.raise_error_at_min_scale = False  # FiniteGradients ends the run, in our words
+            scaler.raise_error_at_min_scale = False  # RunCallback ends the run, with a message
         if self.root_device.type != "cpu":  # CPUs compute the same bits
             share_buffers(engine.module, self.root_device)
         if isinstance(optimizer, DeepSpeedZeroOptimizer):
-            optimizer.get_grad_norm_direct = lambda gradients, *_, **__: gradient_norm(optimizer, gradients)
+            if self.root_device.type == "cpu":  # a GPU does the engine's own in fewer launches
+                optimizer.get_grad_norm_direct = lambda gradients, *_, **__: gradient_norm(optimizer, gradients)
             if not self.exchange:
                 optimizer.reduce_independent_p_g_buckets_and_remove_grads = lambda parameter, group: None
         return engine, optimizer
 
+    def teardown(self) -> None:
+        """End as Lightning does, but leave optimizer states and module on the device: their way to main memory takes
+        as long as a checkpoint, after each run and each exception, and the process ends here."""
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None  # because the run had one
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
 
 def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """Give every rank the buffers of rank 0, by way of a device that the ranks' group takes. They hold what layers
-    start from and quantized weights, which GPUs of other kinds round differently. The engine does this for
-    parameters."""
+    """Give every rank the buffers of rank 0, by way of a device that the ranks' group takes.
+
+    They hold initial values of layers and quantized weights, which GPUs of other kinds round differently. The engine
+    does this for parameters.
+    """
     for buffer in model.buffers():
         shared = buffer.to(device)
         torch.distributed.broadcast(shared, 0)
@@ -117,7 +128,7 @@ WHOLE = 1_000_000  # parameters of at most so many elements, as an adapter's mat
 
 
 def make_strategy(run: Prepared) -> ZeroStrategy:
-    """Make the strategy that a run's flags name. The number of trainable parameters sets the size of buckets."""
+    """The strategy of a run's flags, with buckets for as many numbers as train."""
     train, accelerator = run.config.train, run.accelerator
     if accelerator == "cpu":
         import deepspeed

@@ -44,7 +44,7 @@ from .world import World, find_world, fit
 if TYPE_CHECKING:
     from ...checkpoints.base import Base
     from ...models.family import Family
-    from ..step.stored import StoredTeacher
+    from ..step.teacher import StoredTeacher
 
 
 class Request(NamedTuple):
@@ -245,8 +245,7 @@ def look_up(
     from ...data.sources import find_data
     from ...gpus import resolve_accelerator
     from ..saving.resume import find_state
-    from ..step.stored import open_stored
-    from ..step.teacher import open_teacher
+    from ..step.teacher import open_stored, open_teacher
 
     base = refusals.attempt(open_base, args.load_model) if args.load_model else None
     if args.load_model and base is None:

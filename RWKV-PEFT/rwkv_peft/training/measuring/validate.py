@@ -83,8 +83,7 @@ class Validator:
         group = trainer.global_rank // train.context_parallel
         for batch in EvalBatches(samples, rows or self.micro_bsz, group, train.groups):
             self.moved(f"the validation at step {lit.step + 1}")
-            tensors = {name: item.to(device) for name, item in batch.items() if isinstance(item, torch.Tensor)}
-            batch |= tensors | lit.compute.sent(batch, device)
+            batch = lit.compute.prepare_inputs(batch, device)
             with uncompiled(train.compile):
                 loss = lit.compute.total(lit.model, batch)
             numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())

@@ -16,12 +16,12 @@ from ...cli.names import user_cache
 from ...config import DataConfig
 from ...models.parts import LanguageModel
 
-FORMS = 64  # the raised limit
+RECOMPILE_LIMIT = 64  # the raised limit
 
 
 @contextmanager
 def compiled(model: LanguageModel, data: DataConfig) -> Iterator[None]:
-    """Compile the blocks of a model as batches first reach them within; data tells whether batches differ in shape."""
+    """Within, compile the blocks of a model as batches first reach them; shapes are dynamic if batches differ."""
     if (cache := user_cache()) is not None:  # torch's own place is in /tmp, where any user may put libraries before
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     varies = data.dataload != "get" or data.documents > 1  # lengths, and numbers of packed sequences
@@ -29,10 +29,10 @@ def compiled(model: LanguageModel, data: DataConfig) -> Iterator[None]:
         block.compile(dynamic=varies or None)
     # dynamic would make an adapter's numbers symbolic too, which no autograd Function takes; cache_size_limit is torch
     # 2.6's name of recompile_limit
-    with torch._dynamo.config.patch(specialize_float=True, cache_size_limit=FORMS):
+    with torch._dynamo.config.patch(specialize_float=True, cache_size_limit=RECOMPILE_LIMIT):
         yield
 
 
 def uncompiled(compile: bool) -> AbstractContextManager[object]:
-    """Within, run blocks uncompiled, because passes without gradients have many shapes, each of which compiles."""
+    """Within, run blocks uncompiled, because passes without gradients have many shapes, and each would be compiled."""
     return torch.compiler.set_stance("force_eager") if compile else nullcontext()

@@ -1,4 +1,4 @@
-"""The training step as a LightningModule: loss, learning rate, optimizer, and what the ranks tell each other."""
+"""The training step as a LightningModule: loss, learning rate, optimizer, and the sums over all ranks."""
 
 import math
 from collections.abc import Iterable
@@ -13,9 +13,8 @@ from ...adapters.groups import LearningRates, parameter_groups
 from ...config import TrainConfig
 from ...config.schedules import learning_rate
 from ...data.batches import TrainBatch
-from ...ops.recurrence.signature import vouch
 from ..optimizers.choice import make_optimizer
-from .forked import tokens_read
+from .shared_prefix import tokens_read
 from .steps import Step
 
 
@@ -24,18 +23,17 @@ class Diverged(Exception):
 
 
 class Lit(pl.LightningModule):
-    """Trains `model` (adapters injected) by `train` (TrainConfig), optimizer steps numbered from first_step; compute (a
-    steps.Step) makes the loss of a batch; family and ratios as parameter_groups takes them.
+    """Trains `model` (adapters injected) by a TrainConfig, optimizer steps numbered from first_step.
 
-    Each micro batch is a dict of tokens, targets, mask (B, T), cu_seqlens if rows are packed, and step_count, the
-    counted tokens of the whole optimizer step: every token of a step weighs the same, whatever the number of ranks and
-    micro batches.
+    compute makes the loss of a batch of TrainBatches; family and ratios as parameter_groups takes them. Every counted
+    token of an optimizer step weighs the same, whatever the number of ranks and micro batches: batches have the count
+    of the whole step as step_count.
 
-    Public: step (the current optimizer step), step_loss (mean loss of the step's micro batches so far, over all
-    ranks), step_tokens (how many of the objective's items count in the current step), micro_tokens (how many tokens all
-    ranks read in the current micro batch, padding included), step_measures (the same mean of compute's other measures,
-    by name), stop_requested (the signal that asked for a stop, 0 for none; set on any rank, it makes `stopping` true on
-    all of them in the same micro batch), save_requested (makes `saving` true likewise).
+    step: the current optimizer step. step_loss: the mean loss of its micro batches so far, over all ranks;
+    step_measures: the same mean of compute's other measures, by name. step_tokens: the objective's items that count in
+    the step. micro_tokens: the tokens that all ranks read in the micro batch, padding included. stop_requested: the
+    signal that requested a stop, 0 for none; set on any rank, it makes `stopping` true on all of them in the same micro
+    batch. save_requested makes `saving` true likewise.
     """
 
     def __init__(
@@ -88,32 +86,27 @@ class Lit(pl.LightningModule):
             self.step_loss, self.step_tokens, self.step_measures = 0.0, batch["step_count"], {}
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        # Random draws depend on the seed, the step and the micro batch's place in it alone, whichever rank has it, so
+        # Random numbers depend on the seed, the step and the micro batch's place in it alone, whichever rank has it, so
         # that a resumed run repeats them.
         place = batch_idx % accumulate * self.trainer.world_size + self.global_rank
         micro = self.step * accumulate * self.trainer.world_size + place
         torch.manual_seed((self.train_config.random_seed * 1_000_003 + micro) * 65_537 % 2**63)
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        for reader in ("", "teacher_"):
-            if (bounds := f"{reader}cu_seqlens") in batch:  # on the CPU: reading a GPU's copy would wait for the GPU
-                vouch(moved[bounds], batch[bounds], batch[f"{reader}tokens"].shape[1])
-        return moved | self.compute.sent(batch, device)
+        return self.compute.prepare_inputs(batch, device)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> torch.Tensor:
         # The engine averages gradients over ranks and micro batches; this denominator turns that into the mean over
         # the counted tokens of the whole step.
         parts = self.trainer.world_size * self.train_config.accumulate_grad_batches
-        whole = self.compute.completed(self.model, batch)
+        whole = self.compute.complete_batch(self.model, batch)
         loss = self.compute.loss(self.model, whole, (batch["step_count"] or 1) / parts)
-        self.ask_ranks(loss.detach(), tokens_read(whole))
+        self.reduce_status(loss.detach(), tokens_read(whole))
         # Lightning and the engine both divide by the number of micro batches; once is right.
         return loss * self.train_config.accumulate_grad_batches
 
-    def ask_ranks(self, loss: torch.Tensor, tokens: int) -> None:
-        """Sum over all ranks, in one small reduction a micro batch: the loss and what else was measured, the tokens
-        read, and whether a rank wants to stop or save."""
+    def reduce_status(self, loss: torch.Tensor, tokens: int) -> None:
+        """Start the micro batch's one small sum over ranks: loss, measures, tokens, and requests to stop or save."""
         numbers = [number.float() for number in (loss, *self.compute.measures.values())]
         # Filled on the device, because copying a number to a GPU would wait for the GPU.
         others = [numbers[0].new_full((), n) for n in (tokens, self.stop_requested != 0, self.save_requested)]
@@ -122,7 +115,7 @@ class Lit(pl.LightningModule):
             dist.all_reduce(self.status)
 
     def on_after_backward(self) -> None:
-        """Read the sums over all ranks: before the optimizer's step, and after backward, as it waits for the GPU."""
+        """Read the sums over ranks: before the optimizer's step, and after backward, because it waits for the GPU."""
         total, *measures, tokens, stop, save = self.status.tolist()
         if not math.isfinite(total):
             raise Diverged(f"the loss became {total} at step {self.step + 1}")

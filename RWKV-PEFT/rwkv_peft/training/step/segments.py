@@ -1,20 +1,33 @@
-"""Cut a batch into segments of time; each begins at the position at which the one before it ended."""
+"""Rows in segments of time (--chunk_ctx): each begins at the position at which the one before it ended.
 
-from collections.abc import Mapping
-from typing import NamedTuple
+The activations of one segment at a time are in memory, so that rows of any length train.
+"""
+
+from collections.abc import Sequence
+from itertools import islice, zip_longest
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
+from ...config import ModelConfig
 from ...data.samples import positions
+from ...models.parts import HeadFunction
 from ...models.state import State
+from ...objectives.next_token import NextToken
 from ...ops.recurrence.signature import vouch
+from .shared_prefix import no_head
+from .steps import NEXT_TOKEN, Batch, Gradient, Step, Tensors, add_gradients, to_device, trainable, with_gradients
 
 
 class Segment(NamedTuple):
-    """Some positions of a batch: tokens and targets (B, T); counted (n,), the indices of the targets that count among
-    the B * T; and cu_seqlens (sequences + 1,) if the batch is packed, else None. carries: whether the first sequence
-    goes on from the segment before (every row, if nothing is packed); goes_on: whether the last goes on after it;
-    weights (B, T): how much targets count, None if all count alike."""
+    """Some positions of a batch.
+
+    tokens and targets (B, T); counted (n,), the indices of the targets that count among the B * T; cu_seqlens
+    (sequences + 1,) if the batch is packed; carries: the first sequence goes on from the segment before (every row, if
+    nothing is packed); goes_on: the last one goes on after it; weights (B, T) of the targets, None if all count alike.
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -25,53 +38,30 @@ class Segment(NamedTuple):
     weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Segment":
-        """Copy a segment from the CPU to a device; the copy may still be on its way on return."""
-        tokens, targets, counted = (sent(x, device) for x in self[:3])
-        bounds = None
-        if self.cu_seqlens is not None:
-            bounds = sent(self.cu_seqlens, device)
-            vouch(bounds, self.cu_seqlens, tokens.shape[1])
-        weights = None if self.weights is None else sent(self.weights, device)
-        return self._replace(tokens=tokens, targets=targets, counted=counted, cu_seqlens=bounds, weights=weights)
+        """Copy a segment from the CPU to a device, without waiting for a GPU."""
+        return Segment(**to_device(self._asdict(), device))
 
     def state_after(self, state: State) -> State:
-        """Pick from the State after the segment what may go on: all rows, or the last packed sequence."""
+        """The part of the State after the segment that may go on: all rows, or the last packed sequence."""
         if self.cu_seqlens is None:
             return state
         return State(type(layer)(*(tensor[-1:] for tensor in layer)) for layer in state)
 
 
-def segments_of(batch: Mapping[str, torch.Tensor], length: int) -> list[Segment]:
+def segments_of(batch: Batch, length: int) -> list[Segment]:
     """Cut a batch -> its segments of `length` positions, up to the last target that counts; one at least."""
     T = batch["mask"].shape[1]
     return [part_of(batch, start, min(start + length, T)) for start in range(0, end_of(batch), length)]
 
 
-def end_of(batch: Mapping[str, torch.Tensor]) -> int:
+def end_of(batch: Batch) -> int:
     """The position behind the last target of a batch that counts, 1 at least."""
     counted = batch["mask"].any(0).nonzero()
     return int(counted[-1]) + 1 if len(counted) else 1
 
 
-def filler(segment: Segment) -> Segment:
-    """Make a segment of one token a row that counts nothing, packed if the given one is."""
-    one = segment.tokens[:, :1]
-    bounds = None
-    if segment.cu_seqlens is not None:
-        bounds = torch.arange(2, device=one.device)
-        vouch(bounds, torch.arange(2), 1)
-    weights = None if segment.weights is None else segment.weights[:, :1]
-    zeros = torch.zeros_like(one)
-    return Segment(zeros, zeros, segment.counted[:0], bounds, carries=False, weights=weights)
-
-
-def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor from the CPU to a device, without waiting for the copy if that is a GPU."""
-    return x.to(device) if device.type != "cuda" else x.contiguous().pin_memory().to(device, non_blocking=True)
-
-
-def part_of(batch: Mapping[str, torch.Tensor], start: int, stop: int) -> Segment:
-    """Cut the positions from start to stop out of a batch."""
+def part_of(batch: Batch, start: int, stop: int) -> Segment:
+    """The positions from start to stop of a batch."""
     tokens, targets, mask = (batch[name][:, start:stop] for name in ("tokens", "targets", "mask"))
     weights = batch["weights"][:, start:stop] if "weights" in batch else None
     packed = batch.get("cu_seqlens")
@@ -80,3 +70,144 @@ def part_of(batch: Mapping[str, torch.Tensor], start: int, stop: int) -> Segment
     cu_seqlens = None if packed is None else packed.new_tensor([0, *inner, stop - start])
     borders = start not in bounds, stop not in bounds
     return Segment(tokens, targets, positions(mask), cu_seqlens, *borders, weights)
+
+
+def filler(segment: Segment) -> Segment:
+    """A segment of one token a row that counts nothing, on the same device, packed if the given one is."""
+    zeros = torch.zeros_like(segment.tokens[:, :1])
+    bounds = None
+    if segment.cu_seqlens is not None:
+        bounds = torch.arange(2, device=zeros.device)
+        vouch(bounds, torch.arange(2), 1)
+    weights = None if segment.weights is None else segment.weights[:, :1]
+    return Segment(zeros, zeros, segment.counted[:0], bounds, carries=False, weights=weights)
+
+
+class Segments(Step):
+    """A batch in segments of `length` positions, with the activations of one segment at a time in memory.
+
+    The gradients equal the whole row's, up to rounding. A first pass caches the state at each border. A second
+    pass goes back from the last segment to the first, computes each again, and carries the gradient of its initial
+    state to the segment before. With bptt above 0 that gradient stops at every bptt-th border. together: every rank
+    computes the same number of segments, as ZeRO-3's collective operations need.
+
+    Under ZeRO-3 each module that is entered, forward and backward, may be a collective operation. So a segment that
+    begins anew gets a State too, of no sequence; and a State that nothing goes on from gets a gradient too, of
+    zeros. Autograd then enters the same modules in the same order whatever a rank's segments hold.
+    """
+
+    objective: NextToken
+
+    def __init__(self, length: int, bptt: int = 0, together: bool = False, objective: NextToken = NEXT_TOKEN) -> None:
+        self.length, self.bptt, self.together, self.objective = length, bptt, together, objective
+
+    def prepare_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        segments = [segment.to(device) for segment in segments_of(batch, self.length)]
+        return to_device(batch, device) | {"segments": segments}
+
+    def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
+        segments = self.segments(batch)
+        seeds = torch.randint(2**62, (len(segments),)).tolist()  # so a segment's dropout is the same in both passes
+        parameters = trainable(model)
+        sums: list[torch.Tensor] = []
+        total, none = torch.zeros((), device=batch["tokens"].device), no_sequences(model)
+        state, group = none, self.bptt or len(segments)
+        for first in range(0, len(segments), group):
+            chain, own_seeds = segments[first : first + group], seeds[first : first + group]
+            states = self.states(model, chain, own_seeds, state, none)
+            gradient: Gradient = ()
+            for position in reversed(range(len(chain))):
+                torch.manual_seed(own_seeds[position])
+                head = self.head(chain[position], count)
+                found = go_back(model, chain[position], states[position], gradient, parameters, head)
+                gradient, total = found.before if chain[position].carries else (), total + found.loss
+                add_gradients(sums, found.parameters, parameters)
+                if position == len(chain) - 1:
+                    after = found.after
+            state = state_before(segments, first + group, after, none)
+        return with_gradients(total, sums, parameters)
+
+    @torch.no_grad()
+    def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        total, none = torch.zeros((), device=batch["tokens"].device), no_sequences(model)
+        state = none
+        segments = self.segments(batch)
+        for position, segment in enumerate(segments):
+            loss, after = forward(model, segment, state, self.head(segment, 1))
+            total, state = total + loss, state_before(segments, position + 1, copied(segment.state_after(after)), none)
+        return total
+
+    def segments(self, batch: Batch) -> list[Segment]:
+        """The batch's segments; with `together` also fillers, up to the largest number of segments on any rank."""
+        segments: list[Segment] = batch.get("segments") or segments_of(batch, self.length)
+        if self.together and dist.is_initialized():
+            most = torch.tensor(len(segments), device=batch["tokens"].device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            segments += [filler(segments[0])] * (int(most) - len(segments))
+        return segments
+
+    def head(self, segment: Segment, count: float) -> HeadFunction:
+        """A segment's part of the loss as a function for the model's head."""
+        return self.objective.head(segment.targets, segment.counted, count, segment.weights)
+
+    @torch.no_grad()
+    def states(
+        self, model: nn.Module, chain: Sequence[Segment], seeds: Sequence[int], state: State, none: State
+    ) -> list[State]:
+        """The State before each segment of a chain, from `state` on; `none` is the State of no sequence."""
+        states = [state]
+        for position, segment in enumerate(chain[:-1]):
+            torch.manual_seed(seeds[position])
+            after = forward(model, segment, states[-1], no_head)[1]
+            states.append(state_before(chain, position + 1, copied(segment.state_after(after)), none))
+        return states
+
+
+def no_sequences(model: nn.Module) -> State:
+    """The State of no sequence, from which a LanguageModel begins all sequences anew."""
+    first = next(model.parameters())
+    return State.zeros(cast(ModelConfig, model.config), 0, first.device, first.dtype)
+
+
+def state_before(segments: Sequence[Segment], position: int, after: State, none: State) -> State:
+    """The State before the segment at `position`: `after` if it goes on from the one before, else `none`."""
+    return after if position < len(segments) and segments[position].carries else none
+
+
+def copied(state: State) -> State:
+    """A detached copy of a State: its shifts are views of all inputs, and would keep them in memory."""
+    return state.each(lambda name, tensor: tensor.detach().clone())
+
+
+def forward(model: nn.Module, segment: Segment, state: State | None, head: HeadFunction) -> tuple[torch.Tensor, State]:
+    """Head's result and the State after a segment."""
+    result, after = model(segment.tokens, state, segment.cu_seqlens, head=head)
+    return result, after
+
+
+class SegmentGradients(NamedTuple):
+    """The gradients that going back through a segment gives its parameters and the state before it, its loss, and the
+    state after it."""
+
+    parameters: Gradient
+    before: Gradient
+    loss: torch.Tensor
+    after: State
+
+
+def go_back(
+    model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, head: HeadFunction
+) -> SegmentGradients:
+    """Compute a segment from the State before it, and go back from its loss and its last State's gradient (() for
+    none)."""
+    inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
+    rest = iter(inputs)
+    start = State(layer._make(islice(rest, len(layer))) for layer in before)
+    loss, state = forward(model, segment, start, head)
+    after = segment.state_after(state)
+    ends = [tensor for layer in after for tensor in layer]
+    given = [torch.zeros_like(end) if grad is None else grad for end, grad in zip_longest(ends, gradient)]
+    pairs = [(loss, None), *zip(ends, given)]
+    outputs, grads = zip(*((output, grad) for output, grad in pairs if output.requires_grad))
+    found = torch.autograd.grad(outputs, [*parameters, *inputs], grads, allow_unused=True)
+    return SegmentGradients(found[: len(parameters)], found[len(parameters) :], loss.detach(), copied(after))

@@ -1,8 +1,8 @@
-"""Tell of a ZeRO engine its optimizer's loss scale, the norm of its gradients, and what it gathers and keeps.
+"""DeepSpeed's ZeRO: the loss scale of --precision fp16, the norm of gradients, gathering, and sums of gradients.
 
-The loss scale is that of --precision fp16. DeepSpeed halves it, and skips the step, if gradients overflow, and doubles
-it later. For a norm DeepSpeed converts each gradient to float64, which on a CPU takes longer than the optimizer's step;
-here float32 adds up the squares of only SHORT numbers at a time, and float64 adds up these sums.
+DeepSpeed halves the loss scale, and skips the step, if gradients overflow, and doubles it later. For a norm it converts
+each gradient to float64, which on a CPU takes longer than the optimizer's step; here float32 adds up the squares of
+only SHORT numbers at a time, and float64 adds up these sums.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ def dynamic_scaler(optimizer: Any) -> Any:
 
 
 def skipped(optimizer: Any) -> bool:
-    """Tell whether a ZeRO optimizer has just skipped a step, because gradients overflowed, and can lower the scale."""
+    """True if a ZeRO optimizer has just skipped a step, because gradients overflowed, and can lower the scale."""
     scaler = dynamic_scaler(optimizer)
     return scaler is not None and optimizer.overflow and scaler.cur_scale > scaler.min_scale
 
@@ -40,14 +40,16 @@ def counters_of(optimizer: Any) -> dict[str, float]:
 
 
 def go_on_with(optimizer: Any, counters: Mapping[str, float]) -> None:
-    """Set the loss scaler's counters to those of a checkpoint."""
+    """Set the loss scaler's counters to a checkpoint's."""
     for name in counters_of(optimizer).keys() & counters.keys():
         setattr(optimizer.loss_scaler, name, counters[name])
 
 
 def square_sum(x: Tensor) -> Tensor:
-    """Sum the squares of x (any shape, bfloat16 or float32), to float32's rounding -> float64 (). It is infinite if the
-    squares of SHORT numbers exceed float32's range, that is if their root exceeds 1.8e19."""
+    """Sum the squares of x (any shape, bfloat16 or float32), to float32's rounding -> float64 ().
+
+    It is infinite if the squares of SHORT numbers exceed float32's range, that is if their root exceeds 1.8e19.
+    """
     flat = x.detach().reshape(-1)
     whole = flat.numel() // SHORT * SHORT
     norms = torch.linalg.vector_norm(flat[:whole].view(-1, SHORT), dim=1, dtype=torch.float32)
@@ -56,8 +58,8 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def gradient_norm(optimizer: Any, gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of gradients whose parts the ranks of a DeepSpeedZeroOptimizer hold, from this rank's parts -> float32
-    (), NOT_FINITE if it is not finite. Parts are padded with zeros, which add nothing."""
+    """This rank's parts of the gradients of a DeepSpeedZeroOptimizer -> their norm over all ranks: float32 (),
+    NOT_FINITE if it is not finite. Parts are padded with zeros, which add nothing."""
     total = torch.zeros((), dtype=torch.float64, device=optimizer.device)
     for gradient in gradients:
         total += square_sum(gradient)
@@ -67,9 +69,11 @@ def gradient_norm(optimizer: Any, gradients: Iterable[Tensor]) -> Tensor:
 
 
 def live_parameters(model: LanguageModel) -> int:
-    """The number of parameters that may be gathered at a time: those of two blocks, one that computes and the next, or
-    of the embedding or the head if these have more. DeepSpeed's default, a billion, would leave most of a 1.6B model
-    gathered."""
+    """The number of parameters that may be gathered at a time: two blocks' (one computes, the next is prefetched), or
+    the embedding's or the head's if these are larger.
+
+    DeepSpeed's default, a billion, would leave most of a 1.6B model gathered.
+    """
     blocks = sorted(map(_size, model.blocks))
     return max(sum(blocks[-2:]), _size(model.emb), _size(model.head))
 
@@ -77,8 +81,9 @@ def live_parameters(model: LanguageModel) -> int:
 def recompute_whole_blocks(model: LanguageModel) -> None:
     """Let --grad_cp recompute a block at the beginning of its backward, before the engine adds hooks of its own.
 
-    ZeRO-3 keeps what a recomputation gathers until the module that then goes back is done. Begun later, as the first
-    layer asks for what it saved, the recomputation leaves that very layer, and the engine frees its weight too early.
+    ZeRO-3 keeps the weights that a recomputation gathers until the module that is in backward then is done. If the
+    first layer's saved tensors started the recomputation, it would leave that very layer, and the engine would free
+    its weight too early.
     """
     for block in model.blocks:
         block.register_forward_hook(_recomputed_first)
@@ -86,12 +91,12 @@ def recompute_whole_blocks(model: LanguageModel) -> None:
 
 def _recomputed_first(block: nn.Module, inputs: object, outputs: Any) -> Any:
     *tensors, state = outputs
-    results = _AsksFirst.apply(*tensors, *state)
+    results = _RecomputeFirst.apply(*tensors, *state)
     return *results[: len(tensors)], type(state)(*results[len(tensors) :])
 
 
-class _AsksFirst(Function):
-    """Pass tensors on; backward first asks for a saved tensor, for which a checkpoint recomputes all."""
+class _RecomputeFirst(Function):
+    """Identity; backward first reads a saved tensor, for which a checkpoint recomputes all."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -106,20 +111,22 @@ class _AsksFirst(Function):
 
 
 def sums_apart(train: TrainConfig) -> bool:
-    """Tell whether gradients of micro batches add up in float32, in a buffer of the engine, and not in bfloat16."""
+    """True if gradients of micro batches add up in float32, in a buffer of the engine, and not in bfloat16."""
     return train.stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1
 
 
 def loses_in_sums(train: TrainConfig) -> bool:
-    """Tell whether so many gradients add up in bfloat16 that the last of them hardly count. With 1,024 similar ones the
-    sum was 10 % off, and the norm 8 % too small; with 256, 2 %, and 1 % in float32."""
+    """True if so many gradients add up in bfloat16 that the last of them hardly count.
+
+    With 1,024 similar ones the sum was 10 % off, and the norm 8 % too small; with 256, 2 %, and 1 % in float32.
+    """
     in_bfloat16 = train.precision == "bf16" and not train.offload and not sums_apart(train)
     return in_bfloat16 and train.accumulate_grad_batches >= MANY
 
 
 def exchanges_gradients(train: TrainConfig) -> bool:
-    """Tell whether gradients go through the engine's buckets. A single rank without ZeRO-3, offload or float32 sums
-    needs none: the optimizer takes gradients from where backward left them."""
+    """True if gradients go through the engine's buckets. A single rank without ZeRO-3, offload or float32 sums needs
+    none: the optimizer takes gradients from where backward left them."""
     return train.ranks > 1 or train.stage == 3 or train.offload or sums_apart(train)
 
 
