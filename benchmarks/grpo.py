@@ -69,7 +69,7 @@ def ours(version, args):
     def take():
         prompts = [torch.randint(1, args.vocab, (args.length,)).tolist() for _ in range(args.prompts)]
         began = time.process_time()
-        groups = sample_rollouts(model, settings, dict(enumerate(prompts)), args.answers, lambda doing: None)
+        groups = sample_rollouts(model, settings, dict(enumerate(prompts)), args.answers)
         drawn = time.process_time()
         answers = [answer for group in groups for answer in group]
         assert all(len(answer.tokens) == args.tokens for answer in answers)

@@ -45,12 +45,12 @@ PARTS = (
     ("step", ("training/step",), ("optimizers", "bases", "adapter files", "data", "plots", "merge", "objectives")),
     ("saving", ("training/saving",), ("step",)),
     ("train flags", ("training/flags",), ("saving",)),
-    ("ranks", ("training/ranks",), ("train flags",)),
-    ("measuring", ("training/measuring", "training/inputs"), ("ranks", "evals")),
+    ("ranks", ("training/ranks",), ("measuring",)),
+    ("measuring", ("training/measuring", "training/inputs"), ("train flags", "evals")),
     ("rollouts", ("training/rollout",), ("step", "inference", "rewards")),
     ("engine", ("training/engine",), ("measuring", "rollouts", "inspect")),
     ("training", ("training",), ("engine",)),
-    ("run", ("training/run", "training/rank"), ("training", "evals", "rewards")),
+    ("run", ("training/run",), ("training", "ranks", "evals", "rewards")),
     ("tools/plan", ("tools/plan",), ("training",)),
     ("page", ("tools/ui",), ("train flags", "data", "web")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too

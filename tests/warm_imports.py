@@ -10,6 +10,7 @@ IMPORTS = (
     "trl.trainer.sft_trainer",
     "datasets",
     "rwkv_peft.training.run",
+    "torch.distributed.launcher.api",
     "rwkv_peft.training.engine.callbacks",
     "rwkv_peft.training.engine.trainer",
     "rwkv_peft.training.saving.loggers",

@@ -10,6 +10,7 @@ import os
 import runpy
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,19 @@ def when_parent_ends(act: Callable[[], None]) -> None:
 
     def watch() -> None:
         os.read(0, 1)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def when_orphaned(act: Callable[[], None]) -> None:
+    """Call act() in a thread when the process that started this one is gone, also one that holds no end of its standard
+    input, such as torchrun."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
         act()
 
     threading.Thread(target=watch, daemon=True).start()

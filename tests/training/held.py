@@ -1,6 +1,7 @@
 """train.py that takes no more steps than a file says, as long as it is there: `python held.py FILE flag…`.
 
-Tests hold a run by it while they do what must not come after the run's end, however fast that is.
+Tests hold a run by it while they do what must not come after the run's end, however fast that is. Ranks that it starts
+are held too.
 """
 
 import sys
@@ -9,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rwkv_peft.cli.commands import run
-from rwkv_peft.training.ranks.watch import Watch
+from rwkv_peft.training.ranks import launch
 
 
 def held(argv, file, steps):
@@ -19,15 +20,18 @@ def held(argv, file, steps):
 
 
 def main(file):
-    moved = Watch.moved
+    from rwkv_peft.training.step.lit import Lit
 
-    def wait(watch, doing):
+    begin = Lit.on_train_batch_start
+
+    def wait(lit, *batch):
         with suppress(FileNotFoundError):
-            while doing.startswith("step ") and int(doing[5:]) > int(file.read_text() or 0):
+            while lit.step >= int(file.read_text() or 0):
                 time.sleep(0.01)
-        moved(watch, doing)
+        begin(lit, *batch)
 
-    Watch.moved = wait
+    Lit.on_train_batch_start = wait
+    launch.python_command = lambda package, name, *argv: [sys.executable, __file__, str(file), *argv]
     run("train")
 
 

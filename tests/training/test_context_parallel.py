@@ -1,7 +1,5 @@
 """Ranks that share rows, by the command that a user types: the losses of one rank, resumed bitwise, refused clearly."""
 
-import time
-
 import pytest
 from safetensors.torch import load_file
 
@@ -48,10 +46,8 @@ def test_a_rank_that_dies_ends_the_other_and_the_run_goes_on_with_the_same_bits(
     second.kill()
     second.communicate()
     hold.unlink()
-    began = time.monotonic()
-    _, err = finish(first, 1)
-    assert time.monotonic() - began < 60
-    assert err.count("error: ") == 1 and "rank 1 has given no sign" in err and "--resume goes on" in err
+    _, err = finish(first, 76)
+    assert err.count("error: ") == 1 and "rank 0 lost the connection to another rank" in err and "--resume" in err
     assert "resuming after step" in train("broken", *more)[0]
     mine, theirs = (load_file(files / name / "adapter.safetensors") for name in ("broken", "unbroken"))
     assert mine.keys() == theirs.keys() and all((mine[key] == tensor).all() for key, tensor in theirs.items())

@@ -1,6 +1,5 @@
 """Ranks that torchrun starts, as many as there are nodes: a step keeps its samples, and a run outlives its nodes."""
 
-import os
 import signal
 import sys
 from argparse import Namespace
@@ -15,8 +14,6 @@ import warm
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.training.engine.fit import stopped
 from rwkv_peft.training.flags.world import World, fit
-from rwkv_peft.training.ranks.processes import Processes
-from rwkv_peft.training.ranks.watch import Watch
 from training.held import held
 from training.runs import finish, free_port, metrics, start, wait_for_steps, wait_for_words
 
@@ -33,25 +30,19 @@ def fitted(world, nodes=1, devices=1, passes=1):
     return args.num_nodes, args.devices, args.accumulate_grad_batches, notes
 
 
-def test_a_step_keeps_its_samples_on_as_many_ranks_as_there_are():
-    two = World(2, 4, starts=False, elastic=True)
+def test_a_step_keeps_its_samples_on_as_many_ranks_as_there_are(monkeypatch):
+    two = World(2, 4, launches=False, elastic=True)
     assert fitted(two, passes=3) == (2, 4, 3, [])  # flags left out
     assert fitted(two, 2, 4) == (2, 4, 1, []) and fitted(two, devices=4) == (2, 4, 1, [])
     note = "--accumulate_grad_batches 6: a step has 48 samples by "
     note += "--num_nodes 4 x --devices 4 x --accumulate_grad_batches 3"
     assert fitted(two, 4, 4, 3) == (2, 4, 6, [note]) and fitted(two, 4, passes=3) == (2, 4, 6, [note])
+    assert fitted(replace(two, hosted=True))[-1] == []
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in fitted(replace(two, hosted=True))[-1][0]
     assert fitted(World(2, 4), 4, 4) == (4, 4, 1, [])  # no torchrun: the flags stand, and are judged elsewhere
     with pytest.raises(UserError, match="16 samples by .*, and 3 ranks .*give --accumulate_grad_batches 6,"):
         fitted(World(3, 1, elastic=True), nodes=4, passes=4)
-
-
-def test_a_rank_whose_agent_is_gone_ends_with_the_others(tmp_path):
-    watch = Watch(World(1, 1, elastic=True), tmp_path, 1.0, Processes(), None)
-    assert watch.agent == os.getppid() and watch.look() == ""
-    watch.agent = -1
-    assert watch.look() == "torchrun, which had started rank 0, is gone"
-    assert Watch(World(), tmp_path, 1.0, Processes(), None).agent == 0
 
 
 def test_only_a_run_that_was_asked_to_stop_before_its_end_ends_with_a_signals_code():

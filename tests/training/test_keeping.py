@@ -128,8 +128,7 @@ def test_the_first_rank_asks_for_a_save_by_a_clock_that_nobody_sets(monkeypatch,
     saver = SimpleNamespace(save=lambda trainer, lit, done, epoch: saves.append((done, epoch)))
     config = SimpleNamespace(train=TrainConfig(save_minutes=0.5), objective=NextToken())
     plan, ends = Plan(1, 100, 100, 0, 0), lambda done: False
-    watch = SimpleNamespace(moved=lambda where: None)
-    callback = RunCallback(SimpleNamespace(config=config, saver=saver, plan=plan, ends=ends, watch=watch))
+    callback = RunCallback(SimpleNamespace(config=config, saver=saver, plan=plan, ends=ends))
     trainer, lit = SimpleNamespace(is_global_zero=first), SimpleNamespace(step=0, stopping=False)
     callback.saved = now[0]
     for step, seconds in enumerate((20, 9, 2, 20, 20)):

@@ -235,7 +235,7 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
     model, _ = load_model(BASE)
     plan = Plan(step_samples=2, epoch_steps=9, total_steps=9, first_step=0, first_sample=0)
     exam = Exam(train, load_tokenizer("bytes"))
-    examiner = Examiner(exam, tmp_path / "answers.jsonl", train, plan, print)
+    examiner = Examiner(exam, tmp_path / "answers.jsonl", train, plan)
     lit, asked = SimpleNamespace(model=model, step=7), {}
 
     def gather(parts, records):

@@ -3,15 +3,23 @@
 The nodes of a run are two processes that know each other by MASTER_ADDR alone.
 """
 
-import re
 import signal
-import socket
 import sys
+import threading
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
+from rwkv_peft.checkpoints.lock import LOCK, alone_in, holder
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.training.flags.world import LOOPBACK, World
+from rwkv_peft.training.ranks import group, launch
 from training.held import held
 from training.runs import finish, free_port, metrics, python_of, start, start_ranks, wait_for_steps, wait_for_words
 from warm import CHILDREN
@@ -21,39 +29,27 @@ LONG += ("--strategy", "deepspeed_stage_2", "--lr_schedule", "constant")
 PAIR = (*LONG, "--devices", "2")
 
 
-def node(argv, number, port):
-    argv = [*argv, "--num_nodes", "2"]
-    return start(argv, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, NODE_RANK=str(number))
-
-
-def task(argv, number, port):
-    """One of two tasks on two nodes, as srun starts them."""
-    srun = {"STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "2", "STEP_NODELIST": "localhost", "NODEID": str(number)}
-    variables = {f"SLURM_{name}": value for name, value in srun.items()}
-    return start([*argv, "--num_nodes", "2"], MASTER_PORT=port, SLURM_LOCALID="0", **variables)
-
-
 def two_nodes(first, second):
-    port = free_port()
-    return [node(first, 0, port), node(second, 1, port)]
+    """Start a command on each of two nodes, which launches the ranks there."""
+    place = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": free_port()}
+    return [
+        start([*argv, "--num_nodes", "2"], **place, NODE_RANK=str(node)) for node, argv in enumerate((first, second))
+    ]
+
+
+def two_tasks(argv):
+    """Start the ranks of one node as srun does, one a task."""
+    srun = {"JOB_ID": free_port(), "STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "1", "STEP_NODELIST": "localhost"}
+    variables = {f"SLURM_{name}": value for name, value in srun.items()} | {"MASTER_PORT": srun["JOB_ID"]}
+    return [start(argv, SLURM_LOCALID=str(rank), **variables) for rank in range(2)]
 
 
 def children(process, count):
-    """The child processes of a run, once there are `count`."""
+    """The child processes of a command, once there are `count`."""
     while len(found := psutil.Process(process.pid).children()) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     return found
-
-
-def is_over(process, seconds=60):
-    """True if a process ends within so many seconds; it counts as ended even if nobody has read its exit code."""
-    deadline = time.monotonic() + seconds
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def history(files, name):
@@ -71,15 +67,12 @@ def unbroken(files, command):
     return lines
 
 
-def test_nodes_train_the_same_under_stage_3(files, command, unbroken):
-    few = ("--epoch_steps", "8", "--epoch_count", "1")  # later, roundings grow
-    argv = command("stage-3", *LONG, *few, "--strategy", "deepspeed_stage_3")
-    for process in two_nodes(argv, argv):
+def test_ranks_of_every_launcher_train_the_same(files, command, unbroken):
+    out, err = finish(start(command("devices", *PAIR)))
+    assert "machine   1 x 2 cpu" in out and out.count("finished") == 1 and err == ""
+    for process in two_tasks(command("tasks", *PAIR)):
         finish(process)
-    lines = history(files, "stage-3")
-    assert len(lines) == 8
-    for mine, theirs in zip(lines, unbroken):
-        assert mine == pytest.approx(theirs, rel=1e-4)
+    assert history(files, "devices") == history(files, "tasks") == unbroken
 
 
 def test_nodes_that_disagree_end_with_one_message_that_names_the_flags_and_both_values(files, command):
@@ -92,94 +85,126 @@ def test_nodes_that_disagree_end_with_one_message_that_names_the_flags_and_both_
     assert not (files / "disagree" / "metrics.jsonl").exists()
 
 
-IMPATIENT = """
-from rwkv_peft.cli.commands import run
-from rwkv_peft.training.ranks import meeting
+# A launcher and its ranks, the second of which does something before its fourth step
+FAULTY = """
+import os, sys, time
 
-meeting.VISIBLE = 1.0
+from rwkv_peft.cli.commands import run
+from rwkv_peft.cli.errors import NotNow, UserError
+from rwkv_peft.training.ranks import group, launch
+from rwkv_peft.training.step.lit import Lit
+
+def start(lit, *batch):
+    if os.environ["RANK"] == "1" and lit.step == 3:
+        {fault}
+    begin(lit, *batch)
+
+group.VISIBLE = 1.0
+begin, Lit.on_train_batch_start = Lit.on_train_batch_start, start
+launch.python_command = lambda package, name, *argv: [sys.executable, __file__, *argv]
 run("train")
 """
 
 
-def test_a_folder_that_nodes_do_not_share_is_refused(files, command):
-    (files / "impatient.py").write_text(IMPATIENT)
-    here, there = ([sys.executable, str(files / "impatient.py"), *command(name)[2:]] for name in ("here", "there"))
-    for process in two_nodes(here, there):
+@pytest.fixture
+def faulty(files, command):
+    """(a run's name, its fault, flags) -> the command."""
+
+    def build(name, fault, *flags):
+        (files / f"{name}.py").write_text(FAULTY.format(fault=fault))
+        return [sys.executable, str(files / f"{name}.py"), *command(name, *LONG, *flags)[2:]]
+
+    return build
+
+
+def test_a_folder_that_nodes_do_not_share_is_refused(files, faulty):
+    for process in two_nodes(*(faulty(name, "pass") for name in ("here", "there"))):
         _, err = finish(process, 2)
         assert err.count("\n") == 1 and "name a folder on a disk that all nodes share" in err
     assert [path.name for path in files.glob("*here/*")] == []
 
 
-def test_a_node_that_is_refused_says_so_to_the_other(files, command):
-    port = free_port()
-    first = node(command("lonely"), 0, port)
-    wait_for_words("waiting for node 1 of 2", first)
-    second = node(command("lonely", "--data_file", str(files / "absent")), 1, port)
-    assert "absent" in finish(second, 2)[1]
-    _, err = finish(first, 2)
-    assert err.startswith("error: rank 1 (node 1 of 2) on ") and "absent" in err
+SAID = "--flag 5: the rule; the remedy"
+GOES_ON = "no checkpoint had been saved yet; the same command with --resume auto begins anew\n"
 
 
-def test_waiting_is_told_and_ends(command):
-    port = free_port()
-    out, err = finish(node(command("late", "--join_minutes", "0.02"), 1, port), 75)
-    assert f"waiting for node 0 of 2 at 127.0.0.1:{port}, 0 s" in out
-    assert "node 0 of 2 at 127.0.0.1:" in err and "did not come within 0.02 minutes (--join_minutes)" in err
-    process = node(command("late"), 0, port)
-    wait_for_words("waiting for node 1 of 2", process)
-    began = time.monotonic()
+@pytest.mark.parametrize(
+    "name, fault, code, last",
+    [
+        ("mistake", f"raise UserError('{SAID}')", 2, f"error: {SAID}\n"),
+        ("for-now", f"raise NotNow('{SAID}')", 75, f"error: {SAID}\n"),
+        ("bug", "1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+        ("killed", "os.kill(os.getpid(), 9)", 1, f"error: rank 1 was ended by SIGKILL; {GOES_ON}"),
+        ("hung", "time.sleep(1e6)", 76, f"; --timeout_minutes is 0.1), whose output says why; {GOES_ON}"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_other_and_its_message_comes_last_with_its_code(faulty, name, fault, code, last):
+    limit = ("--timeout_minutes", "0.1") if name == "hung" else ()
+    _, err = finish(start(faulty(name, fault, "--devices", "2", *limit)), code)
+    assert err.endswith(last) and ("Traceback" in err) is (name == "bug")
+
+
+@pytest.mark.parametrize(
+    "name, fault, codes, words",
+    [
+        ("mistaken-node", f"raise UserError('{SAID}')", (2, 2), f" ended: {SAID}\n"),
+        ("killed-node", "os.kill(os.getpid(), 9)", (76, 1), f", whose output says why; {GOES_ON}"),
+    ],
+)
+def test_a_rank_that_fails_ends_those_of_the_other_node(faulty, name, fault, codes, words):
+    first, second = two_nodes(*[faulty(name, fault)] * 2)
+    assert finish(second, codes[1])[1].count("error: ") == 1
+    _, err = finish(first, codes[0])
+    assert err.endswith(words) and err.count("\n") == 1
+
+
+def test_refusals_of_ranks_are_those_of_one_process(files, command):
+    _, err = finish(start(command("pair", *PAIR, "--data_file", str(files / "absent"))), 2)
+    assert err.startswith("error: ") and "absent" in err and err.count("\n") == 1
+    with alone_in(files / "pair"):
+        _, err = finish(start(command("pair", *PAIR)), 75)
+    assert "a run is training there" in err and err.count("\n") == 1
+
+
+def test_a_node_that_waits_in_vain_says_so_and_ctrl_c_ends_it(command):
+    place = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": free_port(), "NODE_RANK": "1"}
+    argv = [*command("late"), "--num_nodes", "2"]
+    _, err = finish(start([*argv, "--join_minutes", "0.02"], **place), 75)
+    assert f"did not meet at {LOOPBACK}:" in err and "within 0.02 minutes (--join_minutes)" in err
+    process = start(argv, **place | {"NODE_RANK": "0"})
+    wait_for_words("ranks     2 nodes meet at", process)
     process.send_signal(signal.SIGINT)
-    _, err = finish(process, 130)
-    assert err == "interrupted; what was saved before is intact\n" and time.monotonic() - began < 60
+    finish(process, -signal.SIGINT)
 
 
-def test_what_a_launcher_leaves_behind_and_a_taken_port_are_told(command):
-    for variables, words in (
-        ({"RANK": "1"}, "unset RANK"),
-        ({"NODE_RANK": "x"}, "NODE_RANK is 'x'"),
-        ({"NODE_RANK": "1"}, "unset NODE_RANK"),
-        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, "give --devices 2"),
-    ):
-        _, err = finish(start(command("stray"), **variables), 2)
-        assert words in err and err.count("\n") == 1
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-        _, err = finish(start(command("stray", "--devices", "2"), MASTER_PORT=port), 75)
-    assert f"MASTER_PORT {port} is taken by another process; set MASTER_PORT to a free one" in err
+@pytest.mark.parametrize("name", ["launcher", "rank-0"])  # Ctrl-C, and the page's Stop
+def test_ctrl_c_once_saves_and_stops_all_ranks_and_twice_ends_them(files, command, name):
+    argv, hold = command(name, *PAIR, "--resume", "auto"), files / "hold"
+    for times in (1, 2):
+        done = 3 * times
+        process = start(held(argv, hold, done))
+        wait_for_steps(files, name, done, process)
+        pid = process.pid if name == "launcher" else holder(files / name / LOCK)["process"]
+        psutil.Process(pid).send_signal(signal.SIGINT)
+        wait_for_words("stopping after this step", process)
+        if times == 1:
+            hold.unlink()
+            out, err = finish(process, 130)
+            assert f"stopped after {done + 1} of 60 steps, saved in" in out and err == ""
+        else:
+            psutil.Process(pid).send_signal(signal.SIGINT)
+            _, err = finish(process, 130)
+            assert err == "interrupted; what was saved before is intact\n"
+    assert [path.name for path in (files / name / "checkpoints").iterdir()] == ["step-00000004"]
 
 
-def test_a_dead_node_ends_the_other_within_a_minute(files, command):
-    argv, port = command("dead", *LONG, "--epoch_count", "5000"), free_port()
-    first, second = (task(argv, number, port) for number in range(2))
-    wait_for_steps(files, "dead", 25, first)
-    second.kill()
-    began = time.monotonic()
-    out, err = finish(first, 1)
-    assert time.monotonic() - began < 60
-    assert "error: rank 1 (node 1 of 2) has given no sign for" in err and "Traceback" not in err
-    assert "the last checkpoint is" in err and "the same command with --resume goes on from there" in err
-    second.communicate()
-
-
-def test_no_process_outlives_the_one_that_started_it(files, command, unbroken):
-    process = start(command("pair", *PAIR))
-    (child,) = children(process, 1)
-    process.kill()  # while the other starts up
-    assert is_over(child)
-    process.communicate()
-
-    argv, hold = command("pair", *PAIR, "--resume", "auto"), files / "hold"
-    process = start(held(argv, hold, 25))
-    wait_for_steps(files, "pair", 25, process)
-    (child,) = children(process, 1)
+def test_no_rank_outlives_its_launcher(command):
+    process = start(command("orphans", *PAIR, "--epoch_count", "5000"), cold=True)
+    ranks = children(process, 2)
     process.kill()
-    assert is_over(child)
-    _, err = process.communicate()
-    assert err.count("\n") == 1 and "rank 0, which had started the others, is gone; the last checkpoint is" in err
-
-    out, _ = finish(start(argv))
-    assert "resuming after step" in out
-    assert history(files, "pair") == unbroken
+    _, left = psutil.wait_procs(ranks, 600)
+    assert not left
+    process.communicate()
 
 
 def test_one_command_goes_on_through_restarts(files, command, unbroken):
@@ -191,7 +216,7 @@ def test_one_command_goes_on_through_restarts(files, command, unbroken):
     second.kill()
     second.communicate()
     hold.unlink()
-    finish(first, 1)
+    finish(first, 76)
     (files / "restarts" / "adapter-best.safetensors").write_bytes(b"of a run that died before its first checkpoint")
     torchrun = [sys.executable, str(CHILDREN), "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "1"]
     torchrun += ["--monitor_interval", "0.1", "--master_port", free_port()]
@@ -204,42 +229,47 @@ def test_one_command_goes_on_through_restarts(files, command, unbroken):
     assert not (files / "restarts" / "adapter-best.safetensors").exists()
 
 
-HANGING = """
-import time
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a thread that would exit
+def test_meeting_and_collectives_have_limits_of_their_own_and_the_first_failure_counts(tmp_path, monkeypatch):
+    """Two ranks in one process: NCCL fetches its id from a store that waits as long as a collective does."""
+    ends, kept = [], []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: kept.append(how))
+    monkeypatch.setattr(group.os, "_exit", lambda code: ends.append(code) or sys.exit())
+    monkeypatch.setattr(group, "PERIOD", 0.01)
+    monkeypatch.setattr(group.signal, "signal", lambda *_: None)
+    train = TrainConfig(devices=2, timeout_minutes=7.0, join_minutes=5.0, proj_dir=str(tmp_path))
+    worlds = [World(1, 2, rank, LOOPBACK, int(free_port()), launches=False) for rank in range(2)]
+    worlds[1] = World(1, 2, 1, LOOPBACK, worlds[0].port, launches=False)
+    ranks = [group.Ranks(world, train, torch.device("cpu")) for world in worlds]
+    threads = [threading.Thread(target=rank.__enter__) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [how["timeout"] for how in kept] == [how["store"].timeout for how in kept] == [timedelta(minutes=7)] * 2
+    with pytest.raises(SystemExit):
+        ranks[1].fail(UserError(SAID))
+    while len(ends) < 2:
+        time.sleep(0.01)
+    assert ends == [2, 2]
 
-from rwkv_peft.cli.commands import run
-from rwkv_peft.training.step.steps import Whole
-from rwkv_peft.training.ranks.watch import Watch
 
-loss, moved, steps = Whole.loss, Watch.moved, iter({pauses})
-
-def slowly(self, *batch):
-    time.sleep(next(steps, 0))
-    return loss(self, *batch)
-
-def from_the_first_step_on(self, doing):
-    if doing != "the start":  # which takes long on a busy machine
-        moved(self, doing)
-
-Whole.loss, Watch.moved = slowly, from_the_first_step_on
-run("train")
-"""
+def test_a_save_may_take_as_long_as_a_collective_before_ranks_are_killed(tmp_path):
+    config = launch.agent_config(World(1, 2), TrainConfig(devices=2), str(tmp_path))
+    assert (config.shutdown_timeout, config.nproc_per_node, config.max_restarts) == (3600, 2, 0)
 
 
-def test_a_rank_that_hangs_ends_all_and_says_where_and_a_slow_one_does_not(files, command):
-    """Three steps take a third of the limit each, and so more than it together, and one never ends."""
-    argv, port, processes = command("hanging", *LONG, "--stall_minutes", "0.12")[2:], free_port(), []
-    for number, pauses in enumerate(([], [2.5, 2.5, 2.5, 1e6])):
-        script = files / f"hanging-{number}.py"
-        script.write_text(HANGING.format(pauses=pauses))
-        processes.append(node([sys.executable, str(script), *argv], number, port))
-    wait_for_steps(files, "hanging", 3, processes[0])
-    began = time.monotonic()
-    for process in processes:
-        _, err = finish(process, 1)
-        assert "error: nothing has moved for 0.12 minutes (--stall_minutes): " in err and "Traceback" not in err
-        place = r"is at step 4, in step/lit.py, line \d+"
-        assert re.search(rf"rank 0 \(node 0 of 2\) {place} \(ask_ranks\); ", err), err
-        assert re.search(rf"rank 1 \(node 1 of 2\) {place} \(training_step\)", err)
-        assert "no checkpoint had been saved yet" in err
-    assert time.monotonic() - began < 60
+def test_of_several_failures_the_cause_is_reported(tmp_path, capsys):
+    def ended(code, at=5):
+        return SimpleNamespace(exitcode=code, timestamp=at, signal_name=lambda: "SIGSEGV")
+
+    for failures, code in (
+        ({0: ended(76), 1: ended(2)}, 2),
+        ({0: ended(143), 1: ended(75)}, 75),
+        ({0: ended(-15), 1: ended(1, 9)}, 1),
+        ({0: ended(76)}, 76),
+        ({0: ended(130), 1: ended(143)}, 130),
+    ):
+        assert launch.report(failures, World(1, 2), tmp_path) == code and capsys.readouterr().err == ""
+    assert launch.report({0: ended(76, 4), 1: ended(-11)}, World(1, 2), tmp_path) == 1
+    assert capsys.readouterr().err.startswith("error: rank 1 was ended by SIGSEGV; ")

@@ -24,7 +24,7 @@ SETTINGS = RolloutSettings(
 
 
 def drawn(model, times=4):
-    groups = sample_rollouts(model, SETTINGS, PROMPTS, times, lambda doing: None)
+    groups = sample_rollouts(model, SETTINGS, PROMPTS, times)
     assert model.training and [group[0].prompt for group in groups] == list(PROMPTS.values())
     return [answer for group in groups for answer in group]
 
@@ -107,7 +107,7 @@ def test_answers_are_judged_while_the_step_before_learns():
     model = make(DISTINCT[1], dtype=torch.float32)
     samples = SimpleNamespace(prompt=lambda n: [n + 1], row=int, place=int, original=int)
     plan = PromptPlan(micro_bsz=1, apart=1, accumulate=1, end=3)
-    step = RolloutStep(GRPO(ahead=True), SETTINGS, SimpleNamespace(submit=ask), None, 2, plan, lambda doing: None)
+    step = RolloutStep(GRPO(ahead=True), SETTINGS, SimpleNamespace(submit=ask), None, 2, plan)
     for first in range(3):
         batch = step.complete_batch(model, {"samples": samples, "first": first, "tokens": torch.zeros(1, 1)})
         events.append(("learned", first))

@@ -111,15 +111,29 @@ def field_names(row: Iterable[object]) -> str:
     return some([str(name) for name in row], 20) or "(none)"
 
 
-def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command's `main(argv) -> int`, and exit.
+def explained(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, message) for an exception that ends a command; None for one that only its traceback explains.
 
-    A UserError becomes one message on stderr and its exit code, 2 unless it is NotNow. An OSError of UNSEEN about a
-    file, a limit on open files that is reached, memory that is full, and output that was lost become a message and exit
-    code 2. Ctrl-C gives INTERRUPTED and exit code 130, SIGTERM and a terminal that goes away (SIGHUP) their words in
-    ENDINGS, 143 and 129.
-    The standard streams are Patient from then on (streams.py).
-    """
+    These are a UserError; an OSError of UNSEEN about a file; a limit on open files that is reached; memory that is
+    full; and Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP), with 128 + the signal's number."""
+    if isinstance(error, UserError):
+        return error.code, f"error: {error}"
+    if isinstance(error, OSError):  # any access to a file may find that its path is forbidden or malformed
+        if error.errno == errno.EMFILE:  # of a pipe or a socket it names no file
+            return 2, f"error: {TOO_MANY_FILES}"
+        advice = UNSEEN.get(error.errno or 0)
+        if advice is not None and error.filename is not None:
+            return 2, f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}"
+    if isinstance(error, MemoryError):
+        return 2, f"error: no more memory is free ({told(error)}); {ROOM}"
+    if isinstance(error, KeyboardInterrupt | Ended):
+        return ending_of(error)[::-1]
+    return None
+
+
+def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command's `main(argv) -> int`, and exit with its code, or with the message and code of `explained`. The
+    standard streams are Patient from then on (streams.py)."""
     make_patient()
     try:
         with ending_in_order():
@@ -127,20 +141,10 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
         if code or not (reason := lost_output()):
             sys.exit(code)
         message, code = f"error: the work is done, but its printed output is not whole: {reason}", 2
-    except UserError as error:
-        message, code = f"error: {error}", error.code
-    except OSError as error:  # any access to a file may find that its path is forbidden or malformed
-        advice = UNSEEN.get(error.errno or 0)
-        if error.errno == errno.EMFILE:  # of a pipe or a socket it names no file
-            message, code = f"error: {TOO_MANY_FILES}", 2
-        elif advice is None or error.filename is None:
+    except (Exception, KeyboardInterrupt, Ended) as error:
+        if (found := explained(error)) is None:
             raise
-        else:
-            message, code = f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}", 2
-    except MemoryError as error:
-        message, code = f"error: no more memory is free ({told(error)}); {ROOM}", 2
-    except (KeyboardInterrupt, Ended) as end:
-        message, code = ending_of(end)
+        code, message = found
     sys.stdout.flush()
     print(message, file=sys.stderr)
     sys.exit(code)

@@ -131,11 +131,11 @@ class MachineSettings:
         "torchrun, whose ranks are those that it started, this and --devices only say how many samples a step has",
         type=positive,
     )
-    join_minutes: float = setting(10.0, "end a run whose processes have not met after so many minutes", type=above_zero)
-    stall_minutes: float = setting(
-        30.0,
-        "end a run in which no step, validation batch or save has ended for so many minutes; 0: never",
-        type=not_negative,
+    join_minutes: float = setting(10.0, "end a run whose nodes have not met after so many minutes", type=above_zero)
+    timeout_minutes: float = setting(
+        60.0,
+        "end a run in which a rank has waited so many minutes for another; longer than the largest save takes",
+        type=above_zero,
     )
     context_parallel: int = setting(
         1,

@@ -43,7 +43,6 @@ LARGEST = ("gap_max",)  # figures that are maxima; the others are means
 FLAT = 10  # steps in a row without spread of rewards, after which a run says so
 
 Judgement = Callable[[], Judged]  # waits for it
-Moved = Callable[[str], object]  # is called with the work in progress, for each part of it
 
 
 class Rollout(NamedTuple):
@@ -100,7 +99,7 @@ class PromptPlan(NamedTuple):
 
 
 def sample_rollouts(
-    model: LanguageModel, settings: RolloutSettings, prompts: Mapping[int, list[int]], times: int, moved: Moved
+    model: LanguageModel, settings: RolloutSettings, prompts: Mapping[int, list[int]], times: int
 ) -> list[list[Rollout]]:
     """Sample `times` Rollouts of each prompt, {number: token ids}, with adapters on. The draws of a completion depend
     on the run's seed, the prompt's number and its own alone."""
@@ -121,7 +120,6 @@ def sample_rollouts(
         ):
             key, tokens, text, end, logprobs, entropies = completion
             found[key] = Rollout(due[key], tokens, logprobs, entropies, text, end)
-            moved("the answers")
     model.train(trains)
     return [[found[number * times + place] for place in range(times)] for number in prompts]
 
@@ -176,10 +174,9 @@ class RolloutStep(Whole):
         teacher: nn.Module | None,
         times: int,
         plan: PromptPlan,
-        moved: Moved,
     ) -> None:
         super().__init__(objective, teacher=teacher)
-        self.settings, self.rewards, self.times, self.plan, self.moved = settings, rewards, times, plan, moved
+        self.settings, self.rewards, self.times, self.plan = settings, rewards, times, plan
         self.ready: dict[int, dict[str, Any]] = {}  # batches by the number of their first prompt
         self.ahead: dict[int, list[Rollout]] = {}  # sampled ahead, by the numbers of their prompts
         self.judging: Judgement | None = None  # of these; None if they are of a checkpoint
@@ -253,7 +250,7 @@ class RolloutStep(Whole):
         assert isinstance(model, LanguageModel)
         began = time.perf_counter()
         prompts = {number: samples.prompt(number) for number in numbers}
-        groups = sample_rollouts(model, self.settings, prompts, times, self.moved)
+        groups = sample_rollouts(model, self.settings, prompts, times)
         rollouts = [rollout for group in groups for rollout in group]
         self.seconds["draw_s"] += time.perf_counter() - began
         return rollouts, self.judgement(samples, numbers, rollouts)
@@ -270,7 +267,6 @@ class RolloutStep(Whole):
         """The Judged, once it is there."""
         began = time.perf_counter()
         judged = judgement()
-        self.moved("the judged answers")
         self.seconds["judge_s"] += time.perf_counter() - began
         return judged
 

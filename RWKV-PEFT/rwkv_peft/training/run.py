@@ -1,7 +1,7 @@
 """Take one training run from flags to files; `python train.py --help` shows the flags.
 
 Only here do model, adapters, data and engine meet. The loss is computed in step/ (steps.py, by an objective), answers
-are sampled in rollout.py, and saving/ writes checkpoints and products; engine/trainer.py tells the order of a step.
+are sampled in rollout.py, and saving/ writes checkpoints and products; engine/trainer.py has the order of a step.
 """
 
 import json
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from ..checkpoints.atomic import check_output
 from ..checkpoints.lock import alone_in
@@ -37,10 +39,11 @@ from .flags.request import Request, parse_run
 from .flags.settings_file import write
 from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
-from .measuring.questions import Questions, find_questions
+from .measuring.questions import find_questions
 from .model import make_model, own_device, write_new_model
-from .ranks.agreement import digests_of_inputs, passport
-from .ranks.meeting import Ranks
+from .ranks.agreement import shared_values
+from .ranks.group import INTACT, Ranks
+from .ranks.launch import launch
 from .saving.checkpoints import UNSAVED, clear_hidden, clear_unsaved, discard_old
 from .saving.products import require_room_to_save
 from .saving.resume import AUTO, completed, find_state
@@ -63,19 +66,20 @@ def main(argv: list[str]) -> int:
             return store(request, say) if request.world.rank == 0 else 0
         if request.args.train_stage == 1:
             return write_new_model(request.config, say) if request.world.rank == 0 else 0
+        if request.world.launches and request.world.size > 1:
+            return launch(request.world, request.argv, request.config.train)
         code, words = run(request, say)
         past_ctrl_c()
         if words:
             say(words)
         return code
     except KeyboardInterrupt as interrupt:
-        if request.world.leads:
-            print("interrupted; what was saved before is intact", file=sys.stderr)
+        print(INTACT, file=sys.stderr)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 def silent(*words: object, **options: object) -> None:
-    """Print nothing: the `say` of ranks whose output nobody watches."""
+    """Print nothing: the `say` of all ranks but the first."""
 
 
 def check(request: Request, say: Callable[..., object] = print) -> int:
@@ -113,20 +117,21 @@ def show(request: Request, say: Callable[..., object] = print) -> int:
 
 
 def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]:
-    """Train as a Request says; `say` prints for the user. Returns (the exit code, how it ended in words)."""
+    """Train by a Request; `say` prints for the user. Returns (the exit code, a sentence on the run's end)."""
     world, train = request.world, request.config.train
-    folder = Path(train.proj_dir)
-    with ExitStack() as held:
-        ranks = held.enter_context(Ranks(world, request.argv, train.join_minutes, print if world.leads else silent))
-        if world.rank == 0:
-            held.enter_context(alone_in(folder, say))
-        held.enter_context(printing_compilations(world.rank == 0))
-        return run_on(ranks, request, say)
+    device = own_device(resolve_accelerator(train), world.local_rank)
+    with Ranks(world, train, device) as ranks:
+        with ExitStack() as held:
+            if world.rank == 0:
+                held.enter_context(alone_in(Path(train.proj_dir), say))
+            held.enter_context(printing_compilations(world.rank == 0))
+            code, words = run_on(ranks, request, device, say)
+        return ranks.leave(code), words
 
 
-def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[int, str]:
-    """Do the work of `run` on Ranks that are yet to meet."""
-    leads, accelerator = request.world.rank == 0, resolve_accelerator(request.config.train)
+def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[..., object]) -> tuple[int, str]:
+    """Do the work of `run` as one of its Ranks, on a device."""
+    leads, accelerator = request.world.rank == 0, "cpu" if device.type == "cpu" else "gpu"
     inputs = find_inputs(request)
     config, samples = inputs.config, (inputs.samples, *inputs.measured.values())
     if words := require_more_to_train(inputs, leads):
@@ -135,9 +140,9 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
         base.require_finite()
     asked = find_questions(inputs, speaks=leads)
     with judging(config, samples) as rewards:
-        meet(ranks, inputs, asked)
-        device, train = own_device(accelerator, request.world.local_rank), config.train
-        accumulate = train.accumulate_grad_batches
+        if request.world.size > 1:
+            ranks.agree(shared_values(inputs, asked), inputs.folder)
+        train, accumulate = config.train, config.train.accumulate_grad_batches
         batches = TrainBatches(samples[0], config.data.micro_bsz, groups=train.groups, accumulate=accumulate)
         model, report = make_model(inputs, request.layers, batches, device)
         if leads:  # the others would each open GPU 0 to see whether the kernels work
@@ -146,12 +151,14 @@ def run_on(ranks: Ranks, request: Request, say: Callable[..., object]) -> tuple[
             describe(inputs, accelerator, batches.notes, report, say)
             make_way(inputs, report.trainable, say)
         teacher = None if inputs.teacher is None else make_teacher(inputs.teacher, config, device)
-        return fit(Prepared(inputs, asked, model, report.trainable, teacher, rewards, accelerator, ranks), say)
+        return fit(Prepared(inputs, asked, model, report.trainable, teacher, rewards, accelerator, request.world), say)
 
 
 def require_more_to_train(inputs: Inputs, leads: bool) -> str:
-    """Return "" if there are steps to train, else how the run that --resume auto goes on from had ended; a process that
-    `leads` then does what such a run may lack. Raises UserError for --resume by itself of such a run."""
+    """Return "" if there are steps to train, else how the run that --resume auto goes on from had ended.
+
+    A process that `leads` then draws the picture and discards the old checkpoints of such a run. Raises UserError for
+    --resume by itself of it."""
     train, folder = inputs.config.train, inputs.folder
     complete, remedy = completed(train, inputs.plan, inputs.lowest) if inputs.state else ("", "")
     if complete and train.resume != AUTO:
@@ -162,25 +169,10 @@ def require_more_to_train(inputs: Inputs, leads: bool) -> str:
     return complete
 
 
-def meet(ranks: Ranks, inputs: Inputs, asked: Questions) -> None:
-    """Let the ranks meet and compare what each is about to do."""
-    config, checkpoint, shared = inputs.config, inputs.checkpoint, {}
-    if ranks.world.size > 1:
-        others = {
-            "the checkpoint to go on from": checkpoint and checkpoint.name,
-            **digests_of_inputs(config, goes_on=checkpoint is not None),
-            **{f"the data of {name}_loss": one["content"] + one["files"] for name, one in inputs.of_measured.items()},
-            **{f"the questions of {name}": exam.digest for name, exam in asked.exams.items()},
-            "the rows to answer": "" if asked.rows is None else asked.rows.digest,
-        }
-        shared = passport(config, inputs.identity, others)
-    ranks.meet(shared, inputs.folder, config.train.stall_minutes)
-
-
 @contextmanager
 def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Rewards | None]:
     """Within, have the Rewards of a run, None if its objective needs none. Raises UserError for rewards that cannot be
-    opened, and for a row of its data that lacks what they read."""
+    opened, and for a row of its data that lacks a field that they read."""
     objective = config.objective
     if REWARDS not in objective.needs:
         yield None
@@ -193,7 +185,7 @@ def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Rewards | No
 
 
 def make_way(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:
-    """Clear a run's folder of what a killed run left, check its disk, and mark a run that begins anew as UNSAVED."""
+    """Clear a run's folder of a killed run's leftovers, check its disk, and mark a run that begins anew as UNSAVED."""
     folder, anew = inputs.folder, inputs.state is None
     clear_hidden(folder)
     if anew:

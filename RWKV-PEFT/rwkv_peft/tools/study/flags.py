@@ -150,7 +150,7 @@ def parse_flags(argv: Sequence[str]) -> Study:
             f"--ctx_len {flags.data.ctx_len} has no room for --part_tokens {args.part_tokens} with a question and an "
             f"answer, {longest} tokens in all; raise it, or lower those"
         )
-    if flags.world.nodes > 1 or not flags.world.starts:
+    if flags.world.nodes > 1 or not flags.world.launches:
         raise UserError(f"{PROG} starts the processes of one machine itself; give --devices, and start it alone")
     return replace(study, words=tuple(theirs))
 

@@ -63,14 +63,12 @@ class RunCallback(pl.Callback):
         self.began, self.saved = time.perf_counter(), time.monotonic()
 
     def on_train_batch_start(self, trainer: Any, lit: Lit, batch: TrainBatch, batch_idx: int) -> None:
-        self.run.watch.moved(f"step {lit.step + 1}")
         if batch_idx % self.train.accumulate_grad_batches == 0:
             self.began = time.perf_counter()
         passed = time.monotonic() - self.saved
         lit.save_requested = trainer.is_global_zero and 0 < self.train.save_minutes * 60 <= passed
 
     def on_train_batch_end(self, trainer: Any, lit: Lit, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        self.run.watch.moved(f"the end of step {lit.step + 1}")
         self.tokens += lit.micro_tokens
         if (batch_idx + 1) % self.train.accumulate_grad_batches:
             return  # the optimizer steps after the last micro batch
@@ -190,7 +188,7 @@ def handle_signals(trainer: Any, lit: Lit, say: Callable[..., object]) -> None:
     step; a second Ctrl-C or SIGTERM stops at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if lit.stop_requested:
+        if lit.stop_requested not in (0, signal.SIGHUP):  # an agent sends SIGTERM after a second SIGHUP
             raise KeyboardInterrupt(number)
         lit.stop_requested = number
         if not trainer.should_stop:  # or the run is ending anyway

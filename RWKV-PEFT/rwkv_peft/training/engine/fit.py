@@ -11,8 +11,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...checkpoints.atomic import write_text
 from ...checkpoints.best import BEST, SINCE, HeldOut, labelled, take
 from ...children import import_matplotlib
@@ -58,7 +56,6 @@ def quiet() -> None:
 
 def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     """Run Lightning's Trainer over the plan; returns (the exit code, how it ended in words)."""
-    run.watch.moved("the start")
     if run.accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would use a GPU if there is one
         keep_freed_memory()
@@ -89,19 +86,13 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
             + "; try a lower --lr_init, or --precision fp32",
             file=sys.stderr,
         )
-        return (1 if run.leads or run.ranks.world.elastic else 0), ""
+        return 1, ""
     except (Exception, SystemExit) as error:
         # Lightning ends with another exception if a signal meets it between steps, or while it closes a log
         if isinstance(error.__context__, KeyboardInterrupt | Ended):
             raise error.__context__ from None
         raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if run.leads:
-        return ended(run, lit, say)
-    # torchrun starts a node anew only if its ranks end with an error, and takes 0 for the end of the run
-    return (stopped(run, lit) if run.ranks.world.elastic else 0), ""
+    return ended(run, lit, say) if run.leads else (stopped(run, lit), "")
 
 
 def write_run_config(run: Prepared) -> None:
@@ -115,7 +106,7 @@ def write_run_config(run: Prepared) -> None:
 
 
 def stopped(run: Prepared, lit: "Lit") -> int:
-    """The exit code of a run that ends before its last step because of a signal on a rank, else 0."""
+    """128 + the signal's number for a run that a signal ended before its last step, else 0."""
     early = lit.stopping and lit.step < run.plan.total_steps and not run.exhausted
     return 128 + (lit.stop_requested or signal.SIGTERM) if early else 0
 

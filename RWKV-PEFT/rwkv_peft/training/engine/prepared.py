@@ -4,17 +4,17 @@ from typing import Any
 
 from ...models.parts import LanguageModel
 from ...rewards import Rewards
+from ..flags.world import World
 from ..inputs import Inputs
 from ..measuring.questions import BeforeAfter, Examiner, Questions
 from ..measuring.validate import Validator
-from ..ranks.meeting import Ranks
 from ..rollout import RolloutLog
 from ..saving.checkpoints import ANSWERS, ROWS
 from ..saving.saver import Saver
 
 
 class Prepared:
-    """A run that is ready to begin, on Ranks that have met.
+    """A run that is ready to begin.
 
     Its inputs, its questions, its model with the number of `trainable` parameters, and the teacher and the rewards
     that it learns from, if any; accelerator: "cpu" or "gpu". From these it makes the validator (None without data to
@@ -31,27 +31,24 @@ class Prepared:
         teacher: LanguageModel | None,
         rewards: Rewards | None,
         accelerator: str,
-        ranks: Ranks,
+        world: World,
     ) -> None:
-        assert ranks.watch is not None  # because they have met
-        config, plan, watch = inputs.config, inputs.plan, ranks.watch
+        config, plan = inputs.config, inputs.plan
         self.inputs, self.model, self.trainable, self.teacher = inputs, model, trainable, teacher
-        self.rewards, self.accelerator, self.ranks, self.leads = rewards, accelerator, ranks, ranks.world.rank == 0
-        self.config, self.plan, self.samples, self.watch = config, plan, inputs.samples, watch
+        self.rewards, self.accelerator, self.world, self.leads = rewards, accelerator, world, world.rank == 0
+        self.config, self.plan, self.samples = config, plan, inputs.samples
         self.saver = Saver(inputs.folder, config, plan, inputs.identity, inputs.base)
         self.folder, train, anew = inputs.folder, config.train, inputs.state is None
         self.validator = None
         if inputs.measured:
-            self.validator = Validator(inputs, self.saver, watch.moved)
+            self.validator = Validator(inputs, self.saver)
         exams = asked.exams.items()
-        self.examiners: list[Any] = [
-            Examiner(exam, self.folder / name, train, plan, watch.moved) for name, exam in exams
-        ]
+        self.examiners: list[Any] = [Examiner(exam, self.folder / name, train, plan) for name, exam in exams]
         if config.data.of_prompts:
             self.examiners.append(RolloutLog(self.folder / ANSWERS, plan))
         self.rows = None
         if asked.rows is not None:
-            self.rows = BeforeAfter(asked.rows, self.folder / ROWS, watch.moved, train.compile, anew)
+            self.rows = BeforeAfter(asked.rows, self.folder / ROWS, train.compile, anew)
         # its optimizer's state may belong to other ranks
         self.checkpoint = None if train.fresh_optimizer else inputs.checkpoint
 

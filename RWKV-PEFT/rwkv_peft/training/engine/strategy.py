@@ -1,7 +1,6 @@
-"""Run DeepSpeed ZeRO under Lightning on ranks that have met, CPUs over gloo as well as GPUs over NCCL."""
+"""DeepSpeed ZeRO under Lightning, on CPUs over gloo as well as on GPUs over NCCL."""
 
 import logging
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from ...config import BUCKET
 from ..flags.world import World
-from ..ranks.meeting import Ranks
 from ..step.zero import (
     dynamic_scaler,
     exchanges_gradients,
@@ -21,11 +19,9 @@ from ..step.zero import (
 )
 from .prepared import Prepared
 
-FOREVER = timedelta(days=365)  # timeout of a collective: watch.py ends what hangs
 
-
-class MetRanks(ClusterEnvironment):
-    """Tell Lightning about the processes of a run, which are all there already."""
+class RunEnvironment(ClusterEnvironment):
+    """The processes of a run for Lightning, which makes no group of them: it exists (training/ranks/group.py)."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -48,13 +44,13 @@ class MetRanks(ClusterEnvironment):
         return self.world.size
 
     def set_world_size(self, size: int) -> None:
-        """Do nothing, because the size is known."""
+        """Do nothing: the World has the size."""
 
     def global_rank(self) -> int:
         return self.world.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Do nothing, because the rank is known."""
+        """Do nothing: the World has the rank."""
 
     def local_rank(self) -> int:
         return self.world.local_rank
@@ -64,12 +60,12 @@ class MetRanks(ClusterEnvironment):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA, on ranks that have met."""
+    """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA, on a process group that exists."""
 
-    def __init__(self, ranks: Ranks, exchange: bool, **settings: Any) -> None:
+    def __init__(self, world: World, exchange: bool, **settings: Any) -> None:
         """exchange: gradients go through buckets (exchanges_gradients)."""
-        super().__init__(cluster_environment=MetRanks(ranks.world), **settings)
-        self.ranks, self.exchange = ranks, exchange
+        super().__init__(cluster_environment=RunEnvironment(world), **settings)
+        self.exchange = exchange
 
     def setup_environment(self) -> None:
         if self.root_device.type == "cpu":
@@ -78,15 +74,6 @@ class ZeroStrategy(DeepSpeedStrategy):
                 torch.device("cpu", index) for index in range(len(self.parallel_devices))
             ]
         super(DeepSpeedStrategy, self).setup_environment()
-
-    def setup_distributed(self) -> None:
-        world = self.ranks.world
-        backend = self._get_process_group_backend()
-        # DeepSpeed takes a group that is there; for one of its own it would look for another meeting place.
-        torch.distributed.init_process_group(
-            backend, store=self.ranks.store, rank=world.rank, world_size=world.size, timeout=FOREVER
-        )
-        super().setup_distributed()
 
     def _setup_model_and_optimizer(self, *arguments: Any, **named: Any) -> Any:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -139,7 +126,7 @@ def make_strategy(run: Prepared) -> ZeroStrategy:
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     bucket, exchange = min(BUCKET, max(run.trainable, 1)), exchanges_gradients(train)
     strategy = ZeroStrategy(
-        run.ranks,
+        run.world,
         exchange,
         stage=train.stage,
         offload_optimizer=train.offload,

@@ -19,6 +19,7 @@ A step does, in this order, for each of its micro batches:
 """
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import islice
 from typing import Any
 
@@ -51,7 +52,8 @@ def step_of(run: Prepared) -> Step:
     if data.of_prompts:
         return rollout_step(run)
     if train.context_parallel > 1:
-        line = Line(run.ranks.world.rank, train.context_parallel, config.model.n_layer)
+        limit = timedelta(minutes=train.timeout_minutes)
+        line = Line(run.world.rank, train.context_parallel, config.model.n_layer, limit)
         return SharedRows(objective, line, teacher, train.chunk_ctx)
     if train.chunk_ctx:
         assert isinstance(objective, NextToken)  # the rules of the others refuse segments
@@ -74,9 +76,9 @@ def rollout_step(run: Prepared) -> Step:
     settings = RolloutSettings.of(
         config, objective, find_tokenizer(None, config.model.vocab_size, run.samples.vocabulary)
     )
-    apart, end = data.micro_bsz * run.ranks.world.size, run.plan.total_steps * run.plan.step_samples
+    apart, end = data.micro_bsz * run.world.size, run.plan.total_steps * run.plan.step_samples
     prompts = PromptPlan(data.micro_bsz, apart, config.train.accumulate_grad_batches, end // objective.together)
-    return RolloutStep(objective, settings, run.rewards, run.teacher, data.num_generations, prompts, run.watch.moved)
+    return RolloutStep(objective, settings, run.rewards, run.teacher, data.num_generations, prompts)
 
 
 class RunBatches:
@@ -88,7 +90,7 @@ class RunBatches:
         self.batches = TrainBatches(
             run.samples,
             run.config.data.micro_bsz,
-            group=run.ranks.world.rank // train.context_parallel,
+            group=run.world.rank // train.context_parallel,
             groups=train.groups,
             accumulate=train.accumulate_grad_batches,
             samples_seen=plan.first_sample,

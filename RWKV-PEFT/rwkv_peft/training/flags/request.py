@@ -5,14 +5,17 @@ before a weight is read; those that the flags show by themselves are refused bef
 """
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ... import objectives
+from ...children import when_orphaned
 from ...cli.errors import UserError
 from ...cli.names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...cli.parser import Parser
@@ -34,6 +37,7 @@ from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.recorded import default_mask
 from ...objectives import takers_of
+from ..saving.checkpoints import how_to_go_on
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, entries_of, first_of, parser_of_train, settings_of
 from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
@@ -87,10 +91,24 @@ class Flags(NamedTuple):
 
 
 def judge(argv: Sequence[str]) -> None:
-    """Check the flags before torch is imported. For several ranks, also silence torch's C++ log, whose level torch
-    reads at its import: a lost rank is reported in our words, without stacks of C++ frames."""
-    if parse_flags(argv).world.size > 1:
+    """Check the flags before torch is imported. For several ranks, also silence torch's C++ log, because torch reads
+    its level at import, and a lost rank is reported without stacks of C++ frames. A rank ends with its torchrun from
+    here on."""
+    flags = parse_flags(argv)
+    if flags.world.size > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    if flags.world.elastic:
+        when_orphaned(partial(end_without_launcher, flags.world, Path(flags.train.proj_dir)))
+
+
+def end_without_launcher(world: World, folder: Path) -> None:
+    """End this rank because its torchrun, or the command that started it, is gone."""
+    try:
+        if world.leads:
+            words = f"error: the launcher of {world.name(world.rank)} is gone; {how_to_go_on(folder)}"
+            print(words, file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
 
 
 def parse_flags(argv: Sequence[str]) -> Flags:

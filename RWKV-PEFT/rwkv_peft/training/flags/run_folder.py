@@ -67,7 +67,7 @@ def draw_seed(args: Namespace, world: World) -> int:
     if several processes of a World would each draw another."""
     with suppress(*UNREADABLE):  # it begins, or the resume itself says what is wrong with the checkpoint
         return int(saved_state(args.proj_dir, args.resume)["config"]["train"]["random_seed"])
-    if world.nodes > 1 or not world.starts:
+    if world.nodes > 1 or not world.launches:
         raise UserError(
             f"--random_seed {DRAWN} draws a seed, and each of the processes that are started here would draw another; "
             "give a number"

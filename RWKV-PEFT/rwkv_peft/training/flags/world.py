@@ -1,5 +1,5 @@
-"""Find which process of a run this one is, from its flags and whatever started it: this command itself, torchrun (or
-another launcher that sets torch's variables), or Slurm's srun."""
+"""The place of this process among the ranks of a run, by its flags and the variables of its launcher: torchrun (or
+another that sets torch's variables), Slurm's srun, or none."""
 
 import os
 import re
@@ -15,24 +15,25 @@ from ..saving.checkpoints import saved_state
 
 LOOPBACK = "127.0.0.1"
 PORT = 29500  # torch's own default, if MASTER_PORT is not given
-TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # what every launcher of torch's kind sets for each process
-TORCHRUN = "TORCHELASTIC_RUN_ID"  # what torchrun's agent sets besides
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # set by every launcher of torch's kind for each process
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # set by torchrun's agent besides
 SLURM_PORTS = (15000, 10000)  # the first, and how many: a job's number chooses its port
 
 
 @dataclass(frozen=True)
 class World:
-    """This process, `rank` of nodes x devices, numbered node by node, and the address:port at which they meet; for port
-    0 the system chooses one. `starts` says whether it starts the others of its node; `hosted` says whether torchrun
-    keeps the store there, else rank 0 keeps it. `elastic` says whether torchrun's agent started it, which decides how
-    many ranks there are, and starts them anew, perhaps on other nodes, if one ends with an error."""
+    """This process, `rank` of nodes x devices, numbered node by node, and the address:port of the run's store.
+
+    launches: it starts the ranks of its node, and is none of several (ranks/launch.py). hosted: torchrun's agent keeps
+    the store, else rank 0. elastic: an agent started it, which sets the number of ranks, and may start them anew, on
+    other nodes too, if one ends with an error."""
 
     nodes: int = 1
     devices: int = 1
     rank: int = 0
     address: str = LOOPBACK
     port: int = 0
-    starts: bool = True
+    launches: bool = True
     hosted: bool = False
     elastic: bool = False
 
@@ -50,45 +51,40 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Tell whether it is the first process of its node, which speaks for the others."""
+        """True for the first rank of a node, which prints for it."""
         return self.local_rank == 0
 
     def name(self, rank: int) -> str:
-        """Name a rank in a message, with its node if there are several."""
+        """A rank in a message, with its node if there are several."""
         return f"rank {rank}" + f" (node {rank // self.devices} of {self.nodes})" * (self.nodes > 1)
 
 
 def find_world(train: TrainConfig, environment: Mapping[str, str] = os.environ) -> World:
-    """Find the World of this process. Raises UserError if the flags and what started the process contradict each other,
-    or do not tell at what address the processes meet."""
+    """The World of this process. Raises UserError if its flags and its launcher's variables contradict each other, or
+    give no address at which nodes meet."""
     if any(name in environment for name in TORCH):
         return by_torch(train, environment)
     if number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return by_slurm(train, environment)
-    node = number(environment, "NODE_RANK", 0)
-    if node >= train.num_nodes:
+    node, nodes = number(environment, "NODE_RANK", 0), train.num_nodes
+    if node >= nodes or nodes > 1 and "NODE_RANK" not in environment:
+        remedy = f"set it to this node's number, 0 to {nodes - 1}, and MASTER_ADDR to the address of node 0"
         raise UserError(
-            f"NODE_RANK is {node} and --num_nodes {train.num_nodes}, whose nodes have the numbers 0 to "
-            f"{train.num_nodes - 1}; " + ("unset NODE_RANK" if train.num_nodes == 1 else "set NODE_RANK to one of them")
+            f"NODE_RANK is {environment.get('NODE_RANK', 'not set')} for --num_nodes {nodes}; "
+            + ("unset it" if nodes == 1 else remedy)
         )
-    if train.num_nodes > 1 and "NODE_RANK" not in environment:
-        raise UserError(
-            f"--num_nodes {train.num_nodes} and NODE_RANK is not set; set it to this node's number, 0 to "
-            f"{train.num_nodes - 1}, and MASTER_ADDR to the address of node 0"
-        )
-    return World(train.num_nodes, train.devices, node * train.devices, *meeting_place(train.num_nodes, environment))
+    return World(nodes, train.devices, node * train.devices, *meeting_place(nodes, environment))
 
 
 def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
-    """Find the World by torch's variables: one process a rank. Raises UserError as find_world does."""
-    missing = [name for name in TORCH if name not in environment]
-    if missing:
+    """The World of a rank, by torch's variables. Raises UserError as find_world does."""
+    if missing := [name for name in TORCH if name not in environment]:
         given = next(name for name in TORCH if name in environment)
         raise UserError(
             f"{given} is set, as for one of several processes that a launcher starts, and {missing[0]} is not; unset "
             f"{given} to train with this command alone, or start it with torchrun"
         )
-    rank, size, local = (number(environment, name) for name in TORCH)
+    rank, size = (number(environment, name) for name in TORCH[:2])
     devices = number(environment, "LOCAL_WORLD_SIZE", train.devices, least=1)
     nodes, rest = divmod(size, devices)
     elastic = TORCHRUN in environment
@@ -98,18 +94,12 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
             f"{train.devices} and --num_nodes {train.num_nodes}; "
             + ("start as many on each node" if rest else f"give --devices {devices} --num_nodes {nodes}")
         )
-    if rank >= size or rank % devices != local:
-        raise UserError(
-            f"RANK {rank} and LOCAL_RANK {local} are not those of one of {size} processes, {devices} a node, counted "
-            "node by node; start them with torchrun, or unset " + ", ".join(TORCH)
-        )
     hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    place = meeting_place(size, environment)
-    return World(nodes, devices, rank, *place, starts=False, hosted=hosted, elastic=elastic)
+    return World(nodes, devices, rank, *meeting_place(size, environment), False, hosted, elastic)
 
 
 def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
-    """Find the World by srun's variables: one task a rank, or one a node, which starts the others there."""
+    """The World of a task of srun: a rank, or the only task of a node, which launches the ranks there."""
     tasks, node = number(environment, "SLURM_STEP_NUM_TASKS"), number(environment, "SLURM_NODEID", 0)
     nodes = number(environment, "SLURM_STEP_NUM_NODES", 1, least=1)
     if nodes != train.num_nodes or tasks not in (nodes, nodes * train.devices):
@@ -118,13 +108,13 @@ def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
             f"{train.num_nodes}; give --num_nodes {nodes} --devices {max(1, tasks // nodes)}, or another "
             "--ntasks-per-node to srun"
         )
-    hosts = environment.get("SLURM_STEP_NODELIST", LOOPBACK)
     base, many = SLURM_PORTS
     port = base + number(environment, "SLURM_JOB_ID", 0) % many
-    place = {"MASTER_ADDR": first_host(hosts), "MASTER_PORT": str(port), **environment}
-    local = 0 if tasks == nodes else number(environment, "SLURM_LOCALID", 0)
-    rank = node * train.devices + local
-    return World(nodes, train.devices, rank, *meeting_place(tasks, place), starts=tasks == nodes)
+    address = first_host(environment.get("SLURM_STEP_NODELIST", LOOPBACK))
+    place = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **environment}
+    alone = tasks == nodes
+    rank = node * train.devices + (0 if alone else number(environment, "SLURM_LOCALID", 0))
+    return World(nodes, train.devices, rank, *meeting_place(tasks, place), launches=alone)
 
 
 def first_host(hosts: str) -> str:
@@ -134,23 +124,24 @@ def first_host(hosts: str) -> str:
 
 
 def meeting_place(others: int, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Return the (address, port) at which `others` nodes or processes meet that were started apart: LOOPBACK for 1.
-    Raises UserError if there are more and MASTER_ADDR is not set, or for a bad MASTER_PORT."""
-    port = number(environment, "MASTER_PORT", PORT if others > 1 else 0)
+    """(address, port) of the store of `others` nodes or processes that are started apart; for 1 LOOPBACK and 0, upon
+    which the system chooses a port. Raises UserError if there are more and MASTER_ADDR is not set, or for a bad
+    MASTER_PORT."""
+    if others == 1:
+        return LOOPBACK, 0
+    port = number(environment, "MASTER_PORT", PORT)
     if port > 65535:
         raise UserError(f"MASTER_PORT is {port}; a port is at most 65535")
-    if others == 1:
-        return LOOPBACK, port
     if not environment.get("MASTER_ADDR"):
         raise UserError(
-            "MASTER_ADDR is not set, so that the processes do not know where to meet; set it to the address of node 0, "
-            f"the same on every node, and MASTER_PORT to a free port there (else {PORT})"
+            "MASTER_ADDR is not set, and processes that are started apart need an address to meet at; set it to the "
+            f"address of node 0, the same on every node, and MASTER_PORT to a free port there (else {PORT})"
         )
     return environment["MASTER_ADDR"], port
 
 
 def number(environment: Mapping[str, str], name: str, default: int | None = None, least: int = 0) -> int:
-    """Read a variable that holds a number; the default if it is not set."""
+    """The whole number in a variable; the default if it is not set."""
     text = environment.get(name)
     if text is None and default is not None:
         return default
@@ -163,12 +154,13 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
 
 
 def fit(args: Namespace, world: World) -> list[str]:
-    """Set --devices and --num_nodes in a parsed command line to those of an elastic World, and
-    --accumulate_grad_batches so that a step has the samples of the run that goes on, else those of the flags -> notes.
-    Of an elastic World, flags of 1, the default, stand for as many as there are. Raises UserError if the ranks cannot
-    share the samples."""
+    """Set --devices and --num_nodes in a parsed command line to an elastic World's -> notes.
+
+    --accumulate_grad_batches follows, so that a step has as many samples as in the run that goes on, else as by the
+    flags: there 1, the default of --devices and --num_nodes, stands for the World's numbers. Raises UserError if the
+    ranks cannot share the samples."""
     notes = []
-    if world.hosted and world.nodes > 1:
+    if world.hosted and world.nodes > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         notes.append(
             "torchrun keeps the place at which ranks meet over its restarts; with --rdzv_backend c10d and nodes that "
             "come and go, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it (docs/guides/clusters.md)"

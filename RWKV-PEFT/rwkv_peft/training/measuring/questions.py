@@ -2,7 +2,7 @@
 before the first step and after the last one."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +31,6 @@ TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once
 SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
 NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone or damaged
-Moved = Callable[[str], object]  # is called with the work in progress, for each part of it
 
 
 class Questions(NamedTuple):
@@ -97,17 +96,12 @@ def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Sample
     return exam, f"{numbers} are answered before and after training (--answer_rows){held_out}"
 
 
-def answers_of(
-    exam: "Exam | RowsExam | HarnessExam", moved: Moved, compiles: bool, trainer: Any, lit: Any, doing: str
-) -> list[Record]:
+def answers_of(exam: "Exam | RowsExam | HarnessExam", compiles: bool, trainer: Any, lit: Any) -> list[Record]:
     """The Records of an exam on every rank, in the order of their numbers; each rank answers a share of it. compiles:
-    the run compiles blocks; moved(doing) is called after each answer."""
-    records: list[Record] = []
+    the run compiles blocks."""
     lit.model.eval()
     with averaged(trainer.optimizers[0]), uncompiled(compiles):
-        for record in exam.ask(lit.model, trainer.global_rank, trainer.world_size):
-            moved(doing)
-            records.append(record)
+        records: list[Record] = list(exam.ask(lit.model, trainer.global_rank, trainer.world_size))
     lit.model.train()
     if trainer.world_size > 1:
         parts: list[Any] = [None] * trainer.world_size
@@ -120,18 +114,17 @@ class Examiner:
     """Called on all ranks after each step; every eval_every steps (0: every epoch), and when the run ends, the model
     answers the exam, and rank 0 adds the judgement's records to the file at `path`, with step and samples."""
 
-    def __init__(self, exam: "Exam | HarnessExam", path: Path, train: TrainConfig, plan: Plan, moved: Moved) -> None:
-        self.exam, self.path, self.plan, self.moved = exam, path, plan, moved
+    def __init__(self, exam: "Exam | HarnessExam", path: Path, train: TrainConfig, plan: Plan) -> None:
+        self.exam, self.path, self.plan = exam, path, plan
         self.every, self.compile = train.eval_every or plan.epoch_steps, train.compile
 
     def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
         """(numbers by name, lines to print) on rank 0 if the exam is due after this step; else ({}, [])."""
         if done % self.every and not ending:
             return {}, []
-        records = answers_of(self.exam, self.moved, self.compile, trainer, lit, f"the questions after step {done}")
+        records = answers_of(self.exam, self.compile, trainer, lit)
         if not trainer.is_global_zero:
             return {}, []
-        self.moved(f"the scores after step {done}")
         metrics, lines, words = self.exam.judge(records)
         place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
         append_text(self.path, "".join(json.dumps(place | line, ensure_ascii=False) + "\n" for line in lines))
@@ -146,14 +139,14 @@ class BeforeAfter:
     step: it reads the run's first answers there.
     """
 
-    def __init__(self, exam: RowsExam, path: Path, moved: Moved, compiles: bool, anew: bool) -> None:
-        self.exam, self.path, self.moved, self.compiles, self.anew = exam, path, moved, compiles, anew
+    def __init__(self, exam: RowsExam, path: Path, compiles: bool, anew: bool) -> None:
+        self.exam, self.path, self.compiles, self.anew = exam, path, compiles, anew
         self.records: list[dict[str, Any]] = []
 
     def before(self, trainer: Any, lit: Any) -> None:
         answers: Sequence[Record | None] = read_before(self.path, self.exam) if not self.anew else ()
         if self.anew:
-            answers = answers_of(self.exam, self.moved, self.compiles, trainer, lit, "the rows before training")
+            answers = answers_of(self.exam, self.compiles, trainer, lit)
         self.records = [
             {
                 "rows": self.exam.digest,
@@ -167,7 +160,7 @@ class BeforeAfter:
         self.write(trainer)
 
     def after(self, trainer: Any, lit: Any) -> None:
-        answers = answers_of(self.exam, self.moved, self.compiles, trainer, lit, "the rows after training")
+        answers = answers_of(self.exam, self.compiles, trainer, lit)
         for record, answer in zip(self.records, answers):
             record["after"] = {name: answer[name] for name in ("text", "end")}
         self.write(trainer)

@@ -2,7 +2,7 @@
 data to retain."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +27,12 @@ class Validator:
     and after the last one. All ranks call it after each step.
 
     A new lowest loss of VALIDATION saves the trained tensors under the label BEST. After early_stop validations in a
-    row without one (0: never) `exhausted` is true. `moved` is called with the work in progress, for each batch.
+    row without one (0: never) `exhausted` is true.
     """
 
-    def __init__(self, inputs: Inputs, saver: Saver, moved: Callable[[str], object]) -> None:
+    def __init__(self, inputs: Inputs, saver: Saver) -> None:
         self.measured, self.plan, self.lowest, self.anew = inputs.measured, inputs.plan, inputs.lowest, not inputs.state
-        self.saver, self.moved, self.train = saver, moved, inputs.config.train
+        self.saver, self.train = saver, inputs.config.train
         self.of_tokens, self.micro_bsz = inputs.config.objective.of_tokens, inputs.config.data.micro_bsz
         self.swapped: Sequence[Sequence[float]] = ()  # (loss behind its own prompt, behind another's) of each answer
         self.every = self.train.val_every or inputs.plan.epoch_steps
@@ -82,7 +82,6 @@ class Validator:
         lit.model.eval()
         group = trainer.global_rank // train.context_parallel
         for batch in EvalBatches(samples, rows or self.micro_bsz, group, train.groups):
-            self.moved(f"the validation at step {lit.step + 1}")
             batch = lit.compute.prepare_inputs(batch, device)
             with uncompiled(train.compile):
                 loss = lit.compute.total(lit.model, batch)

@@ -1,1 +1,1 @@
-"""The ranks of a run: how they meet, what they must agree on, and how each hears of another's end."""
+"""The ranks of a run: their launcher, their process group, and the values that they must share."""

@@ -1,4 +1,4 @@
-"""Compare what ranks must share before a run begins: their flags, data, base, checkpoint and code."""
+"""The values that ranks must share before a run begins: their flags, data, base, checkpoint, libraries and code."""
 
 import hashlib
 import json
@@ -15,6 +15,8 @@ from ...config import RunConfig
 from ...config.setting import flag_of
 from ..flags.parser import DIMENSIONS
 from ..flags.world import World
+from ..inputs import Inputs
+from ..measuring.questions import Questions
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
@@ -25,27 +27,36 @@ LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that a message names
 
 
-def passport(config: RunConfig, identity: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect {what is compared: its value} of this process, from its settings, a run's identity and `others`."""
-    found = {}
-    for settings in (config.model, config.adapter, config.data, config.train, config.objective):
-        for field in fields(settings):
-            if field.name not in FREE:
-                flag = flag_of(field)
-                named = flag or (field.name if field.name in dict(DIMENSIONS) else None)
-                found[f"--{named}" if named else field.name] = getattr(settings, field.name)
-    data = identity["data"]
-    found |= {
-        "the objective": found.pop("name"),
+def shared_values(inputs: Inputs, asked: Questions) -> dict[str, Any]:
+    """{name in a message: value or digest} of all that a run's ranks must share, in JSON's types."""
+    data, checkpoint = inputs.identity["data"], inputs.checkpoint
+    found = {
         "the data": f"{data['content']} ({data['samples']:,} samples)",
         "the tokens of the data that count": data["counted"],
         "the files of the data": data["files"],
-        "the base's fingerprint": identity["base"],
+        "the base's fingerprint": inputs.identity["base"],
         "the code of rwkv_peft": digest_of_code(),
         "the version of Python": ".".join(platform.python_version_tuple()[:2]),
+        **{f"the version of {name}": version(name) for name in LIBRARIES},
+        "the checkpoint to go on from": checkpoint and checkpoint.name,
+        **digests_of_inputs(inputs.config, goes_on=checkpoint is not None),
+        **{f"the data of {name}_loss": one["content"] + one["files"] for name, one in inputs.of_measured.items()},
+        **{f"the questions of {name}": exam.digest for name, exam in asked.exams.items()},
+        "the rows to answer": "" if asked.rows is None else asked.rows.digest,
     }
-    found |= {f"the version of {name}": version(name) for name in LIBRARIES}
-    return json.loads(json.dumps(found | dict(others)))
+    shared: dict[str, Any] = json.loads(json.dumps(values_of(inputs.config) | found))
+    return shared
+
+
+def values_of(config: RunConfig) -> dict[str, Any]:
+    """{flag, or field without one: value} of a run's settings without FREE."""
+    found = {"the objective": config.objective.name}
+    for settings in (config.model, config.adapter, config.data, config.train, config.objective):
+        for field in fields(settings):
+            if field.name not in (*FREE, "name"):
+                flag = flag_of(field) or (field.name if field.name in dict(DIMENSIONS) else None)
+                found[f"--{flag}" if flag else field.name] = getattr(settings, field.name)
+    return found
 
 
 def digest_of_code() -> str:
@@ -60,16 +71,15 @@ def digest_of_code() -> str:
 
 
 def digests_of_inputs(config: RunConfig, goes_on: bool) -> dict[str, str]:
-    """Digest the files besides data that a run starts from -> {what is compared: digest of the whole file}: base and
-    teacher, because a fingerprint is only a sample, and unless the run `goes_on`, the adapter and states that it begins
-    with."""
-    adapter, states = config.adapter, config.train.state_load
+    """{name in a message: digest of a whole file} of base and teacher, because a fingerprint is only a sample.
+
+    A run that does not go on from a checkpoint adds the adapter and states that it begins with."""
+    adapter, states, teacher = config.adapter, config.train.state_load, config.objective
     begins = {
         "the adapter to start from": adapter.load and digest_below(adapter_of_run(adapter.load)),
         "the factors that it began with": digest_of(adapter.init),
         "the states to start from": states and digest_of(adapter_of_run(states)),
     }
-    teacher = config.objective
     always = {
         "the file of the base": digest_of(config.train.load_model),
         "the file of the teacher": digest_of(teacher.teacher or teacher.stored),
@@ -79,17 +89,18 @@ def digests_of_inputs(config: RunConfig, goes_on: bool) -> dict[str, str]:
     return always | ({} if goes_on else begins)
 
 
-def disagreement(world: World, passports: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
-    """Say how the first rank that differs from rank 0 does, by their passports and machines; "" if all agree."""
-    for rank, theirs in enumerate(passports):
-        ours = passports[0]
+def disagreement(world: World, values: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
+    """A sentence on the first rank with other values than rank 0, by the ranks' values and machines; "" if there is
+    none."""
+    ours = values[0]
+    for rank, theirs in enumerate(values):
         different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
         if not different:
             continue
-        told = "; ".join(f"{name} is {ours.get(name)!r} and {theirs.get(name)!r}" for name in different[:SHOWN])
+        words = "; ".join(f"{name} is {ours.get(name)!r} and {theirs.get(name)!r}" for name in different[:SHOWN])
         more = f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         return (
-            f"{world.name(0)} on {hosts[0]} and {world.name(rank)} on {hosts[rank]} disagree: {told}{more}; give "
+            f"{world.name(0)} on {hosts[0]} and {world.name(rank)} on {hosts[rank]} disagree: {words}{more}; give "
             "every node the same command, data, base and code"
         )
     return ""

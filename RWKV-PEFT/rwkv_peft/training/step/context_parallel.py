@@ -7,6 +7,7 @@ Backward goes the other way with the states' gradients.
 
 from collections import deque
 from collections.abc import Iterator
+from datetime import timedelta
 from functools import reduce
 from typing import Any, cast
 
@@ -35,10 +36,11 @@ class Line:
     next, have a channel of their own: NCCL keeps the order of all messages between two ranks, whichever way they go.
 
     anchor: a number on which all received states depend, so that going back to it serves the line.
+    limit: the time that a message of the ring may take.
     """
 
-    def __init__(self, rank: int, parts: int, blocks: int) -> None:
-        self.rank, self.parts, self.part, self.blocks = rank, parts, rank % parts, blocks
+    def __init__(self, rank: int, parts: int, blocks: int, limit: timedelta | None = None) -> None:
+        self.rank, self.parts, self.part, self.blocks, self.limit = rank, parts, rank % parts, blocks, limit
         self.pending: deque[tuple[Any, torch.Tensor]] = deque()  # a message must live until it is sent
         self.ring: Any = None
         self.anchor = torch.zeros((), requires_grad=True)
@@ -46,7 +48,7 @@ class Line:
     def open_ring(self) -> None:
         """Make the channel that closes the ring. All ranks of the run call it, if any does."""
         if self.ring is None and dist.is_initialized():
-            self.ring = dist.new_group()
+            self.ring = dist.new_group(timeout=self.limit)
 
     def next_to(self, step: int) -> tuple[int, Any]:
         """The rank of the part before (step -1) or after (1) this one, and its channel."""

@@ -1,0 +1,203 @@
+"""The process group of a run, as one of its ranks has it, and the end of all ranks when one fails."""
+
+import json
+import os
+import platform
+import secrets
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from ...cli.errors import NotNow, UserError, explained, told
+from ...config import TrainConfig
+from ..flags.world import World
+from ..saving.checkpoints import how_to_go_on, is_of_connection
+from .agreement import disagreement
+
+LOST = 76  # exit code of a rank that lost the others and knows no reason (EX_PROTOCOL of sysexits.h)
+FAILED = "failed"  # key of the store: the first Failure of the run
+PERIOD = 1.0  # seconds between two looks at the store
+GRACE = 3.0  # seconds in which another rank's Failure may come after a connection to it broke
+INTACT = "interrupted; what was saved before is intact"
+VISIBLE = 10.0  # seconds in which a file must appear on a shared disk
+
+
+class Failure(NamedTuple):
+    """The end of a rank: its number, its machine, its exit code and its message."""
+
+    rank: int
+    host: str
+    code: int
+    message: str
+
+
+class Ranks:
+    """A context that is a rank of a run, and within which torch's default process group exists.
+
+    An exception within ends this process at once, and the other ranks too: collectives would wait for this one in vain,
+    as an orderly end of NCCL does. A thread looks at the store for such a Failure every PERIOD seconds.
+    """
+
+    def __init__(self, world: World, train: TrainConfig, device: torch.device) -> None:
+        self.world, self.train, self.host = world, train, platform.node()
+        self.backend = "gloo" if device.type == "cpu" else "nccl"
+        self.store: dist.Store = dist.HashStore()  # for a single rank
+        self.link: dist.Store = self.store  # the thread's own connection
+        self.ending, self.done = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> "Ranks":
+        world, limit = self.world, timedelta(minutes=self.train.timeout_minutes)
+        try:
+            if world.size > 1:
+                self.store, self.link = self.connect(meets=not world.hosted), self.connect()
+                self.store.set_timeout(limit)  # NCCL fetches its id there, and rank 0 may be late
+                threading.Thread(target=self.watch, daemon=True).start()
+            dist.init_process_group(
+                self.backend, store=self.store, rank=world.rank, world_size=world.size, timeout=limit
+            )
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def connect(self, meets: bool = False) -> dist.Store:
+        """A connection to the run's store, which torchrun's agent keeps. Ranks without an agent have it kept by rank 0,
+        which `meets` the others there. Raises NotNow if they are not there within join_minutes."""
+        world = self.world
+        minutes = 1.0 if world.hosted else self.train.join_minutes  # an agent's store is there, or its agent is gone
+        limit, keeps = timedelta(minutes=minutes), meets and world.rank == 0
+        try:
+            link = dist.TCPStore(world.address, world.port, world.size, keeps, limit, wait_for_workers=meets)
+        except dist.DistError as error:
+            raise NotNow(
+                f"rank {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} within "
+                f"{minutes:g} minutes (--join_minutes): {told(error)}; see the output of each, if all reach rank 0, "
+                "and if MASTER_PORT is free there"
+            ) from error
+        # an agent may keep one store for all starts of a run
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world.hosted else "0"
+        return dist.PrefixStore(f"rwkv_peft/{start}", link)
+
+    def agree(self, values: Mapping[str, Any], folder: Path) -> None:
+        """Compare {name: value or digest} over all ranks, and check that their nodes share `folder`. Raises UserError,
+        on every rank, for the first that differs from rank 0."""
+        world = self.world
+        token = folder / f".shared-{secrets.token_hex(8)}"
+        if world.rank == 0:
+            token.touch()
+        try:
+            names, hosts, all_values = zip(*gathered((token.name, self.host, dict(values))))
+            shared = gathered(not world.leads or appears(folder, names[0]))
+        finally:
+            if world.rank == 0:
+                token.unlink()
+        if not all(shared):  # first, because nodes that see two folders also disagree about checkpoints
+            other = shared.index(False)
+            raise UserError(
+                f"--proj_dir {folder} of {world.name(0)} on {hosts[0]} is another folder than that of "
+                f"{world.name(other)} on {hosts[other]}, and every node writes a part of each checkpoint; name a "
+                "folder on a disk that all nodes share"
+            )
+        if words := disagreement(world, all_values, hosts):
+            raise UserError(words)
+
+    def leave(self, code: int) -> int:
+        """Return rank 0's exit code once all ranks are done: an agent ends all when one exits with an error code."""
+        self.done.set()
+        if self.world.size > 1:
+            code = gathered(code)[0]
+        self.record(Failure(self.world.rank, self.host, code, ""))
+        return code
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.link is not self.store:
+            self.fail(error)
+        self.done.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process because of an exception, and the other ranks if the exception is the first of the run's."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # an agent's SIGTERM would raise in the middle of this
+        if isinstance(error, Exception) and is_of_connection(error):
+            time.sleep(GRACE)  # the thread ends this process if another rank's Failure comes
+            self.end(self.lost(told(error)))
+        code, message = explained(error) or (1, "".join(traceback.format_exception(error)).rstrip())
+        if isinstance(error, KeyboardInterrupt):
+            code, message = 128 + (error.args[0] if error.args else signal.SIGINT), INTACT
+        self.end(Failure(self.world.rank, self.host, code, message))
+
+    def watch(self) -> None:
+        """End this process once another rank has failed, or the store is gone."""
+        while not self.done.wait(PERIOD):
+            reason = ""
+            try:
+                if not self.link.check([FAILED]):
+                    continue
+            except dist.DistError as error:
+                reason = told(error)
+            if not self.done.is_set():
+                self.end(self.lost(reason))
+
+    def lost(self, reason: str) -> Failure:
+        """The Failure of a rank that lost another one, by a library's reason."""
+        waited = f"; --timeout_minutes is {self.train.timeout_minutes:g}" * ("timed out" in reason.lower())
+        message = f"error: {self.world.name(self.world.rank)} lost the connection to another rank ({reason}{waited}), "
+        message += f"whose output says why; {how_to_go_on(Path(self.train.proj_dir))}"
+        return Failure(self.world.rank, self.host, LOST, message)
+
+    def end(self, failure: Failure) -> NoReturn:
+        """End this process with the exit code of the run's first Failure, which is `failure` unless there is another.
+        The rank that fails first prints it, and the first rank of each other node."""
+        if not self.ending.acquire(blocking=False):
+            threading.Event().wait()  # the other thread ends this process
+        first = failure
+        with suppress(dist.DistError):
+            first = Failure(*json.loads(self.link.compare_set(FAILED, "", json.dumps(failure))))
+        world, words = self.world, first.message
+        if first != failure:
+            words = f"error: {world.name(first.rank)} on {first.host} ended: {words.removeprefix('error: ')}"
+        if first == failure or world.leads and first.rank // world.devices != world.node:
+            with suppress(OSError):  # the terminal may be gone
+                print(words, file=sys.stderr, flush=True)
+        self.record(first)
+        if first == failure and (world.nodes > 1 or not world.hosted):
+            time.sleep(2 * PERIOD)  # the store may go with this process or its agent, and the others have to see it
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(first.code)
+
+    def record(self, failure: Failure) -> None:
+        """Write a Failure to the file that torch's agent reads."""
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            Path(path).write_text(json.dumps({**failure._asdict(), "timestamp": int(time.time())}))
+
+
+def gathered(value: Any) -> list[Any]:
+    """[the value of each rank], on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def appears(folder: Path, name: str) -> bool:
+    """True once a file is in a folder, False if it is not there within VISIBLE seconds."""
+    deadline = time.monotonic() + VISIBLE
+    # a listing, because network disks take a name that was looked up too early to be absent for a while
+    while not (seen := folder.is_dir() and name in os.listdir(folder)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return seen
