@@ -15,8 +15,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ..cli.errors import NotNow
 from .atomic import CannotWrite, check_output, without_empty_folders, write_failure, write_text
 from .readable import object_in
@@ -33,6 +31,8 @@ class Busy(Exception):
 def hold(path: Path) -> Iterator[None]:
     """Hold the lock file `path` in an existing folder, and remove it afterwards. Raises Busy if another process holds
     it, OSError if the file cannot be made or its file system has no locks."""
+    from filelock import FileLock, Timeout  # flags are checked, and --help printed, without any package
+
     lock = FileLock(path)
     try:
         lock.acquire(timeout=PATIENCE, poll_interval=0.01)
