@@ -24,8 +24,8 @@ from rwkv_peft.adapters.inject import inject
 from rwkv_peft.api.adapters import config_of
 from rwkv_peft.cli.names import NONE
 from rwkv_peft.config import AIM, MOST_EPOCHS, AdapterConfig
-from rwkv_peft.config.methods import BONE
-from rwkv_peft.config.schedules import learning_rate
+from rwkv_peft.config.adapter import BONE
+from rwkv_peft.config.train import learning_rate
 from rwkv_peft.data.samples import collate
 from rwkv_peft.training.flags.rates import automatic_rate
 from rwkv_peft.training.model import estimate_gradients

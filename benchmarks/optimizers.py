@@ -17,7 +17,7 @@ import rwkv_peft as rp
 from rwkv_peft.adapters.groups import parameter_groups
 from rwkv_peft.cli.tables import OPTIMS
 from rwkv_peft.config import SCHEDULE_FREE, TrainConfig
-from rwkv_peft.config.schedules import learning_rate
+from rwkv_peft.config.train import learning_rate
 from rwkv_peft.training.optimizers.choice import Averaging, make_optimizer
 
 sys.path.insert(0, str(ROOT / "demo"))

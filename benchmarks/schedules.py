@@ -9,7 +9,7 @@ import math
 
 from common import ROOT, Parser
 
-from rwkv_peft.config.schedules import SCHEDULES, learning_rate
+from rwkv_peft.config.train import SCHEDULES, learning_rate
 
 STEPS, WARM_UP, FIRST, LAST = 200, 20, 1e-3, 1e-4
 

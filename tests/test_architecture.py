@@ -14,7 +14,7 @@ import rwkv_peft
 from parts import PARTS
 from rwkv_peft import config
 from rwkv_peft.config import AdapterConfig, DataConfig, TrainConfig
-from rwkv_peft.config.methods import JSON_FLAGS, PEFT_FLAG
+from rwkv_peft.config.adapter import JSON_FLAGS, PEFT_FLAG
 from rwkv_peft.config.setting import flag_of
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.objectives import OBJECTIVES
@@ -254,7 +254,7 @@ def test_every_setting_is_read_by_the_code_that_it_steers():
 
 
 def test_every_flag_of_train_is_read():
-    own = ("request.py", "adapter.py", "train.py", "upstream.py", "legacy.py", "../run.py")
+    own = ("request.py", "adapter.py", "train.py", "legacy.py", "../run.py")
     read = {name for file in own for name in names_read(PACKAGE / "training" / "flags" / file)}
     settings = (AdapterConfig, DataConfig, TrainConfig, *OBJECTIVES.values())
     read |= {flag_of(field) for cls in settings for field in fields(cls)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_peft.cli.numeric import all_finite, is_finite, is_number, is_whole
+from rwkv_peft.cli.names import all_finite, is_finite, is_number, is_whole
 
 
 @pytest.mark.parametrize(

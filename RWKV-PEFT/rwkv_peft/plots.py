@@ -15,8 +15,7 @@ from .checkpoints.best import LONGEST, is_record
 from .checkpoints.readable import require_readable
 from .children import import_matplotlib
 from .cli.errors import UserError, told
-from .cli.names import METRICS
-from .cli.numeric import is_number
+from .cli.names import METRICS, is_number
 from .objectives import OBJECTIVES
 
 SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers

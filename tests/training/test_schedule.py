@@ -3,7 +3,7 @@
 import pytest
 
 from programs import load
-from rwkv_peft.config.schedules import SCHEDULES, learning_rate
+from rwkv_peft.config.train import SCHEDULES, learning_rate
 
 RUN = {"total_steps": 100, "lr_init": 1e-3, "lr_final": 1e-5}
 

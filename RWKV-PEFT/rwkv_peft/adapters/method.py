@@ -1,6 +1,6 @@
 """An adapter method: a value that defines how a linear layer changes, with its abilities as objects.
 
-A method is a file with one `METHOD`, and a line in the table of config/methods.py. The parser, injection, adapter
+A method is a file with one `METHOD`, and a line in the table of config/adapter.py. The parser, injection, adapter
 files, merging, conversion and the Hugging Face layers use this value; none of them depends on a method's name. Its
 mathematics is in `tensors`, `change` and `apply`. Each further ability is a small object, or None if the method lacks
 it.

@@ -1,6 +1,6 @@
 """The adapter methods by name, and how settings and files name one.
 
-config/methods.py holds the table of their names and settings; a method's own file is called like it.
+config/adapter.py holds the table of their names and settings; a method's own file is called like it.
 """
 
 from importlib import import_module

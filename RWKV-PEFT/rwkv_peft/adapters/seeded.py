@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..cli.errors import UserError
 from ..config import AdapterConfig
-from ..config.methods import SEEDS
+from ..config.adapter import SEEDS
 from .change import Params, Sum
 from .method import Constants, Layer, register
 

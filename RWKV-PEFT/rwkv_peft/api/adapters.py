@@ -18,8 +18,7 @@ from ..checkpoints.atomic import atomic_write, check_output, require_room
 from ..checkpoints.base import open_base
 from ..checkpoints.tensors import DTYPES, stream_tensors, write_pth
 from ..cli.errors import UserError
-from ..cli.names import NONE, STATE
-from ..cli.numeric import all_finite, is_number
+from ..cli.names import NONE, STATE, all_finite, is_number
 from ..config import CHOICES, AdapterConfig
 from ..inference.weights import rounded
 from ..models.state import is_time_state

@@ -17,8 +17,7 @@ import torch
 from ..adapters.method import Method
 from ..adapters.methods import METHODS, adapter_parameter, is_saved, method_of, words_of
 from ..cli.errors import UserError
-from ..cli.names import NONE
-from ..cli.numeric import all_finite, is_finite, is_whole
+from ..cli.names import NONE, all_finite, is_finite, is_whole
 from ..cli.tables import GENERATIONS
 from ..config import QUANTIZATIONS, AdapterConfig
 from ..models.family import Family

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ..cli.errors import UserError
-from ..cli.names import ADAPTER, METRICS, MODEL
-from ..cli.numeric import all_finite
+from ..cli.names import ADAPTER, METRICS, MODEL, all_finite
 from .adapter_file import Adapter, check_names, read_own
 from .best import take
 from .lightning_folder import is_lightning_folder, read_lightning_folder

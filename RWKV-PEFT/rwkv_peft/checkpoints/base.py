@@ -10,8 +10,7 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..cli.errors import UserError
-from ..cli.names import ADAPTER, MODEL
-from ..cli.numeric import all_finite
+from ..cli.names import ADAPTER, MODEL, all_finite
 from ..config import ModelConfig
 from ..models import family_of
 from ..models.family import Family

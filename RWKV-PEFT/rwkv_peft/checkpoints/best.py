@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from ..cli.errors import exit_on_user_error
-from ..cli.names import ADAPTER, METRICS, MODEL, RUN
-from ..cli.numeric import is_finite, is_whole
+from ..cli.names import ADAPTER, METRICS, MODEL, RUN, is_finite, is_whole
 from .readable import object_in, object_of
 
 BEST = "best"  # the label of the tensors with the lowest validation loss

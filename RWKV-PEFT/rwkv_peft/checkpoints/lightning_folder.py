@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..cli.errors import UserError, quoted, short
-from ..cli.numeric import is_finite, is_whole
+from ..cli.names import is_finite, is_whole
 from ..models import family_named
 from .adapter_file import Adapter, AdapterMetadata, target_names
 from .atomic import atomic_write

@@ -14,8 +14,7 @@ import torch
 
 from ..adapters.methods import METHODS, adapter_parameter, by_hf_name
 from ..cli.errors import UserError, short
-from ..cli.names import NONE
-from ..cli.numeric import is_finite, is_whole
+from ..cli.names import NONE, is_finite, is_whole
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, Origin, target_names
 from .atomic import atomic_write

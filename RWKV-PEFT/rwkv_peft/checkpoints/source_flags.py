@@ -4,7 +4,7 @@ import argparse
 
 from ..cli.parser import alias
 from ..config import forms
-from ..config.methods import MODE_ALIASES
+from ..config.adapter import MODE_ALIASES
 
 
 def add_source_flags(parser: argparse.ArgumentParser) -> None:

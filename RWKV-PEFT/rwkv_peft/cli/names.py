@@ -1,7 +1,10 @@
-"""Names of files and folders, and values of flags that no table holds."""
+"""Names of files and folders, values of flags that no table holds, and tests on numbers. True is not 1, as in JSON."""
 
+import math
 import os
+from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 MERGED, TUNED = "merged.pth", "state.pth"  # the newest merged model and tuned states, likewise
@@ -36,3 +39,32 @@ def generation(version: str) -> str:
 def called(value: str, ours: str) -> str:
     """The note on a value that has another name in other tools."""
     return f"{value} of other tools is {ours} here"
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+def is_whole(value: object, least: int | None = None) -> TypeGuard[int]:
+    """True for a whole number, at least `least` if that is given."""
+    return type(value) is int and (least is None or value >= least)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """True for a number that a float can hold, neither NaN nor infinite."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """True for a number that a float can hold, NaN and infinity included."""
+    return isinstance(value, float) or is_finite(value)
+
+
+def all_finite(tensor: "torch.Tensor") -> bool:
+    """True if no element is NaN or Inf; takes little memory beside the tensor."""
+    # a sum over NaN or Inf is not finite, and the sum is the faster test; it may also overflow over finite values
+    parts = tensor.reshape(-1).split(1 << 20)
+    return all(bool(part.sum().isfinite() or part.isfinite().all()) for part in parts)

@@ -12,8 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .errors import short
 from .names import AUTO
-from .refusals import Refusals, in_one
-from .rules import Given, Rule, contradictions, notes
+from .rules import Given, Refusals, Rule, contradictions, in_one, notes
 
 MOST = 1 << 48  # the largest count of a flag: sums and products of such numbers fit in what counts them
 Value = TypeVar("Value")

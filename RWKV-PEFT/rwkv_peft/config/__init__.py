@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .adapter import QUANTIZATIONS, AdapterConfig
+from .adapter import CHOICES, MINI, QUANTIZATIONS, WORDS, AdapterConfig, Word, forms, problems
 from .data import DATA_TYPES, OF_ROWS, DataConfig
-from .methods import CHOICES, MINI, WORDS, Word, forms, problems
 from .model import ModelConfig
 from .objective import Objective
-from .optimizer import SCHEDULE_FREE, STATE_LR
-from .train import AIM, BUCKET, CHUNK_CTX, FEW, MOST_EPOCHS, STRATEGIES, TrainConfig
+from .train import AIM, BUCKET, CHUNK_CTX, FEW, MOST_EPOCHS, SCHEDULE_FREE, STATE_LR, STRATEGIES, TrainConfig
 
 
 @dataclass(frozen=True)

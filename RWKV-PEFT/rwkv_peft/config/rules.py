@@ -7,9 +7,8 @@ from typing import Any
 
 from ..cli.names import INFCTX, NONE, STATE
 from ..cli.rules import EXCLUDES, NEEDS, Given, Rule, contradictions
-from .adapter import AdapterConfig
+from .adapter import MINI, AdapterConfig
 from .data import DataConfig
-from .methods import MINI
 from .objective import LOADED, OWN_TEACHER, Objective
 from .setting import flag_of
 from .train import STRATEGIES, TrainConfig

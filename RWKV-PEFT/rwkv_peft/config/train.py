@@ -1,11 +1,272 @@
-"""Settings of training, and of the files that a run writes."""
+"""Settings of training: its optimizer, learning rate and schedules, validation, and the files of a run."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
-from ..cli.parser import above_zero, count, not_negative, positive, seed, switch
-from .optimizer import OptimizerConfig
+from ..cli.parser import above_zero, alias, below_one, count, not_negative, positive, rate, seed, stop_text, switch
+from ..cli.tables import OPTIMS, TASKS
 from .setting import setting
-from .validation import ValidationConfig
+
+WSD_DECAY = 0.1  # the share of the run that warmup-stable-decay spends on its final descent
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a schedule: total steps, warm-up steps, and the learning rates --lr_init and --lr_final."""
+
+    total_steps: int
+    warmup_steps: int
+    lr_init: float
+    lr_final: float
+
+    def after_warm_up(self, step: int) -> float:
+        """The progress from the last step of warm-up to the last of the run."""
+        return self.progress(step, self.warmup_steps, self.total_steps - 1)
+
+    def progress(self, step: int, start: int, end: int) -> float:
+        """The progress at a step: 0 up to step `start`, 1 from step `end` on, and linear between them."""
+        return min(1.0, max(0.0, (step - start) / max(1, end - start)))
+
+    def line(self, progress: float) -> float:
+        return self.lr_init + (self.lr_final - self.lr_init) * progress
+
+    def half_wave(self, progress: float) -> float:
+        return self.lr_final + (self.lr_init - self.lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wsd(run: Run, step: int) -> float:
+    start = max(run.warmup_steps, run.total_steps - math.ceil(run.total_steps * WSD_DECAY))
+    return run.line(run.progress(step, start, run.total_steps - 1))
+
+
+def exp(run: Run, step: int) -> float:
+    """RWKV-LM's schedule without --my_exit_tokens: exponential, or linear if one of the rates is 0."""
+    progress = run.progress(step, run.warmup_steps - 1, run.total_steps - 1)
+    if run.lr_init == 0 or run.lr_final == 0:
+        return run.line(progress)
+    return run.lr_init * (run.lr_final / run.lr_init) ** progress
+
+
+def from_the_first(run: Run, step: int) -> float:
+    """The share of the rate in a warm-up of W steps: 1 / W at the first step, 1 at the last."""
+    return (step + 1) / run.warmup_steps
+
+
+def from_a_hundredth(run: Run, step: int) -> float:
+    """The share of the rate in RWKV-LM's warm-up: 0.01 at its first step, 1 at the first step after it."""
+    return 0.01 + 0.99 * step / run.warmup_steps
+
+
+class Schedule(NamedTuple):
+    """A value of --lr_schedule: its formula in --help, the rate after warm-up, and the share of it during warm-up."""
+
+    formula: str
+    rate: Callable[[Run, int], float]
+    warm_up: Callable[[Run, int], float] = from_the_first
+
+
+# formulas give the rate at step s = 0 … S - 1 of a run of S steps, W of them warm-up, from a = lr_init to z = lr_final;
+# clip keeps a number within 0 and 1, and W = 0 is no warm-up
+SCHEDULES = MappingProxyType(
+    {
+        "cosine": Schedule(
+            "min(1, (s + 1) / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - 1 - W)))) / 2)",
+            lambda run, step: run.half_wave(run.after_warm_up(step)),
+        ),
+        "linear": Schedule(
+            "min(1, (s + 1) / W) * (a + (z - a) * clip((s - W) / (S - 1 - W)))",
+            lambda run, step: run.line(run.after_warm_up(step)),
+        ),
+        "constant": Schedule("min(1, (s + 1) / W) * a", lambda run, step: run.lr_init),
+        "wsd": Schedule(
+            "min(1, (s + 1) / W) * (a + (z - a) * clip((s - D) / (S - 1 - D))), D = max(W, S - ceil(S / 10))", wsd
+        ),
+        "exp": Schedule(
+            "min(1, 0.01 + 0.99 * s / W) * a * (z / a) ** clip((s - W + 1) / (S - W))", exp, from_a_hundredth
+        ),
+        # RWKV-LM's with --my_exit_tokens, and RWKV-PEFT's cos_decay, would reach lr_final one step after the run
+        "rwkv-lm": Schedule(
+            "min(1, 0.01 + 0.99 * s / W) * (z + (a - z) * (1 + cos(pi * clip((s - W) / (S - W)))) / 2)",
+            lambda run, step: run.half_wave(run.progress(step, run.warmup_steps, run.total_steps)),
+            from_a_hundredth,
+        ),
+        "rwkv-peft": Schedule(
+            "z + (a - z) * (1 + cos(pi * s / S)) / 2",
+            lambda run, step: run.half_wave(run.progress(step, 0, run.total_steps)),
+            lambda run, step: 1.0,
+        ),
+    }
+)
+
+
+def learning_rate(
+    step: int, *, total_steps: int, lr_init: float, lr_final: float, warmup_steps: int = 0, schedule: str = "cosine"
+) -> float:
+    """The learning rate of optimizer step `step` (0-based) of `total_steps`, by the formula in SCHEDULES.
+
+    Sources of other projects' schedules: RWKV-LM's RWKV-v5/src/trainer.py (exp, rwkv-lm), RWKV-PEFT's
+    rwkvt/trick/lrs.py (rwkv-peft).
+    """
+    run = Run(total_steps, warmup_steps, lr_init, lr_final)
+    _, rate, warm_up = SCHEDULES[schedule]
+    share = warm_up(run, step) if step < warmup_steps else 1.0
+    return rate(run, step) * share
+
+
+SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
+SCHEDULE_FREE = "schedule_free"
+STATE_LR = 1e-2  # the learning rate of time states; docs/benchmarks/training.md has the measurement
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The settings of the optimizer. Rates are per step; lr_chosen names those that are left to be chosen."""
+
+    lr_init: float = setting(
+        2e-5,
+        f"learning rate after warm-up (default: auto); auto: chosen by the method, its rank, the model's width and the "
+        f"objective, {STATE_LR:g} if only states train (docs/guides/learning-rates.md)",
+        unset=True,
+        type=rate,
+    )
+    lr_final: float = setting(
+        2e-5,
+        f"learning rate at the end (default: a tenth of an automatic --lr_init, else 2e-5; if only states train, "
+        f"{STATE_LR:g}; at most --lr_init)",
+        unset=True,
+        type=not_negative,
+    )
+    lr_chosen: tuple[str, ...] = setting(())
+    state_lr: float = setting(
+        STATE_LR,
+        "learning rate of --train_parts state if other tensors train, too, with --lr_init; it follows the same "
+        f"schedule (default {STATE_LR:g})",
+        unset=True,
+        type=not_negative,
+    )
+    optim: str = setting(
+        "adamw",
+        "optimizer. adamw: the usual one; adamw8bit: AdamW with moments of 8 bits, 6 bytes in place of 12 for each "
+        "number that trains; lion: moves each number by the rate, up or down, with one moment (8 bytes), at AdamW's "
+        "rate or a lower one; muon: updates of matrices with all singular values alike, 8 bytes for each of their "
+        "numbers, at AdamW's rate or a higher one, AdamW for what is no matrix of a block; schedule_free: AdamW that "
+        "averages its weights, at a rate that stays, for runs whose end is open. All but adamw and muon take packages "
+        "of the extra optim (sh scripts/setup.sh optim)",
+        type=alias((("none", "adamw"), ("schedulefree", SCHEDULE_FREE))),
+        choices=("adamw", *OPTIMS),
+    )
+    lr_schedule: str = setting(
+        "cosine",
+        "schedule of the learning rate from a = lr_init to z = lr_final, at step s = 0 … S - 1, W of them warm-up: "
+        + "; ".join(f"{name}: {schedule.formula}" for name, schedule in SCHEDULES.items())
+        + ". exp is RWKV-LM's schedule, and rwkv-lm that of its --my_exit_tokens; rwkv-peft is RWKV-PEFT's cos_decay, "
+        "which has no warm-up; RWKV-PEFT's wsd is not this one, but our cosine to a z of 0 (default cosine; with "
+        "--my_exit_tokens and --magic_prime rwkv-lm, with --optim schedule_free constant)",
+        unset=True,
+        type=alias(SCHEDULE_ALIASES),
+        choices=tuple(SCHEDULES),
+    )
+    warmup_steps: int = setting(0, "steps of linear warm-up, as --lr_schedule says (default 0)", type=count)
+    beta1: float = setting(0.9, "Adam, and Lion", type=below_one)
+    beta2: float = setting(0.99, "Adam, and Lion", type=below_one)
+    adam_eps: float = setting(1e-8, "Adam", type=above_zero)
+    weight_decay: float = setting(0.0, "on matrices only (default 0)", type=not_negative)
+    layerwise_lr: bool = setting(
+        True,
+        "RWKV-LM's rules for the model's own parameters: the decay (time_decay, RWKV-7: w0) learns at twice the rate, "
+        "and --weight_decay leaves out w1, w2 and the mixes' other parameters. 0: one rate for all, and weight decay "
+        "on every matrix, as 0 does in RWKV-LM for RWKV-6",
+        type=switch,
+    )
+    gradient_clip_val: float = setting(1.0, "largest gradient norm; 0: any", type=not_negative)
+    accumulate_grad_batches: int = setting(
+        1,
+        "forward passes of a step; with --resume they follow from the samples that a step of the run has; for hundreds "
+        "of them with --precision bf16 take stage 2, which adds their gradients up in float32",
+        type=positive,
+    )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Validation runs on val_data and more_val, or on the share val_split of the data, and retain_data is measured with
+    it; eval_data and the tasks of lm_eval are questions that the model answers, and answer_rows rows of the data."""
+
+    val_data: str = setting(
+        "",
+        "data to validate on, read like --data_file; of several the loss of each is told, too",
+        nargs="+",
+        metavar="PREFIX",
+    )
+    more_val: tuple[str, ...] = setting(())
+    val_split: float = setting(
+        0.0, "keep this share of the data, such as 0.01, for validation", type=below_one, metavar="SHARE"
+    )
+    val_seed: int | None = setting(
+        None,
+        "seed that draws the samples of --val_split, so that runs with different seeds validate on the same (default: "
+        "--random_seed)",
+        type=count,
+    )
+    val_every: int = setting(
+        0, "validate after every so many steps, and after the last; 0: after every epoch", type=count
+    )
+    early_stop: int = setting(0, "end after so many validations without a lower loss; 0: never", type=count)
+    retain_data: str = setting(
+        "",
+        "data whose loss measures what the run forgets, read like --data_file; measured before the first step and "
+        "with each validation (even without --val_data); the run does not depend on it",
+        metavar="PREFIX",
+    )
+    answer_rows: int = setting(
+        4,
+        "answer so many rows of the data, and as many held-out ones, before the first step and after the last, and "
+        "show both beside the rows' own answers (rows.jsonl in --proj_dir); 0: none",
+        type=count,
+    )
+    eval_data: str = setting(
+        "",
+        "also score answers during training: rows of questions as rwkv-peft eval takes them; questions, answers and "
+        "scores are written to answers.jsonl in --proj_dir",
+        metavar="FILE",
+    )
+    eval_task: str = setting("jsonl", "their task, as in rwkv-peft eval", choices=tuple(TASKS), metavar="TASK")
+    eval_every: int = setting(
+        0,
+        "ask the questions of --eval_data and --lm_eval after every so many steps, and at the end; 0: after every "
+        "epoch",
+        type=count,
+    )
+    eval_limit: int = setting(100, "ask the first so many of them, and of each task of --lm_eval; 0: all", type=count)
+    eval_template: str = setting("", "template of a question, as --template of rwkv-peft eval", metavar="NAME")
+    eval_max_tokens: int = setting(256, "the most tokens of an answer", type=positive)
+    eval_stop: tuple[str, ...] = setting(
+        (),
+        "texts that end an answer, in addition to the template's own, also to rows (--answer_rows); \\n and \\t are "
+        "newline and tab",
+        type=stop_text,
+        metavar="TEXT",
+    )
+    eval_batch: int = setting(16, "answers written or scored at once, on each device", type=positive)
+    lm_eval: tuple[str, ...] = setting(
+        (),
+        "also score tasks of EleutherAI's lm-evaluation-harness, or groups or patterns of them, during training; the "
+        "results are written to lm_eval.jsonl in --proj_dir (sh scripts/setup.sh eval)",
+        metavar="TASK",
+    )
+    lm_eval_include_path: str = setting(
+        "", "a folder with tasks of your own, as --include_path of rwkv-peft eval", metavar="DIR"
+    )
+    lm_eval_num_fewshot: int | None = setting(
+        None,
+        "solved examples before each question, as --shots of rwkv-peft eval (default: the task's)",
+        type=count,
+        metavar="N",
+    )
+
 
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients

@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike
 from ..checkpoints.digest import digest_of
 from ..checkpoints.readable import choice_in, require_readable
 from ..cli.errors import UserError
-from ..cli.numeric import is_whole
+from ..cli.names import is_whole
 from .recorded import ENDINGS, binidx_prefix, manifest_of, shard_at
 from .rows import ENDINGS as ROWS
 

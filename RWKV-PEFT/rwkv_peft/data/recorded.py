@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from ..checkpoints.atomic import same_file
 from ..checkpoints.readable import MOST_BYTES, object_in, require_readable
 from ..cli.errors import UserError, short, told
-from ..cli.names import RUN
-from ..cli.numeric import is_whole
+from ..cli.names import RUN, is_whole
 from .chat import KNOWN
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 

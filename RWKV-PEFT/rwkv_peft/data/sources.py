@@ -20,7 +20,7 @@ from ..checkpoints.readable import files_below, object_in, require_readable
 from ..cli.errors import UserError, told
 from ..cli.names import user_cache
 from ..cli.parser import counted
-from ..cli.refusals import require_none
+from ..cli.rules import require_none
 from ..cli.tables import SAMPLINGS
 from ..config import DATA_TYPES, DataConfig
 from ..config.rules import check_settings

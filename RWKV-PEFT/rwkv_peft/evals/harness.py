@@ -26,7 +26,7 @@ from lm_eval.utils import make_table
 from tqdm import tqdm
 
 from ..cli.errors import UserError, quoted, told
-from ..cli.numeric import is_finite, is_number
+from ..cli.names import is_finite, is_number
 from ..cli.streams import bar_seconds
 from ..config import TrainConfig
 from ..data.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from peft.config import PeftConfig
 from ..adapters.method import Method
 from ..adapters.methods import METHODS, by_hf_name
 from ..cli.errors import UserError
-from ..cli.numeric import is_finite, is_whole
+from ..cli.names import is_finite, is_whole
 from ..config import AdapterConfig
 from .installed import add_member, configs
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..cli.errors import UserError, some
-from ..cli.numeric import all_finite
+from ..cli.names import all_finite
 from ..cli.parser import unknown_flag
 from ..data.layouts import refuse_compared
 from ..gpus import count_gpus

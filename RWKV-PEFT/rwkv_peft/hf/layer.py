@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters.functions.tokens import linear
 from ..adapters.product import Frozen, Product
 from ..cli.errors import UserError
-from ..cli.numeric import all_finite
+from ..cli.names import all_finite
 from ..ops import products
 from .config import PARAMETER, BoneConfig, block_shape
 from .products import TRANSPOSED, Dequantized, check_parameter, device_of, offload, offloaded, onload, product_for

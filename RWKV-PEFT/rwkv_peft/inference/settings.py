@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from ..cli.errors import UserError
-from ..cli.numeric import is_finite
+from ..cli.names import is_finite
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..cli.errors import UserError
-from ..cli.numeric import all_finite
+from ..cli.names import all_finite
 from ..config import ModelConfig
 from .layout import is_time_state, time_state_key, wkv_shape
 

@@ -16,7 +16,7 @@ from ..checkpoints.base import Base
 from ..checkpoints.readable import choice_in, read_settings
 from ..checkpoints.tensors import TensorSpec, dtype_name, read_safetensors, read_tensors, write_pth, write_safetensors
 from ..cli.errors import UserError
-from ..cli.numeric import all_finite
+from ..cli.names import all_finite
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.state import is_time_state, swapped

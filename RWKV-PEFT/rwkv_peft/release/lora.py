@@ -23,7 +23,7 @@ from ..checkpoints.base import Base
 from ..checkpoints.peft_folder import write_lora_folder
 from ..checkpoints.rwkv_peft_file import write_rwkv_peft
 from ..cli.errors import UserError
-from ..cli.numeric import all_finite
+from ..cli.names import all_finite
 from .compatibility import check_params
 from .gguf import write_gguf_lora
 

@@ -30,8 +30,7 @@ from ..checkpoints.base import Base, fingerprint_of, open_base, sample
 from ..checkpoints.state_file import check_state_output, read_states, write_states
 from ..checkpoints.tensors import DTYPES, TensorSpec, dtype_name, stream_tensors, write_pth
 from ..cli.errors import UserError, in_line
-from ..cli.names import NONE
-from ..cli.numeric import all_finite
+from ..cli.names import NONE, all_finite
 from ..cli.parser import counted
 from ..config import forms
 from ..gpus import count_gpus

@@ -10,7 +10,7 @@ from ..cli.names import NONE, STATE
 from ..cli.parser import counted
 from ..config import AIM, FEW, MOST_EPOCHS, AdapterConfig, RunConfig
 from ..config.objective import TEACHER
-from ..config.schedules import SCHEDULES
+from ..config.train import SCHEDULES
 from ..data.samples import Samples
 from ..gpus import better_precision
 from ..models import family_named

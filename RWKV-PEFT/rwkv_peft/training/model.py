@@ -18,7 +18,7 @@ from ..data.batches import TrainBatches
 from ..models import family_named
 from ..models.family import Family
 from ..models.parts import LanguageModel
-from .flags.upstream import INIT
+from .flags.legacy import INIT
 from .inputs import Inputs
 from .saving.products import model_dtypes, write_model
 from .saving.start import start_adapter, start_states

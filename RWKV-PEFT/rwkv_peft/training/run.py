@@ -18,7 +18,7 @@ from ..checkpoints.atomic import check_output
 from ..checkpoints.lock import alone_in
 from ..cli.errors import UserError, past_ctrl_c
 from ..cli.names import METRICS, PICTURE
-from ..cli.refusals import require_none
+from ..cli.rules import require_none
 from ..config import RunConfig
 from ..config.objective import REWARDS
 from ..config.rules import check_settings

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from ...cli.errors import UserError, short
 from ...cli.parser import Parser, above_zero, count, port, positive, that
-from ...cli.refusals import Refusals
-from ...cli.rules import NEEDS, Rule
+from ...cli.rules import NEEDS, Refusals, Rule
 from ..flags import add_running_flags, add_sampling_flags, sampling_of
 from ..settings import Sampling
 

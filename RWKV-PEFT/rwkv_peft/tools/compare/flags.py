@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from ...cli.errors import UserError
 from ...cli.names import NONE, STATE
 from ...cli.parser import Parser, count, not_negative, positive, seed
-from ...cli.refusals import require_none
-from ...cli.rules import EXCLUDES, NEEDS, Given, Rule, contradictions
+from ...cli.rules import EXCLUDES, NEEDS, Given, Rule, contradictions, require_none
 from ...config import MINI, WORDS, forms
 from ...config.rules import values_of
 from ...objectives import OBJECTIVES

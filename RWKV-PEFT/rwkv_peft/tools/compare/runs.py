@@ -27,7 +27,7 @@ from ...checkpoints.lock import alone_in
 from ...checkpoints.readable import read_settings, require_readable
 from ...children import python_command, when_parent_ends
 from ...cli.errors import UNREADABLE, UserError, exit_on_user_error, quoted
-from ...cli.numeric import is_number
+from ...cli.names import is_number
 from ...data.recorded import ENDINGS, prefixes_of
 from ...plots import metrics_of, read_metrics
 from ...training.flags.request import parse_flags

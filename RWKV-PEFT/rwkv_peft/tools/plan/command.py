@@ -19,8 +19,7 @@ from ...checkpoints.pth_header import TensorHeader, read_header
 from ...cli.errors import UserError, short
 from ...cli.names import NONE, STATE, generation
 from ...cli.parser import counted
-from ...cli.refusals import Refusals
-from ...cli.rules import EXCLUDES, Rule, contradictions
+from ...cli.rules import EXCLUDES, Refusals, Rule, contradictions
 from ...cli.tables import GENERATIONS
 from ...config import STRATEGIES, AdapterConfig, ModelConfig, RunConfig, forms, problems
 from ...config.objective import TEACHER

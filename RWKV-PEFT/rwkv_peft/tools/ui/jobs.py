@@ -23,7 +23,7 @@ from ...checkpoints.lock import holder
 from ...checkpoints.readable import within
 from ...children import python_command
 from ...cli.errors import UserError, visible
-from ...cli.numeric import is_whole
+from ...cli.names import is_whole
 from .files import hidden, is_plain, objects, read
 from .job import COMMAND, EXIT, LOCK, OUTPUT
 

@@ -1,6 +1,6 @@
 """Make an AdapterConfig of the flags on what trains: single flags and the JSON values of RWKV-PEFT's scripts.
 
-Flags and keys come from the table of methods and their settings in config/methods.py.
+Flags and keys come from the table of methods and their settings in config/adapter.py.
 """
 
 import argparse
@@ -11,9 +11,9 @@ from dataclasses import fields
 from typing import Any
 
 from ...cli.errors import UserError, short, told
-from ...cli.numeric import is_finite
+from ...cli.names import is_finite
 from ...config import WORDS, AdapterConfig, forms
-from ...config.methods import JSON_FLAGS, PEFT_FLAG, SIZES, words_with
+from ...config.adapter import JSON_FLAGS, PEFT_FLAG, SIZES, words_with
 
 Keys = tuple[tuple[str, str], ...]  # (key of a JSON form, AdapterConfig field)
 

@@ -14,17 +14,14 @@ from ...cli.names import TRAIN_TYPES, generation
 from ...cli.parser import FLAG, HelpFormatter, Parser, count, positive, switch, up_to
 from ...cli.tables import GENERATIONS
 from ...config import CHOICES, AdapterConfig, DataConfig, Objective, TrainConfig
-from ...config.optimizer import OptimizerConfig
 from ...config.rules import RULES as SETTINGS_RULES
 from ...config.setting import flag_of
-from ...config.train import MachineSettings, ModelSettings, RunSettings
-from ...config.validation import ValidationConfig
+from ...config.train import MachineSettings, ModelSettings, OptimizerConfig, RunSettings, ValidationConfig
 from ...objectives import FLAGS as OBJECTIVE_FLAGS
 from ...objectives import OBJECTIVES
 from ...objectives import RULES as OBJECTIVE_RULES
 from .adapter import add_json_flags
-from .legacy import SEVERAL, SYNONYMS, VALUES, add_legacy_flags
-from .upstream import WORDS, add_upstream_flags, marker
+from .legacy import SEVERAL, SYNONYMS, VALUES, WORDS, add_legacy_flags, add_upstream_flags, marker
 
 Settings = TypeVar("Settings", bound=AdapterConfig | DataConfig | TrainConfig | Objective)
 OPTIONS = (("peft", "choices", (*CHOICES, *WORDS)), ("mask_id", "type", marker))  # those that config/ does not know

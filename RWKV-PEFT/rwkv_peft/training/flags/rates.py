@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
-from ...cli.numeric import is_number, is_whole
+from ...cli.names import is_number, is_whole
 from ...config import AIM, FEW, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
 
 # rates times the model's channels: Bone's, that of the weights of a base themselves, and that of a new model's

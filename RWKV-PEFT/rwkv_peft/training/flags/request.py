@@ -19,8 +19,7 @@ from ...children import when_orphaned
 from ...cli.errors import UserError
 from ...cli.names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...cli.parser import Parser
-from ...cli.refusals import Refusals
-from ...cli.rules import Given, contradictions
+from ...cli.rules import Given, Refusals, contradictions
 from ...cli.tables import GENERATIONS
 from ...config import (
     CHUNK_CTX,
@@ -39,10 +38,10 @@ from ...data.recorded import default_mask
 from ...objectives import takers_of
 from ..saving.checkpoints import how_to_go_on
 from .adapter import adapter_config, check_adapter_flags, parts_of
+from .legacy import PLACEHOLDER, adopt, check_stage, markers_of
 from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, entries_of, first_of, parser_of_train, settings_of
 from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
 from .train import check_objective, check_tokens, check_train
-from .upstream import PLACEHOLDER, adopt, check_stage, markers_of
 from .world import World, find_world, fit
 
 if TYPE_CHECKING:

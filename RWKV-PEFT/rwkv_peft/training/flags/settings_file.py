@@ -18,7 +18,7 @@ from ...checkpoints.atomic import atomic_write
 from ...checkpoints.readable import read_short, require_readable
 from ...cli.errors import UNREADABLE, UserError, short, told
 from ...cli.parser import Parser
-from ...cli.refusals import Refusals
+from ...cli.rules import Refusals
 from .parser import READ, WRITE, entries_of
 
 FLAGS = "flags"  # the flags of a run, in its config.json

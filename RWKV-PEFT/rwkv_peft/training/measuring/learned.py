@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ...adapters.methods import method_of
 from ...checkpoints.best import HeldOut
-from ...cli.numeric import is_number
+from ...cli.names import is_number
 from ...cli.parser import counted
 from ...config import FEW, RunConfig
 from ...config.objective import REWARDS, TEACHER

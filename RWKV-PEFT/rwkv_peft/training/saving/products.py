@@ -26,8 +26,7 @@ from ...checkpoints.best import labelled
 from ...checkpoints.state_file import write_states
 from ...checkpoints.tensors import DTYPES, dtype_name, save_pth, stream_tensors, write_pth
 from ...cli.errors import UserError
-from ...cli.names import ADAPTER, MERGED, MODEL, STATE, TUNED
-from ...cli.numeric import all_finite
+from ...cli.names import ADAPTER, MERGED, MODEL, STATE, TUNED, all_finite
 from ...config import AdapterConfig, DataConfig, RunConfig
 from ...data.recorded import recorded_of_data
 from ...models import family_named

@@ -12,8 +12,7 @@ from typing import Any
 from ...checkpoints.atomic import write_text
 from ...checkpoints.readable import reading
 from ...cli.errors import UserError
-from ...cli.names import ADAPTER, METRICS, MODEL
-from ...cli.numeric import is_number
+from ...cli.names import ADAPTER, METRICS, MODEL, is_number
 from ...cli.parser import counted
 from ...cli.tables import OPTIMS
 from ...config import AdapterConfig, DataConfig, RunConfig, TrainConfig, to_json

@@ -23,7 +23,7 @@ from ...checkpoints.atomic import CannotWrite, fsync, telling_failures
 from ...checkpoints.base import Base
 from ...checkpoints.tensors import save_pth
 from ...cli.errors import UserError
-from ...cli.numeric import all_finite
+from ...cli.names import all_finite
 from ...config import RunConfig
 from ..optimizers.choice import Averaging
 from ..step.plan import Plan

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...adapters.groups import LearningRates, parameter_groups
 from ...config import TrainConfig
-from ...config.schedules import learning_rate
+from ...config.train import learning_rate
 from ...data.batches import TrainBatch
 from ..optimizers.choice import make_optimizer
 from .shared_prefix import tokens_read

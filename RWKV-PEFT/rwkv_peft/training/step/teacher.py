@@ -26,7 +26,7 @@ from ...checkpoints.readable import require_file
 from ...checkpoints.state_file import read_states
 from ...checkpoints.tensors import DTYPES
 from ...cli.errors import UNREADABLE, UserError, told
-from ...cli.numeric import all_finite
+from ...cli.names import all_finite
 from ...config import Objective, RunConfig
 from ...data.batches import EvalBatches
 from ...data.recorded import Vocabulary, recorded_beside
