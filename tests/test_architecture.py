@@ -265,3 +265,12 @@ def test_every_flag_of_train_is_read():
         if action.dest not in read and action.dest != "help"
     ]
     assert unread == []
+
+
+# the same thing for each generation, processor or library
+MIRRORED = {"Block", "TimeMix", "ChannelMix", "Products", "RWKV6Config", "RWKV7Config", "CrossEntropyArguments"}
+
+
+def test_a_class_name_stands_for_one_class():
+    names = [node.name for path in FILES for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    assert {name for name in names if names.count(name) > 1} == MIRRORED

@@ -8,7 +8,7 @@ import pytest
 from rwkv_peft.cli.commands import main
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.plots import plot_loss
-from rwkv_peft.tools.plot import Run, labels, places
+from rwkv_peft.tools.plot import PlottedRun, labels, places
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_run_without_a_step_makes_a_picture(tmp_path):
 
 
 def test_runs_stand_at_their_steps_or_at_the_tokens_up_to_them():
-    run = Run("x", [{"step": 3, "tokens": 500_000}, {"step": 4}, {"step": 5, "tokens": 1_000_000}])
+    run = PlottedRun("x", [{"step": 3, "tokens": 500_000}, {"step": 4}, {"step": 5, "tokens": 1_000_000}])
     assert places(run, by_tokens=False) == {4: 4, 5: 5, 6: 6}
     assert places(run, by_tokens=True) == {4: 0.5, 5: 0.5, 6: 1.5}
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 
-class Table(Mapping[str, Any]):
+class LazyTable(Mapping[str, Any]):
     """A Mapping made of {name: "module:class"}, with modules of this package."""
 
     def __init__(self, places: Mapping[str, str]) -> None:
@@ -26,7 +26,7 @@ class Table(Mapping[str, Any]):
 
 
 # --model_version -> its Family; the first is the default of a new model
-GENERATIONS = Table(
+GENERATIONS = LazyTable(
     {
         "x060": "models.rwkv6.family:RWKV6Family",
         "x070": "models.rwkv7.family:RWKV7Family",
@@ -35,7 +35,7 @@ GENERATIONS = Table(
     }
 )
 # --dataload -> how a data set becomes Samples
-SAMPLINGS = Table(
+SAMPLINGS = LazyTable(
     {
         "get": "data.samples:WindowSamples",
         "pad": "data.samples:PaddedSamples",
@@ -44,7 +44,7 @@ SAMPLINGS = Table(
     }
 )
 # --optim, besides AdamW
-OPTIMS = Table(
+OPTIMS = LazyTable(
     {
         "adamw8bit": "training.optimizers.adamw8bit:AdamW8bit",
         "lion": "training.optimizers.lion:Lion",
@@ -53,4 +53,4 @@ OPTIMS = Table(
     }
 )
 # tasks of `rwkv-peft eval` and --eval_task over rows of one's own
-TASKS = Table({"jsonl": "evals.rows:Exact", "choices": "evals.rows:Choices"})
+TASKS = LazyTable({"jsonl": "evals.rows:Exact", "choices": "evals.rows:Choices"})

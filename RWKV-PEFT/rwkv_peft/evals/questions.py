@@ -32,7 +32,7 @@ SEARCHED = 16  # samples that are looked through for each row that is due
 Record = dict[str, Any]  # one question with its answer and judgement; "number" is its place
 
 
-class Completion(NamedTuple):
+class SampledCompletion(NamedTuple):
     """A sampled completion of the prompt of this number: its tokens, with the one that ends it, and their text; end is
     "end" (of the document), "stop" or "length". If the Sampling is `measured`, each token has its log-probability
     and the entropy of its distribution, in nats, else zeros."""
@@ -52,9 +52,9 @@ def sample(
     sampling: Sampling,
     max_tokens: int,
     batch: int,
-) -> Iterator[Completion]:
-    """Sample a completion of each prompt, {number: token ids}, `batch` at a time; yield each Completion as it ends: at
-    one of its stop texts, at the end of the document, or after max_tokens.
+) -> Iterator[SampledCompletion]:
+    """Sample a completion of each prompt, {number: token ids}, `batch` at a time; yield each SampledCompletion as it
+    ends: at one of its stop texts, at the end of the document, or after max_tokens.
 
     A number seeds its draws, so that a completion does not depend on the other prompts. Prompts that are one list are
     read once.
@@ -72,9 +72,9 @@ def sample(
             text = texts.pop(step.number)
             text.finish(step.end)
             logprobs, entropies = map(list, zip(*measured.pop(step.number)))
-            yield Completion(step.number, text.tokens, text.text, text.end, logprobs, entropies)
+            yield SampledCompletion(step.number, text.tokens, text.text, text.end, logprobs, entropies)
     for number in texts:  # max_tokens is 0
-        yield Completion(number, [], "", "length", [], [])
+        yield SampledCompletion(number, [], "", "length", [], [])
 
 
 def ask(

@@ -4,9 +4,9 @@
         --data_path fxmeng/pissa-dataset --dataset_split train[:100000] --dataset_field query response \\
         --bone_r 64 --init_weights bat-in --bits bf16 --merge_and_save --bf16 True --learning_rate 2e-5
 
-The arguments are BoneArguments and trl's SFTConfig. Rows are a question and its answer, or of any form that SFTTrainer
-takes, such as chats in `messages`. The adapter goes to OUTPUT_DIR/bone_ft and, with --merge_and_save, the merged model
-to OUTPUT_DIR/bone_merged.
+The arguments are ScriptArguments and trl's SFTConfig. Rows are a question and its answer, or of any form that
+SFTTrainer takes, such as chats in `messages`. The adapter goes to OUTPUT_DIR/bone_ft and, with --merge_and_save, the
+merged model to OUTPUT_DIR/bone_merged.
 """
 
 from collections.abc import Collection, Mapping
@@ -40,7 +40,7 @@ RENAMED = (
 
 
 @dataclass
-class BoneArguments:
+class ScriptArguments:
     """The arguments of this command beside SFTConfig's."""
 
     base_model_name_or_path: str = field(metadata={"help": "Base model: a name on the hub, or a folder."})
@@ -103,15 +103,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> tuple[BoneArguments, Any]:
-    """argv -> (BoneArguments, SFTConfig). Raises UserError for arguments that are unknown or wrong."""
+def parse(argv: list[str]) -> tuple[ScriptArguments, Any]:
+    """argv -> (ScriptArguments, SFTConfig). Raises UserError for arguments that are unknown or wrong."""
     from transformers import HfArgumentParser
     from trl import SFTConfig
 
     argv = adapt(
         argv, {item.name for item in fields(SFTConfig)}, torch.accelerator.is_available(), torch.cuda.is_available()
     )
-    parser = HfArgumentParser((BoneArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
+    parser = HfArgumentParser((ScriptArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
     parser.error = refuse
     with refusals_of("these arguments"):
         arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -206,7 +206,7 @@ def load_model(path: str, bits: str, settings: Mapping[str, Any], on_cpu: bool =
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization, **settings)
 
 
-def bone_config(arguments: BoneArguments) -> BoneConfig:
+def bone_config(arguments: ScriptArguments) -> BoneConfig:
     init_weights = {"true": True, "false": False}.get(arguments.init_weights.lower(), arguments.init_weights)
     return BoneConfig(
         r=arguments.bone_r,
@@ -218,7 +218,7 @@ def bone_config(arguments: BoneArguments) -> BoneConfig:
     )
 
 
-def load_rows(arguments: BoneArguments, split: str, end: str) -> Any:
+def load_rows(arguments: ScriptArguments, split: str, end: str) -> Any:
     """The rows of a split: {prompt, completion}, which `end` ends, of the columns of question and answer; without such
     columns the rows as they are. Raises UserError if there is no such data or column, or a question without answer."""
     from datasets import load_dataset
@@ -259,7 +259,7 @@ def check_finite(model: torch.nn.Module, rate: float) -> None:
 
 
 def merge_and_save(
-    arguments: BoneArguments, settings: Mapping[str, Any], adapter: Path, target: Path, tokenizer: Any
+    arguments: ScriptArguments, settings: Mapping[str, Any], adapter: Path, target: Path, tokenizer: Any
 ) -> None:
     """Merge a saved adapter into the base model, read anew without quantization, and save the result."""
     from peft import PeftModel

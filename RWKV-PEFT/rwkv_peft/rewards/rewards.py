@@ -29,7 +29,7 @@ class Judged(NamedTuple):
     each: dict[str, list[float | None]]
 
 
-class Call(NamedTuple):
+class JudgeCall(NamedTuple):
     """The call that the process is in: the reward's number, and the first and the last item that it is given."""
 
     reward: int
@@ -54,7 +54,7 @@ class Rewards:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        self.call, self.seconds, self.since = Call(0, 0, 0), max(timeout, LOADING), time.monotonic()
+        self.call, self.seconds, self.since = JudgeCall(0, 0, 0), max(timeout, LOADING), time.monotonic()
         self.call_seconds = self.seconds  # of each call, here of loading a file
         self.listener = ThreadPoolExecutor(1, "rewards")
         self.names: list[str] = []
@@ -78,7 +78,7 @@ class Rewards:
         """Raise UserError for the first row that a reward refuses, with its number from 1."""
         waiting, first = iter(rows), 0
 
-        def place(call: Call) -> str:
+        def place(call: JudgeCall) -> str:
             return f"row {first + call.first + 1}: "
 
         while part := list(islice(waiting, ROWS)):
@@ -115,7 +115,7 @@ class Rewards:
 
     def send(self, kind: str, items: Sequence[object]) -> None:
         """Send a request about items. The reply shows if the process is gone."""
-        self.call = Call(0, 0, len(items) - 1)
+        self.call = JudgeCall(0, 0, len(items) - 1)
         self.call_seconds, self.seconds, self.since = self.timeout, max(self.timeout, LOADING), time.monotonic()
         try:
             with suppress(BrokenPipeError, ConnectionResetError):
@@ -128,9 +128,9 @@ class Rewards:
         """The seconds that are left for the call."""
         return max(0.0, self.since + self.seconds - time.monotonic())
 
-    def reply(self, place: Callable[[Call], str]) -> Any:
-        """Wait for the reply. Raises UserError, with the place of the Call, if the process fails, takes too long, or is
-        gone."""
+    def reply(self, place: Callable[[JudgeCall], str]) -> Any:
+        """Wait for the reply. Raises UserError, with the place of the JudgeCall, if the process fails, takes too long,
+        or is gone."""
         while True:
             if not self.pipe.poll(self.left):
                 kind, content = "failed", f"it takes longer than {self.seconds:g} seconds; make it faster"
@@ -143,7 +143,7 @@ class Rewards:
                 raise UserError(f"--reward {self.specs[self.call.reward]}: {place(self.call)}{content}")
             if kind == "done":
                 return content
-            self.call, self.seconds, self.since = Call(*content), self.call_seconds, time.monotonic()
+            self.call, self.seconds, self.since = JudgeCall(*content), self.call_seconds, time.monotonic()
 
     def ending(self) -> str:
         """The message on a process that ended."""
@@ -165,7 +165,7 @@ class Rewards:
         self.process.stdin.close()
 
 
-def place_of(answers: Sequence[Answer], call: Call) -> str:
+def place_of(answers: Sequence[Answer], call: JudgeCall) -> str:
     """The answers of a call, at the head of a message."""
     first, last = call.first + 1, call.last + 1
     which = f"answer {first}" if first == last else f"answers {first} to {last}"

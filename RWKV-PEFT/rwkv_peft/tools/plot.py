@@ -55,7 +55,7 @@ PANELS = (
 )
 
 
-class Run(NamedTuple):
+class PlottedRun(NamedTuple):
     """A run's label in the legend, and the records of its metrics.jsonl."""
 
     label: str
@@ -74,7 +74,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return found if len(set(found)) == len(found) else [f"{label} ({n})" for n, label in enumerate(found, 1)]
 
 
-def places(run: Run, by_tokens: bool) -> dict[int, float]:
+def places(run: PlottedRun, by_tokens: bool) -> dict[int, float]:
     """{step, counted from 1: where it stands}: the step itself, or the millions of tokens up to it."""
     steps = [record["step"] + 1 for record in run.records]
     if not by_tokens:
@@ -83,7 +83,7 @@ def places(run: Run, by_tokens: bool) -> dict[int, float]:
     return {step: total / 1e6 for step, total in zip(steps, accumulate(counts))}
 
 
-def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_tokens: bool = False) -> None:
+def plot_runs(runs: Sequence[PlottedRun], output: str | Path, weight: float = 0.9, by_tokens: bool = False) -> None:
     """Draw the panels that some run has values for, smoothed by `weight` (0: not); output's ending names the format."""
     panels = [panel for panel in PANELS if any(series(run.records, panel.name)[1] for run in runs)] or [PANELS[0]]
     unit = " or ".join(sorted({unit_of(run.records) for run in runs}))
@@ -101,7 +101,7 @@ def plot_runs(runs: Sequence[Run], output: str | Path, weight: float = 0.9, by_t
     save_figure(figure, output)
 
 
-def draw(axes: Any, panel: Panel, runs: Sequence[Run], weight: float, by_tokens: bool) -> None:
+def draw(axes: Any, panel: Panel, runs: Sequence[PlottedRun], weight: float, by_tokens: bool) -> None:
     """Draw one panel: a line for each run, with the raw values behind it if it is smoothed."""
     found = [series(run.records, panel.name) for run in runs]
     shown = [value for _, values in found for value in values]
@@ -162,7 +162,9 @@ def main(argv: list[str]) -> int:
     check_output("the picture", output, [("a run", Path(run)) for run in runs])
     if args.panels or len(runs) > 1:
         files = list(map(metrics_of, runs))
-        found = [Run(label, read_metrics(file)) for label, file in zip(labels([file.parent for file in files]), files)]
+        found = [
+            PlottedRun(label, read_metrics(file)) for label, file in zip(labels([file.parent for file in files]), files)
+        ]
         plot_runs(found, output, args.smooth, by_tokens=args.x == "tokens")
     else:
         plot_loss(metrics_of(runs[0]), output)

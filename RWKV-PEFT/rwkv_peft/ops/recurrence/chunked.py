@@ -31,7 +31,7 @@ def indices(cu_seqlens: Tensor, T: int) -> Tensor:
     return steps + shifts[torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)]
 
 
-class Call:
+class ChunkedCall:
     """A call's tensors, laid out in chunks and read a segment at a time. The chunks are the same for every row; in one
     packed row they follow one sequence after another, so that a sequence costs only its own chunks."""
 
@@ -186,10 +186,10 @@ class Chunked:
         of_shared = (x.view(call.B, call.H, call.N).sum(0).to(given[len(rows)].dtype) for x in totals)
         return *(call.cut(x).contiguous() for x in outs), *of_shared, gstate
 
-    def _call(self, *tensors: Any) -> tuple[Call, list[Tensor]]:
-        """The Call of forward's tensors, and the shared ones for each row and head, (B H, 1, 1, N)."""
+    def _call(self, *tensors: Any) -> tuple[ChunkedCall, list[Tensor]]:
+        """The ChunkedCall of forward's tensors, and the shared ones for each row and head, (B H, 1, 1, N)."""
         *inputs, state, cu_seqlens = tensors
         rows, shared = inputs[: len(self.fillers)], inputs[len(self.fillers) :]
-        call = Call(rows, self.fillers, state, cu_seqlens, self.segment(rows[0].shape[0]))
+        call = ChunkedCall(rows, self.fillers, state, cu_seqlens, self.segment(rows[0].shape[0]))
         B, H, N = call.B, call.H, call.N
         return call, [x.to(call.dtype).expand(B, H, N).reshape(-1, 1, 1, N) for x in shared]

@@ -29,7 +29,7 @@ def none(a: AdapterConfig, out: int, in_: int) -> int:
     return 0
 
 
-class Method(NamedTuple):
+class MethodFormula(NamedTuple):
     """A method in a layer (out, in): the numbers that train, `vectors` of them no matrices to Muon, and the constants;
     if its size fits; the settings that give its size. It keeps the layer's input if `input`, `own` elements a token
     and `fixed` ones in all; its backward needs `work` at once, and a copy of the output if it `turns` it."""
@@ -55,14 +55,14 @@ def inner(a: AdapterConfig, out: int, in_: int) -> int:
     return a.rank
 
 
-BONE = Method(lambda a, out, in_: a.rank * out, fits=lambda a, out, in_: a.rank <= in_, input=False, own=inner)
-BAT_IN = Method(
+BONE = MethodFormula(lambda a, out, in_: a.rank * out, fits=lambda a, out, in_: a.rank <= in_, input=False, own=inner)
+BAT_IN = MethodFormula(
     lambda a, out, in_: a.rank * in_,
     fits=lambda a, out, in_: not (out % a.rank or in_ % a.rank),
     work=lambda a, out, in_: 2 * a.rank * (GPU_BLOCKS * a.rank + in_),  # float32 parts of a gradient
 )
-LORA = Method(factors, fits=lambda a, out, in_: a.rank <= min(out, in_), own=inner)
-METHODS: Mapping[str, Method] = MappingProxyType(
+LORA = MethodFormula(factors, fits=lambda a, out, in_: a.rank <= min(out, in_), own=inner)
+METHODS: Mapping[str, MethodFormula] = MappingProxyType(
     {
         "bone": BONE,
         "bone-mini": BONE._replace(
@@ -106,8 +106,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-class Layer(NamedTuple):
-    """A linear layer's share, as in Method: reads is its input if that is kept, turned its output if it turns it."""
+class LayerFormula(NamedTuple):
+    """A linear layer's share, as in MethodFormula: reads is its input if that is kept, turned its output if it turns
+    it."""
 
     reads: int = 0
     own: int = 0
@@ -116,8 +117,8 @@ class Layer(NamedTuple):
     turned: int = 0
 
     @classmethod
-    def of(cls, a: AdapterConfig, method: Method | None, trains: bool, out: int, in_: int) -> "Layer":
-        """The Layer of a weight (out, in) that has an adapter, or trains itself, or is frozen."""
+    def of(cls, a: AdapterConfig, method: MethodFormula | None, trains: bool, out: int, in_: int) -> "LayerFormula":
+        """The LayerFormula of a weight (out, in) that has an adapter, or trains itself, or is frozen."""
         if method is None:
             return cls(in_, work=out * in_) if trains else cls()
         own, fixed, work = (number(a, out, in_) for number in (method.own, method.fixed, method.work))
@@ -130,7 +131,7 @@ class Layer(NamedTuple):
         return self.reads + self.own
 
 
-class Block(NamedTuple):
+class BlockFormula(NamedTuple):
     """A block's elements a token. kept: those for backward; first: those that block 0 lacks, as its input needs
     no gradient; peak: those that backward needs beyond all that is kept, at most, and early: at the last
     linear layer, where `work` fixed elements come on top. carried: tensors (T, C) that blocks hand on besides x."""
@@ -149,7 +150,7 @@ class Facts(NamedTuple):
     converts its tensors to float32."""
 
     model: Any
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, LayerFormula]
     time: bool
     before: bool
     emb: bool
@@ -166,7 +167,7 @@ class Facts(NamedTuple):
         return self.model.n_embd + gradients * A + self.wide * 2 * (1 + 2 * tensors) * A
 
 
-def rwkv6(facts: Facts) -> Block:
+def rwkv6(facts: Facts) -> BlockFormula:
     m, time, layers = facts.model, facts.time, facts.layers
     C, A, F, low = m.n_embd, m.dim_att, m.dim_ffn, 5 * m.maa_rank + m.decay_rank
     key, value, gate = (layers[f"ffn.{name}"] for name in ("key", "value", "receptance"))
@@ -175,10 +176,10 @@ def rwkv6(facts: Facts) -> Block:
     att += 2 * C * time  # what w1 and time_decay_w1 multiply
     peak = max(2 * F + key.turned - gate.kept - value.own, facts.recurring(4, 4) - ffn)
     first = 0 if facts.before else C if time else 2 * C + low
-    return Block(att + ffn, first, peak, F + C - gate.kept, value.work)
+    return BlockFormula(att + ffn, first, peak, F + C - gate.kept, value.work)
 
 
-def rwkv7(facts: Facts) -> Block:
+def rwkv7(facts: Facts) -> BlockFormula:
     m, time, layers = facts.model, facts.time, facts.layers
     C, F, low = m.n_embd, m.dim_ffn, m.decay_rank + m.gate_rank
     key, value = layers["ffn.key"], layers["ffn.value"]
@@ -187,10 +188,10 @@ def rwkv7(facts: Facts) -> Block:
     att += (4 * C - layers["att.value"].reads + m.iclr_rank + m.value_rank) * time  # what w1 a1 v1 g1 a2 v2 multiply
     peak = max(C + 2 * F + key.turned - value.own, facts.recurring(6, 9) - ffn)
     first = 2 * C + m.value_rank * time + (0 if facts.before else C if time else 2 * C + low)
-    return Block(att + ffn, first, peak, C + F, value.work, 1)
+    return BlockFormula(att + ffn, first, peak, C + F, value.work, 1)
 
 
-def rwkv7a(facts: Facts) -> Block:
+def rwkv7a(facts: Facts) -> BlockFormula:
     """RWKV-7's, and a gate (F) of a matrix (D, D) a token before the last layer."""
     plain, m, value = rwkv7(facts), facts.model, facts.layers["ffn.value"]
     C, F, D = m.n_embd, m.dim_ffn, m.deep_size
@@ -199,7 +200,7 @@ def rwkv7a(facts: Facts) -> Block:
     return plain._replace(kept=kept, peak=peak, carried=2)
 
 
-def rwkv7b(facts: Facts) -> Block:
+def rwkv7b(facts: Facts) -> BlockFormula:
     """RWKV-7a's, and attention on the block's input, with scores recomputed in backward."""
     plain, m, query = rwkv7a(facts), facts.model, facts.layers["qkv.qq"]
     C, D = m.n_embd, m.attention_size
@@ -211,11 +212,11 @@ def rwkv7b(facts: Facts) -> Block:
     return plain._replace(kept=plain.kept + kept, first=first)
 
 
-def unknown(facts: Facts) -> Block:
+def unknown(facts: Facts) -> BlockFormula:
     """An upper bound for a generation without a formula, from its widths."""
     m = facts.model
     widths = 16 * (m.n_embd + m.dim_att) + 4 * m.dim_ffn
-    return Block(widths + facts.sum_of("att") + facts.sum_of("ffn"), 0, widths, widths, 0, 2)
+    return BlockFormula(widths + facts.sum_of("att") + facts.sum_of("ffn"), 0, widths, widths, 0, 2)
 
 
 GENERATIONS = MappingProxyType({"x060": rwkv6, "x070": rwkv7, "x070a": rwkv7a, "x070b": rwkv7b})
@@ -231,7 +232,7 @@ class Activations:
     device: str
     item: int
     grad_cp: bool
-    block: Block
+    block: BlockFormula
     fixed: int
     start: int
     end: int
@@ -242,7 +243,7 @@ class Activations:
         model: Any,
         linears: Mapping[str, tuple[int, ...]],
         adapter: AdapterConfig,
-        method: Method | None,
+        method: MethodFormula | None,
         train: TrainConfig,
         device: str,
     ) -> "Activations":
@@ -253,7 +254,7 @@ class Activations:
         layers = {}
         for name, shape in linears.items():
             own, trains = method if name in adapter.targets else None, emb if "emb" in name else all_trains
-            layers[name] = Layer.of(adapter, own, trains, *shape)
+            layers[name] = LayerFormula.of(adapter, own, trains, *shape)
         wide = device == GPU and item == 2 and (precision, model.head_size) != ("bf16", CHUNKED_HEAD)
         facts = Facts(model, layers, time, norms or emb, emb, wide)
         block = GENERATIONS.get(model.version, unknown)(facts)

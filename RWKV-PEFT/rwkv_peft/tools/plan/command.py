@@ -283,7 +283,7 @@ def largest_tokens(estimate: Estimate, room: int) -> int:
     return TOKENS * largest(lambda n: peak(estimate.parts(tokens=TOKENS * n), estimate.accelerator) <= room)
 
 
-class Change(NamedTuple):
+class SmallerRun(NamedTuple):
     """Other flags, their peak in bytes, and the largest micro_bsz that fits with them at the run's ctx_len."""
 
     flags: str
@@ -291,7 +291,7 @@ class Change(NamedTuple):
     rows: int
 
 
-def changes(estimate: Estimate, room: int) -> list[Change]:
+def changes(estimate: Estimate, room: int) -> list[SmallerRun]:
     """The Changes that lower the peak, the lowest peak first."""
     here, found = estimate.accelerator, []
     now = peak(estimate.parts(), here)
@@ -301,7 +301,7 @@ def changes(estimate: Estimate, room: int) -> list[Change]:
             same = config.train.precision == estimate.config.train.precision
             other = replace(estimate, config=config, mapped=estimate.mapped and same)
             if (then := peak(other.parts(), here)) < now:
-                found.append(Change(flags, then, largest_rows(other, room)))
+                found.append(SmallerRun(flags, then, largest_rows(other, room)))
     return sorted(found, key=lambda change: change.peak)
 
 

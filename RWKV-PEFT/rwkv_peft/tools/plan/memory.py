@@ -18,7 +18,7 @@ from ...cli.tables import GENERATIONS
 from ...config import BUCKET, AdapterConfig, ModelConfig, RunConfig, TrainConfig, forms
 from ...models.layout import wkv_shape
 from ...objectives.draws import Draws
-from .activations import CPU, GPU, ITEM, METHODS, SINGLE, Activations, Method
+from .activations import CPU, GPU, ITEM, METHODS, SINGLE, Activations, MethodFormula
 
 DRAW, LOSS, BACKWARD, UPDATE = "draw", "loss", "backward", "update"  # the moments of a step; one of them is the peak
 ALWAYS = (DRAW, LOSS, BACKWARD, UPDATE)
@@ -45,7 +45,7 @@ def keys_of(version: str) -> Any:
     return import_module(f"rwkv_peft.{place.partition('.family')[0]}.keys") if place else GENERATIONS[version]()
 
 
-def method_named(adapter: AdapterConfig) -> Method | None:
+def method_named(adapter: AdapterConfig) -> MethodFormula | None:
     """The formulas of an adapter's method; None without one."""
     if adapter.method == NONE:
         return None

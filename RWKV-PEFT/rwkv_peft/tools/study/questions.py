@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ...checkpoints.readable import require_readable
 from ...cli.errors import UserError
 from ...data.chat import TURN_END, stops_of
-from ...evals.questions import GREEDY, Completion, sample
+from ...evals.questions import GREEDY, SampledCompletion, sample
 from ...inference.forward import prefill
 from ...inference.loading import Subject
 from ...inference.settings import Sampling
@@ -74,7 +74,7 @@ def completions(
     stops: dict[int, tuple[str, ...]],
     sampling: Sampling,
     max_tokens: int,
-) -> list[Completion]:
+) -> list[SampledCompletion]:
     """The Completions of all prompts, in their order."""
     return sorted(sample(reader, prompts, stops, sampling, max_tokens, BATCH))
 

@@ -76,7 +76,7 @@ def data_flags(data: DataConfig) -> str:
     return " ".join(f"--{name} {' '.join(word)}" for name, word in words.items())
 
 
-class Products:
+class RunProducts:
     """Write the products of a run; fingerprint is the base's, and base is None for a new model."""
 
     def __init__(self, folder: Path, config: RunConfig, fingerprint: str, base: Base | None = None) -> None:

@@ -51,7 +51,7 @@ from .optimizer_state import (
     take_up,
     write_pieces,
 )
-from .products import Products, keeps_all, model_dtypes, share_file
+from .products import RunProducts, keeps_all, model_dtypes, share_file
 
 if TYPE_CHECKING:
     from ..step.lit import Lit
@@ -69,7 +69,7 @@ class Saver:
         self, folder: Path, config: RunConfig, plan: Plan, identity: Mapping[str, Any], base: Base | None = None
     ) -> None:
         self.folder, self.config, self.plan, self.identity, self.base = folder, config, plan, identity, base
-        self.products = Products(folder, config, identity.get("base", ""), base)
+        self.products = RunProducts(folder, config, identity.get("base", ""), base)
 
     @property
     def newest(self) -> Path:
