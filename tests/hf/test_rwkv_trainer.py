@@ -53,6 +53,6 @@ def test_a_trained_adapter_becomes_a_pth_that_the_rwkv_package_runs(trainer, for
         )
         prompt = tokenizer(STORY, return_tensors="pt").input_ids
         drawn = in_one.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0]
-    logits = rwkv_sequence(merged, drawn, open_base(merged).config)
+    logits = rwkv_sequence(merged, drawn, open_base(merged).config).clone()
     logits[:, 0] = -torch.inf  # min_new_tokens forbids the end
     assert torch.equal(logits[prompt.shape[1] - 1 : -1].argmax(-1), drawn[prompt.shape[1] :])
