@@ -34,11 +34,11 @@ def launch(world: World, argv: Sequence[str], train: TrainConfig) -> int:
 
     logging.disable(logging.ERROR)  # the agent's log of failures, which are reported below
     place = f"{world.address}:{world.port}, within {train.join_minutes:g} minutes"
-    if world.nodes > 1:
-        print(f"ranks     {world.nodes} nodes meet at {place}", flush=True)
     command = python_command("rwkv_peft", "train", *argv)
     with tempfile.TemporaryDirectory(prefix="rwkv_peft-ranks-") as logs, keeping_handlers():
         leave_signals_to_the_agent()
+        if world.nodes > 1:
+            print(f"ranks     {world.nodes} nodes meet at {place}", flush=True)
         try:
             elastic_launch(agent_config(world, train, logs), command[0])(*command[1:])
             return 0
