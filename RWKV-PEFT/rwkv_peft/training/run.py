@@ -42,7 +42,7 @@ from .inputs import Inputs, find_inputs, find_samples
 from .measuring.questions import find_questions
 from .model import make_model, own_device, write_new_model
 from .ranks.agreement import shared_values
-from .ranks.group import INTACT, Ranks
+from .ranks.group import INTACT, Ranks, ignore_signals
 from .ranks.launch import launch
 from .saving.checkpoints import UNSAVED, clear_hidden, clear_unsaved, discard_old
 from .saving.products import require_room_to_save
@@ -125,6 +125,8 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
             if world.rank == 0:
                 held.enter_context(alone_in(Path(train.proj_dir), say))
             held.enter_context(printing_compilations(world.rank == 0))
+            if world.size > 1:
+                held.push(ignore_signals)
             code, words = run_on(ranks, request, device, say)
         return ranks.leave(code), words
 

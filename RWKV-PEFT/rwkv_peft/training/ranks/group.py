@@ -131,8 +131,7 @@ class Ranks:
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this process because of an exception, and the other ranks if the exception is the first of the run's."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # an agent's SIGTERM would raise in the middle of this
+        ignore_signals(type(error), error, None)
         if isinstance(error, Exception) and is_of_connection(error):
             time.sleep(GRACE)  # the thread ends this process if another rank's Failure comes
             self.end(self.lost(told(error)))
@@ -185,6 +184,13 @@ class Ranks:
         """Write a Failure to the file that torch's agent reads."""
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             Path(path).write_text(json.dumps({**failure._asdict(), "timestamp": int(time.time())}))
+
+
+def ignore_signals(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    """After an exception, ignore signals: an agent's SIGTERM would raise in the middle of an orderly end."""
+    if error is not None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def gathered(value: Any) -> list[Any]:
