@@ -1,5 +1,5 @@
 """The tensors of the mix operations that take a token at a time, by name: the kernels' arguments on either device and
-their autograd Functions (elements.py) follow from this table."""
+their autograd Functions (functions.py) follow from this table."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

@@ -2,7 +2,8 @@
 
 Optimizer and gradients are DeepSpeed's (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, section 3): each trained
 parameter has a float32 copy and two moments, 12 bytes in any precision; other optimizers than AdamW keep less. The
-numbers named after others' constants are theirs, which import torch (tests/tools/plan/test_memory.py compares them).
+numbers named after others' constants are theirs, which import torch (tests/tools/plan/test_activations.py compares
+them).
 """
 
 import functools
