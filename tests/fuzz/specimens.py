@@ -43,7 +43,7 @@ from rwkv_peft.training.saving.resume import (
     validated_from,
 )
 from rwkv_peft.training.step.plan import Plan
-from rwkv_peft.training.step.teacher import ENTRY, StoredTeacher
+from rwkv_peft.training.step.teacher import ENTRY, StoredTeacher, open_stored
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def stored_read(folder):
     found = StoredTeacher(str(folder / "said.safetensors"))
     for key, place in found.places.items():
         assert len(key) == 16 and len(found.words[place]) == len(found.logprobs[place]) == place.stop - place.start > 0
-    return str(found), found.check(Distill(), 257)
+    return str(found), open_stored(Distill(stored=found.path), 257)
 
 
 def answers_read(folder):

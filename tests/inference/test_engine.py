@@ -161,10 +161,10 @@ def test_a_growing_state_is_cached_in_its_own_length(growing):
 def test_a_teacher_reads_rows_behind_contexts_of_other_lengths(growing):
     texts, rows, contexts = [torch.tensor([3, 1, 4]), torch.tensor([5])], [[6, 7], [8, 9, 2]], Contexts(room=1)
     seen = {"tokens": torch.tensor([sum(rows, [])]), "cu_seqlens": torch.tensor([0, 2, 5]), "contexts": texts}
-    found = contexts.through(growing.model, seen, lambda x, weight: x @ weight.t())
+    found = contexts.forward(growing.model, seen, lambda x, weight: x @ weight.t())
     due = [growing.model(torch.tensor([[*text.tolist(), *row]]))[0][:, len(text) :] for text, row in zip(texts, rows)]
     torch.testing.assert_close(found, torch.cat(due, 1))
-    assert len(contexts.kept) == 1  # the last one, though the first was larger
+    assert len(contexts.cache) == 1  # the last one, though the first was larger
 
 
 def test_a_long_prompt_delays_no_other_completion(plain):
