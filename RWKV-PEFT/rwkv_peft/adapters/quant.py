@@ -31,11 +31,6 @@ def row_unit(kind: str, columns: int) -> int:
     return 1 if kind == "none" else block_size(kind) // math.gcd(block_size(kind), columns)
 
 
-def stored_bytes(weights: int, kind: str) -> int:
-    """The bytes that so many quantized weights take, their scales (float32) included."""
-    return weights // (2 if kind == "nf4" else 1) + 4 * -(-weights // block_size(kind))
-
-
 def on_gpu(x: Tensor) -> bool:
     """True if x is on a GPU, or has no data, by which a GPU's memory is planned."""
     return not x.is_cpu
