@@ -55,9 +55,7 @@ class CpuLerp(Function):
 
 
 def _sizes(x: Tensor, maa: Tensor, up: Tensor | None, cu_seqlens: Tensor | None) -> dict[str, int]:
-    B, T, C = x.shape
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return dict(n=maa.shape[0], tokens=B * T, channels=C, rank=0 if up is None else up.shape[1], sequences=sequences)
+    return sizes_of(x, maa, cu_seqlens) | dict(rank=0 if up is None else up.shape[1])
 
 
 BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill any GPU; the most parts of a sum over channels
@@ -79,7 +77,7 @@ class GpuLerp(Function):
         ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
         outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
         read = dict(x=x, maa=maa, last=last, bounds=cu_seqlens)
-        written, sizes = numbered("out", outs), sizes_of(x, maa, cu_seqlens)
+        written, sizes = numbered("out", outs), sizes_of(x, maa, cu_seqlens) | dict(length=x.shape[1])
         if has_product_inside(x, up):
             compute("lerp_low_forward", read | dict(low=low, up=up), written, size=group_size(x), **sizes)
         else:
@@ -92,7 +90,7 @@ class GpuLerp(Function):
         x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
         gx, glast = torch.empty_like(x), room_like(last)
         read = dict(maa=maa, last=last, bounds=cu_seqlens) | numbered("grad", grads)
-        written, sizes = dict(gx=gx, glast=glast), sizes_of(x, maa, cu_seqlens)
+        written, sizes = dict(gx=gx, glast=glast), sizes_of(x, maa, cu_seqlens) | dict(length=x.shape[1])
         trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         if not trained and has_product_inside(x, up):
             parts = low.new_empty(-(-x.shape[2] // group_size(x)), *low.shape)  # by groups of channels
@@ -145,4 +143,4 @@ def sizes_of(x: Tensor, maa: Tensor, cu_seqlens: Tensor | None) -> dict[str, int
     """The sizes of x (B, T, C), points maa (m, C) and packed sequences that a kernel needs."""
     B, T, C = x.shape
     sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return dict(tokens=B * T, channels=C, n=maa.shape[0], length=T, sequences=sequences)
+    return dict(tokens=B * T, channels=C, n=maa.shape[0], sequences=sequences)
