@@ -25,7 +25,7 @@ from rwkv_peft.data.binidx import UNDESIRABLE
 from rwkv_peft.data.samples import collate
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.objectives.documents import per_document
-from rwkv_peft.training.flags.rates import automatic_rate
+from rwkv_peft.training.rates import automatic_rate
 from rwkv_peft.training.step.steps import Whole
 
 HELD_OUT, OFTEN = 40, 7

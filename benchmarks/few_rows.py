@@ -27,8 +27,8 @@ from rwkv_peft.config import AIM, MOST_EPOCHS, AdapterConfig
 from rwkv_peft.config.adapter import BONE
 from rwkv_peft.config.train import learning_rate
 from rwkv_peft.data.samples import collate
-from rwkv_peft.training.flags.rates import automatic_rate
 from rwkv_peft.training.model import estimate_gradients
+from rwkv_peft.training.rates import automatic_rate
 from rwkv_peft.training.step.steps import Whole
 
 sys.path.insert(0, str(ROOT / "demo"))

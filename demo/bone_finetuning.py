@@ -6,14 +6,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
 from rwkv_peft.cli.commands import missing  # noqa: E402
-from rwkv_peft.cli.errors import ending_at_once, exit_on_user_error  # noqa: E402
+from rwkv_peft.cli.errors import exit_on_user_error  # noqa: E402
 
 
 def main(argv):
     """Run the command; -> its exit code. Raises UserError, for a missing library too."""
     try:
-        with ending_at_once():
-            from rwkv_peft.hf import finetune
+        from rwkv_peft.hf import finetune
+
         return finetune.main(argv)
     except ModuleNotFoundError as error:
         raise missing(error, "hf") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "RWKV-PEFT"))
 
 from rwkv_peft.cli.commands import missing  # noqa: E402
-from rwkv_peft.cli.errors import UserError, ending_at_once, exit_on_user_error  # noqa: E402
+from rwkv_peft.cli.errors import UserError, exit_on_user_error  # noqa: E402
 from rwkv_peft.cli.parser import Parser  # noqa: E402
 from rwkv_peft.data.tokenizer import load_tokenizer  # noqa: E402
 
@@ -152,8 +152,7 @@ def main(argv):
     """Print the examples and the score; -> 0, or 1 if the score is below --at_least."""
     args = build_parser().parse_args(argv)
     try:
-        with ending_at_once():
-            from rwkv_peft.checkpoints.base import open_base
+        from rwkv_peft.checkpoints.base import open_base
     except ModuleNotFoundError as error:
         raise missing(error) from error
     if args.limit < 1:

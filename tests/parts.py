@@ -44,7 +44,7 @@ PARTS = (
     ("optimizers", ("training/optimizers",), ("native", "ops")),  # DeepSpeed's Adam is compiled on first use
     ("step", ("training/step",), ("optimizers", "bases", "adapter files", "data", "plots", "merge", "objectives")),
     ("saving", ("training/saving",), ("step",)),
-    ("train flags", ("training/flags",), ("saving",)),
+    ("train flags", ("training/flags", "training/ranks/world", "training/rates"), ("saving",)),
     ("ranks", ("training/ranks",), ("measuring",)),
     ("measuring", ("training/measuring", "training/inputs"), ("train flags", "evals")),
     ("rollouts", ("training/rollout",), ("step", "inference", "rewards")),

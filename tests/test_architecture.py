@@ -254,7 +254,7 @@ def test_every_setting_is_read_by_the_code_that_it_steers():
 
 
 def test_every_flag_of_train_is_read():
-    own = ("request.py", "adapter.py", "train.py", "legacy.py", "../run.py")
+    own = ("request.py", "adapter.py", "checks.py", "legacy.py", "../run.py")
     read = {name for file in own for name in names_read(PACKAGE / "training" / "flags" / file)}
     settings = (AdapterConfig, DataConfig, TrainConfig, *OBJECTIVES.values())
     read |= {flag_of(field) for cls in settings for field in fields(cls)}

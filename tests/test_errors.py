@@ -1,12 +1,12 @@
 """A command reports the error or signal that ends it."""
 
 import io
-import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
-import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +14,9 @@ import torch
 
 from rwkv_peft.checkpoints.atomic import atomic_write
 from rwkv_peft.cli import commands
-from rwkv_peft.cli.errors import (
-    UserError,
-    ending_at_once,
-    ending_in_order,
-    exit_on_user_error,
-    field_names,
-    short,
-    some,
-)
-from rwkv_peft.cli.streams import bar_seconds
+from rwkv_peft.cli.errors import UserError, bar_seconds, exit_on_user_error, field_names, short, some
 
+PACKAGE = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 ENDS = [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGHUP, 129, "ended: the terminal is gone\n")]
 
 
@@ -40,15 +32,6 @@ def test_an_interrupt_ends_a_command_with_one_word(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     assert code_of(interrupted) == 130 and capsys.readouterr().err == "interrupted\n"
-
-
-def test_a_fork_ends_at_once():
-    with ending_in_order():
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        child.start()
-        child.terminate()
-        child.join()
-    assert child.exitcode == -signal.SIGTERM
 
 
 def test_a_limit_on_open_files_is_told(capsys):
@@ -98,25 +81,6 @@ def test_a_signal_that_is_to_be_ignored_is():
     assert not code_of(lambda argv: os.kill(os.getpid(), signal.SIGHUP))
 
 
-@pytest.mark.usefixtures("default_signals")
-@pytest.mark.parametrize("number, code, words", [*ENDS, (signal.SIGINT, 130, "interrupted\n")])
-def test_nothing_catches_a_signal_while_packages_are_imported(number, code, words, capfd):
-    def importing(argv):
-        with ending_at_once():
-            try:
-                os.kill(os.getpid(), number)
-            except BaseException:
-                print("a package goes on")
-
-    if not (child := os.fork()):
-        try:
-            exit_on_user_error(importing)
-        finally:
-            os._exit(99)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
-    assert capfd.readouterr() == ("", words)
-
-
 def test_what_is_no_unicode_is_printed_escaped(monkeypatch):
     streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
     for name, stream in zip(("stdout", "stderr"), streams):
@@ -138,9 +102,14 @@ def test_what_is_read_is_utf8_where_the_locale_says_nothing(encoding, monkeypatc
     assert not code_of(lambda argv: sys.stdin.read() != "ü\udcff")
 
 
-def test_an_input_that_is_closed_is_empty(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    assert not code_of(lambda argv: sys.stdin.isatty() and 1)
+def test_output_that_nobody_reads_ends_a_command_without_a_word():
+    """As in `rwkv-peft --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "rwkv_peft", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": PACKAGE})
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_a_bar_is_seldom_drawn_into_a_log(monkeypatch):

@@ -52,12 +52,31 @@ def test_help_needs_no_package_and_shows_what_is_required():
     assert "[--merged PTH]" not in done.stdout and "--merged PTH" in done.stdout
 
 
+# flags that mean the same in every command: the base model, adapters on it, its time states, what is written
+SAME = {
+    "train": "model adapter state output",
+    "plan": "model adapter state output",
+    "merge": "model adapter state output",
+    "check": "model adapter state",
+    "generate": "model adapter state output",
+    "eval": "model adapter state output",
+    "serve": "model adapter state",
+    "study": "model output",
+    "inspect": "model output",
+    "convert": "model",
+    "doctor": "model",
+    "compare": "output",
+    "plot": "output",
+    "preprocess": "output",
+}
+
+
 class Asked(Exception):
     """Raised when a command calls its parser."""
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
-def test_help_has_a_word_on_each_flag_and_its_default(command, monkeypatch):
+def test_help_has_a_word_on_each_flag_and_its_default_and_names_are_shared(command, monkeypatch):
 
     def asked(parser, *arguments):
         raise Asked(parser)
@@ -67,6 +86,8 @@ def test_help_has_a_word_on_each_flag_and_its_default(command, monkeypatch):
     with pytest.raises(Asked) as caught:
         commands.main([command.name])
     (parser,) = caught.value.args
+    same = {"model", "adapter", "state", "output"}.intersection(name[2:] for name in parser._option_string_actions)
+    assert same == set(SAME.get(command.name, "").split())
     for action in parser._actions:
         assert action.help, f"{action.dest} has no help"
         if action.default and action.default != argparse.SUPPRESS:

@@ -30,9 +30,9 @@ from rwkv_peft.tools.compare.report import rows_of, table
 from rwkv_peft.tools.compare.runs import read_outcome
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.parser import parser_of_train
-from rwkv_peft.training.flags.rates import with_first_rates
 from rwkv_peft.training.flags.settings_file import expanded
 from rwkv_peft.training.inputs import make_plan
+from rwkv_peft.training.rates import with_first_rates
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
 from rwkv_peft.training.saving.resume import (
     Lowest,

@@ -17,7 +17,6 @@ from inference.chats import after, tokens_of, trained
 from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.cli.streams import Patient
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.tools import ToolCall, calls_text, parse_calls
 from rwkv_peft.inference import chat as chat_module
@@ -150,7 +149,7 @@ def test_saving_replaces_another_file_when_it_is_asked_twice(chat, tmp_path):
 
 
 def test_a_line_that_is_no_text_is_refused_and_ends_the_chat_only_of_a_file(model, chat, monkeypatch, capsys):
-    bad = b"Gr\xfc\xdfe".decode("utf-8", "surrogateescape")  # as streams.py reads it
+    bad = b"Gr\xfc\xdfe".decode("utf-8", "surrogateescape")  # as cli/errors.py has it read
     with pytest.raises(UserError, match="the line Gr… is not"):
         chat([bad, "Hi"])
     lines = iter([bad, "Hi", "/exit"])
@@ -160,16 +159,6 @@ def test_a_line_that_is_no_text_is_refused_and_ends_the_chat_only_of_a_file(mode
     assert commands.main(["generate", "--model", str(model), "--chat", "--max_tokens", "1"]) == 0
     out, error = capsys.readouterr()
     assert out.count("Assistant:") == 1 and "error: the line Gr… is not utf-8 from its character 3 on" in error
-
-
-def test_a_chat_that_nobody_reads_ends(model, monkeypatch):
-    reader, writer = os.pipe()
-    os.close(reader)
-    lines = io.StringIO("Hi\nSo?\n")
-    monkeypatch.setattr(sys, "stdin", lines)
-    monkeypatch.setattr(sys, "stdout", Patient(open(writer, "wb"), "utf-8", line_buffering=True))
-    assert commands.main(["generate", "--model", str(model), "--chat"]) == 0
-    assert lines.read() == "So?\n"
 
 
 def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(chat, model):

@@ -173,21 +173,6 @@ def test_a_full_disk_is_noticed_before_the_work(folder, monkeypatch):
         run(folder)
 
 
-def test_a_merge_goes_on_where_nobody_reads_what_it_says(folder, warm_python):
-    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", open_base(folder / "base.pth").tensors))
-    words = ["--base_model", folder / "base.pth", "--bone_checkpoint", folder / "a.safetensors"]
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open("/dev/full", "wb") as full:
-        for stdout, how in ((writer, (0, b"")), (full, (2, b"not whole: no space left on device\n"))):
-            output = folder / f"merged-{how[0]}.pth"
-            argv = [warm_python, ROOT / "merge_bone.py", *words, "--output", output]
-            done = subprocess.run(argv, stdout=stdout, stderr=subprocess.PIPE)
-            assert (done.returncode, done.stderr[-len(how[1]) :]) == how, done.stderr
-            assert open_base(output).tensors.keys() == open_base(folder / "base.pth").tensors.keys()
-    os.close(writer)
-
-
 def test_the_command_exits_with_2_and_one_message(folder, warm_python):
     base = open_base(folder / "base.pth").tensors
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", base))

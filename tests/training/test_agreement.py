@@ -19,8 +19,8 @@ from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.objectives.ipo import IPO
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.flags.parser import flag_of
-from rwkv_peft.training.flags.world import World
 from rwkv_peft.training.ranks.agreement import FREE, digests_of_inputs, disagreement, shared_values
+from rwkv_peft.training.ranks.world import World
 from rwkv_peft.training.saving.resume import data_identity
 
 TEACHERS = ("file of the teacher", "teacher's adapters", "teacher's states")

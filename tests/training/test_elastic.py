@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import warm
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.training.engine.fit import stopped
-from rwkv_peft.training.flags.world import World, fit
+from rwkv_peft.training.ranks.world import World, fit
 from training.held import held
 from training.runs import finish, free_port, metrics, start, wait_for_steps, wait_for_words
 

@@ -15,10 +15,10 @@ from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.questions import RowsExam, rows_of
-from rwkv_peft.training.flags.rates import with_chosen_epochs
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import outlook
 from rwkv_peft.training.measuring.questions import find_rows, read_before, unended
+from rwkv_peft.training.rates import with_chosen_epochs
 from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
 

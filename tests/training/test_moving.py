@@ -7,7 +7,7 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig, TrainConfig
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.request import parse_flags
-from rwkv_peft.training.flags.world import World, fit
+from rwkv_peft.training.ranks.world import World, fit
 from rwkv_peft.training.saving.checkpoints import find_checkpoint, write_state
 from rwkv_peft.training.saving.optimizer_state import SavedOptimizer
 from rwkv_peft.training.saving.resume import with_kept_order

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from rwkv_peft.checkpoints.lock import LOCK, alone_in, holder
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.flags.world import LOOPBACK, World
 from rwkv_peft.training.ranks import group, launch
+from rwkv_peft.training.ranks.world import LOOPBACK, World
 from training.held import held
 from training.runs import finish, free_port, metrics, python_of, start, start_ranks, wait_for_steps, wait_for_words
 from warm import CHILDREN

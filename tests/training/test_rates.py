@@ -7,8 +7,8 @@ import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.flags.rates import ANCHOR, WHOLE, with_first_rates
 from rwkv_peft.training.flags.request import parse_run
+from rwkv_peft.training.rates import ANCHOR, WHOLE, with_first_rates
 from training.runs import ROOT
 
 BASE = ROOT / "demo" / "rwkv6-demo.pth"  # of 128 channels

@@ -19,9 +19,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_any_work(files, monkeypa
     (files / "file").touch()
     below = flags(files, "--proj_dir", str(files / "file" / "out"))
     assert "a file stands where" in refused(monkeypatch, capsys, below)
-    (files / "out").mkdir()
-    (files / "out" / "checkpoints").touch()
-    assert "checkpoints is a file, and a folder is due" in refused(monkeypatch, capsys, flags(files))
 
 
 @pytest.mark.parametrize("leftover", ["adapter.safetensors", "adapter-best.safetensors"])
@@ -40,7 +37,7 @@ def test_what_a_new_run_would_overwrite_is_named_with_or_without_resume(files, m
         ("--load_model", "merged.pth"),
         ("--load_model", "rwkv-best.pth"),
         ("--state_load", "state.pth"),
-        ("--bone_load", "adapter-epoch-2.safetensors"),
+        ("--adapter", "adapter-epoch-2.safetensors"),
         ("--eval_data", "answers.jsonl"),
     ],
 )
@@ -58,46 +55,6 @@ def test_what_a_run_reads_is_not_written_over(files, monkeypatch, capsys, flag, 
         f"{given} is to be read, and --proj_dir {files / 'out'} is where this run writes its own {name}; move" in told
     )
     parse_flags(flags(files, *more, flag, str(given), "--proj_dir", str(files / "other")))
-
-
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "adapter-epoch-1.safetensors", ".unsaved"])
-@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a device"])
-@pytest.mark.parametrize("more", [["--resume", "auto"], ["--check_flags"], ["--random_seed", "-1", "--resume"]])
-def test_what_is_no_file_has_no_name_of_a_runs_file(files, monkeypatch, capsys, name, kind, more):
-    path = files / "out" / name
-    path.parent.mkdir()
-    {"pipe": os.mkfifo, "folder": os.mkdir, "link to a device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
-    assert f"{path} is a {kind.split()[-1]}" in refused(monkeypatch, capsys, flags(files, *more))
-
-
-def test_a_link_to_a_folder_that_is_not_there_is_told_before_any_work(files, monkeypatch, capsys):
-    (files / "out").mkdir()
-    (files / "out" / "checkpoints").symlink_to(files / "gone")
-    told = refused(monkeypatch, capsys, flags(files))
-    assert "checkpoints is a link to a folder that is not there; make it, or remove the link" in told
-
-
-@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "wandb"])
-def test_a_file_named_like_a_folder_of_a_run_is_told_before_any_work(files, monkeypatch, capsys, name):
-    path = files / "out" / name
-    path.parent.mkdir(parents=True)
-    path.touch()
-    assert f"{path} is a file, and a folder is due" in refused(monkeypatch, capsys, flags(files))
-
-
-def test_a_folder_may_go_while_it_is_looked_at(files, monkeypatch):
-    """Another rank makes the folder to try if it can be written, and removes it again."""
-    folder, scandir = files / "out", os.scandir
-    folder.mkdir()
-
-    def gone(path="."):
-        if os.path.realpath(path) == os.path.realpath(folder) and folder.exists():
-            folder.rmdir()
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", gone)
-    parse_flags(flags(files))
-    assert not folder.exists()
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -33,9 +33,6 @@ REFUSED = (
     ("config: other.yaml", "config belongs on the command line"),
     ("bone_r", "holds no flags"),
     ("bone_r: [1", "is no YAML"),
-    ("a: &a 1\nb: *a", "an alias in line 2"),
-    ("a: " + "[" * 9 + "]" * 9, "a level below 8 others in line 1"),
-    ('data_file: "a\\0b"', "a character that no name has in line 1"),
     ("bone_r: much", "argument --bone_r: 'much' is not a whole number"),
 )
 
@@ -49,6 +46,15 @@ def test_a_file_means_what_its_flags_mean(files, text, words):
     by_flags = parse_run([*without_rank(files), *words])
     assert replace(by_file.config, flags={}) == replace(by_flags.config, flags={})
     assert "--config" not in by_file.argv  # so that other ranks read no file that may have changed
+
+
+def test_the_names_of_every_command_mean_upstreams(files):
+    """--adapter names the adapter to start from whatever the method is."""
+    shared = {"--load_model": "--model", "--proj_dir": "--output"}
+    words = without_rank(files, "--peft", "lora")
+    ours = parse_run([*(shared.get(word, word) for word in words), "--adapter", "a.safetensors"]).config
+    theirs = parse_run([*words, "--lora_config", '{"lora_load":"a.safetensors"}']).config
+    assert replace(ours, flags={}) == replace(theirs, flags={}) and ours.adapter.load == "a.safetensors"
 
 
 def test_the_command_line_wins_by_any_name_of_a_flag(files):

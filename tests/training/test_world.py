@@ -4,7 +4,7 @@ import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.flags.world import LOOPBACK, World, find_world, first_host
+from rwkv_peft.training.ranks.world import LOOPBACK, World, find_world, first_host
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
 TORCHRUN |= {"MASTER_PORT": "29511", "TORCHELASTIC_USE_AGENT_STORE": "True"}

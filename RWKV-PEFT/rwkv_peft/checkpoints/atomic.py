@@ -17,8 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..cli.errors import UserError
-from ..cli.streams import encoded
+from ..cli.errors import UserError, encoded
 from .readable import home_meant
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from .. import __version__
 from ..children import guard_children
-from .errors import UserError, ending_at_once, exit_on_user_error, past_ctrl_c
+from .errors import UserError, exit_on_user_error
 from .installing import how_to_install
 
 
@@ -188,8 +188,7 @@ def main(argv: list[str]) -> int:
         if command.flags:
             flags, _, judge = command.flags.partition(":")
             getattr(importlib.import_module(f"rwkv_peft.{flags}"), judge)(argv[1:])
-        with ending_at_once():
-            module = importlib.import_module(f"rwkv_peft.{command.module}")
+        module = importlib.import_module(f"rwkv_peft.{command.module}")
         return module.main(argv[1:])
     except ModuleNotFoundError as error:
         raise missing(error, command.needs) from error
@@ -206,12 +205,5 @@ def missing(error: ModuleNotFoundError, needs: str = "") -> Exception:
 
 def run(*command: str) -> NoReturn:
     """Run the console script rwkv-peft, and exit; `command` are words put before the command line's."""
-
-    def whole(argv: list[str]) -> int:
-        try:
-            return main([*command, *argv])
-        finally:  # after a refusal too, so that its message and exit code come
-            past_ctrl_c()
-
     guard_children()
-    exit_on_user_error(whole)
+    exit_on_user_error(lambda argv: main([*command, *argv]))

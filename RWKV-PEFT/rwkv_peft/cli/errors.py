@@ -1,17 +1,17 @@
 """The exception for a user's mistake, and how a command reports it and the signals that end the command."""
 
+import codecs
 import errno
+import io
 import os
 import re
+import select
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType, MappingProxyType
-from typing import Any, NoReturn
-
-from .streams import lost_output, make_patient
+from typing import Any, NoReturn, TextIO
 
 UNSEEN = MappingProxyType(
     {
@@ -114,13 +114,15 @@ def field_names(row: Iterable[object]) -> str:
 def explained(error: BaseException) -> tuple[int, str] | None:
     """(exit code, message) for an exception that ends a command; None for one that only its traceback explains.
 
-    These are a UserError; an OSError of UNSEEN about a file; a limit on open files that is reached; memory that is
-    full; and Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP), with 128 + the signal's number."""
+    These are a UserError; an OSError of UNSEEN about a file; a limit on open files that is reached; a full disk or
+    memory; and Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP), with 128 + the signal's number."""
     if isinstance(error, UserError):
         return error.code, f"error: {error}"
     if isinstance(error, OSError):  # any access to a file may find that its path is forbidden or malformed
         if error.errno == errno.EMFILE:  # of a pipe or a socket it names no file
             return 2, f"error: {TOO_MANY_FILES}"
+        if error.errno == errno.ENOSPC and error.filename is None:  # of a log or a redirection
+            return 2, "error: the disk is full; make room, and run again"
         advice = UNSEEN.get(error.errno or 0)
         if advice is not None and error.filename is not None:
             return 2, f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}"
@@ -132,22 +134,55 @@ def explained(error: BaseException) -> tuple[int, str] | None:
 
 
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a command's `main(argv) -> int`, and exit with its code, or with the message and code of `explained`. The
-    standard streams are Patient from then on (streams.py)."""
-    make_patient()
+    """Run a command's `main(argv) -> int`, and exit with its code, or with the message and code of `explained`. If the
+    reader of standard output left, as `head` does, the code is 141 (128 + SIGPIPE), without a message."""
+    prepare_streams()
     try:
         with ending_in_order():
             code = main(sys.argv[1:])
-        if code or not (reason := lost_output()):
-            sys.exit(code)
-        message, code = f"error: the work is done, but its printed output is not whole: {reason}", 2
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not output_is_closed():
+            raise
+        code = 128 + signal.SIGPIPE
     except (Exception, KeyboardInterrupt, Ended) as error:
         if (found := explained(error)) is None:
             raise
         code, message = found
-    sys.stdout.flush()
-    print(message, file=sys.stderr)
+        sys.stdout.flush()
+        print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def output_is_closed() -> bool:
+    """True if the reader of standard output left. Buffered output, which Python would write at its exit, is dropped."""
+    poll = select.poll()
+    poll.register(1, 0)  # a pipe without a reader is reported in any case
+    if closed := bool(poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return closed
+
+
+def prepare_streams() -> None:
+    """Print what cannot be encoded, such as file names that are not Unicode, escaped, and each line at once, also into
+    a log. Read input in the locale's encoding, or in UTF-8 if that is ASCII; bytes that are no text in it become
+    surrogates and raise no error yet."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        plain = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if plain else None, errors="surrogateescape")
+
+
+def bar_seconds(stream: TextIO) -> float:
+    """Seconds between two prints of a progress bar: short on a terminal, long in a log, which keeps them all."""
+    return 0.2 if stream.isatty() else 10.0
+
+
+def encoded(text: str) -> bytes:
+    """A text as UTF-8; a lone surrogate, which that cannot hold, becomes JSON's escape of it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def past_ctrl_c() -> None:
@@ -184,63 +219,17 @@ def keeping_handlers() -> Iterator[None]:
 @contextmanager
 def ending_in_order() -> Iterator[None]:
     """Within, the first signal of ENDINGS raises Ended, and a second one ends the process at once, but SIGHUP is
-    ignored then, because both the system and the shell send it. Only signals with their default handler are caught.
-
-    A fork, as of multiprocessing, gets the default handlers back: its parent ends it by SIGTERM and waits for it, and a
-    handler of Python's may never run in a process that waits for a lock. A signal meanwhile waits until they are."""
+    ignored then, because both the system and the shell send it. Only signals with their default handler are caught."""
 
     def end(number: int, frame: FrameType | None) -> None:
         for other in before:
             signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
         raise Ended(number)
 
-    def block() -> None:
-        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, before))
-
-    def unblock() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
-
-    def let_go() -> None:
-        for number in before:
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_DFL)
-        unblock()
-
-    masks: list[set[int]] = []
     before = {number: signal.SIG_DFL for number in ENDINGS if signal.getsignal(number) == signal.SIG_DFL}
     for number in before:
         signal.signal(number, end)
-    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=let_go)
     try:
         yield
     finally:
         give_back(before)
-
-
-@contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Within, while large packages are imported, Ctrl-C and any signal of ENDINGS that would raise end the process at
-    once, with their words and exit code.
-
-    Some packages catch KeyboardInterrupt and go on without a part of themselves, others print it. Nothing is open or
-    half written yet.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        with suppress(Exception):  # the signal may have come in the middle of a print
-            sys.stdout.flush()
-        with suppress(OSError):  # the terminal may be gone
-            os.write(2, ENDINGS.get(signal.Signals(number), INTERRUPTED).encode() + b"\n")
-        os._exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    before = {number: now for number in (signal.SIGINT, *ENDINGS) if callable(now := signal.getsignal(number))}
-    for number in before:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

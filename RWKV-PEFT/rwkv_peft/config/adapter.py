@@ -88,6 +88,12 @@ ALPHA = Condition(
 SEED = Condition(lambda value: 0 <= value < SEEDS, f"a seed is a whole number from 0 to {SEEDS - 1}")
 
 
+def adapter_setting(key: str) -> str:
+    """The field of the adapter to start from, which --adapter names, or `key` in the method's JSON flag."""
+    options: dict[str, Any] = {"aliases": ("bone_load",), "key": key, "unset": True, "metavar": "FILE"}
+    return setting("", "adapter to start from", flag="adapter", **options)
+
+
 @dataclass(frozen=True)
 class BoneSettings(Settings):
     mode: str = setting(
@@ -110,7 +116,7 @@ class BoneSettings(Settings):
         unset=True,
         type=positive,
     )
-    load: str = setting("", "adapter to start from", flag="bone_load", key="bone_load", unset=True, metavar="FILE")
+    load: str = adapter_setting("bone_load")
     mini_rank: int = setting(
         0,
         "bone-mini: width of its (bone_r, bone_mini_r) matrix, which repeats over a layer's outputs and divides their "
@@ -131,7 +137,7 @@ class LoraSettings(Settings):
     dropout: float = setting(
         0.0, key="lora_dropout", rule=Condition(lambda value: 0 <= value < 1, "it is a probability below 1")
     )
-    load: str = setting("", key="lora_load")
+    load: str = adapter_setting("lora_load")
     targets: tuple[str, ...] = setting((), key="lora_parts", read=read_parts)
 
 
@@ -152,7 +158,7 @@ class PissaSettings(Settings):
     """init is the file of the first factors of RWKV-PEFT's `load`; svd_niter the iterations of a randomized SVD."""
 
     rank: int = setting(64, key="pissa_r", rule=RANK)
-    load: str = setting("", key="pissa_load")
+    load: str = adapter_setting("pissa_load")
     init: str = setting("", key="pissa_init")
     alpha: float = setting(0.0, rule=ALPHA)  # which RWKV-PEFT's PiSSA lacks, and so no flag gives
     svd_niter: int = setting(
@@ -166,7 +172,7 @@ class VeraSettings(Settings):
     """d_initial fills the vector d; init_seed draws the frozen matrices (peft's projection_prng_key)."""
 
     rank: int = setting(64, key="r", rule=RANK)
-    load: str = setting("", key="load")
+    load: str = adapter_setting("load")
     d_initial: float = setting(
         0.1,
         key="d_initial",
@@ -180,7 +186,7 @@ class ShiraSettings(Settings):
     """entries is the number of entries of each row of a weight that train, and init_seed draws them."""
 
     entries: int = setting(64, key="entries", rule=whole_from(1, "at least one entry of a row trains; try 64"))
-    load: str = setting("", key="load")
+    load: str = adapter_setting("load")
     init_seed: int = setting(0, key="shira_seed", rule=SEED)
 
 

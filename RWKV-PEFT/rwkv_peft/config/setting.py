@@ -21,6 +21,7 @@ def setting(
     help: str | None = None,
     *,
     flag: str | None = None,
+    aliases: tuple[str, ...] = (),
     key: str | None = None,
     unset: bool = False,
     rule: Condition | None = None,
@@ -28,8 +29,8 @@ def setting(
     **options: Any,
 ) -> Value:
     """Make a dataclass field that a flag sets: its default, the flag's help, the flag's name if it is not the field's,
-    and argparse's options, some of which follow from the default: a tuple takes one value or more, and False none. With
-    unset the flag's default is None, explained in its help. Without help the field has no flag.
+    its other names, and argparse's options, some of which follow from the default: a tuple takes one value or more, and
+    False none. With unset the flag's default is None, explained in its help. Without help the field has no flag.
 
     key is the field's name in a JSON flag, and read(name, value) turns a value from there into the field's, or raises
     UserError. rule holds of every value."""
@@ -39,7 +40,7 @@ def setting(
         options = {"metavar": "0|1"} | options
     elif default is False:
         options = {"action": "store_true"}
-    metadata = {"help": help, "flag": flag, "unset": unset, "options": options}
+    metadata = {"help": help, "flag": flag, "aliases": aliases, "unset": unset, "options": options}
     return field(default=default, metadata=metadata | {"key": key, "rule": rule, "read": read})
 
 

@@ -283,6 +283,7 @@ class ModelSettings:
         "",
         "base checkpoint; dimensions are read from it. Empty: a new model from --n_layer, --n_embd, --vocab_size "
         "(needs --peft none)",
+        aliases=("model",),
         metavar="PTH",
     )
 
@@ -291,7 +292,7 @@ class ModelSettings:
 class RunSettings:
     """The length of a run, and its files. epochs_chosen: epoch_count is to be chosen, because no flag sets it."""
 
-    proj_dir: str = setting("out", "folder that the run writes to", metavar="DIR")
+    proj_dir: str = setting("out", "folder that the run writes to", aliases=("output",), metavar="DIR")
     resume: str = setting(
         "",
         "continue the run in --proj_dir exactly where it stopped, on the same data, on these or other devices; auto: "
@@ -376,6 +377,7 @@ class RunSettings:
     state_load: str = setting(
         "",
         "time states that --train_parts state starts from: a .pth, a .st, or a run that tuned only states",
+        aliases=("state",),
         metavar="FILE",
     )
 

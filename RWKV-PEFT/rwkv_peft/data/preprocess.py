@@ -29,9 +29,8 @@ from tqdm import tqdm
 
 from ..checkpoints.atomic import check_output, temporary_beside
 from ..children import elsewhere
-from ..cli.errors import UserError
+from ..cli.errors import UserError, bar_seconds
 from ..cli.parser import counted
-from ..cli.streams import bar_seconds
 from .binidx import BinidxDataset, open_dataset
 from .chat import THINKING
 from .encoding import DIGEST, Encoded, EncodeSettings, encode_chunk, encoder

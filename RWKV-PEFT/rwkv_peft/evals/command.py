@@ -20,9 +20,8 @@ from ..checkpoints.atomic import check_output, same_file, telling_failures, writ
 from ..checkpoints.base import open_base
 from ..checkpoints.lock import alone_at
 from ..checkpoints.readable import files_below, object_of
-from ..cli.errors import Ended, UserError, ending_of
+from ..cli.errors import Ended, UserError, bar_seconds, ending_of
 from ..cli.parser import counted
-from ..cli.streams import bar_seconds
 from ..cli.tables import TASKS
 from ..data.recorded import clean_beside
 from ..data.tokenizer import KNOWN_SIZES

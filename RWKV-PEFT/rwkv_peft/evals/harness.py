@@ -25,9 +25,8 @@ from lm_eval.utils import handle_non_serializable as plain
 from lm_eval.utils import make_table
 from tqdm import tqdm
 
-from ..cli.errors import UserError, quoted, told
+from ..cli.errors import UserError, bar_seconds, quoted, told
 from ..cli.names import is_finite, is_number
-from ..cli.streams import bar_seconds
 from ..config import TrainConfig
 from ..data.tokenizer import Tokenizer
 from ..inference.loading import Subject

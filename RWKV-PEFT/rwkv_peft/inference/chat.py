@@ -16,7 +16,6 @@ import torch
 from ..checkpoints.atomic import check_output, same_file
 from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError, short
-from ..cli.streams import is_heard
 from ..data.chat import TURN_END, ChatLayout
 from ..data.tokenizer import Tokenizer
 from ..data.tools import parse_calls
@@ -152,7 +151,7 @@ class ChatLoop:
 
     def run(self) -> int:
         """Answer lines until the input ends -> the exit code. A UserError is printed on a terminal, and raised if the
-        lines come from a pipe or a file. Raises OutputClosed if the reader of the output left."""
+        lines come from a pipe or a file."""
         remark(HELP)
         read, interrupted = line_reader(), False
         while True:
@@ -280,15 +279,9 @@ def readable(line: str) -> str:
     return line
 
 
-class OutputClosed(Exception):
-    """The reader of standard output left, as `head` does, so that there is nothing more to do."""
-
-
 def show(text: str) -> None:
-    """Print a piece of generated text. Raises OutputClosed if its reader left."""
+    """Print a piece of generated text."""
     print(text, end="", flush=True)
-    if not is_heard(sys.stdout):
-        raise OutputClosed
 
 
 def remark(text: str) -> None:

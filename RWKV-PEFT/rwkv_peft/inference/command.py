@@ -13,7 +13,7 @@ from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..data.chat import ChatLayout, stops_of
 from ..data.recorded import clean_beside, note_on_chats
-from .chat import ChatLoop, OutputClosed, Session, remark, show
+from .chat import ChatLoop, Session, remark, show
 from .decode import complete
 from .flags import note_escapes, parse_flags, unescaped
 from .forward import prefill
@@ -31,8 +31,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except OutputClosed:
-        return 0
 
 
 def run(args: Namespace, sampling: Sampling) -> int:

@@ -19,9 +19,9 @@ MERGE_SYNONYMS = MappingProxyType(
     {
         "--use_gpu": "--device cuda",
         "--load_model": "--base_model",
-        "--bone_load": "--bone_checkpoint",
-        "--lora_load": "--lora_checkpoint",
-        "--pissa_load": "--lora_checkpoint",
+        "--bone_load": "--adapter",
+        "--lora_load": "--adapter",
+        "--pissa_load": "--adapter",
         "--pissa_init": "--lora_init",
     }
 )
@@ -33,7 +33,8 @@ repository = that(
     "is no name of a repository; give it as NAME/REPO, with your name or your organization's first",
 )
 picture = that(str, lambda name: name.endswith(".png"), "does not end in .png; give a name such as heat.png")
-ADAPTER_FLAGS = ("--bone_checkpoint", "--lora_checkpoint", "--peft_checkpoint", "--state_checkpoint")
+BASE_FLAGS = ("--base_model", "--model")
+ADAPTER_FLAGS = ("--bone_checkpoint", "--adapter", "--lora_checkpoint", "--peft_checkpoint", "--state_checkpoint")
 MERGE = "merge_bone.py"
 MERGE_RULES = (
     Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or add --dry_run"),
@@ -61,10 +62,12 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         "dtypes, which any RWKV runtime loads.",
     )
     add = parser.add_argument
-    add("--base_model", required=True, metavar="PTH", help="the model that the adapter was trained on")
+    add(*BASE_FLAGS, required=True, metavar="PTH", help="the model that the adapter was trained on")
     add(
         *ADAPTER_FLAGS,
+        "--state",
         required=True,
+        action="extend",
         nargs="+",
         metavar="FILE",
         dest="adapters",
@@ -113,17 +116,13 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog=CHECK,
         rules=CHECK_RULES,
-        synonyms={"--base": "--base_model"},
+        synonyms={"--base": "--model"},
         description="Compare a merged model with base plus adapter, here and in the rwkv package; or with our model in "
         "float64 in each installed runtime.",
     )
     add = parser.add_argument
-    add("--merged", "--model", required=True, metavar="PTH", help="the model to check")
-    add(
-        "--base_model",
-        metavar="PTH",
-        help="the base of the merge; without an adapter its keys, order, shapes and dtypes",
-    )
+    add("--merged", required=True, metavar="PTH", help="the model to check")
+    add(*BASE_FLAGS, metavar="PTH", help="the base of the merge; without an adapter its keys, order, shapes and dtypes")
     add(*ADAPTER_FLAGS, metavar="FILE", help="the adapter, or the folder of the run")
     add_source_flags(parser)
     add("--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)")
@@ -152,7 +151,7 @@ def inspect_flags(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("file", help="a .pth, .safetensors, .st, .gguf, or the folder of a run, of peft or of a model")
-    add("--base_model", metavar="PTH", help="also print how far each layer's matrices moved from this model")
+    add(*BASE_FLAGS, metavar="PTH", help="also print how far each layer's matrices moved from this model")
     add("--output", type=picture, metavar="PNG", help="draw that, too")
     add_source_flags(parser)
     return parser.parse_args(argv)
@@ -210,7 +209,7 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     add_source_flags(parser)
     add(
-        "--base_model",
+        *BASE_FLAGS,
         metavar="PTH",
         help="base of an adapter; its shapes may decide the variant, and the width of bone-mini in RWKV-PEFT's form",
     )

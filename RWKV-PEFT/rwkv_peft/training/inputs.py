@@ -16,8 +16,8 @@ from ..data.recorded import clean_data, default_mask, recorded_beside, remarks, 
 from ..data.rows import parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
-from .flags.rates import with_chosen_epochs, with_first_rates
 from .flags.request import Request
+from .rates import with_chosen_epochs, with_first_rates
 from .saving.checkpoints import require_files
 from .saving.resume import Lowest, data_identity, find_state, history, other_retained, validated_from, with_kept_order
 from .step.plan import Plan

@@ -70,7 +70,7 @@ def test_a_document_that_cannot_be_learned_is_refused_before_work(tmp_path, stud
     [
         (GIVEN, "takes a DOCUMENT or --rows: give one, the DOCUMENT as the first word"),
         (("d.txt", *GIVEN, "--rows", "r.jsonl"), "takes a DOCUMENT or --rows: both name what to learn from"),
-        (("d.txt",), "--load_model is missing"),
+        (("d.txt",), "--load_model/--model is missing"),
         (("d.txt", *GIVEN, "--answer", "A:"), r"--answer A:: it has no \{question\}"),
         (("d.txt", *GIVEN, "--data_file", "x"), "--data_file is set by rwkv-peft study, or has no use there"),
         (("d.txt", *GIVEN, "--ctx_len", "512"), "--ctx_len 512 has no room for --part_tokens 512 with a question and"),

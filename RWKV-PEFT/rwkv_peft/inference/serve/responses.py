@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ...cli.streams import encoded
+from ...cli.errors import encoded
 from ...data.tokenizer import Tokenizer
 from ...data.tools import OPENS, ToolCall, parse_calls
 from ..requests import Logprobs

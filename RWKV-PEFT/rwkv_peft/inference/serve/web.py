@@ -27,8 +27,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
-from ...cli.errors import Ended, UserError, short
-from ...cli.streams import encoded
+from ...cli.errors import Ended, UserError, encoded, short
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -20,8 +20,8 @@ from ...cli.parser import counted
 from ...config import AdapterConfig, ModelConfig
 from ...models.family import Family
 from ...models.state import time_state_shapes
-from ...training.flags.rates import automatic_rate
 from ...training.flags.request import parse_run
+from ...training.rates import automatic_rate
 from .flags import FULL, Comparison, method_flags, parse_flags
 from .plan import Cell, Size, nearest_to, next_cells, rate_of
 from .report import draw_figures, lines_of_json, rows_of, table

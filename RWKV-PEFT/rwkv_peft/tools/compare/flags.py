@@ -37,8 +37,8 @@ RULES = (  # of its own flags and those of train.py
 )
 # flags of train.py that differ from run to run, or follow from the flags of the comparison
 OURS = tuple(
-    """peft peft_config bone_mode bone_r bone_mini_r bone_load bone_config disha_config lora_config pissa_config
-    lr_init lr_final random_seed proj_dir resume fresh_optimizer epoch_steps epoch_count epoch_begin epoch_save
+    """peft peft_config bone_mode bone_r bone_mini_r adapter bone_load bone_config disha_config lora_config pissa_config
+    lr_init lr_final random_seed proj_dir output resume fresh_optimizer epoch_steps epoch_count epoch_begin epoch_save
     train_stage my_pile_stage my_exit_tokens val_every early_stop check_flags show_samples""".split()
 )
 USAGE = """Compare adapter methods on a model and data of yours, at about as many trained parameters each.

@@ -25,18 +25,10 @@ from ...config import STRATEGIES, AdapterConfig, ModelConfig, RunConfig, forms, 
 from ...config.objective import TEACHER
 from ...data.recorded import find_tokenizer
 from ...memory import main_memory
+from ...training.flags.checks import check_base
 from ...training.flags.parser import build_parser
-from ...training.flags.request import (
-    Flags,
-    check_base,
-    flags_of,
-    goes_together,
-    new_model,
-    request_of,
-    targets_of,
-    with_settings,
-)
-from ...training.flags.world import World
+from ...training.flags.request import Flags, flags_of, goes_together, new_model, request_of, targets_of, with_settings
+from ...training.ranks.world import World
 from .activations import CPU, GPU
 from .activations import GENERATIONS as FORMULAS
 from .memory import ALWAYS, Estimate, Part, keys_of, method_named, peak, written

@@ -82,7 +82,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--load_model", required=True, metavar="PTH", help="the base model, which reads and learns")
+    add("--load_model", "--model", required=True, metavar="PTH", help="the base model, which reads and learns")
     add("--output", required=True, metavar="DIR", help="folder of the run: questions, state or adapter, figures")
     add("--rows", default="", metavar="FILE", help="learn from these questions instead of drawing any from a DOCUMENT")
     add(

@@ -39,7 +39,7 @@ PATHS = (  # flags that name a file or folder
     "val_data",
     "retain_data",
     "eval_data",
-    "bone_load",
+    "adapter",
     "teacher_model",
     "teacher_adapter",
     "teacher_state",

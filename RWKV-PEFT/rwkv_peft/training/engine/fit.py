@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoints.atomic import write_text
 from ...checkpoints.best import BEST, SINCE, HeldOut, labelled, take
 from ...children import import_matplotlib
-from ...cli.errors import Ended, UserError, ending_at_once, keeping_handlers
+from ...cli.errors import Ended, UserError, keeping_handlers
 from ...cli.names import CARD, METRICS, PICTURE, RUN
 from ...cli.parser import counted
 from ...data.recorded import ENTRY, OPENING
@@ -59,11 +59,10 @@ def fit(run: Prepared, say: Callable[..., object]) -> tuple[int, str]:
     if run.accelerator == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would use a GPU if there is one
         keep_freed_memory()
-    with ending_at_once():
-        import_matplotlib()  # which Lightning imports
-        from ..saving.loggers import make_loggers
-        from ..step.lit import Diverged
-        from .trainer import RunBatches, make_lit, make_trainer
+    import_matplotlib()  # which Lightning imports
+    from ..saving.loggers import make_loggers
+    from ..step.lit import Diverged
+    from .trainer import RunBatches, make_lit, make_trainer
 
     quiet()
     data, train = run.config.data, run.config.train

@@ -4,10 +4,10 @@ from typing import Any
 
 from ...models.parts import LanguageModel
 from ...rewards import Rewards
-from ..flags.world import World
 from ..inputs import Inputs
 from ..measuring.questions import BeforeAfter, Examiner, Questions
 from ..measuring.validate import Validator
+from ..ranks.world import World
 from ..rollout import RolloutLog
 from ..saving.checkpoints import ANSWERS, ROWS
 from ..saving.saver import Saver

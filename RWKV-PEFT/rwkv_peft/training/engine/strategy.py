@@ -8,7 +8,7 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from ...config import BUCKET
-from ..flags.world import World
+from ..ranks.world import World
 from ..step.zero import (
     dynamic_scaler,
     exchanges_gradients,

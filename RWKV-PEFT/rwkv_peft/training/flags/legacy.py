@@ -23,7 +23,7 @@ from ...cli.names import NONE, QUANTS, STATE, called, is_whole
 from ...cli.parser import count, counted
 from ...config import OF_ROWS
 from ...objectives import OBJECTIVES
-from .world import step_samples
+from ..ranks.world import step_samples
 
 KERNELS = "the device chooses the kernels, and all compute the same"
 LOADING = "the data is mapped from its file, and no processes load it"
@@ -78,7 +78,7 @@ MEANINGS = (
     ("--micro_bsz", ("per_device_train_batch_size", "per_device_batch_size", "train_batch_size", "batch_size")),
     ("--micro_bsz", ("micro_batch_size",)),
     ("--accumulate_grad_batches", ("gradient_accumulation_steps", "accumulation_steps", "grad_accum")),
-    ("--load_model", ("model_name_or_path", "base_model_name_or_path", "base_model", "pretrained_model", "model")),
+    ("--load_model", ("model_name_or_path", "base_model_name_or_path", "base_model", "pretrained_model")),
     ("--data_file", ("data_path", "dataset", "dataset_name", "dataset_path", "train_file", "train_data", "datasets")),
     ("--sft_field", ("dataset_field", "dataset_text_field")),
     ("--sft_split", ("dataset_split", "train_split")),
@@ -88,7 +88,7 @@ MEANINGS = (
     ("--early_stop", ("early_stopping_patience",)),
     ("--ctx_len", ("max_seq_length", "max_length", "seq_length", "block_size", "cutoff_len", "sequence_len")),
     ("--dataload pack", ("packing", "sample_packing")),
-    ("--peft", ("adapter", "finetuning_type")),
+    ("--peft", ("finetuning_type",)),
     ("--peft lora", ("lora", "use_lora")),
     ("--peft pissa", ("PISSA",)),
     ("svd_niter in --pissa_config", ("svd_niter",)),

@@ -174,7 +174,8 @@ def add_settings(parser: argparse._ArgumentGroup, settings: Iterable[Field[Any]]
             many = options.get("nargs") in ("*", "+")
             default: Any = field.default
             options["default"] = None if field.metadata["unset"] else list(default) if many else default
-        parser.add_argument(f"--{flag}", help=field.metadata["help"], **options)
+        names = [f"--{name}" for name in (flag, *field.metadata["aliases"])]
+        parser.add_argument(*names, help=field.metadata["help"], **options)
 
 
 def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any) -> Settings:

@@ -7,7 +7,7 @@ before a weight is read; those that the flags show by themselves are refused bef
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -36,13 +36,22 @@ from ...config.data import OF_ROWS
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.recorded import default_mask
 from ...objectives import takers_of
+from ..ranks.world import World, find_world, fit
 from ..saving.checkpoints import how_to_go_on
 from .adapter import adapter_config, check_adapter_flags, parts_of
+from .checks import (
+    DRAWN,
+    check_base,
+    check_model,
+    check_objective,
+    check_overwriting,
+    check_tokens,
+    check_train,
+    check_tuned_states,
+    draw_seed,
+)
 from .legacy import PLACEHOLDER, adopt, check_stage, markers_of
 from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, entries_of, first_of, parser_of_train, settings_of
-from .run_folder import DRAWN, check_overwriting, check_run_folder, draw_seed
-from .train import check_objective, check_tokens, check_train
-from .world import World, find_world, fit
 
 if TYPE_CHECKING:
     from ...checkpoints.base import Base
@@ -115,7 +124,6 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     parser = parser_of_train()
     argv = with_settings(argv, parser)
     args, mistakes = parser.parse_with_mistakes(argv)
-    check_run_folder(Path(args.proj_dir))  # before anything in it is looked at
     refusals = Refusals(mistakes)
     world = refusals.attempt(find_world, settings_of(args, TrainConfig))
     if args.random_seed == DRAWN and world is not None:
@@ -216,7 +224,7 @@ def parse_run(argv: Sequence[str]) -> Request:
 
 def request_of(flags: Flags, here: bool = False) -> Request:
     """Turn Flags into a Request; `here` as in look_up. Without a base, an adapter is fitted to a new model's shapes."""
-    from .rates import automatic_rate, with_chosen_rates
+    from ..rates import automatic_rate, with_chosen_rates
 
     args, adapter, data, train, objective, world, argv, notes = flags
     refusals = Refusals()
@@ -302,35 +310,6 @@ def generation_of(args: Namespace, base: "Base | None") -> "Family":
     return base.family if base else family_named(args.model_version or args.my_testing or next(iter(GENERATIONS)))
 
 
-def check_model(
-    adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective, model: ModelConfig
-) -> Iterator[str]:
-    """Yield the refusal of a model with states that grow, if they are to be handed on."""
-    from ...models import family_named
-    from ...models.state import grows
-
-    if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
-        given = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
-        yield (
-            f"{given} hands on states of one size, and those of {family_named(model.version).name} grow with the "
-            "tokens; leave it out"
-        )
-
-
-def check_tuned_states(name: str, adapter: AdapterConfig, data: DataConfig, objective: Objective) -> Iterator[str]:
-    """Yield refusals of a base, called `name`, that holds tuned time states."""
-    if STATE not in adapter.train_parts:
-        yield (
-            f"{name} holds tuned time states, which training does not carry on unless they train; add "
-            "--train_parts state, or take the model without them"
-        )
-    elif data.of_contexts and not (objective.teacher or objective.stored):
-        yield (
-            f"{name} holds tuned time states, which train here, so that as its own teacher it would begin "
-            "without them; name it as --teacher_model too"
-        )
-
-
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
     """The linear layers that get an adapter: those named, of a half of the block ("att", "ffn"), or all."""
     if not targets:
@@ -338,21 +317,6 @@ def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
     if all("." not in target for target in targets):
         return tuple(name for name in family.targets if name.split(".")[0] in targets) or targets
     return targets
-
-
-def check_base(args: Namespace, base: "Base") -> Iterator[str]:
-    """Yield refusals of flags that contradict the base: its generation, its dimensions."""
-    from ...models import family_named
-
-    if args.model_version not in (None, base.config.version):
-        yield (
-            f"--model_version {args.model_version} ({family_named(args.model_version).name}) contradicts "
-            f"{args.load_model}, which is {base.family.name} ({base.config.version}); leave the flag (--generation) out"
-        )
-    for name, _ in DIMENSIONS:
-        given, real = getattr(args, name), getattr(base.config, name)
-        if given and given != real:
-            yield f"--{name} {given} contradicts {args.load_model}, which has {real}; leave the flag out"
 
 
 def new_model(args: Namespace, family: "Family") -> ModelConfig:

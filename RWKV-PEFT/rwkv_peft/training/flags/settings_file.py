@@ -7,24 +7,22 @@ because it holds the run's flags as "flags".
 
 import argparse
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...checkpoints.atomic import atomic_write
-from ...checkpoints.readable import read_short, require_readable
-from ...cli.errors import UNREADABLE, UserError, short, told
+from ...checkpoints.atomic import write_text
+from ...checkpoints.readable import reading, require_readable
+from ...cli.errors import UserError, short, told
 from ...cli.parser import Parser
 from ...cli.rules import Refusals
 from .parser import READ, WRITE, entries_of
 
 FLAGS = "flags"  # the flags of a run, in its config.json
-SIZE, DEPTH = 1 << 20, 8  # of a file: bytes, and collections within each other
-NULL, TEXT, LIST, MAP = (f"tag:yaml.org,2002:{name}" for name in ("null", "str", "seq", "map"))
-UNTOLD = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # the other surrogates are bytes of names that are no UTF-8
+NULL = ("null", "~", "")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -41,7 +39,7 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
     words = [*words[:place], *words[place + 1 + (words[place] == READ) :]]
     overruled = {actions[f"--{flag}"].dest for flag in given}
     refusals, found, seen = Refusals(), list[str](), dict[str, str]()
-    for key, node in settings_in(Path(name)):
+    for key, value in settings_in(Path(name)).items():
         flag = f"--{key.removeprefix('--')}"
         if flag not in actions:
             refusals.add(f"{READ} {name}: {parser.unknown(flag)}")
@@ -52,89 +50,65 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
         else:
             seen[dest] = key
             if dest not in overruled:
-                found += refusals.attempt(words_of, flag, actions[flag], node, name) or []
+                found += refusals.attempt(words_of, flag, actions[flag], value, name) or []
     refusals.tell()
     return [*found, *words]
 
 
-def settings_in(path: Path) -> Iterator[tuple[str, yaml.Node]]:
-    """Yield (key, value) of a file of settings, or of the flags in the config.json of a run."""
-    try:
-        require_readable(path, f"{READ} {path} is not there; name a file of settings", again=True)
-        text = read_short(path, SIZE, f"{READ} {path}")
-        require_plain(path, text)
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where is not None else ""
-        raise UserError(f"{READ} {path} is no YAML{line}: {told(error)}; write a line `flag: value` a flag") from error
-    for key, value in pairs_of(path, node):
-        if key == FLAGS and isinstance(value, yaml.MappingNode):
-            yield from pairs_of(path, value)
-            return
-    yield from pairs_of(path, node)
-
-
-def require_plain(path: Path, text: str) -> None:
-    """Raise UserError for aliases and for more than DEPTH collections within each other, which may fill memory, and for
-    characters that no command line can hold."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        what = "an alias" if isinstance(event, yaml.AliasEvent) else f"a level below {DEPTH} others" * (depth > DEPTH)
-        if isinstance(event, yaml.ScalarEvent) and UNTOLD.search(event.value):
-            what = "a character that no name has"
-        if what:
-            raise UserError(f"{READ} {path}: {what} in line {event.start_mark.line + 1}; write plain values")
-
-
-def pairs_of(path: Path, node: yaml.Node | None) -> list[tuple[str, yaml.Node]]:
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{READ} {path} holds no flags; write a line `flag: value` a flag")
-    return [(str(key.value), value) for key, value in node.value]
-
-
-def words_of(flag: str, action: argparse.Action, node: yaml.Node, name: str) -> list[str]:
-    """The words of a flag and its value on a command line; [] for a value that means it is not given."""
-    if node.tag == NULL:
-        return []
-    if isinstance(node, yaml.MappingNode):
+def settings_in(path: Path) -> dict[str, Any]:
+    """{key: value} of a file of settings, or of the flags in the config.json of a run: texts as they stand in the file,
+    lists, and mappings, whose values are typed."""
+    require_readable(path, f"{READ} {path} is not there; name a file of settings", again=True)
+    with reading(path):
+        text = path.read_text("utf-8")
         try:
-            return [f"{flag}={json.dumps(yaml.safe_load(yaml.serialize(node)))}"]
-        except (yaml.YAMLError, *UNREADABLE) as error:  # a date, or a tag that names no kind
+            plain, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" in line {mark.line + 1}" if mark is not None else ""
             raise UserError(
-                f"{READ} {name}: {flag[2:]} holds what JSON has not: {told(error)}; write plain values"
+                f"{READ} {path} is no YAML{line}: {told(error)}; write a line `flag: value` a flag"
             ) from None
-    several = isinstance(node, yaml.SequenceNode)
-    values = [str(value.value) for value in (node.value if several else [node])]
-    if several and not all(isinstance(value, yaml.ScalarNode) for value in node.value):
-        raise UserError(f"{READ} {name}: {flag[2:]} holds lists within a list; give a list of plain values")
+        if isinstance(plain, dict) and isinstance(plain.get(FLAGS), dict):
+            plain, typed = plain[FLAGS], typed[FLAGS]
+        if plain and not isinstance(plain, dict):
+            raise UserError(f"{READ} {path} holds no flags; write a line `flag: value` a flag")
+        pairs = zip((plain or {}).items(), (typed or {}).values(), strict=True)
+        return {key: whole if isinstance(whole, dict) else value for (key, value), whole in pairs}
+
+
+def words_of(flag: str, action: argparse.Action, value: Any, name: str) -> list[str]:
+    """The words of a flag and its value on a command line; [] for a value that means it is not given."""
+    where = f"{READ} {name}: {flag[2:]}"
+    if value in NULL:
+        return []
+    if isinstance(value, dict):
+        with reading(name):  # YAML has numbers that JSON does not write
+            return [f"{flag}={json.dumps(value, default=str)}"]
+    several = isinstance(value, list)
+    values = value if several else [value]
+    if not all(isinstance(each, str) for each in values):
+        raise UserError(f"{where} holds lists within a list; give a list of plain values")
     if action.nargs == 0:
-        if several or values[0].lower() not in TRUE + FALSE:
-            raise UserError(
-                f"{READ} {name}: {flag[2:]} is {short(str(values))}, and takes no value; give true or false"
-            )
-        return [flag] * (values[0].lower() in TRUE)
+        if several or value.lower() not in TRUE + FALSE:
+            raise UserError(f"{where} is {short(str(values))}, and takes no value; give true or false")
+        return [flag] * (value.lower() in TRUE)
     if several and action.nargs is None:
-        raise UserError(f"{READ} {name}: {flag[2:]} is a list, and the flag takes one value; give that")
+        raise UserError(f"{where} is a list, and the flag takes one value; give that")
     return [f"{flag}={values[0]}"] if action.nargs is None else [flag, *values]
 
 
 def write(path: Path, entries: Mapping[str, Any]) -> None:
     """Write the flags of a command line as a settings file."""
-    nodes = [(plain(flag), plain(value)) for flag, value in entries.items()]
-    with atomic_write(path) as temporary:
-        text = yaml.serialize(yaml.MappingNode(MAP, nodes), Dumper=yaml.SafeDumper, allow_unicode=True, width=SIZE)
-        temporary.write_text(text, "utf-8")
+    values = {
+        flag: [*map(plain, value)] if isinstance(value, list) else plain(value) for flag, value in entries.items()
+    }
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1 << 20))
 
 
-def plain(value: str | bool | list[str]) -> yaml.Node:
-    """A value as on a command line, without quotes unless YAML needs them."""
-    if isinstance(value, list):
-        return yaml.SequenceNode(LIST, [plain(each) for each in value], flow_style=True)
-    text = str(value).lower() if isinstance(value, bool) else value
-    tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False)) if text else TEXT
-    return yaml.ScalarNode(tag, text)
+def plain(value: str | bool) -> str | bool | int | float:
+    """A value as YAML writes it without quotes: a number if that is spelled as the text is."""
+    number = None
+    with suppress(yaml.YAMLError):
+        number = yaml.safe_load(value) if isinstance(value, str) else None
+    return number if isinstance(number, int | float) and str(number) == value else value

@@ -13,7 +13,7 @@ from ...cli.parser import counted
 from ...config import FEW, RunConfig
 from ...config.objective import REWARDS, TEACHER
 from ...plots import LOSSES, of_files
-from ..flags.rates import Rate, automatic_rate
+from ..rates import Rate, automatic_rate
 from ..step.plan import Plan
 from .questions import BeforeAfter, unended
 

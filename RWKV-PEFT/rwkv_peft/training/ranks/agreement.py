@@ -14,9 +14,9 @@ from ...checkpoints.digest import digest_below, digest_of
 from ...config import RunConfig
 from ...config.setting import flag_of
 from ..flags.parser import DIMENSIONS
-from ..flags.world import World
 from ..inputs import Inputs
 from ..measuring.questions import Questions
+from .world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (

@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from ...cli.errors import NotNow, UserError, explained, told
 from ...config import TrainConfig
-from ..flags.world import World
 from ..saving.checkpoints import how_to_go_on, is_of_connection
 from .agreement import disagreement
+from .world import World
 
 LOST = 76  # exit code of a rank that lost the others and knows no reason (EX_PROTOCOL of sysexits.h)
 FAILED = "failed"  # key of the store: the first Failure of the run

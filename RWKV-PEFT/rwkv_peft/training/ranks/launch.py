@@ -14,9 +14,9 @@ import torch.distributed as dist
 from ...children import python_command
 from ...cli.errors import NotNow, keeping_handlers, told
 from ...config import TrainConfig
-from ..flags.world import World
 from ..saving.checkpoints import how_to_go_on
 from .group import LOST
+from .world import World
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig

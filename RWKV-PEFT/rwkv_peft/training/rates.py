@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ...adapters.methods import method_of
-from ...cli.names import is_number, is_whole
-from ...config import AIM, FEW, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
+from ..adapters.methods import method_of
+from ..cli.names import is_number, is_whole
+from ..config import AIM, FEW, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
 
 # rates times the model's channels: Bone's, that of the weights of a base themselves, and that of a new model's
 ANCHOR, WHOLE, NEW = 0.08, 0.06, 0.4
