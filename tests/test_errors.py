@@ -54,6 +54,19 @@ def test_memory_that_is_full_is_told(asked, capsys):
     assert code == 2 and error.startswith("error: no more memory is free (") and "rwkv-peft plan" in error
 
 
+@pytest.mark.parametrize("notes", [(), ("lower --micro_bsz", "the step before took 7 GiB")])
+def test_a_gpu_whose_memory_is_full_is_told_with_the_remedy(notes, capsys):
+    def step(argv):
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+        for note in notes:
+            error.add_note(note)
+        raise error
+
+    code, error = code_of(step), capsys.readouterr().err
+    assert code == 2 and error.startswith("error: the GPU's memory is full, and 2.00 GiB more are needed; ")
+    assert "; ".join(notes) in error and ("rwkv-peft plan" in error or notes) and error.count("\n") == 1
+
+
 @pytest.fixture
 def default_signals():
     """Reset the signals to those that a shell gives a command, whatever the tests run under."""

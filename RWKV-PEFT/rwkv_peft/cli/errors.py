@@ -114,8 +114,9 @@ def field_names(row: Iterable[object]) -> str:
 def explained(error: BaseException) -> tuple[int, str] | None:
     """(exit code, message) for an exception that ends a command; None for one that only its traceback explains.
 
-    These are a UserError; an OSError of UNSEEN about a file; a limit on open files that is reached; a full disk or
-    memory; and Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP), with 128 + the signal's number."""
+    These are a UserError; an OSError of UNSEEN about a file; a limit on open files that is reached; a full disk; full
+    memory, also a GPU's, with the error's notes as the remedy; and Ctrl-C, SIGTERM and a terminal that goes away
+    (SIGHUP), with 128 + the signal's number."""
     if isinstance(error, UserError):
         return error.code, f"error: {error}"
     if isinstance(error, OSError):  # any access to a file may find that its path is forbidden or malformed
@@ -128,6 +129,10 @@ def explained(error: BaseException) -> tuple[int, str] | None:
             return 2, f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}"
     if isinstance(error, MemoryError):
         return 2, f"error: no more memory is free ({told(error)}); {ROOM}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
+        wanted = "".join(re.findall(r"Tried to allocate ([\d.]+ \w+)", str(error))[:1])
+        remedy = "; ".join(getattr(error, "__notes__", ())) or ROOM
+        return 2, f"error: the GPU's memory is full{f', and {wanted} more are needed' * bool(wanted)}; {remedy}"
     if isinstance(error, KeyboardInterrupt | Ended):
         return ending_of(error)[::-1]
     return None
