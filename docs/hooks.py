@@ -12,6 +12,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = {
     "README.md": "index.md",
+    "README.zh.md": "zh/index.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "concepts/security.md",
     "CHANGELOG.md": "changelog.md",

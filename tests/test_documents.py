@@ -36,6 +36,25 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in anchors(file), f"{target}: no such heading"
 
 
+IN_CHINESE = {
+    "README.md": "README.zh.md",
+    **{f"docs/start/{name}.md": f"docs/zh/{name}.md" for name in "install first-run own-data models gpus".split()},
+    "docs/guides/page.md": "docs/zh/page.md",
+}
+NAMES = "|".join(command.name for command in COMMANDS)
+FILES = r"\b[\w.-]+\.(?:pth|jsonl|safetensors|png|json|lock)\b"
+COMMANDS_AND_FILES = rf"rwkv-peft (?:{NAMES})\b|scripts/\w+\.sh|\w+\.py\b|{FILES}"
+
+
+@pytest.mark.parametrize("english, chinese", IN_CHINESE.items())
+def test_a_page_in_chinese_names_the_commands_and_files_of_the_english_one(english, chinese):
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in (english, chinese)]
+    own, there = (set(re.findall(COMMANDS_AND_FILES, text)) for text in texts)
+    assert own == there
+    flags = [set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) for text in texts]
+    assert flags[1] <= flags[0]
+
+
 def test_the_site_is_built(tmp_path):
     """Every page is in the navigation, and every link leads to a page and heading that exist."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
