@@ -77,7 +77,7 @@ def test_every_command_that_would_use_it_ends_with_torchs_words(available, refus
     merging = ("--base_model", model, "--lora_checkpoint", model, "--dry_run", "--device", "cuda")
     assert refused(merge, *merging) == f"{SCRIPT}, or leave --device out to merge on the CPU\n"
     told = f"{SCRIPT}, or train on the CPU with --use_cpu True\n"
-    assert refused(lambda argv: adapt(argv, (), False, False)) == told
+    assert refused(lambda argv: adapt(argv, (), False)) == told
 
 
 def test_the_cpu_serves_whoever_asks_for_it(available, model, tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_the_cpu_serves_whoever_asks_for_it(available, model, tmp_path, capsys):
     assert commands([*generated, "--device", "cpu"]) == 0
     run = ("--load_model", str(model), "--bone_r", "16", "--proj_dir", str(tmp_path / "out"))
     assert commands(["plan", *run, "--accelerator", "cpu"]) == 0 == commands(["plan", *run, "--gpu", "24GiB"])
-    assert adapt(["--use_cpu", "True"], (), False, False) == ["--use_cpu", "True"]
+    assert adapt(["--use_cpu", "True"], (), False) == ["--use_cpu", "True"]
 
 
 def test_doctor_tells_it(available, capsys):

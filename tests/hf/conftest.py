@@ -7,15 +7,8 @@ import pytest
 import torch
 
 import tiny_llama
-from rwkv_peft.hf import register
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "llama_stories260K_hf"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _ours():
-    """If the installed peft has a Bone of its own, put ours in its place, which the tests are about."""
-    register(replace=True)
 
 
 @pytest.fixture(scope="session")

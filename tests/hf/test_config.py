@@ -1,12 +1,39 @@
-"""BoneConfig: its forms, its targets, its refusals, and its file."""
+"""BoneConfig and its registration: forms, targets, refusals, its file, and BONE as a method of peft."""
 
+import copy
 import json
+import pickle
 
+import peft
 import pytest
 from peft import get_peft_model
 
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.hf import BoneConfig, BoneLinear
+from rwkv_peft.hf import BoneConfig, BoneLinear, BoneModel
+from rwkv_peft.hf.register import check_version, enter
+
+
+def test_the_new_member_behaves_as_those_that_the_class_statement_made():
+    member = peft.PeftType.BONE
+    assert member == "BONE" and isinstance(member, peft.PeftType) and member in list(peft.PeftType)
+    assert peft.PeftType("BONE") is peft.PeftType["BONE"] is member
+    assert pickle.loads(pickle.dumps(member)) is member and copy.deepcopy(member) is member
+    assert repr(member) == repr(peft.PeftType.LORA).replace("LORA", "BONE")
+
+
+def test_peft_builds_our_classes_and_registering_twice_changes_nothing():
+    before = list(peft.PeftType)
+    enter(BoneConfig, BoneModel)
+    assert list(peft.PeftType) == before
+    assert isinstance(peft.get_peft_config({"peft_type": "BONE", "r": 8}), BoneConfig)
+    assert peft.BoneConfig is BoneConfig and peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING["BONE"] is BoneModel
+
+
+@pytest.mark.parametrize("version", ("0.18.1", "0.22.0", "1.0.0"))
+def test_an_unknown_peft_is_refused(monkeypatch, version):
+    monkeypatch.setattr(peft, "__version__", version)
+    with pytest.raises(UserError, match=f"{version} is installed; pip install"):
+        check_version()
 
 
 def test_the_forms_by_name():

@@ -1,14 +1,22 @@
-"""The command of demo/bone_finetuning.py: training, saving, resuming and its mistakes."""
+"""The command of demo/bone_finetuning.py: training, saving, resuming, ZeRO-3 and its mistakes."""
 
+import ast
+import inspect
 import json
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from finetuning import load, losses, run
+from bone_runs import arguments, load, losses, run
+from bone_runs import losses as losses_of
 
+import tiny_llama
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import finetune
+from training.runs import finish, start
 
 
 def test_the_commands_flags_train_save_and_merge(tiny, tmp_path, capsys):
@@ -41,23 +49,6 @@ def test_every_kind_of_base_trains_and_merges(tiny, tmp_path, bits):
     assert all(torch.isfinite(tensor).all() for tensor in load(tmp_path / "bone_merged").state_dict().values())
 
 
-def test_a_cpu_that_multiplies_halves_slowly_trains_in_float32(tiny, tmp_path, capsys, monkeypatch):
-    flags = "--max_steps 2 --learning_rate 1e-2 --use_cpu True".split()
-    run(tiny, tmp_path / "fp32", *flags, "--bits", "fp32")
-    monkeypatch.setattr(finetune, "is_slow", lambda dtype: dtype != torch.float32)
-    capsys.readouterr()
-    for name, halves in {"plain": (), "asked": ("--bits", "fp16", "--bf16", "True")}.items():
-        run(tiny, tmp_path / name, *flags, *halves)
-        assert "this processor multiplies half precision slowly" in capsys.readouterr().out
-        assert losses(tmp_path / name) == losses(tmp_path / "fp32")
-
-
-def test_an_adapter_that_diverged_is_not_saved(tiny, tmp_path):
-    with pytest.raises(UserError, match="training has diverged: .* is not finite, .* lower --learning_rate 1e\\+30"):
-        run(tiny, tmp_path, "--bits", "fp32", "--max_steps", "3", "--learning_rate", "1e30")
-    assert not (tmp_path / "bone_ft").exists()
-
-
 def test_a_run_resumes_from_its_checkpoint_and_is_not_written_over(tiny, tmp_path):
     flags = (
         *"--bits fp32 --per_device_train_batch_size 4 --learning_rate 1e-2".split(),
@@ -65,7 +56,7 @@ def test_a_run_resumes_from_its_checkpoint_and_is_not_written_over(tiny, tmp_pat
     )
     run(tiny, tmp_path / "whole", *flags, "--max_steps", "4")
     run(tiny, tmp_path / "parts", *flags, "--max_steps", "2")
-    with pytest.raises(UserError, match=r"holds a run \(bone_ft, checkpoint-2\); add --resume_from_checkpoint True"):
+    with pytest.raises(UserError, match=r"holds a run \(bone_ft\); add --resume_from_checkpoint True"):
         run(tiny, tmp_path / "parts", *flags, "--max_steps", "4")
     run(tiny, tmp_path / "parts", *flags, "--max_steps", "4", "--resume_from_checkpoint", "True")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -87,13 +78,6 @@ def test_chats_are_learned_as_trl_reads_them(tiny, tmp_path):
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
 
 
-def test_columns_that_are_not_learned_are_named(tiny, tmp_path, capsys):
-    row = {"query": "A", "response": "B", "history": [["C", "D"]], "system": "Be."}
-    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    run(tiny, tmp_path / "out", "--data_path", str(tmp_path / "rows.jsonl"), "--max_steps", "1")
-    assert "only query and response are learned from, not history, system" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -103,6 +87,7 @@ def test_columns_that_are_not_learned_are_named(tiny, tmp_path, capsys):
         (("--learning_rat", "1"), "there is no --learning_rat; did you mean --learning_rate"),
         (("--bone_r", "many"), "invalid int value: 'many'; see bone_finetuning.py --help"),
         (("--init_weights", "bad"), "init_weights='bad' is unknown"),
+        (("--data_path", "ROWS"), "row 2 of .*rows.jsonl: response is NoneType, and text is due"),
         (("--data_path", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
         (("--base_model_name_or_path", "./nowhere"), "--base_model_name_or_path ./nowhere: "),
         (("--dataset_split", "nope"), '--data_path .*, split nope: .*"nope"'),
@@ -113,36 +98,18 @@ def test_columns_that_are_not_learned_are_named(tiny, tmp_path, capsys):
 def test_a_mistake_is_answered(tiny, tmp_path, monkeypatch, flags, message):
     """Without a hub, for which datasets else waits through its repeated attempts."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=message):
-        run(tiny, tmp_path, *flags)
-
-
-def test_an_answer_that_is_missing_is_told(tiny, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"query": "a", "response": "b"}\n{"query": "a"}\n')
-    with pytest.raises(UserError, match="row 2 of .*rows.jsonl: response is NoneType, and text is due"):
-        run(tiny, tmp_path / "out", "--data_path", str(tmp_path / "rows.jsonl"))
-
-
-@pytest.mark.parametrize(
-    "more, data_type",
-    [
-        ({"query": "A", "response": "B", "label": False}, "labels"),
-        ({"messages": [{"role": "user", "content": "A"}], "chosen": "B", "rejected": "C"}, "pairs"),
-    ],
-)
-def test_labels_and_pairs_are_not_learned_as_good_answers(tiny, tmp_path, more, data_type):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(more) + "\n")
-    with pytest.raises(UserError, match=f"train.py --data_type {data_type} learns from"):
-        run(tiny, tmp_path / "out", "--data_path", str(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match=message):
+        run(tiny, tmp_path / "out", *(flag.replace("ROWS", str(tmp_path / "rows.jsonl")) for flag in flags))
 
 
 def test_arguments_are_adapted_to_the_installed_versions():
     flags = ["--warmup_ratio=0.03", "--tf32", "--lr", "1"]
-    adapted = finetune.adapt(flags, {"warmup_steps"}, accelerator=False, cuda=False)
+    adapted = finetune.adapt(flags, {"warmup_steps"}, accelerator=False)
     assert adapted == ["--warmup_steps", "0.03", "--tf32", "--lr", "1", "--tf32", "False", "--use_cpu", "True"]
-    assert finetune.adapt(["--bits=fp32"], set(), accelerator=True, cuda=True)[-2:] == ["--bf16", "False"]
+    assert finetune.adapt(["--bits=fp32"], set(), accelerator=True)[-2:] == ["--bf16", "False"]
     flags = ["--run_name", "fp32", "--warmup_ratio", "0.03", "--tf32", "True"]
-    assert finetune.adapt(flags, {"warmup_ratio", "warmup_steps"}, accelerator=True, cuda=True) == flags
+    assert finetune.adapt(flags, {"warmup_ratio", "warmup_steps"}, accelerator=True) == flags
 
 
 def test_validation_is_on_the_rows_of_its_split_and_the_best_is_kept(tiny, tmp_path):
@@ -155,3 +122,44 @@ def test_validation_is_on_the_rows_of_its_split_and_the_best_is_kept(tiny, tmp_p
     best = tmp_path / f"checkpoint-{min(judged, key=judged.get)}" / "adapter_model.safetensors"
     assert sorted(judged) == [1, 2, 3]
     assert (tmp_path / "bone_ft" / "adapter_model.safetensors").read_bytes() == best.read_bytes()
+
+
+ZERO_3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def test_the_command_under_accelerates_zero_3_trains_and_merges_as_it_does_alone(tmp_path):
+    from safetensors.torch import load_file
+
+    tiny_llama.write_model(tmp_path / "model")
+    tiny_llama.write_data(tmp_path / "data.jsonl", 16)
+    (tmp_path / "zero3.json").write_text(json.dumps(ZERO_3))
+    flags = "--init_weights bat-in --bits fp32 --max_steps 3 --learning_rate 1e-2 --merge_and_save".split()
+    run(tmp_path, tmp_path / "plain", *flags)
+    flags += ["--deepspeed", str(tmp_path / "zero3.json")]
+    command = [sys.executable, str(Path(__file__).with_name("zero3_command.py"))]
+    finish(start(command + arguments(tmp_path, tmp_path / "zero3", *flags)))
+    losses = [losses_of(tmp_path / name) for name in ("plain", "zero3")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][-1] < losses[0][0]
+    plain, zero = (load_file(tmp_path / name / "bone_merged" / "model.safetensors") for name in ("plain", "zero3"))
+    assert plain.keys() == zero.keys()
+    for key in plain:
+        torch.testing.assert_close(zero[key], plain[key], atol=1e-4, rtol=1e-4)
+
+
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "hugging-face.md"
+
+
+def test_the_quick_start_names_arguments_of_the_installed_trl():
+    trl = pytest.importorskip("trl", minversion="1.0")
+    block = next(text for text in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S) if "SFTTrainer(" in text)
+    for call in (node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)):
+        if call.func.id in ("SFTConfig", "SFTTrainer"):
+            known = inspect.signature(getattr(trl, call.func.id)).parameters
+            assert {keyword.arg for keyword in call.keywords} <= set(known), call.func.id

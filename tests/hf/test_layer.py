@@ -1,15 +1,18 @@
-"""Bone's layers in a LLaMA: forward, gradients, merging, several adapters, quantized and bf16 bases."""
+"""Bone's layers: forward, gradients, merging, several adapters, and the base layers that they take."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 from bone_blocks import FORMS, fill, layer_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.utils import prune
 
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.hf import BoneConfig, BoneLinear, installed
+from rwkv_peft.hf import BoneConfig, BoneLinear
 
 
 def adapted(model, init_weights, std=0.02, **settings):
@@ -77,19 +80,6 @@ def test_two_active_adapters_act_as_merging_both(llama, ids):
     torch.testing.assert_close(logits(model.merge_and_unload(), ids), both, atol=1e-4, rtol=1e-4)
 
 
-def test_all_linear_is_never_the_inside_of_an_adapter(llama):
-    """peft 0.14 takes the layers inside the first adapter as targets of a second one."""
-    model, config = adapted(llama, True), BoneConfig(r=4, target_modules="all-linear")
-    before = sum(isinstance(module, BoneLinear) for module in model.modules())
-    if installed.version() < (0, 15):
-        with pytest.raises(UserError, match="inside of an adapter's layer; name the target_modules"):
-            model.add_adapter("second", config)
-    else:
-        model.add_adapter("second", config)
-        layers = [module for module in model.modules() if isinstance(module, BoneLinear)]
-        assert sum("second" in layer.bone_block for layer in layers) == before
-
-
 def test_a_layer_with_another_methods_adapter_is_refused(llama):
     model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"])).base_model.model
     with pytest.raises(UserError, match="has an adapter of another method, Linear; merge or unload"):
@@ -106,15 +96,6 @@ def test_a_model_that_peft_holds_is_not_wrapped_again(llama, ids, tmp_path):
         loaded, kept = PeftModel.from_pretrained(base, tmp_path), model.eval()
         assert torch.equal(loaded(ids).logits, kept(ids).logits)
     get_peft_model(model.unload(), BoneConfig(r=4, target_modules=["q_proj"]))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_copy_of_a_model_is_as_good(llama, ids, form):
-    model = adapted(llama, form).eval()
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin, ids), logits(model, ids))
-    twin.merge_adapter()
-    torch.testing.assert_close(logits(twin, ids), logits(model, ids), atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_can_be_deleted(llama, ids):
@@ -239,3 +220,182 @@ def test_a_tied_head_is_merged_once_it_has_a_weight_of_its_own(llama, ids, tmp_p
     model = PeftModel.from_pretrained(untied, tmp_path)
     model = getattr(model, merge)() or model
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+class Scaled(nn.Linear):
+    """A layer that computes more than the product with its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_that_only_look_linear_are_refused():
+    with pytest.raises(UserError, match="0 is of type Scaled of torch.float32"):
+        get_peft_model(nn.Sequential(Scaled(8, 8)), BoneConfig(r=4, target_modules=["0"]))
+    eight_bit = nn.Linear(8, 8).to(torch.float8_e4m3fn)
+    with pytest.raises(UserError, match="0 is of type Linear of torch.float8_e4m3fn"):
+        get_peft_model(nn.Sequential(eight_bit), BoneConfig(r=4, target_modules=["0"]))
+    pruned = nn.Linear(8, 8)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    for computed in (pruned, nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))):
+        with pytest.raises(UserError, match="Linear with a weight that is computed from other tensors"):
+            get_peft_model(nn.Sequential(computed), BoneConfig(r=4, target_modules=["0"]))
+    with pytest.raises(UserError, match="inside of a MultiheadAttention"):
+        get_peft_model(
+            nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}), BoneConfig(r=4, target_modules=["out_proj"])
+        )
+
+
+def gpt2():
+    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+def falcon():
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=0, eos_token_id=0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make", (gpt2, falcon))
+def test_layers_of_other_classes_that_compute_a_linear_one(make, form):
+    """GPT-2's Conv1D, whose weight is (in, out), and FalconLinear."""
+    base, ids = make().eval(), torch.arange(10)[None]
+    shapes = {key: value.shape for key, value in base.state_dict().items()}
+    first = base(ids).logits
+    settings = {"r": 4, "init_weights": form, "target_modules": "all-linear", "mini_r": 2 * (form == "mini")}
+    model = get_peft_model(base, BoneConfig(**settings)).eval()
+    assert sum(isinstance(module, BoneLinear) for module in model.modules()) == 8
+    torch.testing.assert_close(model(ids).logits, first)
+    fill(model, 0.2)
+    blocks = [block for name, block in model.named_parameters() if "bone_block" in name]
+
+    def passed():
+        logits = model(ids).logits
+        return logits, *torch.autograd.grad(logits.square().sum(), blocks)
+
+    direct = passed()
+    with patch.object(BoneLinear, "_adapted", lambda layer, x, name: layer._composed(x, [name])):
+        torch.testing.assert_close(direct, passed(), rtol=1e-3, atol=1e-3)
+    assert (direct[0] - first).abs().max() > 0.1
+    model.merge_adapter()
+    torch.testing.assert_close(model(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, direct[0], rtol=1e-3, atol=1e-4)
+    assert {key: value.shape for key, value in merged.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("names", (["default"], ["default", "second"]))
+def test_hooks_of_the_base_layer_are_called(form, names):
+    base = nn.Linear(12, 8)
+    layer = layer_of(form, base, bone_dropout=0.5 * (len(names) == 1))
+    layer.update_layer("second", BoneConfig(r=4))
+    layer.set_adapter(names)
+    for block in layer.bone_block.values():
+        nn.init.normal_(block, std=0.1)
+    x, g, seen = torch.randn(5, 12, requires_grad=True), torch.randn(5, 8), []
+    blocks = [layer.bone_block[n] for n in names]
+
+    def step():
+        torch.manual_seed(0)
+        y = layer(x)
+        return y, *torch.autograd.grad(y, (x, *blocks), g)
+
+    expected = step()
+    handle = base.register_forward_hook(lambda module, args, output: seen.append(output))
+    for a, b in zip(step(), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    handle.remove()
+    torch.testing.assert_close(seen[0], base(x))
+    base.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(step()[0], expected[0] + base(x) / 2)
+
+
+def test_a_layer_whose_weight_a_mixer_reads_is_refused():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UserError, match="mixer.dt_proj is inside of a MambaMixer, which reads its weight without"):
+        get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj", "dt_proj"]))
+    get_peft_model(mamba, BoneConfig(r=2, target_modules=["in_proj"]))
+
+
+def twice(module):
+    return nn.Sequential(module, nn.ReLU(), module)
+
+
+def test_a_layer_whose_parent_stands_in_two_places_is_merged_for_both():
+    base = twice(nn.ModuleDict({"inner": nn.Linear(8, 8)}))
+    model = get_peft_model(base, BoneConfig(r=4, target_modules=["inner"]))
+    nn.init.normal_(base[0]["inner"].bone_block["default"], std=0.1)
+    x = torch.randn(3, 8)
+    expected = base[2]["inner"](base[0]["inner"](x))
+    merged = model.merge_and_unload()
+    assert merged[0] is merged[2]
+    torch.testing.assert_close(merged[2]["inner"](merged[0]["inner"](x)), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_float64_base_stays_exact(form):
+    layer = layer_of(form, nn.Linear(12, 8).double())
+    nn.init.normal_(layer.bone_block["default"], std=0.1)
+    x, original = torch.randn(5, 12, dtype=torch.float64), layer.weight.data.clone()
+    y = layer(x)
+    torch.testing.assert_close(layer._composed(x, ["default"]), y)
+    merged = original + layer.get_delta_weight("default")
+    layer.merge()
+    torch.testing.assert_close(layer.weight.data, merged)
+    torch.testing.assert_close(layer(x), y)
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight.data, original, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ("4bit", "8bit"))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_quantized_layer_trains_as_its_dequantized_weight(kind, form):
+    bnb = pytest.importorskip("bitsandbytes")
+    if kind == "4bit":
+        base = bnb.nn.Linear4bit(64, 128, quant_type="nf4", compute_dtype=torch.float32)
+    else:
+        base = bnb.nn.Linear8bitLt(64, 128, has_fp16_weights=False)
+    base.load_state_dict(nn.Linear(64, 128).state_dict())
+    base = base.to("cpu")  # which quantizes
+    assert not base.weight.is_floating_point()
+    config = BoneConfig(r=4, init_weights=form, mini_r=8 if form == "mini" else 0)
+    layer = BoneLinear(base, "default", config)
+    weight = layer.product.dequantize(base).float()
+    plain = nn.Linear(64, 128)
+    plain.weight.data, plain.bias.data = weight, base.bias.data.float()
+    dense = BoneLinear(plain, "default", config)
+    nn.init.normal_(layer.bone_block["default"], std=0.1)
+    dense.bone_block["default"].data.copy_(layer.bone_block["default"])
+    x, g = torch.randn(5, 64, requires_grad=True), torch.randn(5, 128)
+    found, due = (torch.autograd.grad(one(x), (x, one.bone_block["default"]), g) for one in (layer, dense))
+    torch.testing.assert_close(found, due)
+    torch.testing.assert_close(layer(x), dense(x))
+    with pytest.raises(UserError, match="is quantized, and merging.*without quantization"):
+        layer.merge()
+
+
+@pytest.mark.parametrize("before", (False, True), ids=("", "a base that ran before"))
+def test_a_4_bit_base_reads_the_same_after_its_own_forward(before):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential(bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16))
+    base[0].load_state_dict(nn.Linear(128, 64, bias=False).state_dict())
+    base = base.to("cpu").eval()
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    weight = bnb.functional.dequantize_4bit(base[0].weight.data, base[0].weight.quant_state).float()
+    with torch.no_grad():
+        if before:
+            base(x)
+        model = get_peft_model(base, BoneConfig(r=16, init_weights="bat-in", target_modules=["0"])).eval()
+        layer = model.base_model.model[0]
+        with model.disable_adapter():
+            model(x)
+        read = layer.product.rows(layer.weight, slice(0, 64), torch.float32)
+        torch.testing.assert_close(read, weight, atol=2e-3, rtol=1e-2)
+        torch.testing.assert_close(model(x).float(), x.float() @ weight.t(), atol=3e-2, rtol=3e-2)

@@ -1,10 +1,7 @@
 """A base model that accelerate keeps partly on disk: Bone reads each weight while it is loaded, and merges into it."""
 
-import copy
-
 import pytest
 import torch
-from accelerate import dispatch_model
 from bone_blocks import fill
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
@@ -75,23 +72,3 @@ def test_loading_where_peft_would_lose_the_adapter_is_refused(offloaded, llama, 
     adapted(llama, True).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="no memory to be loaded into.* set_peft_model_state_dict"):
         PeftModel.from_pretrained(offloaded, tmp_path / "adapter", offload_folder=tmp_path / "more")
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_whole_model_with_its_adapter_is_dispatched_to_disk(llama, ids, tmp_path, form):
-    model = adapted(llama, form).eval()
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        device_map = {"": "cpu", "base_model.model.model.layers.1": "disk"}
-        dispatched = dispatch_model(copy.deepcopy(model), device_map, main_device="cpu", offload_dir=tmp_path)
-        layer = dispatched.base_model.model.model.layers[1].mlp.up_proj
-        assert layer.weight.is_meta and layer.bone_block["default"].is_meta
-        torch.testing.assert_close(dispatched(input_ids=ids).logits, expected)
-
-
-def test_an_adapter_is_loaded_through_the_meta_device(llama, ids, tmp_path):
-    plain = adapted(copy.deepcopy(llama), "bat-in").eval()
-    plain.save_pretrained(tmp_path)
-    with torch.no_grad():
-        model = PeftModel.from_pretrained(llama, tmp_path, low_cpu_mem_usage=True)
-        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)

@@ -1,6 +1,6 @@
 # Runs the tests of rwkv_peft.hf under each version of peft that it knows, in an environment of its own.
 #
-#   sh tests/hf/versions.sh FOLDER [VERSION…]     FOLDER keeps the environment (2 GB); versions: 0.14 … 0.21
+#   sh tests/hf/versions.sh FOLDER [VERSION…]     FOLDER keeps the environment (2 GB); versions: 0.19 … 0.21
 #
 # PYTHON names the interpreter that makes the environment (python3). transformers 4.57 works with all of them.
 set -eu
@@ -8,7 +8,7 @@ set -eu
 root="$(cd "$(dirname "$0")/../.." && pwd)"
 environment="$1"
 shift
-[ $# -gt 0 ] || set -- 0.14 0.15 0.16 0.17 0.18 0.19 0.20 0.21
+[ $# -gt 0 ] || set -- 0.19 0.20 0.21
 [ -d "$environment" ] || "${PYTHON:-python3}" -m venv "$environment"
 environment="$(cd "$environment" && pwd)"
 cd "$root"
@@ -17,5 +17,5 @@ for version in "$@"; do
         'trl>=1.11,<2' datasets accelerate safetensors numpy bitsandbytes pytest
     echo "peft $version:"
     PYTHONPATH=RWKV-PEFT "$environment/bin/python" -m pytest --quiet -p no:cacheprovider --disable-warnings \
-        --ignore tests/hf/test_zero3.py tests/hf
+        --deselect tests/hf/test_finetune.py::test_the_command_under_accelerates_zero_3_trains_and_merges_as_it_does_alone tests/hf
 done

@@ -1,4 +1,4 @@
-"""demo/bone_finetuning.py's command as one process of a DeepSpeed job, with the arguments that test_zero3.py gives."""
+"""demo/bone_finetuning.py's command as one process of a DeepSpeed job, with arguments of test_finetune.py."""
 
 import os
 import sys

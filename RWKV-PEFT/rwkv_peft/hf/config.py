@@ -11,7 +11,7 @@ from ..adapters.methods import METHODS, by_hf_name
 from ..cli.errors import UserError
 from ..cli.names import is_finite, is_whole
 from ..config import AdapterConfig
-from .installed import add_member, configs
+from .register import add_member
 
 # (setting, its default): peft 0.14 to 0.18 do not know these, so a file names them only if they differ from it
 LATER_SETTINGS = (("bone_dropout", 0.0), ("mini_r", 0))
@@ -74,11 +74,6 @@ class BoneConfig(PeftConfig):
         return method
 
     def _check(self) -> None:
-        if not issubclass(configs()[self.peft_type], BoneConfig):
-            raise UserError(
-                "the installed peft has a Bone of its own, and would take this BoneConfig for it: call "
-                "rwkv_peft.hf.register(replace=True) to put this one in its place, or use peft.BoneConfig"
-            )
         method = self.method
         for name in ("r", "mini_r"):
             if not is_whole(getattr(self, name)):

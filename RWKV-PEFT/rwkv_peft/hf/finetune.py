@@ -9,34 +9,26 @@ SFTTrainer takes, such as chats in `messages`. The adapter goes to OUTPUT_DIR/bo
 merged model to OUTPUT_DIR/bone_merged.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 
-from ..cli.errors import UserError, some
-from ..cli.names import all_finite
+from ..cli.errors import UserError
 from ..cli.parser import unknown_flag
-from ..data.layouts import refuse_compared
 from ..gpus import count_gpus
-from ..ops.products import is_slow
-from . import register
 from .config import BoneConfig, option
-from .refusals import refusals_of
 
-BITS = ("bf16", "fp16", "fp32", "nf4", "int8")
+DTYPES = MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32})
+BITS = (*DTYPES, "nf4", "int8")
 ADAPTER, MERGED = "bone_ft", "bone_merged"  # folders in --output_dir
 COLUMNS = ("query", "response")
-# (name in older trl and transformers, name in newer ones)
-RENAMED = (
-    ("max_seq_length", "max_length"),
-    ("warmup_ratio", "warmup_steps"),
-    ("evaluation_strategy", "eval_strategy"),
-    ("no_cuda", "use_cpu"),
-)
+RENAMED = (("max_seq_length", "max_length"), ("warmup_ratio", "warmup_steps"))  # by newer trl and transformers
 
 
 @dataclass
@@ -65,18 +57,23 @@ class ScriptArguments:
 
 def main(argv: list[str]) -> int:
     """Train, save and merge; -> 0. Raises UserError for arguments and rows that cannot be honoured."""
+    from transformers import AutoTokenizer
     from trl import SFTTrainer
 
-    register(replace=True)
     arguments, config = parse(argv)
-    resumed = checkpoint_to_resume(config)
+    adapter, resumed = Path(config.output_dir) / ADAPTER, resume_of(config)
     settings = {"trust_remote_code": getattr(config, "trust_remote_code", False)} | (config.model_init_kwargs or {})
     config.model_init_kwargs = None  # trl applies them only to a model that it loads itself
-    tokenizer = load_tokenizer(arguments.base_model_name_or_path, settings)
-    data = load_rows(arguments, arguments.dataset_split, tokenizer.eos_token or "")
-    held_out = load_rows(arguments, arguments.eval_split, tokenizer.eos_token or "") if arguments.eval_split else None
-    model = load_model(arguments.base_model_name_or_path, arguments.bits, settings, config.use_cpu)
-    with refusals_of("these arguments"):
+    with library_errors(f"--base_model_name_or_path {arguments.base_model_name_or_path}"):
+        named = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
+        tokenizer = AutoTokenizer.from_pretrained(arguments.base_model_name_or_path, **named)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    data, held_out = (
+        load_rows(arguments, split, tokenizer.eos_token or "") if split else None
+        for split in (arguments.dataset_split, arguments.eval_split)
+    )
+    model = load_model(arguments.base_model_name_or_path, arguments.bits, settings)
+    with library_errors("these arguments"):
         trainer = SFTTrainer(
             model=model,
             args=config,
@@ -85,16 +82,13 @@ def main(argv: list[str]) -> int:
             processing_class=tokenizer,
             peft_config=bone_config(arguments),
         )
-    if arguments.bits in ("nf4", "int8"):
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:  # trl casts them to bfloat16 on quantized models, which loses small steps
-                parameter.data = parameter.data.float()
+    for parameter in trainer.model.parameters() if arguments.bits not in DTYPES else ():
+        if parameter.requires_grad:  # trl casts them to bfloat16 on quantized models, which loses small steps
+            parameter.data = parameter.data.float()
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=resumed)
     trainer.save_state()
-    check_finite(trainer.model, config.learning_rate)
-    adapter = Path(config.output_dir) / ADAPTER
     trainer.save_model(str(adapter))
     if trainer.is_world_process_zero():
         print(f"the adapter is in {adapter}")
@@ -108,12 +102,10 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, Any]:
     from transformers import HfArgumentParser
     from trl import SFTConfig
 
-    argv = adapt(
-        argv, {item.name for item in fields(SFTConfig)}, torch.accelerator.is_available(), torch.cuda.is_available()
-    )
+    argv = adapt(argv, {item.name for item in fields(SFTConfig)}, torch.accelerator.is_available())
     parser = HfArgumentParser((ScriptArguments, SFTConfig), allow_abbrev=False, prog="bone_finetuning.py")
     parser.error = refuse
-    with refusals_of("these arguments"):
+    with library_errors("these arguments"):
         arguments, config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise UserError(unknown_flag(unknown[0], parser._option_string_actions, {}, "see --help"))
@@ -130,7 +122,7 @@ def refuse(message: str) -> NoReturn:
     raise UserError(f"{message}; see bone_finetuning.py --help")
 
 
-def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool) -> list[str]:
+def adapt(argv: list[str], known: Collection[str], accelerator: bool) -> list[str]:
     """Translate older names of arguments, and add the settings of a machine without GPUs. Raises UserError if there are
     GPUs that torch cannot use."""
     argv = [part for argument in argv for part in (argument.split("=", 1) if argument.startswith("--") else [argument])]
@@ -139,37 +131,24 @@ def adapt(argv: list[str], known: Collection[str], accelerator: bool, cuda: bool
             argv = [f"--{new}" if part == f"--{old}" else part for part in argv]
     if ("--bits", "fp32") in pairwise(argv) and not {"--bf16", "--fp16"} & set(argv):
         argv += ["--bf16", "False"]  # trl switches it on by default
-    if not cuda:
-        argv += ["--tf32", "False"] if "--tf32" in argv else []  # the last one counts
+    if not accelerator and "--tf32" in argv:
+        argv += ["--tf32", "False"]  # the last one counts
     if "--use_cpu" not in argv:
         count_gpus("train on the CPU with --use_cpu True")
         argv += [] if accelerator else ["--use_cpu", "True"]
-    given = dict(pairwise(argv))
-    bits, on_cpu = given.get("--bits", BITS[0]), "--use_cpu" in argv and given.get("--use_cpu") != "False"
-    if trained_dtype(bits, on_cpu) != trained_dtype(bits):
-        argv += ["--bf16", "False", "--fp16", "False"]
-        print("this processor multiplies half precision slowly: the model is computed in float32, in twice the memory")
     return argv
 
 
-def trained_dtype(bits: str, on_cpu: bool = False) -> torch.dtype:
-    """The dtype of activations and of weights that are not quantized at a value of --bits; float32 on a CPU that
-    multiplies that dtype slowly."""
-    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(bits, torch.bfloat16)
-    return torch.float32 if on_cpu and is_slow(dtype) else dtype
-
-
-def checkpoint_to_resume(config: Any) -> str | None:
-    """The folder of --resume_from_checkpoint, for True the newest checkpoint in --output_dir; None without the flag.
-    Raises UserError if there is none, and if --output_dir holds a run that is not resumed."""
+def resume_of(config: Any) -> str | None:
+    """The folder of --resume_from_checkpoint, for True the newest checkpoint; None without the flag. Raises UserError
+    if there is none, and for an --output_dir with a run that is not resumed."""
     from transformers.trainer_utils import get_last_checkpoint
 
     given, output = str(config.resume_from_checkpoint), Path(config.output_dir)
     if given.lower() in ("none", "false"):
-        held = [path.name for path in (output / ADAPTER, *sorted(output.glob("checkpoint-*"))) if path.exists()]
-        if held:
+        if (output / ADAPTER).exists():
             raise UserError(
-                f"--output_dir {output} holds a run ({some(held)}); add --resume_from_checkpoint True if it has a "
+                f"--output_dir {output} holds a run ({ADAPTER}); add --resume_from_checkpoint True if it has a "
                 "checkpoint, or name another folder"
             )
         return None
@@ -180,29 +159,27 @@ def checkpoint_to_resume(config: Any) -> str | None:
     return given
 
 
-def load_tokenizer(path: str, settings: Mapping[str, Any]) -> Any:
-    """Load the base model's tokenizer; its eos_token pads if it has no pad_token."""
-    from transformers import AutoTokenizer
+@contextmanager
+def library_errors(subject: str) -> Iterator[None]:
+    """Within, a library's error about its arguments or files becomes a UserError that names `subject`."""
+    from safetensors import SafetensorError
 
-    known = {name: settings[name] for name in ("revision", "trust_remote_code") if name in settings}
-    with refusals_of(f"--base_model_name_or_path {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(path, **known)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    try:
+        yield
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        raise UserError(*f"{subject}: {error}".splitlines()) from error
 
 
-def load_model(path: str, bits: str, settings: Mapping[str, Any], on_cpu: bool = False) -> Any:
-    """Load the base model, its frozen weights in the dtype or quantization that `bits` names; on_cpu: to train
-    there."""
+def load_model(path: str, bits: str, settings: Mapping[str, Any]) -> Any:
+    """Load the base model, its frozen weights in the dtype or quantization that `bits` names."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = trained_dtype(bits, on_cpu)
-    quantization = {
-        "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
-        "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    }.get(bits, lambda: None)()
-    with refusals_of(f"--base_model_name_or_path {path}"):
+    dtype, quantization = DTYPES.get(bits, torch.bfloat16), None
+    if bits == "nf4":
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    elif bits == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    with library_errors(f"--base_model_name_or_path {path}"):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=quantization, **settings)
 
 
@@ -227,19 +204,15 @@ def load_rows(arguments: ScriptArguments, split: str, end: str) -> Any:
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix.lower())
     if kind is not None and not Path(path).is_file():
         raise UserError(f"--data_path {path} does not exist")
-    with refusals_of(f"--data_path {path}, split {split}"):
+    with library_errors(f"--data_path {path}, split {split}"):
         data = load_dataset(kind or path, split=split, **({"data_files": path} if kind else {}))
     names = data.column_names
-    for row in data.select(range(min(len(data), 1))):  # all have its columns
-        refuse_compared(row, arguments.dataset_field is not None)
     columns = arguments.dataset_field or (COLUMNS if set(COLUMNS) <= set(names) else None)
     if columns is None:
         return data
     if missing := [name for name in columns if name not in names]:
         raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(names)}: name two of them")
     question, answer = columns
-    if unused := [name for name in names if name not in columns]:
-        print(f"note: of the columns of {path} only {question} and {answer} are learned from, not {', '.join(unused)}")
 
     def laid_out(row: Mapping[str, Any], index: int) -> dict[str, str]:
         if odd := next((name for name in columns if not isinstance(row[name], (str, int, float))), None):
@@ -247,15 +220,6 @@ def load_rows(arguments: ScriptArguments, split: str, end: str) -> Any:
         return {"prompt": f"### USER: {row[question]}\n### ASSISTANT:", "completion": f" {row[answer]}{end}"}
 
     return data.map(laid_out, with_indices=True, remove_columns=names)
-
-
-def check_finite(model: torch.nn.Module, rate: float) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not all_finite(parameter):
-            raise UserError(
-                f"training has diverged: {name} is not finite, and the adapter is not saved; lower "
-                f"--learning_rate {rate}"
-            )
 
 
 def merge_and_save(
@@ -266,7 +230,7 @@ def merge_and_save(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # under ZeRO-3 the base would be sharded over the processes; this one needs all of it
-    bits = arguments.bits if arguments.bits in ("fp16", "fp32") else "bf16"
+    bits = arguments.bits if arguments.bits in DTYPES else "bf16"
     model = PeftModel.from_pretrained(load_model(arguments.base_model_name_or_path, bits, settings), adapter)
     model.merge_and_unload(safe_merge=True).save_pretrained(target)
     tokenizer.save_pretrained(target)

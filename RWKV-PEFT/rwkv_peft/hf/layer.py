@@ -14,12 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.functions.tokens import linear
-from ..adapters.product import Frozen, Product
+from ..adapters.product import Frozen
 from ..cli.errors import UserError
 from ..cli.names import all_finite
 from ..ops import products
 from .config import PARAMETER, BoneConfig, block_shape
-from .products import TRANSPOSED, Dequantized, check_parameter, device_of, offload, offloaded, onload, product_for
+from .products import TRANSPOSED, Dequantized, device_of, offload, offloaded, onload, product_for
 
 
 class BoneLinear(nn.Module, BaseTunerLayer):
@@ -40,8 +40,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Linear, adapter_name: str, config: BoneConfig, name: str = "the layer") -> None:
         super().__init__()
-        self._product: tuple[nn.Linear, Product] = base_layer, product_for(base_layer, name)
-        self.base_layer = base_layer
+        self.base_layer, self.product = base_layer, product_for(base_layer, name)
         sizes = ("nx", "nf") if isinstance(base_layer, Conv1D) else ("in_features", "out_features")
         self.in_features, self.out_features = (getattr(base_layer, size) for size in sizes)
         self.name = name
@@ -71,13 +70,6 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         """Undo update_layer: remove an adapter that was added."""
         for adapters in (self.bone_block, self.bone_dropout, self.bone_config):
             del adapters[adapter_name]
-
-    @property
-    def product(self) -> Product:
-        """The Product of the base layer's weight, made anew if another layer took its place (quantizing does so)."""
-        if self._product[0] is not self.base_layer:
-            self._product = self.base_layer, product_for(self.base_layer, self.name)
-        return self._product[1]
 
     def _turned(self, weight: torch.Tensor) -> torch.Tensor:
         """The base layer's weight as (out, in), and back."""
@@ -177,8 +169,8 @@ class BoneLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters (by default all active ones) into the base weight, in float32 or float64, rounded once.
 
-        Raises UserError for a quantized base, because its rounding would lose much of the adapter, for a weight that
-        is computed from other tensors or sharded by ZeRO-3, and with safe_merge for a result that is not finite.
+        Raises UserError for a quantized base, because its rounding would lose much of the adapter, for a weight
+        sharded by ZeRO-3, and with safe_merge for a result that is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bone_block]
         if not names:
@@ -188,7 +180,6 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                 f"{self.name} is quantized, and merging would round the adapter away; load the base model "
                 "without quantization, PeftModel.from_pretrained(base, adapter) on it, and merge that"
             )
-        check_parameter(self.base_layer, self.name)
         weight = self.get_base_layer().weight
         if weight.is_meta and offloaded(self.base_layer):
             with onload_layer(self):
@@ -260,19 +251,6 @@ class BoneLinear(nn.Module, BaseTunerLayer):
                 self.bone_block[name] = nn.Parameter(old.new_zeros(shape), requires_grad=old.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def scale_layer(self, scale: float) -> None:
-        """Warn if scale is not 1, because Bone has no scale."""
-        if scale != 1:
-            warnings.warn("Bone has no scale; it stays 1.", stacklevel=2)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Warn if scale is neither None nor 1, because Bone has no scale."""
-        self.scale_layer(1 if scale is None else scale)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return False: peft's converter to LoRA does not support this layer."""
-        return False
-
     def __repr__(self) -> str:
         return "bone." + super().__repr__()
 
@@ -283,6 +261,6 @@ def exact(weight: torch.Tensor) -> torch.dtype:
 
 
 def watched(layer: nn.Linear) -> bool:
-    """Return whether a layer has hooks that need its call; DeepSpeed ZeRO-3's, on all layers, do not."""
+    """True for a layer with hooks that need its call; DeepSpeed ZeRO-3's, on all layers, do not."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return any(hooks) and not hasattr(layer.weight, "ds_id")

@@ -1,40 +1,31 @@
 """BoneModel: puts Bone's layers into a Hugging Face model, through peft's machinery."""
 
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, utils
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..cli.errors import UserError
 from ..models import family_named
 from .config import BoneConfig
-from .installed import SAVES_BIASES, tuner_for, version
 from .layer import BoneLinear
+from .register import SAVES_BIASES, version
 from .rwkv_config import CONFIGS
 
-# Linear layers in modules of transformers that read their weights without calling them: in Mamba for fused kernels,
-# dt_proj in plain torch too; in a router for float32; elsewhere as a convolution's kernel, or beside the embeddings.
+# Modules of transformers whose linear layers' weights are read without a call, by fused kernels.
 NEVER_CALLED = tuple(
     """MambaMixer.x_proj MambaMixer.dt_proj MambaMixer.out_proj FalconMambaMixer.x_proj FalconMambaMixer.dt_proj
     FalconMambaMixer.out_proj JambaMambaMixer.dt_proj Mamba2Mixer.out_proj BambaMixer.out_proj
     FalconH1Mixer.out_proj GraniteMoeHybridMambaLayer.out_proj NemotronHMamba2Mixer.out_proj
-    Zamba2MambaMixer.out_proj WavLMAttention.q_proj WavLMAttention.k_proj WavLMAttention.v_proj
-    WavLMAttention.out_proj LongcatFlashTopkRouter.classifier MobileBertLMPredictionHead.decoder
-    MobileBertLMPredictionHead.dense DetrMHAttentionMap.k_proj ConditionalDetrMHAttentionMap.k_proj
-    MaskFormerDetrMHAttentionMap.k_proj DabDetrMHAttentionMap.k_linear""".split()
+    Zamba2MambaMixer.out_proj""".split()
 )
 # trl's trainers of preferences and rewards add an adapter COPY with the same config as COPIED, to compare with how that
 # began; they copy only tensors with ".default." in their names, and Bone's names end in ".default".
 COPY, COPIED = "ref", "default"
-# FSDP, checkpointing and torch.compile put these into the names of modules, and not always into those of tensors.
-WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
-BLOCK = "bone_block"  # the name of an adapter's parameter
 CLASSIFIERS = ("classifier", "score", "qa_outputs")  # peft adds them to modules_to_save by the task, even if absent
 
 
@@ -56,7 +47,7 @@ def warn_of_strangers(setting: str, given: Collection[str] | str | None, model: 
             warnings.warn(f"{name!r} of {setting} is no module of the model, and is passed over", stacklevel=2)
 
 
-class BoneModel(tuner_for(BoneLinear)):
+class BoneModel(BaseTuner):
     """A model with Bone adapters on its targeted linear layers; made by peft from a BoneConfig.
 
     model: any torch module. Raises UserError for a target that is not linear, or if the rank does not fit it;
@@ -69,11 +60,6 @@ class BoneModel(tuner_for(BoneLinear)):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
-        if not isinstance(config, BoneConfig):
-            raise UserError(
-                "this configuration is of the Bone that peft had before rwkv_peft.hf.register(replace=True); "
-                "import BoneConfig from rwkv_peft.hf, or from peft after that call"
-            )
         if config.bias != "none" and version() < SAVES_BIASES:
             raise UserError(
                 f"bias={config.bias!r} trains biases, and peft {'.'.join(map(str, version()))} would not save them; "
@@ -107,19 +93,6 @@ class BoneModel(tuner_for(BoneLinear)):
             for setting, names in given.items():
                 warn_of_strangers(setting, names, model)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, torch.Tensor], prefix: str, *args: Any) -> None:
-        """Warn of an adapter's tensors for layers that the model does not have, because peft ignores them."""
-        places = {WRAPPERS.sub("", f"{prefix}{name}") for name, _ in self.named_modules()}
-        blocks = [key for key in state_dict if BLOCK in key.split(".")]  # an adapter's name may follow
-        lost = [key for key in blocks if WRAPPERS.sub("", key.rpartition(f".{BLOCK}")[0]) not in places]
-        if lost:
-            warnings.warn(
-                f"{len(lost)} tensors of the adapter are of layers that this model has not, such as {lost[0]}, and are "
-                "passed over: it was trained on another model",
-                stacklevel=2,
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **settings: Any) -> None:
         """Merge as peft does. Raises UserError for an unknown adapter, and if a merge would change another module."""
         self._check_merge(adapter_names)
@@ -145,29 +118,20 @@ class BoneModel(tuner_for(BoneLinear)):
                 f"adapter_names={adapter_names!r}: there is no adapter {unknown[0]!r}; give a list of some of "
                 f"{', '.join(self.peft_config)}"
             )
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        owners: dict[int, dict[nn.Module, str]] = {}  # by id of a parameter; a BoneLinear owns its base layer's
-        for name, module in modules.items():
-            around = modules.get(name.removesuffix(".base_layer"))
-            owner = around if isinstance(around, BoneLinear) else module
+        sharers: dict[int, list[str]] = {}  # by id of a parameter
+        for name, module in self.model.named_modules():
             for parameter in module._parameters.values():
-                owners.setdefault(id(parameter), {}).setdefault(owner, name.removesuffix(".base_layer"))
-        for name, module in modules.items():
-            if not isinstance(module, BoneLinear) or not set(adapter_names or module.active_adapters) & set(
-                module.bone_block
-            ):
+                sharers.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+        for name, module in self.model.named_modules():
+            if not isinstance(module, BoneLinear):
                 continue
-            other = next((owner for owner in owners.get(id(module.weight), ()) if owner is not module), None)
-            if other is not None:
-                sharer = owners[id(module.weight)][other]
-                own = "a weight of its own before it gets the adapter: "
-                own += f"base.{name}.weight = torch.nn.Parameter(base.{name}.weight.detach().clone()), "
-                own += "base.config.tie_word_embeddings = False"
-                if other is module.base_layer:
-                    own = f"a layer of its own before it gets the adapter: base.{name} = copy.deepcopy(base.{name})"
+            merges = set(adapter_names or module.active_adapters) & set(module.bone_block)
+            others = [other for other in sharers.get(id(module.weight), ()) if other != name]
+            if merges and others:
                 raise UserError(
-                    f"{name} shares its weight with {sharer}, which merging would change too; load the base anew and "
-                    f"give {name} {own}"
+                    f"{name} shares its weight with {others[0]}, which merging would change too; load the base anew "
+                    f"and give {name} a weight of its own before it gets the adapter: base.{name}.weight = "
+                    f"torch.nn.Parameter(base.{name}.weight.detach().clone()), base.config.tie_word_embeddings = False"
                 )
 
     @contextmanager
@@ -195,11 +159,6 @@ class BoneModel(tuner_for(BoneLinear)):
             target.update_layer(adapter_name, peft_config)
             self._undo.append(lambda: target.drop_layer(adapter_name))
             return
-        if isinstance(parent, BaseTunerLayer):  # in peft 0.14 all-linear matches the insides of adapter layers too
-            raise UserError(
-                f"{current_key} is inside of an adapter's layer; name the target_modules of a second adapter, "
-                "instead of 'all-linear'"
-            )
         if isinstance(target, BaseTunerLayer):
             raise UserError(
                 f"{current_key} has an adapter of another method, {type(target).__name__}; merge or unload that "

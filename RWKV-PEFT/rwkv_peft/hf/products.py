@@ -31,25 +31,16 @@ def product_for(layer: nn.Module, name: str) -> Product:
     # A subclass may compute something else, or keep scales beside an 8-bit float weight; Falcon's computes the same.
     known = (nn.Linear.forward, Linear.forward, Conv1D.forward)
     plain = type(layer).forward in known or type(layer).__name__ == "FalconLinear"
-    if plain:
-        check_parameter(layer, name)
-    if plain and layer.weight.dtype in DENSE_DTYPES:
+    own = "weight" in layer._parameters  # else pruning or weight_norm computes it, and a merge would be lost
+    if plain and own and layer.weight.dtype in DENSE_DTYPES:
         return TRANSPOSED if isinstance(layer, Conv1D) else DENSE
-    kind = type(layer).__name__ + (f" of {layer.weight.dtype}" if isinstance(layer, nn.Linear) else "")
+    kind = type(layer).__name__
+    if isinstance(layer, nn.Linear):
+        kind += f" of {layer.weight.dtype}" if own else " with a weight that is computed from other tensors"
     raise UserError(
         f"{name} is of type {kind}, and Bone works on torch.nn.Linear, on GPT-2's Conv1D, and on the 4-bit and 8-bit "
         "layers of bitsandbytes; leave it out of target_modules (if you named none: name those that Bone should adapt)"
     )
-
-
-def check_parameter(layer: nn.Module, name: str) -> None:
-    """Raise UserError if a layer's weight is not a parameter but computed from other tensors."""
-    if "weight" not in layer._parameters:
-        raise UserError(
-            f"the weight of {name} is computed from other tensors (pruning, weight_norm, a parametrization), and a "
-            "merge into it would be lost; make it a parameter first: torch.nn.utils.prune.remove, "
-            "remove_weight_norm or parametrize.remove_parametrizations"
-        )
 
 
 def keep_unpacked(layer: Any) -> None:
@@ -150,7 +141,7 @@ def device_of(layer: nn.Linear) -> torch.device:
 
 
 def offloaded(layer: nn.Linear) -> bool:
-    """Return whether a layer's weight is offloaded between uses."""
+    """True if a layer's weight is offloaded between uses."""
     return getattr(getattr(layer, "_hf_hook", None), "offload", False)
 
 

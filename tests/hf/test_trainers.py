@@ -1,20 +1,31 @@
-"""transformers and trl load an RWKV by its name, a folder or a .pth, with each kind of head, and as a reference."""
+"""trl's trainers on an RWKV and with Bone: models and references by name, merging, and the rwkv package."""
 
+import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from finetuning import SETTINGS
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from bone_blocks import fill
+from bone_runs import SETTINGS
+from peft import PeftModel, get_peft_model
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import tiny_llama
 from hf.test_rwkv import CLOSE, random_state
 from release.conversions import convert
-from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.adapters.methods import by_hf_name
+from rwkv_peft.checkpoints.adapters import read_adapter
+from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.hf import RWKVForCausalLM, RWKVForSequenceClassification, RWKVModel, RWKVTokenizer
+from rwkv_peft.hf import BoneConfig, RWKVForCausalLM, RWKVForSequenceClassification, RWKVModel, RWKVTokenizer
 from rwkv_peft.models import family_named
+from rwkv_peft.release.merge import main as merge
+from rwkv_peft.release.runtimes import rwkv_sequence
 
 trl = pytest.importorskip("trl")
+from datasets import Dataset  # noqa: E402
+
 PAIRS = [{"prompt": "Q: a\nA:", "chosen": " yes\n", "rejected": " no\n"}] * 4
 ROWS = {
     "SFT": [{"prompt": "Q: a\nA:", "completion": " yes\n"}] * 4,
@@ -46,8 +57,6 @@ def names(tmp_path_factory):
     [(name, kind) for name in ("folder", "pth") for kind in ("SFT", "DPO", "GRPO")] + [("folder", "Reward")],
 )
 def test_trainers_load_a_model_and_its_reference_by_name(names, tmp_path, name, kind):
-    from datasets import Dataset
-
     settings = {**SETTINGS, "max_steps": 1, "output_dir": str(tmp_path), **OWN.get(kind, {})}
     trainer = getattr(trl, f"{kind}Trainer")(
         model=names[name],
@@ -64,8 +73,6 @@ def test_trainers_load_a_model_and_its_reference_by_name(names, tmp_path, name, 
 
 
 def test_a_model_of_a_pth_gets_its_reference_too(names, tmp_path):
-    from datasets import Dataset
-
     trainer = trl.DPOTrainer(
         model=RWKVForCausalLM.from_pth(names["pth"]),
         args=trl.DPOConfig(str(tmp_path), **SETTINGS),
@@ -178,3 +185,79 @@ def test_positions_of_rows_and_of_packed_sequences_are_read_in_every_row(names):
     found = model(ids, attention_mask=mask, position_ids=positions).logits
     for row, places in ((0, range(3, 7)), (0, range(7, 12)), (1, range(10))):
         torch.testing.assert_close(found[row, places], model(ids[row : row + 1, places]).logits[0], **CLOSE)
+
+
+BASE = Path(__file__).resolve().parents[2] / "demo" / "rwkv7-demo.pth"
+STORY = "Ann has 3 red balls.\nQ: What color?\nA:"
+
+
+@pytest.fixture
+def trainer(tmp_path, form):
+    torch.manual_seed(0)
+    rows = [{"prompt": STORY, "completion": " crimson\n"}, {"prompt": "Q: Say it\nA:", "completion": " Aye\n"}] * 4
+    settings = dict(max_steps=4, learning_rate=5e-3, per_device_train_batch_size=4, lr_scheduler_type="constant")
+    return trl.SFTTrainer(
+        RWKVForCausalLM.from_pth(BASE, dtype=torch.float32),
+        trl.SFTConfig(
+            str(tmp_path / "out"), **settings, use_cpu=True, report_to=[], logging_steps=1, disable_tqdm=True
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=RWKVTokenizer("bytes"),
+        peft_config=BoneConfig(r=16, init_weights=form),
+    )
+
+
+@pytest.mark.parametrize("form", ["bat-in"])
+def test_a_trained_adapter_becomes_a_pth_that_the_rwkv_package_runs(trainer, form, tmp_path):
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 2
+    trainer.save_model(str(tmp_path / "adapter"))
+    adapter = read_adapter(tmp_path / "adapter")
+    assert adapter.metadata.variant == by_hf_name(form).name and len(adapter.modules()) == 18  # all but the head
+    assert adapter.metadata.origin.base == "rwkv7-demo.pth"
+    merged = tmp_path / "merged.pth"
+    merge(f"--base_model {BASE} --bone_checkpoint {tmp_path}/adapter --output {merged} --output_dtype fp32".split())
+    tokenizer, tokens = RWKVTokenizer("bytes"), torch.arange(1, 40)[None]
+    in_one = trainer.model.merge_and_unload().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            RWKVForCausalLM.from_pth(merged)(tokens).logits, in_one(tokens).logits, rtol=1e-3, atol=1e-3
+        )
+        prompt = tokenizer(STORY, return_tensors="pt").input_ids
+        drawn = in_one.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0]
+    logits = rwkv_sequence(merged, drawn, open_base(merged).config).clone()
+    logits[:, 0] = -torch.inf  # min_new_tokens forbids the end
+    assert torch.equal(logits[prompt.shape[1] - 1 : -1].argmax(-1), drawn[prompt.shape[1] :])
+
+
+SUMS = [{"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}] * 4
+
+
+@pytest.mark.parametrize("form", (True, "bat-in"))
+def test_the_first_loss_is_that_of_equal_models(tmp_path, form):
+    tiny_llama.write_model(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    config = BoneConfig(r=16, init_weights=form, target_modules=["q_proj", "v_proj"])
+    fill(get_peft_model(base, config), 0.1).save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    trainer = trl.DPOTrainer(
+        model=PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True),
+        args=trl.DPOConfig(output_dir=str(tmp_path / "out"), **SETTINGS),
+        train_dataset=Dataset.from_list(SUMS),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "base"),
+    )
+    trainer.train()
+    first, second = (record for record in trainer.state.log_history if "rewards/margins" in record)
+    assert (first["loss"], first["rewards/chosen"]) == pytest.approx((math.log(2), 0), abs=1e-5)
+    assert second["loss"] < first["loss"]  # the adapter has moved, and the copy of it has not
+
+
+def test_another_adapter_of_the_same_settings_begins_anew(llama):
+    config = BoneConfig(r=4, target_modules=["q_proj"])
+    model = fill(get_peft_model(llama, config), 0.1)
+    model.add_adapter("second", config)
+    model.add_adapter("ref", BoneConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "bone_block" in name:
+            assert bool(parameter.any()) == name.endswith(".default"), name
