@@ -1,19 +1,19 @@
-"""The command as a user types it, on the demo's base, which answers what it was trained to answer."""
+"""The command on rows of one's own: how rows become problems, and what the demo's base answers."""
 
 import json
-import os
+import math
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from rwkv_peft.checkpoints.base import open_base
-from rwkv_peft.checkpoints.lock import alone_at
 from rwkv_peft.cli.errors import Ended, UserError
+from rwkv_peft.cli.tables import TASKS as CLASSES
+from rwkv_peft.data.chat import stops_of
 from rwkv_peft.evals import command, flags
+from rwkv_peft.evals.command import standard_error, summary
+from rwkv_peft.evals.rows import LAYOUTS, example, layout_of, stops_of_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ("--model", str(ROOT / "demo" / "rwkv6-demo.pth"))
@@ -52,107 +52,22 @@ def test_answers_are_judged_and_kept(tmp_path, warm_python):
     head, *records = map(json.loads, output.read_text().splitlines())
     assert head["eval"]["task"] == "jsonl"
     assert [record["number"] for record in records] == [0, 1, 2]
+    assert [command.main([*words[1:], "--at_least", share]) for share in ("0.3", "0.4")] == [0, 1]
     assert [record["generated"] for record in records[:2]] == [" 3", " 3 brown grapes"]
-
-
-def test_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
-    data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
-    words = ("jsonl", "--data", data, "--output", output, "--stop", "\n")
-    whole = run(*words)
-    lines = output.read_text().splitlines(keepends=True)
-    output.write_text(lines[0] + lines[2] + lines[1][:30])  # the last line was cut off in writing
-    asked = []
-    monkeypatch.setattr(command, "ask", lambda *given: asked.extend(given[2]) or original(*given))
-    assert run(*words) == whole and asked == [0, 2]
-    assert output.read_text() == "".join(lines)
-    assert run(*words) == whole and asked == [0, 2]  # nothing is due any more
-    assert [command.main([*map(str, words), *MODEL, "--at_least", share]) for share in ("0.3", "0.4")] == [0, 1]
-    with pytest.raises(UserError, match=r"answers of other settings \(max_tokens: 512, and now 9\)"):
-        run(*words, "--max_tokens", 9)
-    write(tmp_path / "rows.jsonl", ROWS[:2])
-    with pytest.raises(UserError, match=r"answers of other settings \(other files: "):
-        run(*words)
-
-
-def test_no_old_answers_stand_for_those_of_what_changed_since(run, tmp_path):
-    """Changes of a template's words, of the adapter in a peft folder, which peft overwrites in place, and of its
-    settings."""
-    base, folder, output = open_base(MODEL[1]).tensors, tmp_path / "lora", tmp_path / "answers.jsonl"
-    layout = tmp_path / "layout"
-
-    def adapt(size, target):
-        torch.manual_seed(1)
-        shape = base["blocks.0.att.key.weight"].shape
-        tensors = {"lora_A": torch.randn(2, shape[1]), "lora_B": size * torch.randn(shape[0], 2)}
-        tensors = {f"blocks.0.att.key.{name}": tensor for name, tensor in tensors.items()}
-        if target.suffix:
-            return torch.save(tensors, target)
-        target.mkdir(exist_ok=True)
-        save_file(
-            {f"base_model.model.{key}.weight": tensor for key, tensor in tensors.items()},
-            target / "adapter_model.safetensors",
-        )
-        (target / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
-
-    layout.write_text("{question} now")
-    adapt(0.1, folder)
-    words = ("jsonl", "--data", write(tmp_path / "rows.jsonl", ROWS), "--template", layout, "--output", output)
-    words += ("--max_tokens", 2)
-    told = run(*words, "--adapter", folder)
-    assert run(*words, "--adapter", folder) == told
-    for change in (lambda: layout.write_text("{question} later"), lambda: adapt(0.2, folder)):
-        change()
-        with pytest.raises(UserError, match=r"answers of other settings \(other files: "):
-            run(*words, "--adapter", folder)
-        output.unlink()
-        run(*words, "--adapter", folder)
-    output.unlink()
-    adapt(0.1, tmp_path / "lora.pth")
-    run(*words, "--adapter", tmp_path / "lora.pth", "--lora_alpha", "2", "--any_base")
-    with pytest.raises(UserError, match=r"answers of other settings \(lora_alpha: 2.0, and now 4.0\)"):
-        run(*words, "--adapter", tmp_path / "lora.pth", "--lora_alpha", "4", "--any_base")
-
-
-original = command.ask
 
 
 @pytest.mark.parametrize("end, code", [(KeyboardInterrupt(), 130), (Ended(signal.SIGTERM), 143)])
 def test_an_interrupt_keeps_what_was_answered(tmp_path, monkeypatch, capsys, end, code):
-    def interrupted(task, subject, due, *how):
-        yield from list(original(task, subject, {0: due[0]}, *how))
+    def interrupted(task, subject, due, *how, ask=command.ask):
+        yield from list(ask(task, subject, {0: due[0]}, *how))
         raise end
 
     monkeypatch.setattr(command, "ask", interrupted)
     data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
     words = ["jsonl", *MODEL, "--data", data, "--output", str(output), "--stop", "\n"]
     assert command.main(words) == code
-    assert "has 1 of 3, and the same command goes on" in capsys.readouterr().err
+    assert "after 1 of 3 problems" in capsys.readouterr().err
     assert len(output.read_text().splitlines()) == 2
-
-
-def test_an_output_has_one_writer_at_a_time(run, tmp_path):
-    data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "new" / "answers.jsonl"
-    words = ("jsonl", "--data", data, "--output", output, "--stop", "\n")
-    whole = run(*words)
-    content = output.read_bytes()
-    output.write_bytes(content[:-10])
-    with alone_at(output), pytest.raises(UserError, match=r"answers.jsonl: another command is writing it \(process"):
-        run(*words)
-    assert output.read_bytes() == content[:-10]
-    assert run(*words) == whole and os.listdir(output.parent) == [output.name]
-
-
-def test_a_full_disk_keeps_what_was_answered(run, tmp_path, largest_file):
-    data, output = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "answers.jsonl"
-    words = ("jsonl", "--data", data, "--output", output, "--stop", "\n")
-    whole = run(*words)
-    content = output.read_bytes()
-    output.unlink()
-    told = "cannot write .*answers.jsonl: .*; the answers before are kept, and the same"
-    with largest_file(len(content) - 10), pytest.raises(UserError, match=told):
-        run(*words)
-    assert output.read_bytes().count(b"\n") == 3  # the head and two answers, and a part of the third
-    assert run(*words) == whole and output.read_bytes() == content
 
 
 def test_a_choice_is_the_continuation_that_the_model_finds_likelier(run, tmp_path):
@@ -220,7 +135,6 @@ def test_mistaken_flags_are_told(arguments, message):
         (["--data", "bad.jsonl"], "bad.jsonl, line 2: a row has the fields"),
         (["--data", "good.jsonl", "--template", "absent"], "--template absent"),
         (["--data", "good.jsonl", "--output", "good.jsonl"], "is the file given as --data"),
-        (["--data", "good.jsonl", "--output", "other.jsonl"], "other.jsonl is no file of rwkv-peft eval"),
         (["--data", "good.jsonl", "--model", "absent.pth", "--output", "new.jsonl"], "absent.pth"),
     ],
 )
@@ -230,8 +144,124 @@ def test_files_that_cannot_serve_are_told(tmp_path, monkeypatch, arguments, mess
     write(tmp_path / "good.jsonl", [good])
     write(tmp_path / "bad.jsonl", [good, {"question": "q"}])
     write(tmp_path / "empty.jsonl", [])
-    before = Path(write(tmp_path / "other.jsonl", [{"prompt": "x"}])).read_bytes()
     with pytest.raises(UserError, match=message):
         command.main(["jsonl", *MODEL, *arguments])
-    assert (tmp_path / "other.jsonl").read_bytes() == before
     assert not (tmp_path / "new.jsonl").exists()
+
+
+CHAT = LAYOUTS["chat"]
+TASKS = {name: task() for name, task in CLASSES.items()}
+
+
+def test_questions_are_cleaned_in_layouts_of_turns():
+    question, one = "a\n\nUser: b", "a\nUser: b"
+    for name, layout in LAYOUTS.items():
+        due = one if name in ("chat", "question", "instruction") else question
+        for task, more in (("jsonl", {"answer": "4"}), ("choices", {"choices": ["3", "4"], "answer": 1})):
+            problem = TASKS[task].problem({"question": question, **more}, layout)
+            assert problem.prompt == layout.replace("{question}", due)
+    assert TASKS["jsonl"].problem({"query": question, "response": "4"}, "").prompt == f"User: {one}\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row, layout, prompt, solution",
+    [
+        ({"prompt": "a\nQ: b?\nA:", "completion": " Yes.\n"}, "", "a\nQ: b?\nA:", " Yes.\n"),
+        ({"question": "b?", "answer": "Yes."}, "", "User: b?\n\nAssistant:", " Yes."),
+        ({"question": "b?", "answer": "Yes."}, LAYOUTS["question"], "Question: b?\n\nAnswer:", " Yes."),
+        (
+            {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd")]},
+            "",
+            "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:",
+            " d",
+        ),
+        (  # one that ends in a turn without an answer is asked for the answer before
+            {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]},
+            "",
+            "System: s\n\nUser: u\n\nAssistant:",
+            " a",
+        ),
+        ({"segments": [{"text": text, "train": text in "bd"} for text in ("a", "b", "c", "d", "d")]}, "", "abc", "dd"),
+    ],
+)
+def test_rows_of_ones_own(row, layout, prompt, solution):
+    task = TASKS["jsonl"]
+    problem = task.problem(row, layout)
+    assert (problem.prompt, problem.solution, problem.answer) == (prompt, solution, solution.strip())
+    assert example(problem) == f"{prompt}{solution.rstrip()}\n\n"
+    for text, strict, flexible in (
+        (f"{solution}\n", True, True),
+        (solution.upper() + " ", solution == solution.upper(), True),
+        ("no", False, False),
+    ):
+        assert task.judge(text, problem.answer) == {"strict": strict, "flexible": flexible}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "choices": ["no", "yes"], "answer": 1},
+        {"question": "q", "choices": ["no", "yes"], "answer": "B"},
+        {"question": "q", "choices": ["no", "yes"], "answer": "yes"},
+        {"question": "q", "choices": {"text": ["no", "yes"], "label": ["1", "2"]}, "answerKey": "2"},
+        {"ctx": "q", "endings": ["no", "yes"], "label": "1"},
+    ],
+)
+def test_choices_rows(row):
+    task = TASKS["choices"]
+    problem = task.problem(row, LAYOUTS["question"])
+    assert problem[2:] == ("yes", (" no", " yes"), 1) and problem.prompt == "Question: q\n\nAnswer:"
+    by_length = [-3.0, -3.9]  # a byte of " yes" costs less, all of it more
+    assert task.judge(by_length, problem) == {"by sum": False, "by byte": True}
+
+
+@pytest.mark.parametrize("answer, right", [(1, 1), ("1", 0), (2, 2), (3, 0), ("3", 0), ("B", 1)])
+def test_numbers_to_choose_from_are_told_from_places(answer, right):
+    """A JSON number is a choice's place if that place exists; a word is a choice's text if one of them is that text."""
+    choices = ["1", "2", "0"] if answer in (1, "1", 2) else ["3", "1", "2"]
+    row = {"question": "1 + 0?", "choices": choices, "answer": answer}
+    assert TASKS["choices"].problem(row, LAYOUTS["question"]).right == right
+
+
+@pytest.mark.parametrize(
+    "task, row, message",
+    [
+        ("jsonl", {"text": "alone"}, "one text, with no question"),
+        ("jsonl", [], "not an object"),
+        ("jsonl", {"words": "alone"}, "known are .*; give the fields such names"),
+        ("choices", {"question": "q", "choices": ["one"], "answer": 0}, "two texts or more"),
+        ("choices", {"question": [3], "choices": ["a", "b"], "answer": 0}, "'question' holds list"),
+        ("choices", {"words": "q"}, "one of question, query, prompt, ctx, goal is due"),
+        ("choices", {"question": "q", "choices": ["a", "b"], "answer": 2}, "2 is none of its choices"),
+        ("choices", {"question": "q", "choices": ["a", "b"], "answer": True}, "True is none"),
+    ],
+)
+def test_rows_that_are_no_problem_are_refused(task, row, message):
+    with pytest.raises(UserError, match=message):
+        TASKS[task].problem(row, LAYOUTS.get(TASKS[task].layout, ""))
+
+
+def test_layouts_and_what_ends_their_answers(tmp_path):
+    assert stops_of_prompt(CHAT) == stops_of(CHAT) and "\n\nUser:" in stops_of(CHAT)
+    assert stops_of_prompt(LAYOUTS["metamath"]) == ("\n\n### Instruction",)
+    assert stops_of_prompt(LAYOUTS["plain"]) == ()
+    (tmp_path / "mine.txt").write_text("\ufeffQ {question} A\n", encoding="utf-8")  # with the mark of Windows
+    assert layout_of(TASKS["jsonl"], str(tmp_path / "mine.txt")) == "Q {question} A"
+    assert layout_of(TASKS["jsonl"], None) == "" and layout_of(TASKS["choices"], None) == LAYOUTS["question"]
+    (tmp_path / "mine.txt").write_text("Q A\n")
+    with pytest.raises(UserError, match="it has no {question}"):
+        layout_of(TASKS["jsonl"], str(tmp_path / "mine.txt"))
+    with pytest.raises(UserError, match="named are chat, question"):
+        layout_of(TASKS["jsonl"], "absent")
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    assert standard_error(0.5, 101) == pytest.approx(0.05)
+    assert math.isnan(standard_error(1.0, 1))
+    records = [{"a": True, "end": "length"}, {"a": False, "end": "end"}, {"a": False}]
+    assert summary("t", ["a"], records) == [
+        "t: 3 problems",
+        "a            33.3% ± 33.3% (standard error), 1 of 3",
+        "1 answer cut off at --max_tokens",
+    ]
+    assert summary("t", ["a"], [{"a": True}])[0] == "t: 1 problem"

@@ -16,7 +16,6 @@ from rwkv_peft.data.folders import held_out_split
 from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.evals.command import AnswerFile, summary
 from rwkv_peft.inference.chat import show
 from rwkv_peft.inference.loading import load_model, read_state_file
 from rwkv_peft.inference.prompts import encode, read_prompt_file
@@ -164,13 +163,6 @@ def stored_read(folder):
     return str(found), open_stored(Distill(stored=found.path), 257)
 
 
-def answers_read(folder):
-    answers = AnswerFile(folder / "answers.jsonl", {"task": "jsonl"})
-    with answers.open():
-        pass
-    return answers.found and summary("jsonl", ("strict", "flexible"), answers.ordered())
-
-
 def settings_read(folder):
     return expanded(["--config", str(folder / "run.yaml")], parser_of_train())
 
@@ -233,7 +225,6 @@ SPECIMENS = (
     Specimen("flag.json", flag_read, m.JSON),
     Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, m.JSON, 30),
     Specimen("said.safetensors", stored_read, IN_SAFETENSORS + IN_SAID, 60),
-    Specimen("answers.jsonl", answers_read, IN_LINES * 2, 40),
     Specimen("run.yaml", settings_read, (m.odd_yaml,) * 20, 60),
     Specimen("splits/dataset_dict.json", lambda folder: held_out_split(folder / "splits"), m.JSON, 40),
 )

@@ -100,9 +100,6 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     said = {bytes([size]) * 16: Stored(torch.ones(size, 4).int(), -torch.ones(size, 5)) for size in (2, 3)}
     write_stored(folder / "said.safetensors", said, Source("t.pth", "abc", "", 257, 1.0, 0.1))
     (folder / "run.yaml").write_text("bone_r: 8\nlr_init: 5e-6\ntrain_parts: [time, ln]\nlora_config: {lora_r: 4}\n")
-    judged = {"strict": True, "flexible": False, "logprobs": [-1.5]}
-    answers = [{"eval": {"task": "jsonl"}}, *({"number": number} | judged for number in range(3))]
-    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
     vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
     (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
     (folder / "flag.json").write_text('{"bone_mode": "bat", "bone_load": "", "bone_r": 64}')

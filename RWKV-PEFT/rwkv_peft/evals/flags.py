@@ -42,8 +42,7 @@ jsonl    rows as preprocess takes them: the row's answer, letter by letter (stri
          and the last full stop (flexible)
 choices  question, choices, answer: the most probable continuation, by its sum or by byte
 
-Answers are generated greedily, many at once. With --output each problem becomes a line of that file, and the same
-command continues where it stopped.
+Answers are generated greedily, many at once. With --output each problem becomes a line of that file.
 
 Any other name is a task, a group or a pattern (mmlu_*) of EleutherAI's lm-evaluation-harness, and there may be several.
 Their data is downloaded from the Hugging Face hub the first time, unless a task's YAML names files of yours
@@ -111,8 +110,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add(
         "--output",
         metavar="FILE",
-        help="write each problem with its answer here as JSONL, and continue after the lines that are there; harness: "
-        "its results as JSON",
+        help="write each problem with its answer here as JSONL; harness: its results as JSON",
     )
     add(
         "--shots",
