@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 
-from inference.chats import tokens_of
-from inference.engines import spread_logits
+from inference.engines import spread_logits, tokens_of
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli import commands
 from rwkv_peft.inference import batch, command

@@ -1,7 +1,14 @@
-"""An engine of a tiny model, and listeners that record their calls."""
+"""Engines of a tiny model, listeners that record their calls, and the tokens of the chat's words."""
+
+import torch
 
 from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.data.encoding import Encoder, EncodeSettings
+from rwkv_peft.data.rows import Chunk
+from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.inference.engine import Engine, PrefillBudget
+from rwkv_peft.inference.forward import prefill
+from rwkv_peft.inference.loading import load_model
 from rwkv_peft.inference.requests import Completion, GenerationRequest, PrefixCache
 from rwkv_peft.inference.settings import Sampling
 
@@ -54,3 +61,24 @@ def ask(running, speaker, prompt, *samplings, most=10**9, max_tokens=12, **setti
 def finish(running):
     while running.busy:
         running.step()
+
+
+END = 0
+
+
+def tokens_of(text):
+    body, ends, interrupted = text.rstrip("|^"), text.endswith("|"), text.endswith("^")
+    return BytesTokenizer().encode(body) + [END] * ends + [-1] * interrupted
+
+
+def trained(*turns, think="", clean=True):
+    """The tokens of a conversation in training data, without its end token."""
+    messages = [{"role": role, "content": words} for role, words in turns]
+    encoded = Encoder(EncodeSettings("bytes", end_token=False, think=think, clean_turns=clean)).encode(
+        Chunk("x", 1, ({"messages": messages},))
+    )
+    return torch.frombuffer(bytearray(encoded.tokens), dtype=torch.int16).tolist()
+
+
+def after(model, tokens):
+    return prefill(load_model(model)[0], [tokens])[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.chats import after, tokens_of, trained
+from inference.engines import after, tokens_of, trained
 from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
@@ -99,13 +99,6 @@ def test_a_turn_is_read_once(chat, monkeypatch):
     monkeypatch.setattr(engine, "prefill", counting)
     chat(["Hi", "So?", "Ah"], says=[" Yo\n\nUser:", " No\n\nUser:", " Go|"])
     assert read == [len(f"User: {words}\n\nAssistant:") for words in ("Hi", "So?", "Ah")]
-
-
-def test_reset_forgets_and_exit_ends(chat):
-    out, error, logits = chat(["Hi", "/reset", "Hi", "/bye", "never"], says=[" a|", " b|"])
-    assert out == "Assistant: a\n\nAssistant: b\n\n"
-    assert torch.equal(logits[0], logits[3])
-    assert error.splitlines()[0].startswith("/reset forgets the chat, /save FILE")
 
 
 def test_an_answer_that_is_cut_off_is_said(chat):
@@ -214,15 +207,6 @@ def test_mistakes_in_flags_of_a_chat_are_named(model, tmp_path, monkeypatch, fla
         (tmp_path / "tools.json").write_text(content)
     with pytest.raises(UserError, match=message):
         commands.main(["generate", "--model", str(model), *flags])
-
-
-def test_flags_of_sampling_and_length_hold(chat):
-    def said(*flags):
-        return chat(["Hi", "So?"], "--max_tokens", 9, *flags)[0]
-
-    assert said("--temperature", 0) == said("--temperature", 0, "--seed", 7)
-    assert said("--seed", 7) == said("--seed", 7) != said("--seed", 8)
-    assert said("--temperature", 0) != said("--temperature", 0, "--presence_penalty", -9)
 
 
 def test_ctrl_c_ends_an_answer_and_twice_the_chat(model, warm_python):

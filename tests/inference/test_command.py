@@ -3,7 +3,12 @@
 import gzip
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,14 +105,6 @@ def test_stop_texts_and_the_next_turn_of_a_known_layout_end_the_text(run, monkey
     assert run("--prompt", prompt, *flags) == printed + "\n"
 
 
-def test_a_backslash_and_n_in_a_prompt_are_noted(model, capsys):
-    words = ["--model", str(model), "--max_tokens", "1", "--prompt", r"User: hi\n\nAssistant:"]
-    command.main(words)
-    assert capsys.readouterr().err.count("add --escapes to read it as a newline") == 1
-    command.main([*words, "--escapes"])
-    assert capsys.readouterr().err == ""
-
-
 def test_several_prompts_give_a_line_of_json_each(run, monkeypatch):
     script(monkeypatch, "one", "two|", "3")
     rows = [json.loads(line) for line in run("--prompt", "a", "b", "c", "--stop", "|").splitlines()]
@@ -132,14 +129,6 @@ def test_prompts_of_every_kind_of_json_keep_their_fields(run, tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     rows = [json.loads(line) for line in run("--prompt_file", tmp_path / name, "--max_tokens", 2).splitlines()]
     assert [(row["prompt"], row.get("id"), row["tokens"]) for row in rows] == [("a", 7, 2), ("", None, 2)]
-
-
-def test_lines_that_were_written_are_prompts_again(run, tmp_path):
-    """Their continuation is made anew; a row's own field of that name would be lost, and is refused
-    (test_prompt_files_that_cannot_be_read_are_named)."""
-    (tmp_path / "p.jsonl").write_text(run("--prompt", "a", "b", "--max_tokens", 2))
-    rows = [json.loads(line) for line in run("--prompt_file", tmp_path / "p.jsonl", "--max_tokens", 3).splitlines()]
-    assert [(row["prompt"], row["tokens"]) for row in rows] == [("a", 3), ("b", 3)]
 
 
 @pytest.mark.parametrize("name, line", [("p.txt", "hello\n"), ("p.jsonl", '{"prompt": "hello", "id": "\\ud800"}\n')])
@@ -191,13 +180,6 @@ def test_a_saved_session_is_behind_what_is_printed(run, tmp_path, monkeypatch, s
     one, two = (read_tensors(tmp_path / name) for name in ("one.pth", "two.pth"))
     assert list(one) == list(two)
     assert all(torch.equal(one[key], two[key]) for key in one)
-
-
-@pytest.mark.parametrize(
-    "text, expected", [(r"a\nb", "a\nb"), (r"a\\nb", r"a\nb"), (r"\t\q", "\t\\q"), ("\\\\\\n", "\\\n")]
-)
-def test_escapes(text, expected):
-    assert flags.unescaped(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -259,3 +241,106 @@ def test_the_tokenizer_of_a_run_is_found_by_its_folder_too(model, tmp_path, flag
     save_adapter(tmp_path / "run" / "adapter.safetensors", tensors, AdapterMetadata(name, rank=4 * (name == "bone")))
     args = flags.build_parser().parse_args(["--model", str(model), flag, str(tmp_path / given), "--prompt", "a"])
     assert load_subject(args, print).tokenizer.name == tokenizer.name
+
+
+PACKAGE = Path(command.__file__).resolve().parents[2]
+
+
+INPUTS = ("--model", "--prompt_file", "--adapter", "--state")
+
+
+@pytest.mark.parametrize("flag, given_as", [*product(["--output"], INPUTS), *product(["--save_state"], INPUTS[:3])])
+def test_no_input_is_overwritten(model, tmp_path, flag, given_as):
+    files = {name: tmp_path / name.strip("-") for name in INPUTS}
+    for file in files.values():
+        file.write_text("an input")
+    (tmp_path / "link").symlink_to(files[given_as])
+    with pytest.raises(UserError, match=f"{flag} .*link is the file given as {given_as}"):
+        command.main([*(str(word) for pair in files.items() for word in pair), flag, str(tmp_path / "link")])
+    assert all(file.read_text() == "an input" for file in files.values())
+
+
+def test_a_session_may_go_on_in_its_own_file_but_not_in_the_output(run, model, tmp_path):
+    session = tmp_path / "session.pth"
+    run("--prompt", "a", "--max_tokens", 2, "--save_state", session)
+    before = session.read_bytes()
+    run("--prompt", "b", "--max_tokens", 2, "--state", session, "--save_state", session)
+    assert session.read_bytes() != before
+    with pytest.raises(UserError, match="are both"):
+        command.main(["--model", str(model), "--prompt", "a", "--output", str(session), "--save_state", str(session)])
+
+
+def test_an_interrupt_keeps_what_was_complete(model, tmp_path, monkeypatch, capsys):
+    def interrupted(model, prompts, sampling, max_tokens, ends, *rest):
+        yield GeneratedToken(0, 98, ends(0, 98))
+        yield GeneratedToken(0, 0, ends(0, 0))
+        yield GeneratedToken(1, 99, ends(1, 99))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode, "generate", interrupted)
+    output = tmp_path / "out.jsonl"
+    assert command.main(["--model", str(model), "--prompt", "a", "b", "--output", str(output)]) == 130
+    assert [json.loads(line)["generated"] for line in output.read_text().splitlines()] == ["a"]
+    assert "1 of 2 prompts, " in (said := capsys.readouterr().err) and said.endswith("interrupted\n")
+
+
+def prompts_in(path):
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_done(model, tmp_path, monkeypatch):
+    """So that it survives whatever ends the process; at the end all lines are in the order of the prompts. The first
+    line replaces earlier content."""
+    output, seen = tmp_path / "out.jsonl", []
+    output.write_text('{"prompt": "before"}\n')
+
+    def says(model, prompts, sampling, max_tokens, ends, *rest):
+        for number in (2, 0, 1):
+            seen.append(prompts_in(output))
+            yield GeneratedToken(number, 98, ends(number, 98))
+            yield GeneratedToken(number, 0, ends(number, 0))
+        seen.append(prompts_in(output))
+
+    monkeypatch.setattr(decode, "generate", says)
+    words = ["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)]
+    assert command.main(words) == 0
+    assert seen == [["before"], ["c"], ["c", "a"], ["c", "a", "b"]]
+    assert prompts_in(output) == ["a", "b", "c"] and list(tmp_path.iterdir()) == [output]
+
+
+def test_a_full_disk_ends_the_work_and_leaves_the_lines_before(model, tmp_path, monkeypatch, largest_file):
+    output = tmp_path / "out.jsonl"
+
+    def says(model, prompts, sampling, max_tokens, ends, *rest):
+        for number, most in ((0, None), (2, 70), (1, None)):
+            with largest_file(most):
+                yield GeneratedToken(number, 0, ends(number, 0))
+
+    monkeypatch.setattr(decode, "generate", says)
+    words = ["--model", str(model), "--prompt", "a", "b", "c", "--output", str(output)]
+    with pytest.raises(UserError, match="out.jsonl: file too large; the lines before are kept"):
+        command.main(words)
+    assert json.loads(output.read_text().splitlines()[0])["prompt"] == "a"
+
+
+def start(python, model, *arguments):
+    return subprocess.Popen(
+        [python, "-m", "rwkv_peft", "generate", "--model", str(model), *arguments],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_ctrl_c_and_a_reader_that_leaves_end_the_process_cleanly(model, warm_python):
+    # the most likely token is never this model's end of text (0), so that both would go on for a million tokens
+    left, interrupted = (
+        start(warm_python, model, "--prompt", "a", "--max_tokens", "1000000", "--temperature", "0") for _ in range(2)
+    )
+    for process in (left, interrupted):
+        assert process.stdout.read(4)
+    left.stdout.close()
+    interrupted.send_signal(signal.SIGINT)
+    assert (left.wait(timeout=60), left.stderr.read()) == (0, b"")
+    _, error = interrupted.communicate(timeout=60)
+    assert (interrupted.returncode, error.decode().strip()) == (130, "interrupted")

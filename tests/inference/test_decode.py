@@ -1,23 +1,30 @@
-"""Decoding: each prompt gets the tokens it would get alone, from any state, with any adapter."""
+"""Decoding: each prompt gets the tokens it would get alone, from any state, with any adapter, in blocks too."""
+
+import re
 
 import pytest
 import torch
 
 from families import shaken
 from inference.engines import GREEDY, PROMPTS, spread_logits
+from inference.test_engine import adapter_file
 from release.test_check import make_files
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.adapters import AdapterSource
-from rwkv_peft.checkpoints.base import base_of, save_model
+from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference import engine, forward
 from rwkv_peft.inference.decode import generate
 from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model, read_state_file, save_state_file
 from rwkv_peft.inference.settings import Sampling
+from rwkv_peft.inference.speakers import Speaker, adapter_speaker
+from rwkv_peft.inference.weights import rounded
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.models.state import State
+from rwkv_peft.ops.decode import quantize
+from rwkv_peft.ops.decode.cpu import FAMILY
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +91,6 @@ def test_sequences_end_on_their_own(model, batch):
         assert [step.end for step in own] == [""] * (length - 1) + ["enough"]
 
 
-def test_length_ends_a_sequence(model):
-    assert [step.end for step in generate(model, [[1]], GREEDY, 3)] == ["", "", "length"]
-    assert list(generate(model, [[1]], GREEDY, 0)) == list(generate(model, [], GREEDY)) == []
-
-
 def test_neither_tokens_beyond_the_vocabulary_nor_penalized_ones_are_sampled(model):
     drawn = continuations(model, PROMPTS, Sampling(top_p=1.0, temperature=50.0), 20, vocab_size=10)
     assert max(max(tokens) for tokens in drawn) < 10
@@ -146,24 +148,6 @@ def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, se
     assert found[0] == found[1] != found[2]
 
 
-def test_an_adapter_of_another_base_is_refused(tiny_state, tmp_path):
-    save_model(tmp_path / "base.pth", tiny_state())
-    metadata = AdapterMetadata("bone", rank=8, base_fingerprint="0" * 32)
-    save_adapter(tmp_path / "a.safetensors", {"blocks.0.att.key.bone": torch.ones(8, 64)}, metadata)
-    with pytest.raises(UserError, match="another base"):
-        load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.safetensors")])
-    load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.safetensors")], any_base=True)
-
-
-def test_bf16_generates_near_fp32(model, tmp_path):
-    save_model(tmp_path / "model.pth", model.state_dict())
-    low, _ = load_model(tmp_path / "model.pth", precision="bf16")
-    assert low.emb.weight.dtype == torch.bfloat16
-    exact, rounded = prefill(model, PROMPTS)[0], prefill(low, PROMPTS)[0].float()
-    assert (rounded - exact).norm() < 0.1 * exact.norm()
-    assert all(len(tokens) == 10 for tokens in continuations(low, PROMPTS, Sampling(), 10))
-
-
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(UserError, match="prompt 1 holds no token"):
         list(generate(model, [[1], []], GREEDY))
@@ -200,3 +184,76 @@ def test_tokens_have_their_log_probability_and_entropy(model):
             assert step.logprob == pytest.approx(found[step.token].item(), abs=1e-4)
             assert step.entropy == pytest.approx(-(found.exp() * found).sum().item(), abs=1e-4)
             row.append(step.token)
+
+
+@pytest.fixture
+def path(tiny_state, tmp_path):
+    save_model(tmp_path / "model.pth", tiny_state(seed=3))
+    return tmp_path / "model.pth"
+
+
+def logits(model):
+    return prefill(model, PROMPTS[:3])[0]
+
+
+@pytest.mark.parametrize("bits", (8, 4))
+def test_a_model_computes_with_the_rounded_matrices(path, tmp_path, monkeypatch, bits):
+    told = []
+    model, _ = load_model(path, weights=f"int{bits}", log=told.append)
+    tensors = dict(open_base(path).tensors)
+    names = [f"{name}.weight" for name in rounded(model)]
+    assert len(names) == 17 and "head.weight" in names  # eight a layer
+    for name in names:
+        tensors[name] = quantize(tensors[name], bits).dequantized()
+    save_model(tmp_path / "dequantized.pth", tensors)
+    plain, _ = load_model(tmp_path / "dequantized.pth")
+    due, given = logits(plain), logits(load_model(path)[0])
+    assert (logits(model) - due).norm() < 0.02 * due.norm()  # activations are rounded, too
+    steps = [list(generate(one, PROMPTS[:3], Sampling(temperature=0), 5)) for one in (model, plain)]
+    assert steps[0] == steps[1]
+    monkeypatch.setattr(FAMILY, "unavailable", lambda: "no compiler")
+    torch.testing.assert_close(logits(model), due, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(due, given, rtol=1e-3, atol=1e-3)
+    assert re.fullmatch(rf"int{bits} blocks of 32: 0.3 -> 0.\d MB in 17 matrices", *told)
+
+
+@pytest.mark.parametrize("settings", [{"mode": "bat-in"}, {"method": "lora", "alpha": 16.0, "train_parts": ("head",)}])
+def test_a_voice_on_rounded_weights_has_its_own_of_what_the_adapter_changes(path, tmp_path, settings):
+    adapter = AdapterSource(adapter_file(path, tmp_path / "adapter.safetensors", **settings))
+    base = open_base(path)
+    model, _ = load_model(path, weights="int8")
+    before = logits(model)
+    speaker = adapter_speaker("own", adapter, Speaker("base", model), base, False)
+    merged, _ = load_model(path, [adapter], weights="int8")
+    assert torch.equal(logits(speaker.model), logits(merged))
+    assert torch.equal(logits(model), before) and not torch.equal(before, logits(merged))
+    shared = [name for name, module in rounded(model).items() if rounded(speaker.model)[name] is module]
+    assert shared == ([] if "train_parts" in settings else ["head"])
+
+
+def test_widths_that_are_no_blocks_are_refused(tiny_state, tmp_path):
+    save_model(tmp_path / "odd.pth", tiny_state(dim_ffn=80))
+    with pytest.raises(UserError, match=r"--weights int4: blocks\.0\.ffn\.value has rows of 80 .* leave the flag out"):
+        load_model(tmp_path / "odd.pth", weights="int4")
+
+
+def test_blocks_move_with_the_model_and_stay_what_they_are(path, tmp_path):
+    """To memory without data, which a GPU's kernels are planned with."""
+    model, _ = load_model(path, device="meta", precision="bf16", weights="int8")
+    blocks = model.head.weight
+    assert blocks.words.dtype == torch.int32 and blocks.words.is_meta and model.emb.weight.is_meta
+    for rows in (1, 40):
+        found, _ = model(torch.zeros(rows, 1, dtype=torch.long, device="meta"))
+        assert found.dtype == torch.bfloat16 and found.shape == (rows, 1, model.config.vocab_size)
+    adapter = AdapterSource(adapter_file(path, tmp_path / "adapter.safetensors", mode="bat-in"))
+    speaker = adapter_speaker("own", adapter, Speaker("base", model), open_base(path), False)
+    assert all(product.weight.words.is_meta for product in rounded(speaker.model).values())
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_state, tmp_path):
+    save_model(tmp_path / "base.pth", tiny_state())
+    metadata = AdapterMetadata("bone", rank=8, base_fingerprint="0" * 32)
+    save_adapter(tmp_path / "a.safetensors", {"blocks.0.att.key.bone": torch.ones(8, 64)}, metadata)
+    with pytest.raises(UserError, match="another base"):
+        load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.safetensors")])
+    load_model(tmp_path / "base.pth", [AdapterSource(tmp_path / "a.safetensors")], any_base=True)

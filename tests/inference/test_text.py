@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
-from rwkv_peft.inference.text import Continuation, TextStream, overlap
+from rwkv_peft.inference.text import Continuation, TextStream
 
 WORLD = load_tokenizer("world")
 MIXED = "naïve 你好 🙂 — end"
@@ -108,10 +108,6 @@ def test_a_stop_string_is_withheld_and_may_end_inside_a_token():
     assert pieces(stream, BytesTokenizer().encode("E ENDx")) == ["", "E ", "", "", "", "", ""]
     (token,), stream = WORLD.encode("The"), TextStream(WORLD, ["h"])
     assert stream.feed(token) == "T" and stream.stopped
-
-
-def test_overlap_is_the_longest_proper_start():
-    assert [overlap(text, "aba") for text in ("", "b", "a", "xab", "aba", "abab")] == [0, 0, 1, 2, 1, 2]
 
 
 def test_a_special_token_stops_though_it_has_no_text(straddling):

@@ -14,7 +14,7 @@ import torch
 
 from ..models.parts import LanguageModel
 from ..models.state import State
-from .batch import DAMAGED, ModelBatch, Slot, on_device, token_logprobs, unpack_logprobs
+from .batch import DAMAGED, ModelBatch, Slot, on_device
 from .forward import Forward, forward_of, prefill, read_packed
 from .requests import CachedPrefix, Completion, GenerationRequest, PrefixCache
 from .speakers import Speaker
@@ -169,7 +169,7 @@ class Engine:
         """Reserve places for a request, and begin behind the longest cached prefix of its prompt."""
         speaker, places = request.speaker, min(free, len(request.completions))
         prefix = request.prefix
-        if prefix is None and not request.on_prompt_logprobs:
+        if prefix is None:
             prefix = self.cache.longest(speaker, request.tokens)
             if prefix is not None:
                 request.cached = prefix.length
@@ -188,19 +188,15 @@ class Engine:
         if not self.prompts:
             return
         first = self.prompts[0].request
-        model, scored = first.speaker.model, first.on_prompt_logprobs is not None
-        own = [prompt for prompt in self.prompts if prompt.request.speaker.model is model]
-        turn = self._turn(own[:1] if scored else [one for one in own if one.request.on_prompt_logprobs is None])
+        model = first.speaker.model
+        turn = self._turn([prompt for prompt in self.prompts if prompt.request.speaker.model is model])
         pieces = [piece for _, piece in turn]
         total = sum(map(len, pieces))
         if self.budget is not None:
             self.budget.begin(total)
         before, *others = (prompt.state for prompt, _ in turn)
         state = before.joined(*others) if others else before
-        if scored:
-            logits, state = self._score(turn[0][0], pieces[0])
-        else:
-            logits, state = (prefill if self.budget is None else read_packed)(model, pieces, state)
+        logits, state = (prefill if self.budget is None else read_packed)(model, pieces, state)
         self.read += total
         begun = []
         for place, (prompt, piece) in enumerate(turn):
@@ -234,17 +230,6 @@ class Engine:
                 turn.append((prompt, prompt.piece(free)))
                 free -= len(turn[-1][1])
         return [(first, first.piece(own + free)), *turn]
-
-    def _score(self, prompt: PartialPrompt, piece: list[int]) -> tuple[torch.Tensor, State]:
-        """Read a piece of a prompt and report the Logprobs of the tokens behind its own -> logits (1, V), the State."""
-        request, model = prompt.request, prompt.request.speaker.model
-        logits, state = model(torch.tensor([piece], device=prompt.state[0].wkv.device), prompt.state)
-        assert request.on_prompt_logprobs is not None
-        following = request.tokens[prompt.done + 1 : prompt.done + len(piece) + 1]
-        for row, token in zip(logits[0], on_device(following, logits.device).split(1)):
-            numbers = token_logprobs(row[: self.vocab_size], token, request.top_logprobs)
-            request.on_prompt_logprobs(unpack_logprobs(numbers.tolist()))
-        return logits[:, -1], state
 
     def _begin(self, begun: Sequence[tuple[int, GenerationRequest, int]], logits: torch.Tensor, state: State) -> None:
         """Begin the completions of each (row of logits (n, V) and state, request, number of places). Those for which

@@ -165,12 +165,6 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         help="round the matrices to blocks of such integers when the model is loaded, for speed and memory "
         "(default: as --precision says)",
     )
-    add(
-        "--keep_weights",
-        action="store_true",
-        help="keep the integers of --weights in MODEL.int8.safetensors (or int4) beside the model, and read them from "
-        "there as long as the model's file is the same",
-    )
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
 
 

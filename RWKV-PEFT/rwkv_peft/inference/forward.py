@@ -3,7 +3,7 @@
 A decoding step has no Python between its kernels: on a CPU it is a tape of them, on a GPU a CUDA graph of the model's
 own forward. A tape is recorded for a number of rows when that comes up first. Everything else takes the model's own
 forward: more rows than the decoding kernels take, generations without a record, adapters beside the weights. Shapes are
-(n, …) for n sequences. No GPU has run the graphs yet: tests/inference/test_replay.py records and replays torch's
+(n, …) for n sequences. No GPU has run the graphs yet: tests/inference/test_forward.py records and replays torch's
 operations on a CPU instead.
 """
 

@@ -31,26 +31,20 @@ def load_model(
     any_base: bool = False,
     weights: str | None = None,
     log: Callable[[str], object] = lambda text: None,
-    keep: bool = False,
 ) -> tuple[LanguageModel, State | None]:
     """Load the .pth at path, with adapters merged into it in memory -> the model, ready to generate, and the State that
     a sequence starts from, or None.
 
     Merging gives bitwise the weights of merge_bone.py, so the tokens are the merged file's, and no step pays for the
     adapter. any_base allows an adapter of another base of the same shape. weights "int8" or "int4" rounds the
-    matrices to blocks of so many bits, and logs their sizes; `keep` caches the blocks beside the model's file. Raises
-    UserError for files that cannot be read, merged or rounded, and for weights that are not finite.
+    matrices to blocks of so many bits, and logs their sizes. Raises UserError for files that cannot be read, merged or
+    rounded, and for weights that are not finite.
     """
-    if keep and (adapters or not weights):
-        raise UserError(
-            "--keep_weights keeps the rounded matrices of a model by itself; give --weights int8 or int4, and no "
-            "--adapter (merge it)"
-        )
 
     def prepare(plain: LanguageModel) -> None:
         plain.settle()
         if weights:
-            quantize_products(plain, weights, log, path if keep else None)
+            quantize_products(plain, weights, log)
 
     model, start = model_of(merged_base(path, adapters, any_base), precision, device, prepare)
     if device == "cpu":
@@ -109,9 +103,7 @@ def load_subject(args: Namespace, log: Callable[[str], object]) -> Subject:
     device = resolve_device(args.device)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     sources = [source_of(args, path) for path in args.adapter]
-    model, start = load_model(
-        args.model, sources, precision, device, args.any_base, args.weights, log, args.keep_weights
-    )
+    model, start = load_model(args.model, sources, precision, device, args.any_base, args.weights, log)
     if args.state:
         start = read_state_file(args.state, model, None if args.any_base else open_base(args.model))
     recorded = recorded_beside(*reversed(args.adapter), args.state, args.model)

@@ -3,7 +3,7 @@
 import random
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -78,16 +78,13 @@ class CachedPrefix(NamedTuple):
 class GenerationRequest:
     """A prompt (tokens, at least one), which is read once, and its completions.
 
-    The State after each of `marks` tokens is cached, because other prompts may begin alike. on_prompt_logprobs, if
-    given, gets the Logprobs of each prompt token but the first, with `top_logprobs` most probable ones. The engine sets
-    `cached`, the number of prompt tokens found in its cache, and `prefix`."""
+    The State after each of `marks` tokens is cached, because other prompts may begin alike. The engine sets `cached`,
+    the number of prompt tokens found in its cache, and `prefix`."""
 
     speaker: Speaker
     tokens: list[int]
     completions: list[Completion]
     marks: Sequence[int] = ()
-    on_prompt_logprobs: Callable[[Logprobs], object] | None = None
-    top_logprobs: int = 0
     cached: int = 0
     prefix: CachedPrefix | None = None
 

@@ -7,14 +7,11 @@ saves that share of it; on a CPU pages of 2 MiB halve it, because the processor 
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoints.digest import digest_of
-from ..checkpoints.tensors import read_safetensors, save_safetensors
 from ..cli.errors import UserError
 from ..models.parts import HeadFunction
 from ..ops.decode import BITS, BLOCK, Blocks, product, quantize
@@ -81,13 +78,9 @@ def rounded(model: nn.Module) -> dict[str, FrozenLinear]:
     return {name: module for name, module in products.items() if isinstance(module.weight, Blocks)}
 
 
-def quantize_products(
-    model: nn.Module, kind: str, log: Callable[[str], object], cached_beside: str | Path | None = None
-) -> None:
+def quantize_products(model: nn.Module, kind: str, log: Callable[[str], object]) -> None:
     """Round the matrices of a model's linear layers to blocks of kind "int8" or "int4", in place, and log their sizes.
-
-    With cached_beside, the model's file, blocks are read from a file beside it, or written there. Raises UserError for
-    a width that is not a whole number of blocks."""
+    Raises UserError for a width that is not a whole number of blocks."""
     layers, bits = linears(model), int(kind.removeprefix("int"))
     assert bits in BITS  # the flags' choices
     for name, layer in layers.items():
@@ -97,32 +90,12 @@ def quantize_products(
                 "flag out for this model"
             )
     arena, before, after = Arena(), 0, 0
-    cached = {} if cached_beside is None else cached_words(cached_beside, kind)
     for name, layer in layers.items():
-        words = cached.get(name)
-        blocks = quantize(layer.weight.detach(), bits) if words is None else Blocks(bits, layer.out_features, words)
+        blocks = quantize(layer.weight.detach(), bits)
         blocks = blocks._replace(words=arena.copy(blocks.words))
         before, after = before + layer.weight.nbytes, after + blocks.nbytes
         model.set_submodule(name, FrozenLinear(blocks))
-    if cached_beside is not None and not cached:
-        made = {name: layer.weight.words.view(torch.uint8) for name, layer in rounded(model).items()}
-        save_safetensors(cache_file(cached_beside, kind), made, {"model": digest_of(cached_beside)})
     log(f"{kind} blocks of {BLOCK}: {before / 1e6:,.1f} -> {after / 1e6:,.1f} MB in {len(layers)} matrices")
-
-
-def cache_file(model: str | Path, kind: str) -> Path:
-    """The file beside a model's for its blocks of a kind."""
-    return Path(model).with_suffix(f".{kind}.safetensors")
-
-
-def cached_words(model: str | Path, kind: str) -> dict[str, torch.Tensor]:
-    """{layer: words of its blocks} from the cache beside a model's file; {} if that file has other bytes by now."""
-    file = cache_file(model, kind)
-    if not file.is_file():
-        return {}
-    found, metadata = read_safetensors(file, weights=False)
-    same = metadata.get("model") == digest_of(model)
-    return {name: words.view(torch.int32) for name, words in found.items()} if same else {}
 
 
 def place(model: nn.Module) -> None:

@@ -17,8 +17,8 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 class Server:
     """A running `rwkv-peft serve`."""
 
-    def __init__(self, *flags, **variables):
-        argv = [sys.executable, str(warm.CHILDREN), "rwkv_peft", "serve", "--port", "0", *map(str, flags)]
+    def __init__(self, *flags, program=(warm.CHILDREN, "rwkv_peft"), **variables):
+        argv = [sys.executable, *map(str, program), "serve", "--port", "0", *map(str, flags)]
         self.process = warm.Command(argv, {**os.environ, "OMP_NUM_THREADS": "1", **variables})
         while not (line := self.process.outputs[0].read_text()).endswith("/v1\n"):
             assert self.process.poll() is None, self.process.communicate()

@@ -1,4 +1,4 @@
-"""The server's answers, asked for by the official client: they are those of `generate`."""
+"""The server's answers by the official client are those of `generate`, and calls of tools are found in them."""
 
 import contextlib
 import json
@@ -6,7 +6,6 @@ import threading
 
 import jsonschema
 import pytest
-import torch
 from serving import HEAD, wait_until
 
 from rwkv_peft.checkpoints.adapters import AdapterSource
@@ -17,6 +16,8 @@ from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.inference.chat import Session
 from rwkv_peft.inference.decode import generate
 from rwkv_peft.inference.loading import load_model, read_state_file
+from rwkv_peft.inference.serve.responses import ChatResponse, CompletionPart, CompletionResponse, Token, event
+from rwkv_peft.inference.serve.web import Body
 from rwkv_peft.inference.settings import Sampling
 
 TOKENIZER = BytesTokenizer()
@@ -191,18 +192,14 @@ def test_adapters_and_states_answer_at_once_as_each_does_alone(client, models):
     assert found == due and len(set(due.values())) == 8
 
 
-def test_log_probabilities_are_the_models(client, models):
+def test_log_probabilities_are_reported(client):
     ask = {"model": "poet", "max_tokens": 5, "temperature": 0}
-    told = client.completions.create(**ask, prompt="Once upon", logprobs=2, echo=True).choices[0]
-    tokens = TOKENIZER.encode("Once upon")
-    assert told.text.startswith("Once upon") and told.logprobs.token_logprobs[0] is None
-    with torch.inference_mode():
-        logprobs = models["poet"][0](torch.tensor([tokens]))[0][0].log_softmax(-1)
-    due = [logprobs[place, token].item() for place, token in enumerate(tokens[1:])]
-    assert told.logprobs.token_logprobs[1 : len(tokens)] == pytest.approx(due, abs=1e-3)
-    assert len(told.logprobs.tokens) == len(tokens) + 5
-    for top, logprob in zip(told.logprobs.top_logprobs[-5:], told.logprobs.token_logprobs[-5:]):
+    told = client.completions.create(**ask, prompt="Once upon", logprobs=2).choices[0]
+    assert len(told.logprobs.tokens) == 5
+    for top, logprob in zip(told.logprobs.top_logprobs, told.logprobs.token_logprobs):
         assert len(top) == 2 and max(top.values()) == logprob  # greedy
+    echoed = client.completions.create(**ask, prompt="Once upon", echo=True).choices[0]
+    assert echoed.text == f"Once upon{told.text}"
     chat = client.chat.completions.create(**ask, messages=HI, logprobs=True, top_logprobs=3)
     content = chat.choices[0].logprobs.content
     assert len(content) == 5 and all(len(token.top_logprobs) == 3 for token in content)
@@ -260,7 +257,7 @@ def test_a_full_queue_is_told_at_once(client, server):
     wait_until(lambda: server.figure("answers_drawn_now") == 0 == server.figure("answers_waiting"))
 
 
-def test_the_harness_scores_and_asks(server, models):
+def test_the_harness_asks(server, models):
     completions = pytest.importorskip("lm_eval.models.openai_completions")
     from lm_eval.api.instance import Instance
 
@@ -268,12 +265,67 @@ def test_the_harness_scores_and_asks(server, models):
         base_url=f"{server.url}/v1/completions", model="base", tokenizer_backend="auto", max_length=512
     )
     assert lm.tokenizer_backend == "remote"
-    pair = Instance("loglikelihood", {}, ("Once", " upon"), 0)
-    ((score, greedy),) = lm.loglikelihood([pair], disable_tqdm=True)
-    tokens = TOKENIZER.encode("Once upon")
-    with torch.inference_mode():
-        logprobs = models["base"][0](torch.tensor([tokens]))[0][0].log_softmax(-1)
-    assert score == pytest.approx(sum(logprobs[place, tokens[place + 1]].item() for place in range(3, 8)), abs=1e-3)
-    assert greedy is False
     asked = Instance("generate_until", {}, ("Once upon", {"until": ["never"], "max_gen_toks": 12}), 0)
     assert lm.generate_until([asked], disable_tqdm=True) == texts(models, "base", ["Once upon"], GREEDY, 12)
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+ANSWERS = {  # (words, cities)
+    "I look it up.\n" + CALL: ("I look it up.", ["Köln"]),
+    CALL + "\n" + CALL.replace("Köln", "Bonn"): ("", ["Köln", "Bonn"]),
+    "a < b and <tool_c or <tool_call> of nothing": ("a < b and <tool_c or <tool_call> of nothing", []),
+    "no calls": ("no calls", []),
+    **{CALL[:-cut]: ("", ["Köln"]) for cut in (1, 5, 11, 12, 13)},  # by max_tokens, within the closing
+}
+
+
+def parts_of(text, width):
+    response = ChatResponse("m", BytesTokenizer(), False, True)
+    cuts = [text[begin : begin + width] for begin in range(0, len(text), width)]
+    pieces = [CompletionPart(0, cut, ()) for cut in cuts] + [CompletionPart(0, "", (), "stop")]
+    found = [response.delta(piece, place == 0) for place, piece in enumerate(pieces)]
+    return [part for part in found if part is not None]
+
+
+def arguments(calls):
+    return [json.loads(call["function"]["arguments"])["city"] for call in calls]
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_calls_of_tools_are_found_apart_from_words(text):
+    words, cities = ANSWERS[text]
+    answer = ChatResponse("m", BytesTokenizer(), False, True).choice(CompletionPart(0, text, (), "stop"))
+    assert (answer["message"]["content"] or "") == words
+    assert arguments(answer["message"].get("tool_calls", ())) == cities
+    assert answer["finish_reason"] == ("tool_calls" if cities else "stop")
+
+
+@pytest.mark.parametrize("width", [1, 3, 1000])
+@pytest.mark.parametrize("text", ANSWERS)
+def test_a_stream_tells_words_at_once_and_calls_at_the_end(text, width):
+    words, cities = ANSWERS[text]
+    parts = parts_of(text, width)
+    assert "".join(part["delta"]["content"] for part in parts).strip() == words
+    assert arguments(parts[-1]["delta"].get("tool_calls", ())) == cities
+    assert parts[-1]["finish_reason"] == ("tool_calls" if cities else "stop")
+    assert not any("tool_calls" in part["delta"] for part in parts[:-1])
+    if words and width == 1:
+        assert len(parts) > 5
+
+
+def test_without_tools_an_answer_is_its_text():
+    answer = ChatResponse("m", BytesTokenizer(), False, False).choice(CompletionPart(0, CALL, (), "stop"))
+    assert answer["message"]["content"] == CALL and answer["finish_reason"] == "stop"
+
+
+def test_offsets_are_those_of_the_text():
+    response, tokenizer = CompletionResponse("m", BytesTokenizer(), True), BytesTokenizer()
+    text = "é 😀!"
+    pieces = [CompletionPart(0, "", (Token(token, None),)) for token in tokenizer.encode(text)]
+    offsets = [offset for piece in pieces for offset in response.choice(piece)["logprobs"]["text_offset"]]
+    assert offsets == [0, 0, 1, 2, 2, 2, 2, 3] and text[3] == "!"
+
+
+def test_what_is_not_unicode_is_found_as_json_escapes_it():
+    found = {"arguments": '{"a": "\ud800 中"}'}
+    assert json.loads(Body(found).body) == json.loads(event(found).removeprefix(b"data: ")) == found

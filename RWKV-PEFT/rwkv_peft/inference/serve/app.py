@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from ...cli.errors import told
 from .catalog import Catalog
 from .conversation import Conversation
 from .flags import parse_flags
@@ -23,15 +25,21 @@ END = "<|endoftext|>"  # the name of the token that ends a document, which has n
 
 
 def main(argv: list[str]) -> int:
-    """Serve until SIGTERM or Ctrl-C -> the exit code. Raises UserError for mistakes in flags and files."""
+    """Serve until SIGTERM or Ctrl-C -> the exit code, 1 after a CUDA error. Raises UserError for mistakes in flags and
+    files."""
     args, defaults = parse_flags(argv)
     with bound(args.host, args.port) as listener:
         catalog = Catalog(args)
-        app = make_app(Service(args, defaults, catalog), args)
+        service = Service(args, defaults, catalog)
+        app = make_app(service, args)
         host, port = listener.getsockname()[:2]
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         line = f"{', '.join(catalog.speakers)}: http://{where}/v1"
         run(app, listener, args.client_seconds, args.drain_seconds, lambda: print(line, flush=True))
+    if (failure := service.thread.failure) is not None:
+        words = f"the GPU failed, and this process cannot use it any more ({told(failure)}); start the server again"
+        print(f"error: {words}", file=sys.stderr)
+        return 1
     return 0
 
 

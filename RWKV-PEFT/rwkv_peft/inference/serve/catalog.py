@@ -24,8 +24,7 @@ class Catalog:
         device = resolve_device(args.device)
         precision = args.precision or ("bf16" if device == "cuda" else "fp32")
         self.args, self.base = args, open_base(args.model)
-        rounds = {"weights": args.weights, "keep": args.keep_weights}
-        model, start = load_model(args.model, (), precision, device, **rounds, log=remark)
+        model, start = load_model(args.model, (), precision, device, weights=args.weights, log=remark)
         self.base_speaker = Speaker(args.name, model, start)
         files = [given.path for given in (*args.adapter, *args.state)]
         files = [*reversed(files), args.model]

@@ -123,8 +123,7 @@ class Conversation:
 class CompletionStream:
     """The listener for one completion, which queues its text and tokens.
 
-    A match of `lead` at the text's beginning is dropped. opening, if given, makes a part that comes first, such as the
-    prompt.
+    A match of `lead` at the text's beginning is dropped. opening is a text that comes first, such as the prompt.
     """
 
     def __init__(
@@ -133,7 +132,7 @@ class CompletionStream:
         number: int,
         text: Continuation,
         lead: re.Pattern[str] = re.compile(""),
-        opening: Callable[[], CompletionPart] | None = None,
+        opening: str = "",
     ) -> None:
         self.conversation, self.number, self.text = conversation, number, text
         self.lead, self.opening = lead, opening
@@ -145,9 +144,9 @@ class CompletionStream:
         return LATE if time.monotonic() > self.conversation.deadline else ""
 
     def on_token(self, token: int, logprobs: Logprobs | None) -> str:
-        if self.opening is not None:
-            self.conversation.put(self.opening())
-            self.opening = None
+        if self.opening:
+            self.conversation.put(CompletionPart(self.number, self.opening, ()))
+            self.opening = ""
         self.conversation.sampled += 1
         end = self.text.feed(token)
         self._put((Token(token, logprobs),))

@@ -148,6 +148,12 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
+    @model_validator(mode="after")
+    def without_scores_of_prompts(self) -> "CompletionBody":
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo repeats the prompt's text, without logprobs; rwkv-peft eval scores texts")
+        return self
+
     @property
     def texts(self) -> list[str | list[int]]:
         """The prompts, each a text or tokens."""

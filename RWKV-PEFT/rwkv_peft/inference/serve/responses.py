@@ -20,7 +20,7 @@ CALL_OPENINGS = ("<tool_call>", "**Tool Call:**")  # texts that OPENS matches
 
 
 class Token(NamedTuple):
-    """A token of a completion; logprobs are None if not requested, and for a prompt's first token."""
+    """A token of a completion; logprobs are None if not requested."""
 
     id: int
     logprobs: Logprobs | None
@@ -136,7 +136,7 @@ class ChatResponse(Response):
             text, data = self.spelled(token)
             return {"token": text, "logprob": logprob, "bytes": data}
 
-        assert token.logprobs is not None  # a chat never repeats its prompt
+        assert token.logprobs is not None
         return {**one(token.id, token.logprobs.logprob), "top_logprobs": [one(*pair) for pair in token.logprobs.top]}
 
 

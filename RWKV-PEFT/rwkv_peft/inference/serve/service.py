@@ -2,7 +2,9 @@
 
 import argparse
 import asyncio
+import os
 import queue
+import signal
 import threading
 import traceback
 from collections import Counter
@@ -11,16 +13,18 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
+
 from ...cli.errors import UserError
 from ..engine import Engine, PrefillBudget
-from ..requests import Completion, GenerationRequest, Logprobs, PrefixCache
+from ..requests import Completion, GenerationRequest, PrefixCache
 from ..settings import Sampling
 from ..speakers import Speaker
 from ..text import Continuation
 from .catalog import Catalog
 from .conversation import FAILED, CompletionStream, Conversation
 from .requests import ChatBody, CompletionBody, Limits, Prompt, prompts_within
-from .responses import ChatResponse, CompletionPart, CompletionResponse, Response, Token
+from .responses import ChatResponse, CompletionResponse, Response
 from .schema import SchemaCompiler, SchemaConstraint
 from .web import RequestError
 
@@ -31,11 +35,13 @@ PIECE, STEP_SECONDS = 64, 0.1  # prompt tokens that are read at first between tw
 
 
 class EngineThread(threading.Thread):
-    """Steps an Engine as long as it is busy. After an error, running completions end and waiting ones go on."""
+    """Steps an Engine as long as it is busy. After an error, running completions end and waiting ones go on; after a
+    CUDA error, no kernel of this process runs any more: all end, it becomes `failure`, and end() is called."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, end: Callable[[], object]) -> None:
         super().__init__(name="engine", daemon=True)
-        self.engine = engine
+        self.engine, self.end = engine, end
+        self.failure: BaseException | None = None
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
     def call(self, function: Callable[[], object]) -> None:
@@ -57,9 +63,21 @@ class EngineThread(threading.Thread):
                 call()
             try:
                 self.engine.step()
-            except BaseException:  # a panic of a package in Rust is no Exception
+            except BaseException as error:  # a panic of a package in Rust is no Exception
                 traceback.print_exc()
+                lost = is_cuda_error(error)
+                if lost:
+                    self.engine.waiting.clear()
                 self.engine.fail(FAILED)
+                if lost and self.failure is None:
+                    self.failure = error
+                    self.end()
+
+
+def is_cuda_error(error: BaseException) -> bool:
+    """True for an error after which each later call of CUDA in this process fails too; out of memory is none."""
+    accelerator = getattr(torch, "AcceleratorError", ())  # of newer versions of torch
+    return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 class Metrics:
@@ -112,7 +130,7 @@ class Service:
         self.compiling, self.reading = asyncio.Lock(), asyncio.Lock()  # so that few of the pool's threads wait
         cache, overlap = PrefixCache(args.known_mib << 20), catalog.base_speaker.model.emb.weight.is_cuda
         self.engine = Engine(vocabulary, args.batch, cache, PrefillBudget(PIECE, STEP_SECONDS), overlap)
-        self.thread = EngineThread(self.engine)
+        self.thread = EngineThread(self.engine, partial(os.kill, os.getpid(), signal.SIGTERM))
 
     async def converse(self, body: CompletionBody | ChatBody, size: int) -> Conversation:
         """Admit a request with a body of `size` bytes, and start it. Raises RequestError."""
@@ -166,27 +184,16 @@ class Service:
     ) -> GenerationRequest:
         """The engine's request for a prompt, with completions numbered from `first` on; number i has the seed of
         `sampling` plus i."""
-        tokenizer, top, scores = self.catalog.tokenizer, body.top_logprobs_due, list[Logprobs]()
-        echoes = isinstance(body, CompletionBody) and bool(body.echo)
-
-        def echo(number: int) -> CompletionPart:
-            """The prompt as the first part of a completion, with its scores, if there are any by then."""
-            logprobs = (None, *scores) if scores or len(prompt.tokens) == 1 else (None,) * len(prompt.tokens)
-            return CompletionPart(number, tokenizer.decode(prompt.tokens), tuple(map(Token, prompt.tokens, logprobs)))
-
-        completions = []
+        tokenizer, top, opening, completions = self.catalog.tokenizer, body.top_logprobs_due, body.opening, []
+        if isinstance(body, CompletionBody) and body.echo:
+            opening = tokenizer.decode(prompt.tokens)
         for number in range(first, first + body.times):
-            text, opening = Continuation({}, tokenizer, body.stops), None
-            if echoes:
-                opening = partial(echo, number)
-            elif body.opening:
-                opening = partial(CompletionPart, number, body.opening, ())
+            text = Continuation({}, tokenizer, body.stops)
             listener = CompletionStream(conversation, number, text, body.lead, opening)
             constraint = None if schema is None else schema.copy()
             longest = body.longest(self.limits)
             completions.append(Completion(sampling.seeded(number), longest, listener, top, constraint))
-        on_logprobs = scores.append if echoes and top is not None else None
-        return GenerationRequest(speaker, prompt.tokens, completions, prompt.marks, on_logprobs, top or 0)
+        return GenerationRequest(speaker, prompt.tokens, completions, prompt.marks)
 
     def _ended(self) -> None:
         self.open -= 1
