@@ -19,11 +19,11 @@ from ..cli.errors import UserError, in_line, quoted
 from ..cli.parser import counted
 from .binidx import UNDESIRABLE, dtype_code
 from .chat import SPEAKERS, THINKING, TURN_END, WEIGHT, Segment, opening_within, opens_thinking
-from .fields import Fields, UnknownForm
-from .layouts import FOREIGN_MARKS, TURNS, RowLayout, Template, label_of, refuse_compared
+from .fields import LISTS, UnknownForm, unread
+from .layouts import ANSWER, ANSWERS, CHATS, FOREIGN_MARKS, SIDES, TURNS, RowLayout, Template, label_of, refuse_compared
 from .rows import CSV_ENDINGS, TO_UTF_8, Chunk
 from .tokenizer import load_tokenizer
-from .tools import as_list
+from .tools import LISTING, as_list
 
 Documents = list[list[Segment]]  # the documents of one row
 TokenRun = tuple[list[int], bool]  # the tokens of a segment, and True if they count in the loss
@@ -237,10 +237,8 @@ class Encoder:
         """Add the documents of a row, or of a piece of a text. Raises UserError for a bad row."""
         is_text = isinstance(item, str) and self.kind in LEARNED
         row: Any = None if is_text else parse(item)
-        if isinstance(row, dict):
-            row = Fields(row)
-            if self.kind in ALIKE and not self.template:
-                refuse_compared(row, bool(self.settings.fields))
+        if isinstance(row, dict) and self.kind in ALIKE and not self.template:
+            refuse_compared(row, bool(self.settings.fields))
         documents = [[(str(item), True)]] if is_text else self.documents(row)
         weight = 1.0 if self.template or self.kind == "prompts" else weight_of(row, self.kind)
         undesirable = self.kind == "labels" and not label_of(row, self.settings.fields)
@@ -254,7 +252,7 @@ class Encoder:
         if not added or is_text:
             return
         self._count(self.answering(documents), result.counts)
-        result.counts.update(f"unread {name}" for name in unread(row, self.settings.think))
+        result.counts.update(f"unread {name}" for name in self._unread(row, documents))
         result.weights[-1] = weight
         if undesirable:
             labelled = result.mask[before:].replace(b"\1", bytes([UNDESIRABLE]))
@@ -301,6 +299,24 @@ class Encoder:
             result.sizes.append(length(runs))
             result.weights.append(1.0)
         return True
+
+    def _unread(self, row: Mapping[str, Any], documents: Documents) -> list[str]:
+        """The fields with a text in no document of a row, and the fields of turns with a thinking that is not laid
+        out."""
+        think = self.settings.think
+        laid_out = "".join(text for document in documents for text, _ in document)
+        read = {*self.settings.fields, *CHATS, *(name for name in TURNS if isinstance(row.get(name), list))}
+        if self.kind == "pairs":
+            read.update(*SIDES)
+        if LISTING in laid_out:
+            read.update((*LISTS, "answers"))  # which are laid out in another form
+        if self.kind == "prompts":
+            read.update((*ANSWERS.values(), ANSWER))  # which a reward reads
+        if think:
+            read.update(THINKING)
+        turns = [turn for name in TURNS for turn in as_list(row.get(name)) if isinstance(turn, dict)]
+        thought = [name for name in THINKING if not think and any(turn.get(name) for turn in turns)]
+        return list(dict.fromkeys([*unread(row, laid_out, read), *thought]))
 
     def _count(self, documents: Documents, counts: Counter[str]) -> None:
         """Count a row that is written for the notes of report.py."""
@@ -353,13 +369,6 @@ def weight_of(row: object, kind: str) -> float:
     if weight != 1 and kind not in LEARNED:
         raise UserError(f"{said}, and only rows of --data_type sft weigh in the loss; leave it out, or {rename}")
     return weight
-
-
-def unread(row: Fields, think: str) -> list[str]:
-    """The fields with a text in no document of a row, and the fields of turns with a thinking that is not laid out."""
-    turns = [turn for name in TURNS if name in row.read for turn in as_list(row.peek(name)) if isinstance(turn, dict)]
-    thought = [name for name in THINKING if not think and any(turn.get(name) for turn in turns)]
-    return list(dict.fromkeys([*row.unread(), *thought]))
 
 
 def has_prompt_and_answer(document: Sequence[Segment]) -> bool:

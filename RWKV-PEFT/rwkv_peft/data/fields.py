@@ -1,12 +1,13 @@
-"""The fields of a row: which were read, so that no text is lost in silence, and how a value becomes text."""
+"""The fields of a row: their values as text, and those in no document, so that no text is lost in silence."""
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from ..cli.errors import UserError, quoted, short, some
 
+Row = Mapping[str, Any]
 LISTS = ("tools", "functions")  # fields of a row, or of a system turn, that list tools
 CALLS = ("tool_calls", "function_call")  # fields of a turn that hold its calls
 PLACED = (*LISTS, *CALLS, "history")  # fields of a row that a layout has to read
@@ -14,6 +15,7 @@ MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))  # 
 NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
 NUMBERED = re.compile(r"\d|://")  # in a single word: an id, a date, a version or a link
 LETTER = re.compile(r"[^\W\d_]")
+ROLES = ("role", "from")
 BEGINNING = 30  # characters of a value in a message
 
 
@@ -21,50 +23,14 @@ class UnknownForm(UserError):
     """A row has none of the fields of any layout."""
 
 
-class Fields(dict[str, Any]):
-    """A row that records in `read` the fields looked up by [] or get; copies by `|` and `without` share that set."""
-
-    def __init__(self, row: Mapping[str, Any], read: set[str] | None = None) -> None:
-        super().__init__(row)
-        self.read = set[str]() if read is None else read
-
-    def __getitem__(self, name: str) -> Any:
-        self.read.add(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.read.add(name)
-        return super().get(name, default)
-
-    def peek(self, name: str) -> Any:
-        """The value of a field, or None; the field does not count as read."""
-        return super().get(name)
-
-    def __or__(self, more: Mapping[str, Any]) -> "Fields":  # type: ignore[override]
-        return Fields({**self, **more}, self.read)
-
-    def without(self, *names: str) -> "Fields":
-        return Fields({name: value for name, value in self.items() if name not in names}, self.read)
-
-    def holds(self, *names: str) -> bool:
-        """True if all these fields hold something; they do not count as read."""
-        return all(map(self.peek, names))
-
-    def unread(self) -> Iterator[str]:
-        """Yield the names of the fields that hold words and were not read."""
-        for name, value in self.items():
-            if name not in self.read and has_words(value):
-                yield name
-
-
-def fields_of(row: object, forms: str) -> Fields:
-    """A row as Fields. Raises UserError with the known forms if it is no object."""
+def require_object(row: object, forms: str) -> dict[str, Any]:
+    """The row itself. Raises UserError with the known forms if it is no object."""
     if not isinstance(row, dict):
         raise UserError(f"a row is {type(row).__name__}, not an object with fields: {forms}")
-    return row if isinstance(row, Fields) else Fields(row)
+    return row
 
 
-def field(row: Mapping[str, Any], name: str) -> str:
+def field(row: Row, name: str) -> str:
     """The text row[name]; a finite number is its digits. Raises UserError for any other value."""
     value = row[name]
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
@@ -74,25 +40,35 @@ def field(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def require_field(row: Fields, name: str) -> Fields:
+def require_field(row: dict[str, Any], name: str) -> dict[str, Any]:
     """The row itself. Raises UnknownForm if it lacks a field."""
     if name not in row:
         raise UnknownForm(f"field {name!r} is missing; the row has {shown(row)}")
     return row
 
 
-def refuse_unplaced(row: Fields) -> None:
-    """Raise UserError if a row holds one of PLACED that its layout has not read, or a picture, a film or a sound."""
+def holds(row: Row, *names: str) -> bool:
+    """True if all these fields hold something."""
+    return all(map(row.get, names))
+
+
+def without(row: Row, *names: str) -> dict[str, Any]:
+    """A row's other fields."""
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def refuse_unplaced(row: Row, placed: str = "") -> None:
+    """Raise UserError if a row holds one of PLACED but `placed`, or a picture, a film or a sound."""
     refuse_media(row)
     for name in row:
-        if name in PLACED and name not in row.read and row.peek(name) not in NOTHING:
+        if name in PLACED and name != placed and row[name] not in NOTHING:
             remedy = "earlier turns belong into messages" if name == "history" else "write it out in the turns' words"
             raise UserError(
                 f"field {name!r} has no place in this layout; {remedy}, or remove the field if it should not be learned"
             )
 
 
-def refuse_media(holder: Mapping[str, Any]) -> None:
+def refuse_media(holder: Row) -> None:
     """Raise UserError if a row or a turn holds one of MEDIA."""
     for name, value in holder.items():
         if name in MEDIA and value not in NOTHING:
@@ -102,11 +78,11 @@ def refuse_media(holder: Mapping[str, Any]) -> None:
             )
 
 
-def unknown(row: Mapping[str, Any], words: str) -> UnknownForm:
+def unknown(row: Row, words: str) -> UnknownForm:
     return UnknownForm(f"a row has the fields {shown(row)}; {words}")
 
 
-def shown(row: Mapping[str, Any]) -> str:
+def shown(row: Row) -> str:
     """The names of a row's fields, each with the beginning of its value."""
     return some([f"{name} {beginning(value)}" for name, value in row.items()], 20) or "(none)"
 
@@ -119,18 +95,32 @@ def beginning(value: object) -> str:
     return quoted(value[:BEGINNING]) + "…" * (len(value) > BEGINNING) if isinstance(value, str) else short(str(value))
 
 
-def has_words(value: object) -> bool:
-    """True if a value is, or holds, a text with a letter that is not a single ASCII word with a digit or ://, as ids,
-    dates and links are."""
+def unread(row: Row, document: str, read: Container[str]) -> Iterator[str]:
+    """Yield the names of the fields, but those in `read`, with a text that is not in the document, but for spaces and a
+    thinking. Of several texts in a list or an object the longest stands for all."""
+    found = joined(document)
+    for name, value in row.items():
+        text = max(texts_in(value), key=len, default="")
+        if name not in read and joined(text.rpartition("</think>")[2]) not in found:
+            yield name
+
+
+def joined(text: str) -> str:
+    """A text without spaces and line ends."""
+    return "".join(text.split())
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Yield the texts that a value is or holds, if they have a letter and are no single ASCII words with a digit or
+    ://, as ids, dates and links are."""
     left = [value]
     while left:
         one = left.pop()
         if isinstance(one, dict):
-            left += one.values()
+            left += [part for name, part in one.items() if name not in ROLES]
         elif isinstance(one, list):
             left += one
         elif isinstance(one, str) and LETTER.search(one):
             single = one.isascii() and len(one.split(None, 1)) == 1
             if not (single and NUMBERED.search(one)):
-                return True
-    return False
+                yield one

@@ -15,8 +15,20 @@ from ..checkpoints.readable import read_short, require_readable
 from ..cli.errors import UserError, field_names, quoted
 from ..cli.names import SYSTEM_FIELDS
 from .chat import TRAIN, TURN_END, ChatLayout, Segment, opening_within, speaker_of
-from .fields import LISTS, Fields, UnknownForm, field, fields_of, refuse_unplaced, require_field, shown, unknown
-from .tools import listed, parsed
+from .fields import (
+    LISTS,
+    Row,
+    UnknownForm,
+    field,
+    holds,
+    refuse_unplaced,
+    require_field,
+    require_object,
+    shown,
+    unknown,
+    without,
+)
+from .tools import parsed, tools_text
 
 FORMS = (
     "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "
@@ -79,12 +91,12 @@ class RowLayout(ChatLayout):
 
     def segments(self, row: object) -> list[Segment]:
         """The segments of a row of text, which counts, or of questions and answers; then only answers count."""
-        row = fields_of(row, ", ".join(self.fields) or FORMS)
+        row = require_object(row, ", ".join(self.fields) or FORMS)
         if self.fields:
             return self.named(row, *self.fields)
         if "text" in row and not self.think:
-            both = next((names for names in ANSWERED if row.holds(*names)), None)
-            if both and row.holds("text"):
+            both = next((names for names in ANSWERED if holds(row, *names)), None)
+            if both and holds(row, "text"):
                 raise UnknownForm(
                     f"a row has a text, which counts as a whole, and {' and '.join(both)}, of which only the "
                     "answers count, and either may be meant; name the field text, give a template for the others, such "
@@ -95,13 +107,13 @@ class RowLayout(ChatLayout):
         for name in CHATS:
             if name in row:
                 return self.turns_in(row, name)
-        if "query" in row and "answers" in row and any(map(row.holds, LISTS)):
+        if "query" in row and "answers" in row and any(map(row.get, LISTS)):
             turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]
             return self.placed(row, self.chat(turns))
         for question in ("query", "question"):
             if question in row and ANSWERS[question] in row:
                 return self.answered(row, question, ANSWERS[question])
-        if isinstance(row.peek("conversation"), list):
+        if isinstance(row.get("conversation"), list):
             return self.turns_in(row, "conversation")
         if self.think:
             raise UserError(
@@ -113,7 +125,7 @@ class RowLayout(ChatLayout):
             return given_segments(row["segments"])
         if "instruction" in row and "output" in row:
             return self.instruction(row)
-        if COMPLETION in row and isinstance(row.peek("prompt"), list):
+        if COMPLETION in row and isinstance(row.get("prompt"), list):
             before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
             answer = row[COMPLETION]
             after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
@@ -128,39 +140,40 @@ class RowLayout(ChatLayout):
             return [(field(row, "prompt"), False), (field(row, COMPLETION), True)]
         raise unknown(row, f"known are {FORMS}")
 
-    def named(self, row: Fields, *names: str) -> list[Segment]:
+    def named(self, row: dict[str, Any], *names: str) -> list[Segment]:
         """The segments of a row's text or turns, in the field names[0], or of a prompt and its answer, in two."""
         for name in names:
             require_field(row, name)
-        if len(names) == 1 and isinstance(row.peek(names[0]), list):
+        if len(names) == 1 and isinstance(row.get(names[0]), list):
             return self.turns_in(row, names[0])
         if len(names) > 2 or (len(names) == 1 and self.think):
             due = "one is a text, two are a prompt and its answer" + (", which thinking needs" if self.think else "")
             raise UserError(f"{len(names)} fields named; {due}")
         return self.answered(row, *names) if len(names) == 2 else [(field(row, names[0]), True)]
 
-    def turns_in(self, row: Fields, name: str) -> list[Segment]:
+    def turns_in(self, row: Row, name: str) -> list[Segment]:
         """The segments of the turns in a row's field."""
         return self.placed(row, self.chat(turns_of(row, name)))
 
-    def answered(self, row: Fields, question: str, answer: str) -> list[Segment]:
+    def answered(self, row: Row, question: str, answer: str) -> list[Segment]:
         """The segments of a question and an answer, in two fields, as in a chat."""
         opening, rest = self.answer(field(row, answer), row)
         words = self.cleaned(field(row, question).strip())
         return self.placed(row, [(f"User: {words}\n\nAssistant:{opening}", False), (rest, True)])
 
-    def instruction(self, row: Fields) -> list[Segment]:
+    def instruction(self, row: Row) -> list[Segment]:
         more = self.cleaned(field(row, "input")) if row.get("input") else ""
         words = self.cleaned(field(row, "instruction"))
         prompt = f"Instruction: {words}\n\n" + (f"Input: {more}\n\n" if more else "")
         return self.placed(row, [(f"{prompt}Response:", False), (f" {field(row, 'output').strip()}", True)])
 
-    def placed(self, row: Fields, parts: list[Segment]) -> list[Segment]:
+    def placed(self, row: Row, parts: list[Segment]) -> list[Segment]:
         """Segments behind the row's system text, unless they begin with one, with its tools in that turn. Raises
         UserError if another field of the row would be lost."""
-        tools, begins = listed(row), parts[0][0].startswith("System:")
+        listing = next(filter(row.get, LISTS), "")
+        tools, begins = tools_text(row[listing] if listing else None), parts[0][0].startswith("System:")
         words = "" if begins else self.cleaned(system_of(row))
-        refuse_unplaced(row)
+        refuse_unplaced(row, listing)
         if not tools:
             return [(f"System: {words}{TURN_END}", False)] * bool(words) + parts
         if begins:
@@ -169,24 +182,22 @@ class RowLayout(ChatLayout):
 
     def pair(self, row: object) -> list[list[Segment]]:
         """The segments of a row's better and of its worse answer, each behind the prompt."""
-        row = fields_of(row, PAIRS)
+        row = require_object(row, PAIRS)
         if self.fields:
             prompt, *names = self.fields
             return [self.named(row, prompt, name) for name in names]
         sides = sides_of(row)
         if not sides:
             raise unknown(row, f"pairs are {PAIRS}; rows of one answer are for --data_type sft")
-        if sides == OPENAI and isinstance(row.peek("input"), dict):
-            row = Fields(row["input"], row.read) | {side: row[side] for side in sides}
-        answers = [row[side] if isinstance(row.peek(side), list | dict) else field(row, side) for side in sides]
+        if sides == OPENAI and isinstance(row.get("input"), dict):
+            row = {**row["input"], **{side: row[side] for side in sides}}
+        answers = [row[side] if isinstance(row.get(side), list | dict) else field(row, side) for side in sides]
         before = turns_before(row)
         if before is not None or not all(isinstance(answer, str) for answer in answers):
             better, worse = (conversation(row, before, answer) for answer in answers)
         elif prompt := next((name for name in ANSWERS if name in row), ""):
-            rest = row.without(*sides, "text")
-            found = [self.segments(rest | {ANSWERS[prompt]: answer}) for answer in answers]
-            row.read.discard(ANSWERS[prompt])  # of the row itself
-            return found
+            rest = without(row, *sides, "text")
+            return [self.segments(rest | {ANSWERS[prompt]: answer}) for answer in answers]
         else:
             better, worse = map(dialogue, answers)
             if not better or not worse:
@@ -197,14 +208,14 @@ class RowLayout(ChatLayout):
 
     def labelled(self, row: object) -> list[Segment]:
         """The segments of a prompt and a labelled answer; of a chat only the last answer counts."""
-        row, label = fields_of(row, LABELS), label_field(self.fields)
+        row, label = require_object(row, LABELS), label_field(self.fields)
         if label not in row:
             raise unknown(row, f"labelled rows have {LABELS}; rows without a label are for --data_type sft")
         if self.fields:
             return self.named(row, *self.fields[:2])
         before = turns_before(row)
-        if before is None and not isinstance(row.peek(COMPLETION), list | dict):
-            return self.segments(row.without(label))
+        if before is None and not isinstance(row.get(COMPLETION), list | dict):
+            return self.segments(without(row, label))
         turns = conversation(row, before, row[COMPLETION]) if COMPLETION in row else before or []
         if len(turns) < 2 or not is_answer(turns[-1]):
             raise UserError("the turns of a labelled row are to end in one of the assistant's, which the label judges")
@@ -218,7 +229,7 @@ class RowLayout(ChatLayout):
     def opened(self, row: object) -> list[Segment]:
         """The segments of a row's prompt, up to the opening of its answer; none counts. think "on" opens every answer
         with a thinking. Raises UserError for an empty prompt."""
-        row, words = fields_of(row, PROMPTS), STAND_IN[self.think]
+        row, words = require_object(row, PROMPTS), STAND_IN[self.think]
         turns = None if self.fields else turns_before(row)
         question = next((name for name in ANSWERS if name in row), "")
         if self.fields:
@@ -228,10 +239,9 @@ class RowLayout(ChatLayout):
             before = turns[:-1] if turns and is_answer(turns[-1]) else turns
             parts = self.placed(row, self.chat([*before, {"role": "assistant", "content": words}]))
         elif question:
-            parts = self.segments(row.without("text") | {ANSWERS[question]: words})
+            parts = self.segments(without(row, "text") | {ANSWERS[question]: words})
         else:
             raise unknown(row, f"prompts are {PROMPTS}")
-        row.read.update((*ANSWERS.values(), ANSWER))  # which a reward reads
         *prompt, _ = parts
         if not any(text.strip() for text, _ in prompt):
             raise UserError("the prompt is empty; write one, or leave the row out")
@@ -241,12 +251,12 @@ class RowLayout(ChatLayout):
         """Two documents of a row: its context, which does not count, and its question and answer, which the student
         reads alone. Raises UserError if one of the three has no words."""
         name = self.fields[0] if self.fields else CONTEXT
-        row = require_field(fields_of(row, CONTEXTS), name)
-        rest = row.without(name, "text")
+        row = require_field(require_object(row, CONTEXTS), name)
+        rest = without(row, name, "text")
         question = next((key for key in ANSWERS if key in rest), "")
         answer = ANSWERS.get(question, "")
         if question and ANSWER in rest and answer != ANSWER:  # an answer by that name goes with any question
-            rest = rest.without(ANSWER) | ({} if answer in rest else {answer: row[ANSWER]})
+            rest = without(rest, ANSWER) | ({} if answer in rest else {answer: row[ANSWER]})
         if not self.fields and not any(key in rest for key in (*CHATS, answer)):
             raise unknown(row, f"rows with contexts have {CONTEXTS}")
         parts = self.named(rest, *self.fields[1:]) if self.fields else self.segments(rest)
@@ -278,7 +288,7 @@ class Template:
 
     def segments(self, row: object) -> list[Segment]:
         """The segments of a row, its fields filled in."""
-        fields = fields_of(row, "those of the template")
+        fields = require_object(row, "those of the template")
 
         def filled(part: str, counts: bool) -> str:
             def value(match: re.Match[str]) -> str:
@@ -308,9 +318,9 @@ def read_template(path: str) -> str:
     return text
 
 
-def turns_of(row: Fields, name: str) -> object:
+def turns_of(row: Row, name: str) -> object:
     """The turns in a row's field, a list or its JSON as text; an object with the fields of EXCHANGE is two turns."""
-    turns = row[name] if isinstance(row.peek(name), list) else parsed(row[name], f"field {name!r}")
+    turns = row[name] if isinstance(row.get(name), list) else parsed(row[name], f"field {name!r}")
     if not isinstance(turns, list):
         return turns
     found = list[object]()
@@ -320,25 +330,24 @@ def turns_of(row: Fields, name: str) -> object:
     return found
 
 
-def turns_before(row: Fields) -> list[Any] | None:
+def turns_before(row: Row) -> list[Any] | None:
     """The turns that a row holds as a list, None if it has none."""
-    name = next((name for name in TURNS if isinstance(row.peek(name), list)), "")
+    name = next((name for name in TURNS if isinstance(row.get(name), list)), "")
     found = turns_of(row, name) if name else None
     return found if isinstance(found, list) else None
 
 
-def conversation(row: Fields, before: list[Any] | None, answer: object) -> list[Any]:
+def conversation(row: Row, before: list[Any] | None, answer: object) -> list[Any]:
     """The turns up to `answer`: a text, a turn, or a list of turns, which is the whole conversation if its first turn
     is not the assistant's."""
     if isinstance(answer, str):
         answer = {"role": "assistant", "content": answer}
     after = answer if isinstance(answer, list) else [answer]
     if after and not is_answer(after[0]):
-        row.read.update(TURNS)  # which begin it
         return after
     if before and is_answer(before[-1]):
         raise UserError("the turns before the answers end in one of the assistant's; leave it out")
-    if before is None and isinstance(row.peek("prompt"), str):
+    if before is None and isinstance(row.get("prompt"), str):
         before = [{"role": "user", "content": row["prompt"]}]
     return [*(before or []), *after]
 
@@ -369,13 +378,13 @@ def given_segments(parts: object) -> list[Segment]:
     return found
 
 
-def system_of(row: Fields) -> str:
+def system_of(row: Row) -> str:
     """The system text beside a question, "" if a row has none."""
-    name = next((name for name in SYSTEM_FIELDS if row.holds(name)), None)
+    name = next(filter(row.get, SYSTEM_FIELDS), None)
     return field(row, name).strip() if name else ""
 
 
-def sides_of(row: Fields) -> tuple[str, str] | None:
+def sides_of(row: Row) -> tuple[str, str] | None:
     """The fields of a row's better and worse answer; None if it is no pair."""
     return next((sides for sides in SIDES if sides[0] in row and sides[1] in row), None)
 
@@ -385,7 +394,7 @@ def label_field(fields: Sequence[str]) -> str:
     return fields[2] if fields else LABEL
 
 
-def label_of(row: Mapping[str, Any], fields: Sequence[str]) -> bool:
+def label_of(row: Row, fields: Sequence[str]) -> bool:
     """The label of a row. Raises UserError for anything but true and false."""
     name = label_field(fields)
     value = row[name]
@@ -397,17 +406,16 @@ def label_of(row: Mapping[str, Any], fields: Sequence[str]) -> bool:
     return value
 
 
-def refuse_compared(row: Mapping[str, Any], named: bool = False) -> None:
+def refuse_compared(row: Row, named: bool = False) -> None:
     """Raise UserError for a row with a label, and for a pair unless its fields are `named`: training on every answer
     alike would learn the bad ones as good ones."""
-    fields = row if isinstance(row, Fields) else Fields(row)
-    if isinstance(fields.peek(LABEL), bool):
+    if isinstance(row.get(LABEL), bool):
         raise UserError(
-            f"a row has the {LABEL} {str(fields.peek(LABEL)).lower()}, and here every answer is learned as a good one; "
+            f"a row has the {LABEL} {str(row[LABEL]).lower()}, and here every answer is learned as a good one; "
             "train.py --data_type labels learns from both kinds; rename the field if it means something else"
         )
-    sides = sides_of(fields)
-    if sides and fields.holds(*sides) and not named:
+    sides = sides_of(row)
+    if sides and holds(row, *sides) and not named:
         raise UserError(
             f"a row has two answers, {' and '.join(sides)}, which train.py --data_type pairs learns from; name the "
             "fields to learn from others alone"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ..cli.errors import UserError, quoted, short
 from .fields import CALLS, LISTS, NOTHING
 
+LISTING = "<tools>"
 ASKED = 'To call one, answer <tool_call>{"name": …, "arguments": {…}}</tool_call>.'
 THOUGHT = re.compile(r"\s*(?:<think>.*?(?:</think>|\Z)|>.*?</think>)|", re.DOTALL)  # with or without its prompt's part
 OPENS = re.compile(r"<tool_call>\s*|\*\*Tool Call:\*\*\s*```(?:json)?\s*")  # the second as in RWKV-LM's templates
@@ -44,7 +45,7 @@ def tools_text(tools: object) -> str:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"a tool is {quoted(function)}; it needs a name, and mostly has parameters")
     lines = [json.dumps(function, ensure_ascii=False) for function in functions]
-    return "\n".join(["<tools>", *lines, "</tools>", ASKED])
+    return "\n".join([LISTING, *lines, "</tools>", ASKED])
 
 
 def listed(holder: Mapping[str, Any]) -> str:
