@@ -293,16 +293,12 @@ def convert_to_st(inputs, which, output):
     convert.main([str(inputs / f"{which}.pth"), str(output / "model.st")])
 
 
-def make_tokens(inputs, which, output, *flags):
-    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite", *flags]
+def make_tokens(inputs, which, output):
+    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite"]
     preprocess.main([str(inputs / f"{which}.jsonl"), "--output", str(output / "data"), *words])
 
 
-def make_shuffled(inputs, which, output):
-    make_tokens(inputs, which, output, "--shuffle", "1")
-
-
-WRITERS = (save_trained, save_base, merge, convert_to_st, make_tokens, make_shuffled)
+WRITERS = (save_trained, save_base, merge, convert_to_st, make_tokens)
 
 
 class Trial:
@@ -343,7 +339,7 @@ class Trial:
         hit = wait(process) == -signal.SIGKILL
         seen = {name: data for name, data in content(self.output).items() if not name.startswith(".")}
         whole = seen in self.wanted.values()
-        if not whole and self.writer in (make_tokens, make_shuffled):
+        if not whole and self.writer is make_tokens:
             with contextlib.suppress(UserError):
                 BinidxDataset(self.output / "data")
                 self.expect(False, "a kill left a set that is read, and is neither output")

@@ -1,8 +1,5 @@
 """binidx files: written as the format says, read back, and refused if they are damaged."""
 
-import errno
-import fcntl
-import os
 import random
 import struct
 
@@ -178,25 +175,6 @@ def test_a_file_of_rows_in_place_of_a_prefix_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"rows\.jsonl is a file of rows or text.*--data_type sft"):
         BinidxDataset(tmp_path / "rows.jsonl")
-
-
-def test_two_writers_of_one_data_set_do_not_mix(tmp_path):
-    with ShardWriter(tmp_path / "data") as first:
-        first.add([1, 2])
-        with pytest.raises(UserError, match="another process is writing it"), ShardWriter(tmp_path / "data"):
-            pass
-    assert documents(BinidxDataset(tmp_path / "data")) == [[1, 2]]
-
-
-def test_a_file_system_without_locks_is_written_to_with_a_note(tmp_path, monkeypatch, capsys):
-    def refuse(file, operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with ShardWriter(tmp_path / "data") as writer:
-        writer.add([1, 2])
-    assert "data cannot be locked (" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.bin", "data.idx"]
 
 
 def test_prefix():

@@ -3,19 +3,17 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 
 import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.preprocess import DIGEST, Seen, main
+from rwkv_peft.data.preprocess import main
 
 
 def command(folder, *flags):
@@ -26,25 +24,23 @@ def rows(folder, count=200, word="text"):
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": f"{word} {i:05}"}) + "\n" for i in range(count)))
 
 
-@pytest.mark.parametrize("flags", [[], ["--shuffle", "1"]])
 @pytest.mark.parametrize("before", [False, True])
-def test_a_disk_that_refuses_is_told_and_leaves_what_was_there(tmp_path, largest_file, flags, before):
+def test_a_disk_that_refuses_is_told_and_leaves_what_was_there(tmp_path, largest_file, before):
     rows(tmp_path)
     (tmp_path / "out").mkdir()
     if before:
         command(tmp_path)
     earlier = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(UserError, match="cannot write .*file too large.*nothing was changed there"), largest_file(1000):
-        command(tmp_path, *flags)
+        command(tmp_path)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == earlier
 
 
 @pytest.mark.usefixtures("ctrl_c_while_writing")
-@pytest.mark.parametrize("flags", [[], ["--shuffle", "1"]])
-def test_an_interrupt_leaves_no_folder(tmp_path, flags):
+def test_an_interrupt_leaves_no_folder(tmp_path):
     rows(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        command(tmp_path, *flags)
+        command(tmp_path)
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
@@ -192,25 +188,3 @@ def test_repeated_rows_are_counted_or_dropped(small, capfd):
     assert [document.tobytes() for document in kept] == [everything[number].tobytes() for number in due]
     for number, place in enumerate(due):
         assert kept.weights[number] == everything.weights[place]
-
-
-def test_digests_are_found_again_in_any_order():
-    draw = random.Random(0)
-    seen, known, counts = Seen(), set(), Counter()
-    for _ in range(60):
-        digests = [
-            bytes([0] * draw.choice((0, 12))).ljust(DIGEST, bytes([draw.randrange(200)]))
-            for _ in range(draw.randrange(9))
-        ]
-        due = []
-        for digest in digests:
-            due.append(digest in known)
-            known.add(digest)
-        assert seen.add(b"".join(digests)).tolist() == due
-        counts.update(due)
-        assert len(seen) == len(known) and sum(run.nbytes for run in seen.runs) == DIGEST * len(known)
-        assert all(len(left) >= 2 * len(right) for left, right in zip(seen.runs, seen.runs[1:]))
-    assert min(counts.values()) > 50
-    few = Seen(3)
-    few.add(b"".join(bytes([n]) * DIGEST for n in range(1, 5)))
-    assert few.add(bytes([9]) * DIGEST * 2).tolist() == [False, True] and len(few) == 4

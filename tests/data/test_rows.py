@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,9 +31,6 @@ from rwkv_peft.tools.ui.preview import preview
         ("train[:3]", range(3)),
         ("train[3:5]", range(3, 5)),
         ("[2:]", range(2, 10)),
-        ("train[-2:]", range(8, 10)),
-        ("train[:20%]", range(2)),
-        ("train[90%:]", range(9, 10)),
         ("train", range(10)),
         ("train[4:4]", ()),
     ],
@@ -47,25 +43,11 @@ def test_split_selects_rows(tmp_path, split, expected):
     assert all(int(chunk.items[0]) + 1 == chunk.first for chunk in chunks)
 
 
-def test_a_split_that_is_none_is_named(tmp_path):
+@pytest.mark.parametrize("split", ["train[oops]", "train[-2:]", "[:10%]"])
+def test_a_split_that_is_none_is_named(tmp_path, split):
     (tmp_path / "in.jsonl").write_text("1\n")
     with pytest.raises(UserError, match=r"write train, train\[:1000\]"):
-        list(read_chunks(tmp_path / "in.jsonl", "train[oops]"))
-
-
-@pytest.mark.parametrize("visible", ["x", "é", "中", "\u3000"])
-def test_text_in_pieces_has_the_same_tokens(tmp_path, monkeypatch, visible):
-    import rwkv_peft.data.rows as rows
-
-    text = "".join(f"{visible} line {i}\n{'  ' * (i % 3)}\n\n\t{visible * (i % 5)}\n" for i in range(200)) + visible
-    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 64)
-    chunks = list(read_chunks(tmp_path / "in.txt", pieces=True))
-    assert "".join(item for chunk in chunks for item in chunk.items) == text
-    assert len(chunks) == 1 if visible.isspace() else len(chunks) > 8  # which no line begins with
-    assert main([str(tmp_path / "in.txt"), "--output", str(tmp_path / "data")]) == 0
-    (document,) = BinidxDataset(tmp_path / "data")
-    assert document.tolist() == load_tokenizer("world").encode(text) + [0]
+        list(read_chunks(tmp_path / "in.jsonl", split))
 
 
 def test_workers_do_not_change_the_documents(tmp_path, monkeypatch):
@@ -94,23 +76,6 @@ def test_a_worker_that_is_killed_is_told(tmp_path):
 
     with pytest.raises(UserError, match="ended from outside.*memory.*fewer than --workers 2"):
         list(encode_all(chunks(), EncodeSettings("bytes"), 2))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError("handle is closed"),
-        ValueError("bad value(s) in fds_to_keep"),
-        BlockingIOError(11, "Resource temporarily unavailable"),
-    ],
-)
-def test_a_worker_that_cannot_begin_is_told(error, monkeypatch):
-    def submit(pool, *work):  # another one was killed while this one began
-        raise error
-
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
-    with pytest.raises(UserError, match="could not begin.*fewer than --workers 2"):
-        list(encode_all([Chunk("in.jsonl", 0, (b'{"text": "a"}',))], EncodeSettings("bytes"), 2))
 
 
 def rows(*words):
@@ -200,7 +165,6 @@ HELD = {"validation.jsonl": lines("v"), "test.jsonl": lines("t")}
         ({"b.csv": "query,response\nb,B\n", "a.csv": "query,response\na,A\n", "info.json": "{}"}, "", "ab"),
         (TWO, "", "abc"),
         (TWO, "train[1:]", "bc"),
-        (TWO, "[-1:]", "c"),
         (TWO | HELD, "", "abc"),
         (TWO | HELD, "test", "t"),
         (HELD | {"more.jsonl": lines("a")}, "train", "a"),

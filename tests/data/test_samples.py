@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
-from rwkv_peft.data.order import Permutation, is_prime, magic_prime
-from rwkv_peft.data.samples import pack
+from rwkv_peft.data.samples import Permutation, is_prime, pack
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples, split_samples
 
@@ -274,9 +273,3 @@ def test_primes():
     sieve = [n for n in range(2, 2000) if all(n % d for d in range(2, int(n**0.5) + 1))]
     assert [n for n in range(2000) if is_prime(n)] == sieve
     assert not is_prime(3215031751) and is_prime(2**61 - 1)
-
-
-def test_magic_prime_is_the_one_that_rwkv_lm_uses():
-    assert magic_prime(1498226207, 512) == 2926181  # MiniPile, as its README quotes
-    assert magic_prime(1498226207, 4096) == 365759
-    assert magic_prime(20, 10) is None

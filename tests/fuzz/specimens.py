@@ -12,9 +12,9 @@ from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.folders import held_out_split
 from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
+from rwkv_peft.data.rows import held_out_split
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.inference.chat import show
 from rwkv_peft.inference.loading import load_model, read_state_file

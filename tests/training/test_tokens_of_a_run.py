@@ -98,7 +98,7 @@ def test_validation_says_what_counts(train, tmp_path):
     assert f"validation on 20 samples of {tmp_path / 'chat'}: loss on {ANSWERS:,} of" in header
 
 
-@pytest.mark.parametrize("split, rows", [("train[:5]", 5), ("[15:]", 5), ("[-25%:]", 5)])
+@pytest.mark.parametrize("split, rows", [("train[:5]", 5), ("[15:]", 5)])
 def test_the_rows_that_train_are_chosen_and_those_that_validate_are_all(train, tmp_path, split, rows):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))

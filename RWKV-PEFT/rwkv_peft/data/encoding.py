@@ -13,8 +13,6 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from ..cli.errors import UserError, in_line, quoted
 from ..cli.parser import counted
 from .binidx import UNDESIRABLE, dtype_code
@@ -38,10 +36,7 @@ LAYOUTS: Mapping[str, Callable[[RowLayout, object], Documents]] = MappingProxyTy
 )
 LEARNED = ("preprocess", "train")  # the kinds of rows with a loss of tokens, in which rows may weigh
 ALIKE = (*LEARNED, "contexts")  # the kinds of which every answer is learned
-DIGEST = 16  # bytes of a row's
 OTHERS = frozenset(f"{speaker}:" for speaker in SPEAKERS.values()) - {"Assistant:"}  # openings of their turns
-# a turn before an answer that has only its speaker's name
-EMPTY_TURN = re.compile(r"(?:^|\n\n)(?:System|User|Tool|Question|Instruction): *(?:\n\n|$)")
 # the kinds of rows -> the flag that names their fields, and the fields to name
 NAMED = MappingProxyType(
     {
@@ -127,19 +122,18 @@ class BadRows:
 class Encoded:
     """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens, weights in the loss.
 
-    If it continues, the first document goes on the last one before. bad holds the rows that cannot be read; digests has
-    DIGEST bytes for each row that is written, and rows the row itself as JSON, of prompts. counts are of characters of
-    text, of counted tokens, and of rows: those left out or cut by `report.left_out`, those worth a note by
-    `report.laid_out`, and "unread NAME" for rows with a text in a field that no document holds.
+    bad holds the rows that cannot be read; digests has a hash of each row that is written, and rows the row itself as
+    JSON, of prompts. counts are of characters of text, of counted tokens, and of rows: those left out or cut by
+    `report.left_out`, those worth a note by `report.laid_out`, and "unread NAME" for rows with a text in a field that
+    no document holds.
     """
 
     sizes: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     tokens: bytes | bytearray = field(default_factory=bytearray)
     mask: bytes | bytearray = field(default_factory=bytearray)
-    continues: bool = False
     bad: BadRows = field(default_factory=BadRows)
-    digests: bytes | bytearray = field(default_factory=bytearray)
+    digests: list[bytes] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -148,15 +142,6 @@ class Encoded:
         self.counts.update(other.counts)
         self.bad.add_all(other.bad)
         self.rows += other.rows
-
-    def drop(self, dropped: np.ndarray) -> None:
-        """Leave out the documents at which dropped (n,) is true, of rows that are a document each."""
-        tokens = np.repeat(~dropped, self.sizes)
-        wide = len(self.tokens) // max(1, len(tokens))
-        self.tokens = np.frombuffer(self.tokens, f"V{wide}")[tokens].tobytes()
-        self.mask = np.frombuffer(self.mask, np.uint8)[tokens].tobytes()
-        self.sizes = np.array(self.sizes)[~dropped].tolist()
-        self.weights = np.array(self.weights)[~dropped].tolist()
 
 
 def encode_chunk(chunk: Chunk, settings: EncodeSettings) -> Encoded:
@@ -213,7 +198,7 @@ class Encoder:
 
     def encode(self, chunk: Chunk) -> Encoded:
         """The documents and counts of a chunk."""
-        result = Encoded(continues=chunk.continues and not self.settings.max_tokens)
+        result = Encoded()
         for number, item in enumerate(chunk.items, chunk.first):
             if isinstance(item, bytes) and not item.strip():
                 continue
@@ -260,18 +245,18 @@ class Encoder:
         if self.kind == "prompts":
             result.rows.append(json.dumps(row, ensure_ascii=False, default=str))
         wide = len(result.tokens) // len(result.mask)
-        result.digests += hashlib.blake2b(result.tokens[before * wide :], digest_size=DIGEST).digest()
+        result.digests.append(hashlib.blake2b(result.tokens[before * wide :], digest_size=16).digest())
 
     def _add(self, documents: list[list[TokenRun]], chunk: Chunk, result: Encoded) -> bool:
         """Append the documents of a row to a chunk's; -> False if they are left out. Raises UserError for a context
         that is too long."""
-        if not chunk.continues and not any(ids for runs in documents for ids, _ in runs):
+        if not any(ids for runs in documents for ids, _ in runs):
             result.counts["empty"] += 1
             return False
         if self.kind == "pairs" and documents[0] == documents[1]:
             result.counts["equal"] += 1
             return False
-        if self.end_id is not None and chunk.ends:
+        if self.end_id is not None:
             for runs in self.answering(documents):
                 runs.append(([self.end_id], runs[-1][1]))
         read_at_once = sum if self.kind == "contexts" else max
@@ -327,7 +312,6 @@ class Encoder:
             counts["wordless"] += 1
         else:
             counts["unfinished"] += any(map(ends_with_another, documents))
-        counts["blank"] += any(map(has_empty_turn, documents))
         (text, is_learned), *more = documents[0]
         counts["dialogues"] += is_learned and not more and bool(opening_within(text))
         counts["templated"] += is_learned and not more and any(map(text[:400].__contains__, FOREIGN_MARKS))
@@ -380,12 +364,6 @@ def has_prompt_and_answer(document: Sequence[Segment]) -> bool:
 def ends_with_another(document: Sequence[Segment]) -> bool:
     """True if the last turn of a document is not the model's."""
     return len(document) > 1 and document[-2][0] in OTHERS
-
-
-def has_empty_turn(document: Sequence[Segment]) -> bool:
-    """True if a turn before an answer of a document has no words."""
-    turns = (text if not counts or text == TURN_END or text.endswith(":") else "…" for text, counts in document)
-    return EMPTY_TURN.search("".join(turns)) is not None
 
 
 def length(runs: Sequence[TokenRun]) -> int:

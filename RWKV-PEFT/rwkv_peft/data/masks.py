@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor  # preprocess does without its import, which takes seconds
 
 Mask = Callable[[int, int], np.ndarray]  # (start, stop) -> bool or float32 (stop - start,)
-LOOK_BACK = 1 << 12  # tokens before a window that are searched first for its marker
 
 
 def describe_mask(dataset: BinidxDataset, config: DataConfig) -> str:
@@ -77,56 +76,37 @@ def make_mask(dataset: BinidxDataset, config: DataConfig) -> Mask | None:
                 "answer rows, which writes it, or take --loss_mask none or qa"
             )
         return lambda start, stop: stored[start:stop] != 0
-    return MarkerMask(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
+    marked = marked_tokens(dataset, config.mask_id, config.mask_end_id, end_counts=kind == "se")
+    return lambda start, stop: marked[start:stop].copy()
 
 
-class MarkerMask:
-    """Counts the tokens between an opening marker and a closing one, document by document."""
+def marked_tokens(dataset: BinidxDataset, begin: Sequence[int], end: Sequence[int], end_counts: bool) -> np.ndarray:
+    """bool (n,), true for each token of a data set between an opening marker and a closing one, document by document.
+    Raises UserError if there is no opening marker."""
+    tokens = dataset.tokens[: len(dataset.tokens)]
+    starts = dataset.pointers // dataset.dtype.itemsize
 
-    def __init__(self, dataset: BinidxDataset, begin: Sequence[int], end: Sequence[int], end_counts: bool) -> None:
-        self.dataset, self.begin, self.end, self.end_counts = dataset, begin, end, end_counts
-        if not any(len(find(dataset[i], begin)) for i in range(len(dataset))):
-            raise UserError(
-                f"--mask_id {' '.join(map(str, begin))}: these token ids never occur in "
-                f"{dataset.bin_path}, so nothing would count; tokenize the marker together with the text "
-                "around it (the World tokenizer merges it with that text)"
-            )
+    def behind(marker: Sequence[int]) -> np.ndarray:
+        """The positions behind markers, only of those that lie in one document."""
+        first = find(tokens, marker)
+        last = first + len(marker) - 1
+        same = np.searchsorted(starts, first, side="right") == np.searchsorted(starts, last, side="right")
+        return last[same] + 1
 
-    def __call__(self, start: int, stop: int) -> np.ndarray:
-        """The mask of [start, stop). However long the documents are, it reads back only as far as the last marker
-        before `start`, or to the beginning of its document if there is none."""
-        longest, back = max(len(self.begin), len(self.end)), LOOK_BACK
-        beginning = self.dataset.start(self.dataset.document_at(start))
-        while True:
-            first = max(start - back, beginning)
-            change = self._changes(first, stop)
-            unsure = longest if first > beginning else 0  # a marker may lie across the edge
-            change[:unsure] = 0
-            if not unsure or change[unsure : start - first + 1].any():
-                break
-            back *= 8
-        latest = np.maximum.accumulate(np.where(change != 0, np.arange(len(change)), 0))
-        return change[latest][start - first :] == 1
-
-    def _changes(self, start: int, stop: int) -> np.ndarray:
-        """int8 (stop - start,): 1 where counting begins, -1 where it ends or a further document begins, else 0."""
-        first, last = self.dataset.document_at(start), self.dataset.document_at(stop - 1)
-        end = self.dataset.start(last) + int(self.dataset.sizes[last])
-        tokens = self.dataset.tokens[start : min(stop + max(len(self.begin), len(self.end)), end)]
-        begins = self.dataset.pointers[first + 1 : last + 1] // self.dataset.dtype.itemsize - start
-        ends = np.append(begins, len(tokens))
-
-        def behind(marker: Sequence[int]) -> np.ndarray:
-            """The positions behind markers, only of those that lie in one document."""
-            found = find(tokens, marker)
-            return found[found + len(marker) <= ends[np.searchsorted(begins, found, side="right")]] + len(marker)
-
-        change = np.zeros(len(tokens) + 1, dtype=np.int8)
-        if self.end:
-            change[behind(self.end) - (0 if self.end_counts else len(self.end))] = -1
-        change[behind(self.begin)] = 1
-        change[begins] = -1
-        return change[: stop - start]
+    change = np.zeros(len(tokens) + 1, dtype=np.int8)  # 1 where counting begins, -1 where it ends
+    if end:
+        change[behind(end) - (0 if end_counts else len(end))] = -1
+    opened = behind(begin)
+    if not len(opened):
+        raise UserError(
+            f"--mask_id {' '.join(map(str, begin))}: these token ids never occur in {dataset.bin_path}, so nothing "
+            "would count; tokenize the marker together with the text around it (the World tokenizer merges it with "
+            "that text)"
+        )
+    change[opened] = 1
+    change[starts] = -1  # a document, empty ones too
+    places = np.flatnonzero(change[:-1])
+    return np.repeat(change[places] == 1, np.diff(places, append=len(tokens)))
 
 
 def find(tokens: np.ndarray, pattern: Sequence[int]) -> np.ndarray:

@@ -24,29 +24,26 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 from tqdm import tqdm
 
-from ..checkpoints.atomic import check_output, temporary_beside
+from ..checkpoints.atomic import check_output
 from ..children import elsewhere
 from ..cli.errors import UserError, bar_seconds
 from ..cli.parser import counted
-from .binidx import BinidxDataset, open_dataset
+from .binidx import open_dataset
 from .chat import THINKING
-from .encoding import DIGEST, Encoded, EncodeSettings, encode_chunk, encoder
+from .encoding import Encoded, EncodeSettings, encode_chunk, encoder
 from .layouts import read_template
-from .order import Permutation
 from .preprocess_flags import parse_flags
 from .recorded import ENDINGS, binidx_prefix, check_record, record_of
-from .report import describe, laid_out, left_out, marks_for, show_documents
+from .report import describe, laid_out, left_out, show_documents
 from .rows import Chunk, read_chunks
 from .shard_writer import ShardWriter
 from .tokenizer import load_tokenizer
 
 INLINE_BYTES = 4 << 20
-MOST_COMPARED = 1 << 24  # rows that are compared to count repeated ones, unless they are dropped
+MOST_COMPARED = 1 << 22  # rows that are compared to count repeated ones, unless they are dropped
 SKIP = "--skip_bad_rows leaves such rows out, and counts them"
-DIGESTS = np.dtype(f"S{DIGEST}")
 
 
 def main(argv: list[str]) -> int:
@@ -71,20 +68,11 @@ def main(argv: list[str]) -> int:
     record = record_of(tokenizer, options.input, options.clean_turns)
     check_record(output, options.input, record, options.overwrite)
     writer = ShardWriter(output, tokenizer.vocab_size, record, options.shard_tokens)
-
-    def encode(to: str | Path | ShardWriter) -> Encoded:
-        return write(options.input, to, settings, options.workers, options.split, sys.stderr, options.drop_duplicates)
-
-    if options.shuffle is None and options.repeat == 1:
-        totals = encode(writer)
-    else:
-        with temporary_beside(Path(output), folder=True) as folder:
-            totals = encode(folder / "data")
-            rewrite(BinidxDataset(folder / "data"), writer, options.shuffle, options.repeat)
+    totals = write(options.input, writer, settings, options.workers, options.split, sys.stderr, options.drop_duplicates)
     written = open_dataset(output)
     print(describe(written, totals))
     if options.show:
-        print(show_documents(written, options.show, tokenizer, marks_for(sys.stdout)))
+        print(show_documents(written, options.show, tokenizer))
     return 0
 
 
@@ -106,8 +94,8 @@ def write(
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
     if 0 < size < INLINE_BYTES:
         workers = 1
-    chunks = (chunk for path in inputs for chunk in read_chunks(path, split, tokenizer.cuts_at_lines))
-    seen, totals = Seen(0 if drop else MOST_COMPARED), Encoded()
+    chunks = (chunk for path in inputs for chunk in read_chunks(path, split))
+    seen, totals = set[bytes](), Encoded()
     # a character counts as a byte of the input, which is near enough for a bar
     bar = tqdm(
         total=size or None,
@@ -122,11 +110,14 @@ def write(
     )
     with bar, output if isinstance(output, ShardWriter) else ShardWriter(output, tokenizer.vocab_size) as writer:
         for part in encode_all(chunks, settings, workers):
-            repeated = seen.add(part.digests)
-            part.counts["dropped" if drop else "repeated"] += int(repeated.sum())
-            if drop and repeated.any():
-                part.drop(repeated)
-            writer.write(part)
+            repeated = set[int]()
+            for number, digest in enumerate(part.digests):
+                if digest in seen:
+                    repeated.add(number)
+                elif drop or len(seen) < MOST_COMPARED:
+                    seen.add(digest)
+            part.counts["dropped" if drop else "repeated"] += len(repeated)
+            writer.write(part, repeated if drop else ())
             totals.add_counts(part)
             bar.set_postfix_str(counted(writer.documents, "document"), refresh=False)
             bar.update(min(part.counts["characters"], size - bar.n) if size else part.counts["characters"])
@@ -152,17 +143,6 @@ def refuse_useless(totals: Encoded, documents: int, inputs: str, settings: Encod
         )
 
 
-def rewrite(source: BinidxDataset, writer: ShardWriter, seed: int | None, repeat: int) -> None:
-    """Write a BinidxDataset's documents `repeat` times, each time in another order if a seed is given."""
-    with writer:
-        for turn in range(repeat):
-            for index in range(len(source)) if seed is None else Permutation(len(source), seed, turn):
-                start, size = source.start(index), int(source.sizes[index])
-                mask = b"\1" * size if source.mask is None else source.mask[start : start + size].tobytes()
-                weight = 1.0 if source.weights is None else float(source.weights[index])
-                writer.write(Encoded([size], [weight], source[index].tobytes(), mask))
-
-
 def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int = 1) -> Iterator[Encoded]:
     """Yield the Encoded of every chunk, in order, from this process or several others; at most two chunks a worker are
     in memory. Raises UserError if a worker is killed, as by the system when memory runs out, or cannot begin."""
@@ -176,7 +156,7 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int =
     try:
         for chunk in chunks:
             with blocked_ctrl_c(), elsewhere():  # a new process inherits both
-                waiting.append(submitted(pool, chunk, settings))
+                waiting.append(pool.submit(encode_chunk, chunk, settings))
             if len(waiting) >= 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -189,15 +169,6 @@ def encode_all(chunks: Iterable[Chunk], settings: EncodeSettings, workers: int =
     finally:
         with blocked_ctrl_c():  # the workers are done after a chunk
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def submitted(pool: ProcessPoolExecutor, chunk: Chunk, settings: EncodeSettings) -> "Future[Encoded]":
-    """Submit a chunk, for which the pool may begin one more process. Raises BrokenProcessPool if it cannot: there is no
-    room for one, or another died this moment, which closes the pipes that the new one inherits."""
-    try:
-        return pool.submit(encode_chunk, chunk, settings)
-    except (OSError, ValueError) as error:
-        raise BrokenProcessPool("a process could not begin") from error
 
 
 @contextmanager
@@ -220,34 +191,3 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-class Seen:
-    """A set of digests that takes DIGEST bytes each, and as much again for a moment while it grows: sorted arrays, each
-    more than twice as long as the next. Beyond `most` digests (0: any number) it stays as it is."""
-
-    def __init__(self, most: int = 0) -> None:
-        self.most, self.runs = most, list[np.ndarray]()
-
-    def __len__(self) -> int:
-        return sum(map(len, self.runs))
-
-    def add(self, digests: bytes | bytearray) -> np.ndarray:
-        """Add n digests, one behind the other -> bool (n,), true for each that was there before, or earlier among
-        them."""
-        given = np.frombuffer(digests, DIGESTS)
-        new, first = np.unique(given, return_index=True)
-        known = np.ones(len(given), dtype=bool)
-        known[first] = np.logical_or.reduce([has(run, new) for run in self.runs] or [np.zeros(len(new), dtype=bool)])
-        if len(new) and not (self.most and len(self) >= self.most):
-            self.runs.append(new[~known[first]])
-            while len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1]):
-                self.runs.append(np.sort(np.concatenate([self.runs.pop(), self.runs.pop()]), kind="stable"))
-        return known
-
-
-def has(run: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """bool (n,), true for each of n digests that a sorted array has."""
-    if not len(run):
-        return np.zeros(len(digests), dtype=bool)
-    return run[np.minimum(np.searchsorted(run, digests), len(run) - 1)] == digests

@@ -4,7 +4,7 @@ import argparse
 import os
 from types import MappingProxyType
 
-from ..cli.parser import Parser, count, positive, switch, whole
+from ..cli.parser import Parser, count, positive, switch
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from .chat import OPENINGS
 from .layouts import TEMPLATES
@@ -17,7 +17,7 @@ WRITING = (
 )
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
-    Rule(f"{WRITING}, --shuffle, --repeat, --workers", EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
+    Rule(f"{WRITING}, --workers", EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
 )
 # flags of other tools that make token files -> their equivalents here
 SYNONYMS = MappingProxyType(
@@ -81,7 +81,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="remove blank lines from what is not the assistant's in a chat, as RWKV-7 G1 was trained, because a blank "
         "line and a speaker's name begin a turn; PREFIX.json records a 0 (default 1)",
     )
-    add("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [10%%:]")
+    add("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [500:]")
     add("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind")
     add(
         "--show",
@@ -94,8 +94,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add(
         "--drop_duplicates",
         action="store_true",
-        help="leave out rows whose tokens are those of an earlier row; takes 16 bytes of memory a row, and for moments "
-        "twice that (default: they are counted, and stay)",
+        help="leave out rows whose tokens are those of an earlier row; takes some 100 bytes of memory a row (default: "
+        "they are counted, and stay)",
     )
     add(
         "--shard_tokens",
@@ -104,14 +104,6 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="write shards of at most N tokens, PREFIX-00001.bin and so on, which PREFIX.json lists; a longer document "
         "is a shard by itself. train.py reads PREFIX as it reads one file (default: one file)",
-    )
-    add("--shuffle", type=whole, metavar="SEED", help="write the documents in the order of this seed")
-    add(
-        "--repeat",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="write the documents N times, shuffled anew (default: 1)",
     )
     add("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     return parser.parse_args(argv)

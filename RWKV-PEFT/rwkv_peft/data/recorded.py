@@ -5,13 +5,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoints.atomic import same_file
-from ..checkpoints.readable import MOST_BYTES, object_in, require_readable
-from ..cli.errors import UserError, short, told
+from ..checkpoints.readable import object_in
+from ..cli.errors import UserError, short
 from ..cli.names import RUN, is_whole
 from .chat import KNOWN
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
@@ -92,8 +91,7 @@ def check_record(prefix: str, inputs: Iterable[str | Path], record: str, overwri
     path = record_path(prefix)
     if any(same_file(path, file) for file in inputs):
         raise UserError(f"--output {prefix} writes {path}, which is an input; choose another PREFIX")
-    content = content_of(path)
-    found = dict(content) if isinstance(content, dict) else {}
+    found = object_in(path)
     if path.exists() and not isinstance(found.get(ENTRY), dict):
         raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
     prefixes = dict.fromkeys((prefix, shard_prefix(prefix, 1), *prefixes_of(prefix)))
@@ -108,8 +106,7 @@ def check_record(prefix: str, inputs: Iterable[str | Path], record: str, overwri
 
 def read_record(path: str | Path) -> Vocabulary | None:
     """The Vocabulary in a PREFIX.json or a run's config.json; None if it is missing, or another tool's."""
-    content = content_of(path)
-    entry = content.get(ENTRY) if isinstance(content, dict) else None
+    entry = object_in(path).get(ENTRY)
     if not isinstance(entry, dict):
         return None
     name, digest, size = map(entry.get, Vocabulary._fields)
@@ -124,8 +121,7 @@ def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
 
 def clean_data(prefix: str | Path) -> bool:
     """True if the turns in the token files PREFIX are cleaned, by their record."""
-    content = content_of(record_path(prefix))
-    return not isinstance(content, dict) or content.get(CLEAN) is not False
+    return object_in(record_path(prefix)).get(CLEAN) is not False
 
 
 def runs_beside(*paths: str | Path | None) -> Iterator[Path]:
@@ -140,15 +136,13 @@ def recorded_beside(*paths: str | Path | None) -> Vocabulary | None:
 
 def clean_beside(*paths: str | Path | None) -> bool:
     """True if the turns of the rows of that run are cleaned, as by default."""
-    found = (content.get("data") for content in map(content_of, runs_beside(*paths)) if isinstance(content, dict))
-    settings = next((each for each in found if isinstance(each, dict)), {})
-    return settings.get(CLEAN) is not False
+    found = (object_in(path).get("data") for path in runs_beside(*paths))
+    return next((data for data in found if isinstance(data, dict)), {}).get(CLEAN) is not False
 
 
 def prompt_beside(*paths: str | Path | None) -> str:
     """The prompt, with escapes, in the layout of the rows of that run; "" if they are chats, or of no known layout."""
-    found = filter(None, map(content_of, runs_beside(*paths)))
-    opening = next((content.get(OPENING) for content in found if isinstance(content, dict)), None)
+    opening = next(filter(None, map(object_in, runs_beside(*paths))), {}).get(OPENING)
     return PROMPTS.get(opening, "") if isinstance(opening, str) else ""
 
 
@@ -194,7 +188,7 @@ def usual(vocab_size: int) -> str:
     return f", such as {known}" if known else ""
 
 
-def require_within(data: Vocabulary | None, path: str, vocab_size: int) -> None:
+def require_fitting(data: Vocabulary | None, path: str, vocab_size: int) -> None:
     """Raise UserError if the Vocabulary of the data at path has more tokens than the model, used or not."""
     if data is not None and data.size > vocab_size:
         raise UserError(
@@ -244,20 +238,3 @@ def find_tokenizer(
     if recorded is None and say is not None and (why := doubt(vocabulary_of(tokenizer), vocab_size)):
         say(f"note: the tokenizer is {vocabulary_of(tokenizer)}, and {why}")
     return tokenizer
-
-
-def content_of(path: str | Path) -> Any:
-    """The value in a JSON file; None if it is missing, larger than MOST_BYTES, or rows of data, one a line."""
-    if not os.path.isfile(path) or os.path.getsize(path) > MOST_BYTES:
-        return None
-    text = require_readable(path, f"{path} is gone").read_bytes()
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        with suppress(ValueError, RecursionError):
-            json.loads(text.partition(b"\n")[0])
-            return None  # rows, one a line
-        raise UserError(
-            f"{path} should name the tokenizer of the files beside it, and is not JSON ({told(error)}); copy or make "
-            "it again, or move it elsewhere if it is another tool's"
-        ) from error

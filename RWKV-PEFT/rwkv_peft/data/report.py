@@ -1,10 +1,9 @@
 """Text about a data set: its rows, the training settings that fit it, the opening of its answers, and documents and
 samples with marks around the parts that count in the loss."""
 
-import os
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,15 +13,12 @@ from .binidx import BinidxDataset, counting
 from .chat import THINKING, TURN_END, opening_within, stops_of
 from .encoding import Encoded
 from .masks import undesirable
-from .order import magic_prime
 from .recorded import Vocabulary, vocabulary_of
 from .tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from .samples import Samples  # by torch, which preprocess does without
 
-Marks = tuple[str, str]  # the marks that open and close counted text
-PLAIN, TERMINAL = ("[[", "]]"), ("\033[1;32m", "\033[0m")
 END = "<end>"
 LONG, RUNS = 1000, 20  # a piece of more characters loses its middle, and a document or sample of more pieces, too
 UNREAD = "unread "  # before a field's name in Encoded.counts
@@ -40,8 +36,7 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
         lines.append(f"rows weigh {dataset.weights.min():g} to {dataset.weights.max():g} ({dataset.weights_path})")
     if totals is not None:
         lines += laid_out(totals) + left_out(totals)
-    lines += histogram(sizes) + suggestions(sizes, tokens, dataset.mask is not None)
-    return "\n".join(lines)
+    return "\n".join(lines + lengths(sizes))
 
 
 def laid_out(totals: Encoded) -> list[str]:
@@ -55,7 +50,6 @@ def laid_out(totals: Encoded) -> list[str]:
         (counts["wordless"], "with an empty answer, which teaches the model to say nothing there"),
         (counts["unanswered"], "without an answer, so that none of their tokens counts in the loss"),
         (counts["unfinished"], "whose last turn is not the model's, and so is not learned"),
-        (counts["blank"], "in which a turn before an answer is empty"),
         (counts["repeated"], "the same as an earlier one, which therefore trains more often"),
         (
             counts["dialogues"],
@@ -100,37 +94,16 @@ def left_out(totals: Encoded) -> list[str]:
     return lines + [f"{counted(number, word)} {what}" for number, word, what in found if number]
 
 
-def histogram(sizes: np.ndarray) -> list[str]:
-    """The lines of a histogram of document lengths, by powers of two."""
-    classes = np.ceil(np.log2(np.maximum(sizes, 1))).astype(int)  # class c holds lengths in (2^(c-1), 2^c]
-    counts = np.bincount(classes)
-    lines = ["tokens a document:"]
-    for power in range(int(classes.min()), len(counts)):
-        bar = "#" * round(40 * counts[power] / counts.max())
-        lines.append(f"  up to {1 << power:>9}  {counts[power]:>9}  {bar}".rstrip())
-    return lines
-
-
-def suggestions(sizes: np.ndarray, tokens: int, answers: bool) -> list[str]:
-    """Lines on a ctx_len with room for 95 % of the documents (16 to 4096), and its steps an epoch."""
-    room = 1 << int(np.ceil(np.log2(max(np.percentile(sizes, 95) - 1, 1))))
-    ctx_len = min(max(room, 16), 4096, max(tokens - 1, 1))
-    windows, batch = -(-(tokens - 1) // ctx_len), 8
-    prime = magic_prime(tokens, ctx_len)
-    steps = {"pad": counted(-(-len(sizes) // batch), "step"), "get": counted(-(-windows // batch), "step")}
-    start = f"a start: --ctx_len {ctx_len} --micro_bsz {batch}; one epoch is "
-    if answers:
-        longer = int((sizes > ctx_len + 1).sum())
-        cut = f"; {counted(longer, 'row')} {'is' if longer == 1 else 'are'} longer, and cut there" if longer else ""
-        lines = [f"{start}{steps['pad']} of {batch} rows{cut}"]
-    else:
-        lines = [
-            f"{start}{counted(windows, 'window')} (--dataload get), {steps['get']} of {batch}, or {steps['pad']} of "
-            "documents with --dataload pad"
-        ]
-    if prime:
-        lines.append(f"for RWKV-LM: --my_exit_tokens {tokens} --magic_prime {prime}")
-    return lines
+def lengths(sizes: np.ndarray) -> list[str]:
+    """The lines on document lengths, and a --ctx_len with room for 95 % of them (16 to 4096)."""
+    half, most = (int(np.percentile(sizes, part, method="higher")) for part in (50, 95))
+    ctx_len = min(max(1 << max(most - 2, 0).bit_length(), 16), 4096)
+    longer = int((sizes > ctx_len + 1).sum())
+    cut = f"; {counted(longer, 'document')} {'is' if longer == 1 else 'are'} longer, and cut there" if longer else ""
+    return [
+        f"half of them have at most {counted(half, 'token')}, 95 % at most {most:,}, the longest has {sizes.max():,}",
+        f"a start: --ctx_len {ctx_len}{cut}",
+    ]
 
 
 def opening_of(dataset: BinidxDataset, vocabulary: Vocabulary | None) -> str:
@@ -164,18 +137,12 @@ def at_hand(vocabulary: Vocabulary) -> Tokenizer | None:
     return tokenizer if vocabulary_of(tokenizer).hash == vocabulary.hash else None
 
 
-def marks_for(stream: TextIO) -> Marks:
-    """The Marks for a stream: bold and green on a terminal with colours, unless NO_COLOR is set; else PLAIN."""
-    colours = os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-    return TERMINAL if stream.isatty() and colours else PLAIN
-
-
-def show_documents(dataset: BinidxDataset, number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:
+def show_documents(dataset: BinidxDataset, number: int, tokenizer: Tokenizer) -> str:
     """The first `number` documents of a BinidxDataset, one below the other."""
     blocks: list[str] = []
     for index in range(min(number, len(dataset))):
         tokens = dataset[index]
-        blocks.append(block(f"document {index + 1}", tokens, counted_in(dataset, index), tokenizer, marks))
+        blocks.append(block(f"document {index + 1}", tokens, counted_in(dataset, index), tokenizer))
     return "\n".join(blocks)
 
 
@@ -187,7 +154,7 @@ def counted_in(dataset: BinidxDataset, index: int) -> np.ndarray:
     return np.asarray(dataset.mask[start : start + size] != 0)
 
 
-def show_samples(samples: "Samples", number: int, tokenizer: Tokenizer, marks: Marks = PLAIN) -> str:
+def show_samples(samples: "Samples", number: int, tokenizer: Tokenizer) -> str:
     """The first `number` samples of a run, in the order in which it reads them."""
     blocks = []
     for n in range(min(number, len(samples))):
@@ -197,13 +164,13 @@ def show_samples(samples: "Samples", number: int, tokenizer: Tokenizer, marks: M
             title = f"sample {n + 1}" + (f", document {part}" if len(rows) > 1 else "")
             title += ", undesirable" if undesirable(mask) else ""
             counts = np.concatenate([[False], mask.numpy() != 0])  # nothing predicts the first token
-            blocks.append(block(title, tokens.numpy(), counts, tokenizer, marks))
+            blocks.append(block(title, tokens.numpy(), counts, tokenizer))
     return "\n".join(blocks)
 
 
-def block(title: str, tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer, marks: Marks) -> str:
-    """A heading, and tokens (n,) as text, with marks around those at which counted (n,) is true."""
-    parts = [f"{marks[0]}{text}{marks[1]}" if counts else text for text, counts in pieces(tokens, counted, tokenizer)]
+def block(title: str, tokens: np.ndarray, counted: np.ndarray, tokenizer: Tokenizer) -> str:
+    """A heading, and tokens (n,) as text, with [[ ]] around those at which counted (n,) is true."""
+    parts = [f"[[{text}]]" if counts else text for text, counts in pieces(tokens, counted, tokenizer)]
     return f"== {title}: {len(tokens)} tokens, {int(counted.sum())} count\n{''.join(parts)}"
 
 

@@ -3,20 +3,21 @@
 import csv
 import gzip
 import json
+import os
 import re
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
 
-from ..checkpoints.readable import choice_in, require_readable
+from ..checkpoints.readable import choice_in, object_in, read_settings, reading, require_readable
 from ..cli.errors import UserError, short, told
-from .arrow_rows import parquet_rows, saved_rows
-from .folders import choose, is_saved, row_files
 
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 1000
@@ -28,7 +29,8 @@ KINDS = (
 JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
 CSV_ENDINGS = (".csv", ".tsv")
 ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet")
-Bounds = tuple[str | None, str | None]  # of rows, as --split has them: numbers, or percentages with their sign
+IN_FOLDERS = (".jsonl", ".ndjson", ".jsonl.gz", *CSV_ENDINGS, ".parquet")  # not .json, which settings have, too
+Bounds = tuple[int, int]  # of rows, counted from 0
 TO_UTF_8 = (
     "convert the file to UTF-8: Excel saves as CSV UTF-8, Notepad asks for the encoding, and in a shell `iconv -f GBK "
     "-t UTF-8 OLD > NEW` converts GBK (`-f WINDOWS-1252`: Western Europe's)"
@@ -44,22 +46,34 @@ STARTS = (  # the first bytes of a file that is named as a text, its kind and th
 )
 DELIMITERS = ",;\t"
 MOST_CHARACTERS = 1 << 24  # of a cell: without a bound an unclosed quote would take in all that follows
+TRAIN = "train"
+WORDS = MappingProxyType(  # a word in the name of a file -> its split
+    {
+        "train": TRAIN,
+        "training": TRAIN,
+        "validation": "validation",
+        "valid": "validation",
+        "val": "validation",
+        "dev": "validation",
+        "test": "test",
+        "testing": "test",
+    }
+)
+HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits to validate on, the first that exists
+SAVED, SPLITS = "state.json", "dataset_dict.json"  # one of them lies in a folder of datasets.save_to_disk
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Consecutive rows of one source.
 
-    items are lines of JSON (bytes), rows (dict), UserErrors of rows that cannot be read, or one piece of a text file
-    (str); first is the number of the first item, counted from 1; continues is true for a piece that goes on the
-    document of the piece before, ends for the last piece of its document.
+    items are lines of JSON (bytes), rows (dict), UserErrors of rows that cannot be read, or a text (str); first is the
+    number of the first item, counted from 1.
     """
 
     source: str
     first: int
     items: tuple[object, ...]
-    continues: bool = False
-    ends: bool = True
 
     @property
     def unit(self) -> str:
@@ -67,40 +81,43 @@ class Chunk:
         return "line" if self.items and isinstance(self.items[0], bytes) else "row"
 
 
-def read_chunks(path: str | Path, split: str = "", pieces: bool = False) -> Iterator[Chunk]:
+def read_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
     """Yield the Chunks of one input.
 
-    split selects rows in the form of datasets: "train[:1000]", "[10%:]"; the name matters only in a folder of splits.
-    With pieces=True a .txt file comes in pieces, cut at lines that begin with a visible character.
+    split selects rows: "train[:1000]", "[500:]"; the name matters only in a folder of splits.
     """
     path = Path(path)
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if not path.is_dir():
-        again = suffix in (*CSV_ENDINGS, ".parquet")
-        require_readable(path, f"{path}: no such file; inputs are {KINDS}", again)
-    if path.is_file():
-        refuse_foreign(path)
     name, bounds = parse_split(split)
     if path.is_dir():
         chunks = folder_chunks(path, name)
-    elif suffix == ".jsonl.gz":
-        chunks = listed_chunks(path, read_lines(gzip.open(path, "rb"), path))
-    elif suffix in JSON_ENDINGS:
-        chunks = json_chunks(path)
-    elif suffix in CSV_ENDINGS:
-        chunks = row_chunks(path, csv_rows(path))
-    elif suffix == ".txt":
-        if bounds:
-            raise UserError(f"{path}: a .txt file is one document, which {split!r} does not split")
-        chunks = text_chunks(path, pieces)
-    elif suffix == ".parquet":
-        chunks = listed_chunks(path, parquet_rows(path))
     else:
-        raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx) as .csv, a document (.docx, .pdf) as .txt")
+        again = suffix in (*CSV_ENDINGS, ".parquet")
+        require_readable(path, f"{path}: no such file; inputs are {KINDS}", again)
+        chunks = file_chunks(path, suffix)
+    if bounds and suffix == ".txt":
+        raise UserError(f"{path}: a .txt file is one document, which {split!r} does not split")
     try:
-        yield from select(chunks, bounds, lambda: read_chunks(path, name)) if bounds else chunks
+        yield from select(chunks, *bounds) if bounds else chunks
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); {TO_UTF_8}") from error
+
+
+def file_chunks(path: Path, suffix: str) -> Iterator[Chunk]:
+    if path.is_file():
+        refuse_foreign(path)
+    if suffix == ".jsonl.gz":
+        yield from listed_chunks(path, read_lines(gzip.open(path, "rb"), path))
+    elif suffix in JSON_ENDINGS:
+        yield from json_chunks(path)
+    elif suffix in CSV_ENDINGS:
+        yield from row_chunks(path, csv_rows(path))
+    elif suffix == ".txt":
+        yield Chunk(str(path), 1, (path.read_text("utf-8-sig"),))
+    elif suffix == ".parquet":
+        yield from listed_chunks(path, parquet_rows(path))
+    else:
+        raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx) as .csv, a document (.docx, .pdf) as .txt")
 
 
 def refuse_foreign(path: Path) -> None:
@@ -112,27 +129,72 @@ def refuse_foreign(path: Path) -> None:
             raise UserError(f"{path} is {kind}")
 
 
+def folder_chunks(path: Path, split: str) -> Iterator[Chunk]:
+    if is_saved(path):
+        rows = (rows for file in saved_files(path, split) for batch in arrow_batches(file) for rows in lists_of(batch))
+        with reading_arrow(path):
+            yield from listed_chunks(path, rows)
+    elif splits := row_files(path):
+        for file in splits[choose(splits, split, path)]:
+            yield from read_chunks(file)
+    else:
+        raise UserError(
+            f"{path}: not a folder that datasets.save_to_disk wrote"
+            + (choice_in(path, *ENDINGS) or "; name a file of rows")
+        )
+
+
+def row_chunks(path: Path, rows: Iterable[object]) -> Iterator[Chunk]:
+    iterator = iter(rows)
+    return listed_chunks(path, iter(lambda: list(islice(iterator, CHUNK_ROWS)), []))
+
+
+def listed_chunks(path: Path, lists: Iterable[Sequence[object]]) -> Iterator[Chunk]:
+    first = 1
+    for items in lists:
+        yield Chunk(str(path), first, tuple(items))
+        first += len(items)
+
+
+def parse_split(split: str) -> tuple[str, Bounds | None]:
+    """Parse a split: "train[10:20]" -> ("train", (10, 20)); "" -> ("", None)."""
+    match = re.fullmatch(r"([\w.-]*)(?:\[(\d*):(\d*)\])?", split)
+    if not match:
+        raise UserError(f"split {split!r}: write train, train[:1000], train[1000:2000] or [500:]")
+    name, begin, end = match.groups()
+    return name, (int(begin or 0), int(end or sys.maxsize)) if split.endswith("]") else None
+
+
+def select(chunks: Iterable[Chunk], begin: int, end: int) -> Iterator[Chunk]:
+    """Yield the rows [begin, end) of `chunks`."""
+    before = 0  # items of the chunks before, in other files of a folder too
+    for chunk in chunks:
+        low, high = max(begin - before, 0), min(end - before, len(chunk.items))
+        before += len(chunk.items)
+        if low < high:
+            yield Chunk(chunk.source, chunk.first + low, chunk.items[low:high])
+        if high < len(chunk.items):
+            return
+
+
 def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
-    """Yield the lines of an open file in lists of about CHUNK_BYTES, and close it. Raises UserError for a damaged file,
-    and for a line beyond ROW_BYTES."""
+    """Yield the lines of an open file in lists of about CHUNK_BYTES, and close it. Raises UserError for a line beyond
+    ROW_BYTES."""
     lines: list[bytes] = []
     size = number = 0
-    try:
-        with file:
-            while line := file.readline(ROW_BYTES + 1):
-                number += 1
-                if len(line) > ROW_BYTES:
-                    raise UserError(
-                        f"{path}, line {number} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or "
-                        "give a long text as a .txt"
-                    )
-                lines.append(line)
-                size += len(line)
-                if size >= CHUNK_BYTES:
-                    yield lines
-                    lines, size = [], 0
-    except (OSError, EOFError, zlib.error) as error:  # gzip raises another type for each place of damage
-        raise UserError(f"{path} cannot be read to its end: {told(error)}; copy it again") from error
+    with reading(path, "cannot be read to its end", "copy it again"), file:
+        while line := file.readline(ROW_BYTES + 1):
+            number += 1
+            if len(line) > ROW_BYTES:
+                raise UserError(
+                    f"{path}, line {number} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or "
+                    "give a long text as a .txt"
+                )
+            lines.append(line)
+            size += len(line)
+            if size >= CHUNK_BYTES:
+                yield lines
+                lines, size = [], 0
     if lines:
         yield lines
 
@@ -157,90 +219,6 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
             "in one list, with no comma behind the last), or copy it again if its end is missing"
         ) from error
     yield from row_chunks(path, [rows] if one else rows)
-
-
-def text_chunks(path: Path, pieces: bool) -> Iterator[Chunk]:
-    rest: list[str] = []  # what was read since the last cut
-    continues, read, most = False, "", 4 * CHUNK_BYTES
-    with open(path, encoding="utf-8-sig") as file:
-        while pieces and len(read := file.read(most)) == most:
-            read += file.readline()  # whole lines, so that the next read begins where a line does
-            cut = last_line(read)
-            if cut >= 0 and (text := "".join([*rest, read[:cut]])):
-                yield Chunk(str(path), 1, (text,), continues, ends=False)
-                rest, continues, read = [], True, read[cut:]
-            rest.append(read)
-            read = ""
-        yield Chunk(str(path), 1, ("".join(rest) + read + file.read(),), continues)
-
-
-def last_line(text: str) -> int:
-    """The position of the last line of a text that begins with a visible character, -1 if none does."""
-    end = len(text)
-    while end:
-        start = text.rfind("\n", 0, end - 1) + 1
-        if not text[start].isspace():
-            return start
-        end = start
-    return -1
-
-
-def folder_chunks(path: Path, name: str) -> Iterator[Chunk]:
-    if is_saved(path):
-        yield from listed_chunks(path, saved_rows(path, name))
-    elif splits := row_files(path):
-        for file in splits[choose(splits, name, path)]:
-            yield from read_chunks(file)
-    else:
-        raise UserError(
-            f"{path}: not a folder that datasets.save_to_disk wrote"
-            + (choice_in(path, *ENDINGS) or "; name a file of rows")
-        )
-
-
-def row_chunks(path: Path, rows: Iterable[object]) -> Iterator[Chunk]:
-    iterator = iter(rows)
-    return listed_chunks(path, iter(lambda: list(islice(iterator, CHUNK_ROWS)), []))
-
-
-def listed_chunks(path: Path, lists: Iterable[Sequence[object]]) -> Iterator[Chunk]:
-    first = 1
-    for items in lists:
-        yield Chunk(str(path), first, tuple(items))
-        first += len(items)
-
-
-def parse_split(split: str) -> tuple[str, Bounds | None]:
-    """Parse a split: "train[10:20]" -> ("train", ("10", "20")); "" -> ("", None)."""
-    match = re.fullmatch(r"([\w.-]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
-    if not match:
-        raise UserError(f"split {split!r}: write train, train[:1000], train[10%:20%] or [500:]")
-    name, begin, end = match.groups()
-    return name, (begin, end) if split.endswith("]") else None
-
-
-def select(chunks: Iterable[Chunk], bounds: Bounds, again: Callable[[], Iterable[Chunk]]) -> Iterator[Chunk]:
-    """Yield the rows of `chunks` within bounds, counted first by `again` for percentages and negative numbers."""
-    total = 0
-    if any(bound and not bound.isdigit() for bound in bounds):
-        total = sum(len(chunk.items) for chunk in again())
-
-    def number(bound: str | None, default: int) -> int:
-        if bound is None:
-            return default
-        value = int(bound.rstrip("%"))
-        value = round(total * value / 100) if bound.endswith("%") else value
-        return value + total if value < 0 else value
-
-    begin, end = number(bounds[0], 0), number(bounds[1], sys.maxsize)
-    before = 0  # items of the chunks before, in other files of a folder too
-    for chunk in chunks:
-        low, high = max(begin - before, 0), min(end - before, len(chunk.items))
-        before += len(chunk.items)
-        if low < high:
-            yield Chunk(chunk.source, chunk.first + low, chunk.items[low:high])
-        if high < len(chunk.items):
-            return
 
 
 def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
@@ -276,3 +254,164 @@ def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | Us
             yield dict(zip(names, cells))
         else:
             yield UserError(f"a row has {len(cells)} cells, and the first line names {len(names)}")
+
+
+@contextmanager
+def reading_arrow(path: Path) -> Iterator[ModuleType]:
+    """Yield pyarrow; within, its exceptions for a damaged file become a UserError."""
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:  # pyarrow is missing, or does not fit numpy
+        what = path.suffix or "a datasets folder"
+        raise UserError(
+            f"{path}: reading {what} needs pyarrow ({told(error)}): pip install --upgrade pyarrow numpy"
+        ) from None
+    kind = "a parquet file" if path.suffix == ".parquet" else "a file of Arrow"
+    with reading(path, f"is not {kind}, or a damaged one", "copy it again"):
+        yield pyarrow
+
+
+def parquet_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a parquet file in lists."""
+    with reading_arrow(path) as arrow:
+        for batch in arrow.parquet.ParquetFile(path).iter_batches(CHUNK_ROWS):
+            yield rows_of(batch)
+
+
+def arrow_batches(file: Path) -> Iterator[Any]:
+    """Yield the groups of rows of an Arrow file, mapped, of the columns to read."""
+    with reading_arrow(file) as arrow, arrow.memory_map(str(file)) as mapped:
+        columns = object_in(file.with_name(SAVED)).get("_format_columns")
+        for batch in arrow.ipc.open_stream(mapped):
+            yield batch.select(columns) if isinstance(columns, list) else batch
+
+
+def lists_of(batch: Any) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a group of arrow_batches in lists."""
+    batch.validate(full=True)  # offsets that lead out of the mapped file would crash the process
+    for first in range(0, len(batch), CHUNK_ROWS):
+        yield rows_of(batch.slice(first, CHUNK_ROWS))
+
+
+def rows_of(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a group of columns. Objects lose fields that are null, because all objects of a column have the
+    fields of all others, such as arguments of calls; JSON becomes its value."""
+    kinds = {column.name: column.type for column in batch.schema}
+    return [{name: plain(value, kinds[name]) for name, value in row.items()} for row in batch.to_pylist()]
+
+
+def plain(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type, without null fields."""
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return json.loads(value)
+    kind = getattr(kind, "storage_type", kind)
+    if isinstance(value, dict):
+        parts = {name: plain(part, kind.field(name).type) for name, part in value.items()}
+        return {name: part for name, part in parts.items() if part is not None}
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [plain(part, kind.value_type) for part in value]
+    return value
+
+
+def is_saved(folder: Path) -> bool:
+    """True for a folder that datasets.save_to_disk wrote."""
+    return (folder / SAVED).exists() or (folder / SPLITS).exists()
+
+
+def saved_files(path: Path, split: str) -> Iterator[Path]:
+    """Yield the files of a folder that datasets.save_to_disk wrote; of several splits only `split`. Raises UserError
+    for a folder that is damaged, incomplete, or in an order of its own."""
+    root = path
+    if (path / SPLITS).is_file():
+        path = path / choose(saved_splits(path), split, path)
+    state = path / SAVED
+    settings = read_settings(require_readable(state, f"{state} is missing; copy the folder again", again=True))
+    if settings.get("_indices_data_files"):
+        raise UserError(f"{path} keeps its rows in an order of its own; save it again with a newer datasets")
+    with reading(state, "names no files of rows", "copy the folder again"):
+        names = [str(entry["filename"]) for entry in settings["_data_files"]]
+    for name in names:
+        file = require_readable(path / name, f"{path / name} is missing; copy the folder again", again=True)
+        yield require_within(root, file)
+
+
+def saved_splits(folder: Path) -> list[str]:
+    """The splits that datasets.save_to_disk wrote; [] for one data set, or if the file that names them cannot be read,
+    which is an error as soon as rows are read."""
+    splits = object_in(folder / SPLITS).get("splits")
+    return [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
+
+
+def row_files(folder: Path) -> dict[str, list[Path]]:
+    """The {split: files of rows} of a folder or, if it has none, of the one folder in it that has some, or else the
+    folder's texts; {} if there are none. Files without one of WORDS in their names are of the split train.
+
+    Raises UserError for files of several kinds, for several such folders, and for a link out of the folder."""
+    found, place = files_in(folder), folder
+    if not found:
+        places = [path for path in below(folder) if path.is_dir() and files_in(path)]
+        if len(places) > 1:
+            raise UserError(f"{folder} holds several folders of rows; give one of {', '.join(map(str, places))}")
+        for place in places:
+            found = files_in(place)
+    kinds = sorted({ending_of(path) for path in found})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{place} holds files of several kinds ({', '.join(kinds)}), which may be the same rows twice; name a "
+            "file, or leave one kind in the folder"
+        )
+    splits: dict[str, list[Path]] = {}
+    for path in found:
+        words = re.split("[^a-z]+", path.name.lower())
+        splits.setdefault(next((WORDS[word] for word in words if word in WORDS), TRAIN), []).append(path)
+    if texts := [] if found else [path for path in below(folder) if path.suffix == ".txt" and path.is_file()]:
+        splits[TRAIN] = texts
+    for path in sum(splits.values(), []):
+        require_within(folder, path)
+    return splits
+
+
+def require_within(folder: Path, path: Path) -> Path:
+    """The path itself. Raises UserError for a link out of a folder of rows: a downloaded data set could read any file,
+    such as a key, into the tokens."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(
+            f"{path} leads out of {folder} by a link, to {os.path.realpath(path)}, and only files within a folder are "
+            "read as its rows; name that file itself, or put a copy in the link's place"
+        )
+    return path
+
+
+def choose(splits: Iterable[str], name: str, folder: Path) -> str:
+    """The split called name; without a name the only split, or else train."""
+    splits = list(splits)
+    chosen = name or (splits[0] if len(splits) == 1 else TRAIN)
+    if chosen not in splits:
+        raise UserError(f"{folder}: no split {chosen!r}; it has {', '.join(splits)}")
+    return chosen
+
+
+def held_out_split(path: str | Path) -> str:
+    """The split to validate on, one of HELD_OUT, in a folder of several splits; "" if there is none, and for a file."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return ""
+    splits = saved_splits(folder) if is_saved(folder) else list(row_files(folder))
+    return next((name for name in HELD_OUT if name in splits and len(splits) > 1), "")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of rows directly in a folder, by name."""
+    return [path for path in below(folder) if ending_of(path) and path.is_file()]
+
+
+def below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def ending_of(path: Path) -> str:
+    """The ending of a name among IN_FOLDERS, or ""."""
+    return next((ending for ending in reversed(IN_FOLDERS) if path.name.endswith(ending)), "")

@@ -6,11 +6,9 @@ disk leaves an older set as it was.
 
 import json
 import os
-import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -18,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..checkpoints.atomic import fsync, temporary_beside
-from ..checkpoints.lock import enter
 from ..cli.errors import UserError
 from .binidx import HEADER, MAGIC, TOKEN_TYPES, dtype_code
 from .encoding import Encoded
@@ -28,7 +25,7 @@ from .recorded import ENDINGS, SHARDS, binidx_prefix, prefixes_of, record_path, 
 class ShardWriter:
     """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask and PREFIX.weights, and PREFIX.json if `record` is its text; a context
     manager. The files appear, whole, when the block ends without an exception. A mask of ones is not kept, nor are
-    weights of 1. Raises NotNow if another process is writing the same data set, UserError if it cannot be written.
+    weights of 1. Raises UserError if they cannot be written.
 
     With shard_tokens, in shards of at most so many tokens, or of one longer document, and PREFIX.json lists them.
     """
@@ -40,11 +37,8 @@ class ShardWriter:
         self.shard_tokens, self.shards = shard_tokens, list[Shard]()
 
     def __enter__(self) -> "ShardWriter":
-        prefix = Path(self.prefix)
         with ExitStack() as stack:
-            self.folder = stack.enter_context(temporary_beside(Path(f"{prefix}.bin"), folder=True))
-            lock = prefix.with_name(f".{prefix.name}.lock")
-            enter(stack, lock, self.prefix, "another process is writing it", "another", partial(print, file=sys.stderr))
+            self.folder = stack.enter_context(temporary_beside(Path(f"{self.prefix}.bin"), folder=True))
             self._begin_shard()
             self._stack = stack.pop_all()
         return self
@@ -60,28 +54,23 @@ class ShardWriter:
         counts = np.ones(len(ids), np.uint8) if mask is None else np.asarray(mask, np.uint8)
         self.write(Encoded([len(ids)], [weight], ids.tobytes(), counts.tobytes()))
 
-    def write(self, part: Encoded) -> None:
-        """Append the documents of a chunk, beginning a shard when the last one is full."""
-        if not self.shard_tokens or part.continues:
-            self.shards[-1].add(part.tokens, part.sizes, part.mask, part.weights, part.continues)
-            return
-        wide, first, at = self.shards[-1].dtype.itemsize, 0, 0
-        ends = np.cumsum(part.sizes, dtype=np.int64)
-        while first < len(part.sizes):
-            shard = self.shards[-1]
-            last = int(np.searchsorted(ends, at + self.shard_tokens - shard.length, side="right"))
-            if last <= first and shard.sizes:
-                shard.complete()
-                self._begin_shard()
-                continue
-            last = max(last, first + 1)
-            end = int(ends[last - 1])
-            tokens, mask = part.tokens[at * wide : end * wide], part.mask[at:end]
-            shard.add(tokens, part.sizes[first:last], mask, part.weights[first:last])
-            first, at = last, end
+    def write(self, part: Encoded, dropped: Container[int] = ()) -> None:
+        """Append the documents of a chunk but those with the numbers `dropped`, beginning a shard when one is full."""
+        tokens, mask, begin = memoryview(part.tokens), memoryview(part.mask), 0
+        for number, (size, weight) in enumerate(zip(part.sizes, part.weights)):
+            end = begin + size
+            if number not in dropped:
+                shard = self.shards[-1]
+                if self.shard_tokens and shard.sizes and shard.length + size > self.shard_tokens:
+                    shard.complete()
+                    shard = self._begin_shard()
+                wide = shard.dtype.itemsize
+                shard.add(tokens[begin * wide : end * wide], mask[begin:end], weight)
+            begin = end
 
-    def _begin_shard(self) -> None:
+    def _begin_shard(self) -> "Shard":
         self.shards.append(Shard(self.folder, len(self.shards) + 1, self.vocab_size))
+        return self.shards[-1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -95,44 +84,35 @@ class ShardWriter:
         return False
 
     def _name(self) -> None:
-        """Give all files their names: an old manifest and index go first, and the new ones come last, so that a kill in
-        between leaves a set that is refused."""
-        manifest, old = record_path(self.prefix), prefixes_of(self.prefix)
-        names = [self.prefix]
+        """Give all files their names: the old ones go first, and each new index comes last, so that a kill in between
+        leaves a set that is refused."""
+        manifest, old, names = record_path(self.prefix), prefixes_of(self.prefix), [self.prefix]
         if self.shard_tokens:
             names = [shard_prefix(self.prefix, number) for number in range(1, len(self.shards) + 1)]
-        if self.shard_tokens or old != names:
-            manifest.unlink(missing_ok=True)
-        for name in names:
-            Path(f"{name}.idx").unlink(missing_ok=True)
-        record = self._record(names)
-        if record and not self.shard_tokens:
-            record.replace(manifest)
-        for name, shard in zip(names, self.shards):
-            shard.name(name)
         beside = {each for each in old if each.startswith(f"{self.prefix}-") and Path(each).parent == manifest.parent}
-        for each in {self.prefix, *beside} - {*names}:
+        for each in {self.prefix, *names, *beside}:
             for end in ENDINGS:
                 Path(each + end).unlink(missing_ok=True)
-        if record and self.shard_tokens:
-            record.replace(manifest)
+        if (text := self._record(names)) is None:
+            manifest.unlink(missing_ok=True)
+        else:
+            path = self.folder / "record"
+            path.write_text(text)
+            fsync(path)
+            path.replace(manifest)
+        for name, shard in zip(names, self.shards):
+            shard.name(name)
         fsync(manifest.parent)
 
-    def _record(self, names: Sequence[str]) -> Path | None:
-        """The file that becomes PREFIX.json; None if the set has none."""
-        text = self.record
-        if self.shard_tokens:
-            shards = [
-                {"name": Path(name).name, "documents": len(shard.sizes), "tokens": shard.length}
-                for name, shard in zip(names, self.shards)
-            ]
-            text = json.dumps(json.loads(self.record or "{}") | {SHARDS: shards}) + "\n"
-        if text is None:
-            return None
-        path = self.folder / "record"
-        path.write_text(text)
-        fsync(path)
-        return path
+    def _record(self, names: Sequence[str]) -> str | None:
+        """The text of PREFIX.json; None if the set has none."""
+        if not self.shard_tokens:
+            return self.record
+        shards = [
+            {"name": Path(name).name, "documents": len(shard.sizes), "tokens": shard.length}
+            for name, shard in zip(names, self.shards)
+        ]
+        return json.dumps(json.loads(self.record or "{}") | {SHARDS: shards}) + "\n"
 
 
 class Shard:
@@ -146,31 +126,20 @@ class Shard:
         self.paths = {end: folder / f"{number:05}{end}" for end in ENDINGS}
         self.tokens, self.mask = open(self.paths[".bin"], "wb"), open(self.paths[".mask"], "wb")
 
-    def add(
-        self,
-        tokens: bytes | bytearray,
-        sizes: Sequence[int],
-        mask: bytes | bytearray,
-        weights: Sequence[float],
-        continues: bool = False,
-    ) -> None:
-        """Append documents: tokens in this shard's dtype, and a byte of mask a token. If it `continues`, the first of
-        them goes on the document before."""
+    def add(self, tokens: memoryview, mask: memoryview, weight: float) -> None:
+        """Append a document: tokens in this shard's dtype, and a byte of mask a token."""
         self.tokens.write(tokens)
         self.mask.write(mask)
         self.length += len(mask)
-        self.masked |= bool(mask.strip(b"\1"))
+        self.masked |= bool(bytes(mask).strip(b"\1"))
         try:
-            if continues and self.sizes and sizes:
-                self.sizes[-1] += sizes[0]
-                sizes, weights = sizes[1:], weights[1:]
-            self.sizes.extend(sizes)
-            self.weights.extend(weights)
+            self.sizes.append(len(mask))
         except OverflowError:
             raise UserError(
-                f"document {len(self.sizes) - 1} has more than 2147483647 tokens, the most that "
-                "the format holds; split the text into documents"
+                f"document {len(self.sizes)} has more than 2147483647 tokens, the most that the format holds; split "
+                "the text into documents"
             ) from None
+        self.weights.append(weight)
 
     def close(self) -> None:
         """Close the files of a set that is given up."""
@@ -199,5 +168,3 @@ class Shard:
         for end in (".bin", ".mask", ".weights", ".idx"):
             if kept.get(end, True):
                 os.replace(self.paths[end], prefix + end)
-            else:
-                Path(prefix + end).unlink(missing_ok=True)  # an old mask would not fit

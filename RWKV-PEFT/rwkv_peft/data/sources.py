@@ -29,20 +29,19 @@ from .binidx import open_dataset
 from .encoding import EncodeSettings
 from .masks import describe_mask, make_mask, weighted
 from .mixture import Joined, Mixture
-from .order import Permutation
 from .preprocess import write
 from .recorded import (
     ENDINGS,
     default_mask,
     find_tokenizer,
     recorded_of_data,
+    require_fitting,
     require_same,
-    require_within,
     vocabulary_of,
 )
 from .report import laid_out, left_out
 from .rows import JSON_ENDINGS, KINDS
-from .samples import DocumentSamples, Samples
+from .samples import DocumentSamples, Permutation, Samples
 from .stream_samples import StreamSamples
 
 FORMAT = 10  # of the cache
@@ -77,7 +76,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
         prefix, notes = prepare_sft(config)
         config = replace(config, path=prefix)
     dataset = open_dataset(config.path)
-    require_within(vocabulary, config.path, vocab_size)
+    require_fitting(vocabulary, config.path, vocab_size)
     dataset.check_vocab(vocab_size)
     if config.of_rows and config.loss_mask == "file" and dataset.mask is None:
         mask = None  # every token of these rows counts

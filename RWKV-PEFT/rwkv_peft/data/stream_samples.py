@@ -1,7 +1,7 @@
 """Samples of rows that are read, tokenized and shuffled while a run goes on, for data that takes too long, or too much
 room, to be tokenized before.
 
-An epoch visits the groups of rows (arrow_rows.py) in an order of its own, and cuts it into windows of at least --stream
+An epoch visits the groups of rows of the files in an order of its own, and cuts it into windows of at least --stream
 rows. The rows of a window are in memory at once, in an order of their own. So a sample depends on its number alone, and
 a resumed run reads only the window that it stopped in. A row that is left out is a sample that counts nothing, because
 it is found only when it is read.
@@ -10,25 +10,92 @@ it is found only when it is read.
 import hashlib
 from array import array
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..config import DataConfig
-from .arrow_rows import RowGroups
 from .binidx import TOKEN_TYPES, BinidxDataset, dtype_code
 from .encoding import Encoded, EncodeSettings, encoder
 from .masks import weighted
-from .order import Permutation
 from .report import laid_out, left_out
-from .rows import Chunk, parse_split
-from .samples import PaddedSamples, Sample, Samples
+from .rows import (
+    CHUNK_ROWS,
+    Chunk,
+    arrow_batches,
+    choose,
+    is_saved,
+    lists_of,
+    parse_split,
+    reading_arrow,
+    row_files,
+    saved_files,
+)
+from .samples import PaddedSamples, Permutation, Sample, Samples
 
 LEFT_OUT = (0, 0)  # the tokens of a row that is left out
+
+
+class RowGroup(NamedTuple):
+    """Group `number` of a file holds `rows` of its rows, from `first` on, counted from 1."""
+
+    file: Path
+    number: int
+    first: int
+    rows: int
+
+
+class RowGroups:
+    """The groups of rows of a parquet file, a folder of them, or a folder that datasets.save_to_disk wrote.
+
+    Only the files' own index of their groups is read at first. Raises UserError for other inputs."""
+
+    def __init__(self, path: Path, split: str = "") -> None:
+        if path.is_dir() and is_saved(path):
+            self.files = list(saved_files(path, split))
+        else:
+            splits = row_files(path) if path.is_dir() else {"": [path]}
+            self.files = splits[choose(splits, split if path.is_dir() else "", path)] if splits else []
+            self.files = self.files if all(file.suffix == ".parquet" for file in self.files) else []
+        if not self.files:
+            raise UserError(
+                f"--data_file {path}: --stream reads .parquet files, and folders that datasets.save_to_disk wrote, "
+                "whose rows are found without reading all before; leave --stream out"
+            )
+        self._opened = lru_cache(maxsize=16)(open_groups)
+        self.groups = [group for file in self.files for group in self._groups(file)]
+        self.rows = sum(group.rows for group in self.groups)
+        if not self.rows:
+            raise UserError(f"--data_file {path} holds no row; name data with rows")
+
+    def _groups(self, file: Path) -> Iterator[RowGroup]:
+        first = 1
+        for number, rows in enumerate(self._opened(file)[0]):
+            yield RowGroup(file, number, first, rows)
+            first += rows
+
+    def read(self, group: RowGroup) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (number in the file, row) of each row of a group."""
+        with reading_arrow(group.file):
+            lists = (rows for batch in self._opened(group.file)[1](group.number) for rows in lists_of(batch))
+            yield from enumerate(chain.from_iterable(lists), group.first)
+
+
+def open_groups(file: Path) -> tuple[list[int], Callable[[int], Iterable[Any]]]:
+    """The sizes of a file's groups of rows, and a function that reads the batches of one by its number."""
+    with reading_arrow(file) as arrow:
+        if file.suffix != ".parquet":
+            batches = list(arrow_batches(file))  # mapped, as long as they are held
+            return list(map(len, batches)), lambda number: [batches[number]]
+        parquet = arrow.parquet.ParquetFile(file)
+        sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+        return sizes, lambda number: parquet.iter_batches(CHUNK_ROWS, [number])
 
 
 class Windows(NamedTuple):

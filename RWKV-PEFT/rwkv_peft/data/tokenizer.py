@@ -4,7 +4,6 @@ Every tokenizer has
 - encode(str) -> list[int], decode(list[int]) -> str
 - name, and vocab_size, which is above every id
 - end_id: the token that ends a document, None if the vocabulary names none
-- cuts_at_lines: true if a text cut at a line that begins with a visible character keeps its tokens
 - special: {text: id} of the tokens that encode reads in a text and decode leaves out
 - content() -> bytes that differ for tokenizers with different tokens
 """
@@ -54,7 +53,6 @@ class BytesTokenizer:
     name = "bytes"
     vocab_size = 257
     end_id = 0
-    cuts_at_lines = True
     special: Mapping[str, int] = MappingProxyType({})
     token_bytes = (None, *(bytes([byte]) for byte in range(256)))
 
@@ -80,14 +78,12 @@ class WorldTokenizer:
     """
 
     end_id = 0
-    cuts_at_lines = False
     special: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, path: str | Path | None = None) -> None:
         if path is None:
             self.name, self.path = "world", world_vocabulary()
             self.vocab_size = 65536
-            self.cuts_at_lines = True  # no token of this vocabulary holds a visible character behind a newline
         else:
             self.name, self.path = str(path), Path(path)
             self.vocab_size = len(self.token_bytes)  # parsed here, so that a bad file stops here
@@ -212,8 +208,6 @@ def say_slow() -> None:
 
 class JsonTokenizer:
     """A Hugging Face tokenizer.json, read by the tokenizers library; adds no special tokens."""
-
-    cuts_at_lines = False
 
     def __init__(self, path: str | Path) -> None:
         from tokenizers import Tokenizer

@@ -10,10 +10,9 @@ from ..checkpoints.base import Base
 from ..cli.names import METRICS
 from ..config import RunConfig, TrainConfig
 from ..data.answer_samples import PromptSamples, overlap_notes
-from ..data.folders import held_out_split
 from ..data.mixture import Joined
 from ..data.recorded import clean_data, default_mask, recorded_beside, remarks, require_same
-from ..data.rows import parse_split
+from ..data.rows import held_out_split, parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
 from .flags.request import Request

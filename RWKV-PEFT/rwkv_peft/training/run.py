@@ -25,7 +25,7 @@ from ..config.rules import check_settings
 from ..data.answer_samples import PromptSamples
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
-from ..data.report import marks_for, show_samples
+from ..data.report import show_samples
 from ..data.samples import Samples
 from ..data.sources import refuse_hub_name
 from ..gpus import resolve_accelerator
@@ -112,7 +112,7 @@ def show(request: Request, say: Callable[..., object] = print) -> int:
     config = request.config
     samples, _ = find_samples(config)
     tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
-    say(show_samples(samples, config.train.show_samples, tokenizer, marks_for(sys.stdout)))
+    say(show_samples(samples, config.train.show_samples, tokenizer))
     return 0
 
 

@@ -17,9 +17,9 @@ from ...cli.errors import UserError
 from ...config import DATA_TYPES, OF_ROWS
 from ...data.binidx import BinidxDataset
 from ...data.encoding import EncodeSettings, encoder
-from ...data.folders import TRAIN, is_saved, row_files
 from ...data.preprocess import write
 from ...data.report import counted_in, laid_out, left_out, pieces
+from ...data.rows import TRAIN, is_saved, row_files
 
 ROWS = 2000  # rows that are read, from the start
 SPLIT = f"[:{ROWS}]"
