@@ -24,9 +24,9 @@ from common import ROOT, Parser, head, row, run, write_tokens
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
-from rwkv_peft.data.encoding import EncodeSettings, encode_chunk, encoder
+from rwkv_peft.data.encoding import EncodeSettings, Totals, encoder
 from rwkv_peft.data.preprocess import write
-from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.rows import read_rows
 from rwkv_peft.data.sources import build_samples
 
 CASES = "get none, get file, get qa, pad none, pad file, pad qa, pack none, only none".split(", ")
@@ -43,14 +43,14 @@ def text(folder, options):
     paths = options.text or [make_text(folder / "mixed.jsonl", 1e6 * options.megabytes)]
     settings = EncodeSettings()
     encoder(settings)  # loading the vocabulary is not what is timed
-    chunks = [chunk for path in paths for chunk in read_chunks(path, pieces=True)]
-    texts = [one if isinstance(one, str) else json.loads(one)["text"] for chunk in chunks for one in chunk.items]
+    items = [item for path in paths for _, item in read_rows(path)]
+    texts = [item if isinstance(item, str) else json.loads(item)["text"] for item in items]
     size = sum(len(one.encode()) for one in texts) / 1e6
     print(f"{size:.1f} MB of text in {len(texts)} pieces")
     head("", "MB/s")
-    files = seconds(partial(write, paths, folder / "out", settings, workers=1))
+    files = seconds(partial(write, paths, folder / "out", settings))
     row("preprocess, files to files", f"{size / files:.1f}")
-    encoded = seconds(lambda: [encode_chunk(chunk, settings) for chunk in chunks])
+    encoded = seconds(lambda: [encoder(settings).encode("", item, Totals()) for item in items])
     row("rows to tokens, without files", f"{size / encoded:.1f}")
     plain(texts, encoder(settings).tokenizer.path)
 
@@ -142,8 +142,8 @@ def rows(folder, options):
     parquet.write_table(Table.from_pylist(made), stored, row_group_size=1000)
     print(f"\n{len(made):,} rows of {jsonl.stat().st_size / len(made):.0f} bytes of JSON, {os.cpu_count()} cores")
     head("", "rows/s of a processor", "rows/s of the clock")
-    kinds = f"{jsonl} --workers 1", f"{jsonl} --workers 2", f"{jsonl} --drop_duplicates", f"{stored} --workers 1"
-    for number, words in enumerate(kinds[3:] if options.quick else kinds):
+    kinds = str(jsonl), f"{jsonl} --drop_duplicates", str(stored)
+    for number, words in enumerate(kinds[2:] if options.quick else kinds):
         command = (ROOT / "RWKV-PEFT" / "rwkv_peft" / "children.py", "rwkv_peft", "preprocess", *words.split())
         rates(words.replace(str(jsonl.parent), ""), len(made), partial(run, *command, "--output", folder / str(number)))
     config = DataConfig(str(stored), data_type="sft", dataload="pad", loss_mask="file", stream=5000, micro_bsz=8)

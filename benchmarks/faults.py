@@ -294,7 +294,7 @@ def convert_to_st(inputs, which, output):
 
 
 def make_tokens(inputs, which, output):
-    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite"]
+    words = ["--tokenizer", "bytes", "--overwrite"]
     preprocess.main([str(inputs / f"{which}.jsonl"), "--output", str(output / "data"), *words])
 
 

@@ -21,7 +21,7 @@ from rwkv_peft.cli.errors import exit_on_user_error
 from rwkv_peft.data.chat import TURN_END
 from rwkv_peft.data.encoding import parse
 from rwkv_peft.data.layouts import RowLayout, Template, read_template
-from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.rows import read_rows
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.tools.compare.command import main as compare
 
@@ -65,7 +65,7 @@ def demo_rows(folder):
 def texts_of(path, template):
     """The text of each row of a file, laid out by a template if one is named."""
     layout = Template(read_template(template)) if template else RowLayout()
-    rows = [parse(item) for chunk in read_chunks(path) for item in chunk.items]
+    rows = [parse(item) for _, item in read_rows(path)]
     return ["".join(text for text, _ in layout.segments(row)) for row in rows]
 
 

@@ -3,13 +3,11 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from rwkv_peft.children import elsewhere, python_command
-from rwkv_peft.data.preprocess import INLINE_BYTES
 from rwkv_peft.ops.native import build
 from traps import set_traps
 
@@ -29,9 +27,9 @@ def run(command):
     return done.stdout
 
 
-def test_workers_and_pictures_are_not_the_current_folders(ran, tmp_path):
-    (tmp_path / "rows.txt").write_text("a line of twenty one\n" * (INLINE_BYTES // 20))
-    flags = ("--tokenizer", "bytes", "--workers", "2", "--output", "data")
+def test_rows_and_pictures_are_not_the_current_folders(ran, tmp_path):
+    (tmp_path / "rows.txt").write_text("a line\n")
+    flags = ("--tokenizer", "bytes", "--output", "data")
     assert "data: 1 document" in run(python_command("rwkv_peft", "preprocess", "rows.txt", *flags))
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.5}\n')
     run(python_command("rwkv_peft", "plot", "metrics.jsonl", "loss.png"))
@@ -45,24 +43,6 @@ def test_the_first_compile_is_not_the_current_folders(ran, tmp_path):
     source.write_text('extern "C" int answer() { return 42; }')
     assert build.build_library("answer", source, ("-fPIC",), cache=tmp_path / "cache").is_file()
     assert not ran.exists()
-
-
-def test_workers_of_python_3_10_which_knows_no_safe_path_are_not_either(ran, tmp_path, monkeypatch):
-    """Python 3.10 does not read PYTHONSAFEPATH, so that the process runs without it."""
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "encode_all.py").write_text(
-        "from pathlib import Path\n"
-        "from rwkv_peft.data.encoding import EncodeSettings\n"
-        "from rwkv_peft.data.preprocess import encode_all\n"
-        "from rwkv_peft.data.rows import read_chunks\n"
-        "if __name__ == '__main__':\n"
-        "    settings = EncodeSettings(tokenizer='bytes')\n"
-        "    print(len(list(encode_all(read_chunks(Path('rows.txt')), settings, 2))))\n"
-    )
-    (tmp_path / "rows.txt").write_text("one\n")
-    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
-    assert run([sys.executable, "here/encode_all.py"]) == "1\n" and not ran.exists()
 
 
 def test_a_folder_that_is_gone_is_come_back_to(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from fuzz.foreign import save_folder
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.rows import read_chunks
+from rwkv_peft.data.rows import read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
@@ -18,7 +18,7 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def rows_of(path, split=""):
-    return [row for chunk in read_chunks(path, split) for row in chunk.items]
+    return [row for _, row in read_rows(path, split)]
 
 
 def written(kind, tmp_path, table):
@@ -31,9 +31,8 @@ def written(kind, tmp_path, table):
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_rows_are_what_was_written(tmp_path, kind):
     rows = [{"messages": CHAT * (number % 3 + 1), "n": number, "x": number / 2, "no": None} for number in range(2500)]
-    chunks = list(read_chunks(written(kind, tmp_path, pyarrow.Table.from_pylist(rows))))
-    assert [row for chunk in chunks for row in chunk.items] == rows
-    assert [chunk.first for chunk in chunks[:2]] == [1, 1 + len(chunks[0].items)]
+    path = written(kind, tmp_path, pyarrow.Table.from_pylist(rows))
+    assert list(read_rows(path)) == [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])

@@ -157,7 +157,6 @@ def test_shortening_keeps_the_answer():
         (("--tokeniser", "bytes"), "there is no --tokeniser; did you mean --tokenizer"),
         (("--input", "a.jsonl"), "there is no --input here; it is the file's name, without a flag"),
         (("--output-prefix", "a"), "there is no --output-prefix here; it is --output"),
-        (("--workers", "-2"), "--workers: -2 is below 1"),
     ],
 )
 def test_flags_that_are_mistaken_are_told(tmp_path, flags, message):

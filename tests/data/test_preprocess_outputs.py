@@ -46,11 +46,11 @@ def test_an_interrupt_leaves_no_folder(tmp_path):
 
 @pytest.fixture
 def endless(tmp_path):
-    """A running preprocess with two workers, in a session of its own, on rows that do not end."""
+    """A running preprocess, in a session of its own, on rows that do not end."""
     rows, output = tmp_path / "in.jsonl", tmp_path / "data"
     os.mkfifo(rows)
     argv = [sys.executable, "-m", "rwkv_peft", "preprocess", rows, "--output", output, "--tokenizer", "bytes"]
-    process = subprocess.Popen([*argv, "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, start_new_session=True)
     with open(rows, "wb") as file:
         done = threading.Event()
 
@@ -82,16 +82,6 @@ def test_ctrl_c_on_a_terminal_is_one_word(endless, tmp_path):
     assert [line for line in said[:-1] if line and "tokenizing" not in line] == []
     left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
     assert left == ["in.jsonl"]
-
-
-def test_workers_end_with_the_process_that_began_them(endless):
-    endless.kill()
-    endless.wait()
-    deadline = time.monotonic() + 60
-    with pytest.raises(ProcessLookupError):  # as none of its session is left
-        while time.monotonic() < deadline:
-            os.killpg(endless.pid, 0)
-            time.sleep(0.05)
 
 
 def test_outputs_that_cannot_be_written_are_told_before_the_work(tmp_path):
@@ -155,9 +145,8 @@ def test_a_data_set_of_another_tool_is_replaced_on_request_alone(tmp_path):
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """Rows in many chunks, some of them repeated, and a text that goes on over chunks."""
-    monkeypatch.setattr("rwkv_peft.data.rows.CHUNK_BYTES", 200)
+def small(tmp_path):
+    """Rows, some of them repeated, and a text."""
     content = [{"query": str(n % 13), "response": "r" * (n % 13), "weight": 1 + n % 2} for n in range(60)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (tmp_path / "text.txt").write_text("".join(f"line {n}\n" for n in range(600)))

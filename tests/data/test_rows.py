@@ -1,7 +1,6 @@
 """Rows of files and folders are read in chunks, or a part of them, and workers encode them as one process does."""
 
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -16,10 +15,9 @@ from rwkv_peft.checkpoints.tensors import read_pth
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError, exit_on_user_error
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import EncodeSettings
 from rwkv_peft.data.layouts import read_template
-from rwkv_peft.data.preprocess import encode_all, main
-from rwkv_peft.data.rows import Chunk, read_chunks
+from rwkv_peft.data.preprocess import main
+from rwkv_peft.data.rows import read_rows
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.plots import read_metrics
 from rwkv_peft.tools.ui.preview import preview
@@ -38,44 +36,15 @@ from rwkv_peft.tools.ui.preview import preview
 def test_split_selects_rows(tmp_path, split, expected):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(f"{i}\n" for i in range(10)))
-    chunks = list(read_chunks(path, split))
-    assert [int(item) for chunk in chunks for item in chunk.items] == list(expected)
-    assert all(int(chunk.items[0]) + 1 == chunk.first for chunk in chunks)
+    due = [(f"{path}, line {number + 1}", f"{number}\n".encode()) for number in expected]
+    assert list(read_rows(path, split)) == due
 
 
 @pytest.mark.parametrize("split", ["train[oops]", "train[-2:]", "[:10%]"])
 def test_a_split_that_is_none_is_named(tmp_path, split):
     (tmp_path / "in.jsonl").write_text("1\n")
     with pytest.raises(UserError, match=r"write train, train\[:1000\]"):
-        list(read_chunks(tmp_path / "in.jsonl", split))
-
-
-def test_workers_do_not_change_the_documents(tmp_path, monkeypatch):
-    import rwkv_peft.data.rows as rows
-
-    monkeypatch.setattr(rows, "CHUNK_BYTES", 256)
-    rows = [{"query": "q" * (i % 9), "response": str(i)} for i in range(60)]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = EncodeSettings("bytes")
-
-    def encoded(workers):
-        parts = list(encode_all(read_chunks(tmp_path / "in.jsonl"), settings, workers))
-        return [(part.sizes, part.tokens, part.mask) for part in parts]
-
-    assert len(encoded(1)) > 4
-    assert encoded(2) == encoded(1)
-
-
-def test_a_worker_that_is_killed_is_told(tmp_path):
-    def chunks():
-        for number in range(40):
-            yield Chunk("in.jsonl", number, (b'{"text": "a"}',))
-            if number == 20:  # both have begun
-                for child in multiprocessing.active_children():
-                    child.kill()
-
-    with pytest.raises(UserError, match="ended from outside.*memory.*fewer than --workers 2"):
-        list(encode_all(chunks(), EncodeSettings("bytes"), 2))
+        list(read_rows(tmp_path / "in.jsonl", split))
 
 
 def rows(*words):
@@ -181,8 +150,8 @@ def test_folders_of_rows(folder, tmp_path, files, split, expected):
 def test_a_folder_of_texts(folder):
     """A text is read only if the folder has no rows, and its name says nothing of a split."""
     files = {"b.txt": "B", "test a.txt": "A"}
-    assert [chunk.items for chunk in read_chunks(folder(files))] == [("B",), ("A",)]
-    assert len(list(read_chunks(folder({"rows.jsonl": lines("a")})))) == 1
+    assert [item for _, item in read_rows(folder(files))] == ["B", "A"]
+    assert len(list(read_rows(folder({"rows.jsonl": lines("a")})))) == 1
 
 
 def test_a_folder_of_parquet(folder, tmp_path):
@@ -192,8 +161,8 @@ def test_a_folder_of_parquet(folder, tmp_path):
     path = folder({"README.md": "x"})
     for split in ("train", "test"):
         parquet.write_table(pyarrow.table({"query": [split], "response": ["A"]}), path / f"{split}-0.parquet")
-    assert [row["query"] for chunk in read_chunks(path) for row in chunk.items] == ["train"]
-    assert [row["query"] for chunk in read_chunks(path, "test") for row in chunk.items] == ["test"]
+    assert [row["query"] for _, row in read_rows(path)] == ["train"]
+    assert [row["query"] for _, row in read_rows(path, "test")] == ["test"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +179,7 @@ def test_a_folder_of_parquet(folder, tmp_path):
 def test_folders_that_leave_a_choice_are_refused(folder, files, split, message):
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match=message):
-        list(read_chunks(folder(files), split))
+        list(read_rows(folder(files), split))
 
 
 OUT = "leads out of .*rows by a link, to .*; name that file itself, or put a copy in the link's place"
@@ -248,7 +217,7 @@ def test_links_within_a_folder_and_to_it_are_followed(tmp_path, folder):
     (tmp_path / "link").symlink_to(path / "all")
     (tmp_path / "one.jsonl").symlink_to(path / "all" / "a.jsonl")  # named itself
     asked_for = [
-        [row["query"] for chunk in read_chunks(place) for row in map(json.loads, chunk.items)]
+        [json.loads(item)["query"] for _, item in read_rows(place)]
         for place in (path / "all", tmp_path / "link", tmp_path / "one.jsonl")
     ]
     assert asked_for == [["a", "b"], ["a", "b"], ["a"]]
@@ -342,7 +311,7 @@ def test_a_folder_that_may_not_be_entered_is_one_message(unreadable, monkeypatch
 def test_an_input_that_may_not_be_read_is_not_called_missing(unreadable, name):
     path = unreadable(name)
     with pytest.raises(UserError, match=f"{name} exists, but may not be read .permission denied"):
-        list(read_chunks(path))
+        list(read_rows(path))
 
 
 READERS = {"a.pth": read_pth, "data.idx": BinidxDataset, "vocabulary.txt": load_tokenizer}

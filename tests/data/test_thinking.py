@@ -11,10 +11,9 @@ from data.documents import chat, marked
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.encoding import EncodeSettings
+from rwkv_peft.data.encoding import EncodeSettings, Totals, encoder
 from rwkv_peft.data.layouts import RowLayout
-from rwkv_peft.data.preprocess import encode_all, main
-from rwkv_peft.data.rows import Chunk
+from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.sources import prepare_sft
 from rwkv_peft.data.tokenizer import load_tokenizer
 
@@ -65,10 +64,10 @@ def test_fields_and_templates_have_thinking_too(preprocess):
 
 def test_what_a_prompt_gives_has_the_tokens_of_the_prompt():
     world, prompt = load_tokenizer("world"), "User: Q。\n\nAssistant: <think"
-    given = Chunk("x", 1, (chat("Q。", "<think>hm</think>好。", "R", "<think>m</think>S"),))
-    (chunk,) = encode_all([given], EncodeSettings("world", think="on"))
-    tokens = np.frombuffer(chunk.tokens, dtype=np.uint16).tolist()
-    counts = [int(count) for count in chunk.mask]
+    given = chat("Q。", "<think>hm</think>好。", "R", "<think>m</think>S")
+    made = encoder(EncodeSettings("world", think="on")).encode("x", given, Totals())
+    tokens = np.frombuffer(made.tokens, dtype=np.uint16).tolist()
+    counts = list(made.mask)
     asked = world.encode(prompt)
     assert tokens[: len(asked)] == asked and not any(counts[: len(asked)])
     end = tokens.index(261, len(asked))  # behind the assistant's turn, and nowhere before

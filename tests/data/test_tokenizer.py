@@ -131,7 +131,7 @@ def test_the_commands_work_without_the_package(world, tmp_path):
     assert done.returncode == 0 and done.stdout.split() == [str(token) for token in world.encode(MIXED[5])]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{i} {MIXED[4]}"}) + "\n" for i in range(3000)))
     output = str(tmp_path / "data")
-    done = without_the_package("preprocess", str(tmp_path / "rows.jsonl"), "--output", output, "--workers", "2")
+    done = without_the_package("preprocess", str(tmp_path / "rows.jsonl"), "--output", output)
     assert done.returncode == 0 and done.stderr.count("encoding in Python") == 1, done.stderr
 
 
@@ -273,7 +273,7 @@ def test_a_text_without_a_token_is_a_message(tmp_path, kind):
     from rwkv_peft.cli import commands
 
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    words = ["preprocess", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--no-append_eod", "--workers", "1"]
+    words = ["preprocess", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--no-append_eod"]
     with pytest.raises(UserError, match="line 2: tokenizer .* failed; give one that has tokens for every text"):
         commands.main([*map(str, words), "--tokenizer", json_file(tmp_path, kind)])
 

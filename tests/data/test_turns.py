@@ -11,10 +11,9 @@ from data.documents import chat, text, texts
 from data.hostile import BOUNDARY, HOSTILE
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.chat import ChatLayout
-from rwkv_peft.data.encoding import EncodeSettings, encoder
+from rwkv_peft.data.encoding import EncodeSettings, Totals, encoder
 from rwkv_peft.data.layouts import TEMPLATES, RowLayout, Template
 from rwkv_peft.data.recorded import CLEAN, clean_data
-from rwkv_peft.data.rows import Chunk
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.inference.serve.requests import ChatBody, Limits
 
@@ -85,8 +84,9 @@ def documents(form, words, **settings):
         encode, row = encoder(EncodeSettings("bytes", template=kind, **settings)), {**ANSWERS, **row(words)}
     else:
         encode, row = encoder(EncodeSettings("bytes", fields=fields, command=kind, **settings)), row(words)
-    found = encode.encode(Chunk("x", 1, (row,)))
-    assert not found.bad, found.bad.lines()
+    totals = Totals()
+    found = encode.encode("x", row, totals)
+    assert not totals.bad, list(totals.bad.lines())
     tokens = list(memoryview(found.tokens).cast("H"))
     ends = [sum(found.sizes[: n + 1]) for n in range(len(found.sizes))]
     return [BYTES.decode(tokens[end - size : end]) for end, size in zip(ends, found.sizes)]

@@ -97,7 +97,7 @@ def tokens_read(folder):
 
 
 def rows_read(name, *flags):
-    words = ["--tokenizer", "bytes", "--workers", "1", "--overwrite", *flags]
+    words = ["--tokenizer", "bytes", "--overwrite", *flags]
     return lambda folder: preprocess.main([str(folder / name), "--output", str(folder / "out" / "rows"), *words])
 
 

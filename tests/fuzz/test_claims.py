@@ -40,7 +40,7 @@ def test_random_matrices_that_no_layer_has_room_for_are_refused(tmp_path, tiny_s
 
 
 def preprocess(path, *flags):
-    return ["preprocess", path, "--output", path.with_name("out"), "--tokenizer", "bytes", "--workers", "1", *flags]
+    return ["preprocess", path, "--output", path.with_name("out"), "--tokenizer", "bytes", *flags]
 
 
 def test_a_packed_line_is_not_unpacked_beyond_what_a_row_may_have(tmp_path):

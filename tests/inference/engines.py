@@ -3,8 +3,7 @@
 import torch
 
 from rwkv_peft.checkpoints.base import save_model
-from rwkv_peft.data.encoding import Encoder, EncodeSettings
-from rwkv_peft.data.rows import Chunk
+from rwkv_peft.data.encoding import Encoder, EncodeSettings, Totals
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.inference.engine import Engine, PrefillBudget
 from rwkv_peft.inference.forward import prefill
@@ -74,9 +73,8 @@ def tokens_of(text):
 def trained(*turns, think="", clean=True):
     """The tokens of a conversation in training data, without its end token."""
     messages = [{"role": role, "content": words} for role, words in turns]
-    encoded = Encoder(EncodeSettings("bytes", end_token=False, think=think, clean_turns=clean)).encode(
-        Chunk("x", 1, ({"messages": messages},))
-    )
+    encoder = Encoder(EncodeSettings("bytes", end_token=False, think=think, clean_turns=clean))
+    encoded = encoder.encode("x", {"messages": messages}, Totals())
     return torch.frombuffer(bytearray(encoded.tokens), dtype=torch.int16).tolist()
 
 

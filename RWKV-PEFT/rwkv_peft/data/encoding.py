@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from .binidx import UNDESIRABLE, dtype_code
 from .chat import SPEAKERS, THINKING, TURN_END, WEIGHT, Segment, opening_within, opens_thinking
 from .fields import LISTS, UnknownForm, unread
 from .layouts import ANSWER, ANSWERS, CHATS, FOREIGN_MARKS, SIDES, TURNS, RowLayout, Template, label_of, refuse_compared
-from .rows import CSV_ENDINGS, TO_UTF_8, Chunk
+from .rows import CSV_ENDINGS, TO_UTF_8
 from .tokenizer import load_tokenizer
 from .tools import LISTING, as_list
 
@@ -49,7 +49,6 @@ NAMED = MappingProxyType(
     }
 )
 HEADER = "; the first line of a table names its columns: write one, such as question,answer, if it is a row"
-MOST_KINDS = 100  # kinds of bad rows that are told apart
 SHOWN_KINDS = 8  # kinds in a message
 # the parts in which messages of one kind differ
 VARIES = re.compile(r"(?<!\w)'(?:\\.|[^'\\])*'…?|\"(?:\\.|[^\"\\])*\"…?|\(.*\)|\d+|\b(?:None|True|False)\b|\[…\]|\{…\}")
@@ -92,17 +91,10 @@ class BadRows:
         self.first: dict[str, str] = {}  # kind -> the place of its first row, and the message
 
     def add(self, place: str, message: str) -> None:
-        self._add(VARIES.sub("…", message), in_line(f"{place}: {message}"), 1)
-
-    def add_all(self, other: "BadRows") -> None:
-        for kind, number in other.counts.items():
-            self._add(kind, other.first[kind], number)
-
-    def _add(self, kind: str, first: str, number: int) -> None:
-        if kind not in self.counts and len(self.counts) >= MOST_KINDS:
-            kind = "other"
-        self.counts[kind] += number
-        self.first.setdefault(kind, first)
+        kind = VARIES.sub("…", message)
+        self.counts[kind] += 1
+        if kind not in self.first:
+            self.first[kind] = in_line(f"{place}: {message}")
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -120,32 +112,25 @@ class BadRows:
 
 @dataclass
 class Encoded:
-    """Documents as bytes: tokens in the writer's dtype, a mask byte for each, sizes in tokens, weights in the loss.
-
-    bad holds the rows that cannot be read; digests has a hash of each row that is written, and rows the row itself as
-    JSON, of prompts. counts are of characters of text, of counted tokens, and of rows: those left out or cut by
-    `report.left_out`, those worth a note by `report.laid_out`, and "unread NAME" for rows with a text in a field that
-    no document holds.
-    """
+    """Documents as bytes: sizes in tokens, weights in the loss, tokens in the writer's dtype, and a mask byte for each.
+    digest is a hash of the tokens of a row, b"" of a text."""
 
     sizes: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     tokens: bytes | bytearray = field(default_factory=bytearray)
     mask: bytes | bytearray = field(default_factory=bytearray)
+    digest: bytes = b""
+
+
+@dataclass
+class Totals:
+    """Counts of all rows: the bad ones; the JSON of each row, of prompts; and counts of characters of text, of counted
+    tokens, and of rows: those left out or cut by `report.left_out`, those worth a note by `report.laid_out`, and
+    "unread NAME" for rows with a text in a field that no document holds."""
+
     bad: BadRows = field(default_factory=BadRows)
-    digests: list[bytes] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-
-    def add_counts(self, other: "Encoded") -> None:
-        """Add another's counts, bad rows and rows, but not its documents."""
-        self.counts.update(other.counts)
-        self.bad.add_all(other.bad)
-        self.rows += other.rows
-
-
-def encode_chunk(chunk: Chunk, settings: EncodeSettings) -> Encoded:
-    return encoder(settings).encode(chunk)
 
 
 @lru_cache(maxsize=4)
@@ -155,7 +140,7 @@ def encoder(settings: EncodeSettings) -> "Encoder":
 
 
 class Encoder:
-    """A tokenizer and a layout, which encode chunks of rows."""
+    """A tokenizer and a layout, which encode rows."""
 
     def __init__(self, settings: EncodeSettings) -> None:
         self.settings, self.kind = settings, settings.command
@@ -196,94 +181,84 @@ class Encoder:
         """The documents of a row with a prompt and an answer: all but a context."""
         return documents[1:] if self.kind == "contexts" else documents
 
-    def encode(self, chunk: Chunk) -> Encoded:
-        """The documents and counts of a chunk."""
-        result = Encoded()
-        for number, item in enumerate(chunk.items, chunk.first):
-            if isinstance(item, bytes) and not item.strip():
-                continue
-            try:
-                self._encode_row(item, chunk, result)
-            except UserError as error:
-                more = self._remedy(chunk.source) if isinstance(error, UnknownForm) else ""
-                result.bad.add(f"{chunk.source}, {chunk.unit} {number}", f"{error}{more}")
-        result.counts["counted"] = len(result.mask) - result.mask.count(0)
-        return result
+    def encode(self, place: str, item: object, totals: Totals) -> Encoded | None:
+        """The documents of an item of read_rows; None for one that is left out, and for a bad row, which are counted in
+        `totals`."""
+        if isinstance(item, bytes) and not item.strip():
+            return None
+        try:
+            return self._encode(item, totals)
+        except UserError as error:
+            totals.bad.add(place, f"{error}{self._remedy(place) if isinstance(error, UnknownForm) else ''}")
+            return None
 
-    def _remedy(self, source: str) -> str:
+    def _remedy(self, place: str) -> str:
         """The end of the message about a row without the fields of any layout."""
         if self.template:
             return ""
         flag, *fields = NAMED[self.kind]
         named = " or ".join(f"{flag} {each}" for each in fields)
-        return f"; name yours, as {named}" + (HEADER if source.endswith(CSV_ENDINGS) else "")
+        return f"; name yours, as {named}" + (HEADER if place.rpartition(", ")[0].endswith(CSV_ENDINGS) else "")
 
-    def _encode_row(self, item: object, chunk: Chunk, result: Encoded) -> None:
-        """Add the documents of a row, or of a piece of a text. Raises UserError for a bad row."""
+    def _encode(self, item: object, totals: Totals) -> Encoded | None:
         is_text = isinstance(item, str) and self.kind in LEARNED
         row: Any = None if is_text else parse(item)
         if isinstance(row, dict) and self.kind in ALIKE and not self.template:
             refuse_compared(row, bool(self.settings.fields))
         documents = [[(str(item), True)]] if is_text else self.documents(row)
         weight = 1.0 if self.template or self.kind == "prompts" else weight_of(row, self.kind)
-        undesirable = self.kind == "labels" and not label_of(row, self.settings.fields)
+        counts_as = UNDESIRABLE if self.kind == "labels" and not label_of(row, self.settings.fields) else 1
         if self.kind in ("pairs", "labels") and not all(map(has_prompt_and_answer, documents)):
-            result.counts["bare"] += 1
-            return
-        encode, before = self.tokenizer.encode, len(result.mask)
-        runs = [[(encode(text), counts) for text, counts in document] for document in documents]
-        added = self._add(runs, chunk, result)
-        result.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
-        if not added or is_text:
-            return
-        self._count(self.answering(documents), result.counts)
-        result.counts.update(f"unread {name}" for name in self._unread(row, documents))
-        result.weights[-1] = weight
-        if undesirable:
-            labelled = result.mask[before:].replace(b"\1", bytes([UNDESIRABLE]))
-            result.mask = result.mask[:before] + labelled
+            totals.counts["bare"] += 1
+            return None
+        encode = self.tokenizer.encode
+        runs = self._fitted([[(encode(text), counts) for text, counts in one] for one in documents], is_text, totals)
+        totals.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
+        if not runs:
+            return None
+        result = Encoded(list(map(length, runs)), [weight] * len(runs))
+        for ids, counts in chain.from_iterable(runs):
+            result.tokens += array(self.code, ids)  # faster than extend(ids)
+            result.mask += bytes([counts_as if counts else 0]) * len(ids)
+        totals.counts["counted"] += len(result.mask) - result.mask.count(0)
+        if not is_text:
+            self._count(self.answering(documents), totals.counts)
+            totals.counts.update(f"unread {name}" for name in self._unread(row, documents))
+            result.digest = hashlib.blake2b(result.tokens, digest_size=16).digest()
         if self.kind == "prompts":
-            result.rows.append(json.dumps(row, ensure_ascii=False, default=str))
-        wide = len(result.tokens) // len(result.mask)
-        result.digests.append(hashlib.blake2b(result.tokens[before * wide :], digest_size=16).digest())
+            totals.rows.append(json.dumps(row, ensure_ascii=False, default=str))
+        return result
 
-    def _add(self, documents: list[list[TokenRun]], chunk: Chunk, result: Encoded) -> bool:
-        """Append the documents of a row to a chunk's; -> False if they are left out. Raises UserError for a context
-        that is too long."""
+    def _fitted(self, documents: list[list[TokenRun]], is_text: bool, totals: Totals) -> list[list[TokenRun]]:
+        """The documents of a row with their end, no longer than allowed; [] if they are left out. Raises UserError for
+        a context that is too long."""
         if not any(ids for runs in documents for ids, _ in runs):
-            result.counts["empty"] += 1
-            return False
+            totals.counts["empty"] += 1
+            return []
         if self.kind == "pairs" and documents[0] == documents[1]:
-            result.counts["equal"] += 1
-            return False
+            totals.counts["equal"] += 1
+            return []
         if self.end_id is not None:
             for runs in self.answering(documents):
                 runs.append(([self.end_id], runs[-1][1]))
         read_at_once = sum if self.kind == "contexts" else max
         longest, limit = read_at_once(map(length, documents)), self.settings.max_tokens
-        if limit and longest > limit:
-            if self.settings.too_long == "skip":
-                result.counts["too_long"] += 1
-                return False
-            if self.kind == "contexts":
-                raise UserError(
-                    f"the context with its question and answer has {longest:,} tokens, and --ctx_len {limit - 1:,} is "
-                    f"the most; this row needs --ctx_len {longest - 1}: take what the longest needs, shorter contexts, "
-                    "or --sft_long skip to leave such rows out"
-                )
-            if isinstance(chunk.items[0], str):
-                documents = windows(documents[0], limit)
-                result.counts["cut"] += 1
-            else:
-                documents = [shorten(runs, longest - limit, limit) for runs in documents]
-                result.counts["shortened"] += 1
-        for runs in documents:
-            for ids, counts in runs:
-                result.tokens += array(self.code, ids)  # faster than extend(ids)
-                result.mask += (b"\1" if counts else b"\0") * len(ids)
-            result.sizes.append(length(runs))
-            result.weights.append(1.0)
-        return True
+        if not limit or longest <= limit:
+            return documents
+        if self.settings.too_long == "skip":
+            totals.counts["too_long"] += 1
+            return []
+        if self.kind == "contexts":
+            raise UserError(
+                f"the context with its question and answer has {longest:,} tokens, and --ctx_len {limit - 1:,} is "
+                f"the most; this row needs --ctx_len {longest - 1}: take what the longest needs, shorter contexts, "
+                "or --sft_long skip to leave such rows out"
+            )
+        if is_text:
+            totals.counts["cut"] += 1
+            return windows(documents[0], limit)
+        totals.counts["shortened"] += 1
+        return [shorten(runs, longest - limit, limit) for runs in documents]
 
     def _unread(self, row: Mapping[str, Any], documents: Documents) -> list[str]:
         """The fields with a text in no document of a row, and the fields of turns with a thinking that is not laid

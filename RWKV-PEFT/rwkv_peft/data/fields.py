@@ -98,11 +98,11 @@ def beginning(value: object) -> str:
 def unread(row: Row, document: str, read: Container[str]) -> Iterator[str]:
     """Yield the names of the fields, but those in `read`, with a text that is not in the document, but for spaces and a
     thinking. Of several texts in a list or an object the longest stands for all."""
-    found = joined(document)
     for name, value in row.items():
-        text = max(texts_in(value), key=len, default="")
-        if name not in read and joined(text.rpartition("</think>")[2]) not in found:
-            yield name
+        if name not in read:
+            text = max(texts_in(value), key=len, default="").rpartition("</think>")[2].strip()
+            if text not in document and joined(text) not in joined(document):
+                yield name
 
 
 def joined(text: str) -> str:

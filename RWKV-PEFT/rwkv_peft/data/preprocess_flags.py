@@ -1,7 +1,6 @@
 """Parses the flags of preprocess, before numpy is imported."""
 
 import argparse
-import os
 from types import MappingProxyType
 
 from ..cli.parser import Parser, count, positive, switch
@@ -17,7 +16,7 @@ WRITING = (
 )
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
-    Rule(f"{WRITING}, --workers", EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
+    Rule(WRITING, EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
 )
 # flags of other tools that make token files -> their equivalents here
 SYNONYMS = MappingProxyType(
@@ -105,5 +104,4 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         help="write shards of at most N tokens, PREFIX-00001.bin and so on, which PREFIX.json lists; a longer document "
         "is a shard by itself. train.py reads PREFIX as it reads one file (default: one file)",
     )
-    add("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     return parser.parse_args(argv)

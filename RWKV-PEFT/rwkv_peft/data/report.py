@@ -11,7 +11,7 @@ from ..cli.errors import UserError, some, visible
 from ..cli.parser import counted
 from .binidx import BinidxDataset, counting
 from .chat import THINKING, TURN_END, opening_within, stops_of
-from .encoding import Encoded
+from .encoding import Totals
 from .masks import undesirable
 from .recorded import Vocabulary, vocabulary_of
 from .tokenizer import Tokenizer, load_tokenizer
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 END = "<end>"
 LONG, RUNS = 1000, 20  # a piece of more characters loses its middle, and a document or sample of more pieces, too
-UNREAD = "unread "  # before a field's name in Encoded.counts
+UNREAD = "unread "  # before a field's name in Totals.counts
 DOCUMENTS, TOKENS = 20, 4096  # documents in which openings are looked for, and tokens of each
 
 
-def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
-    """Describe a BinidxDataset in several lines; totals (an Encoded) are preprocess's counts of its rows."""
+def describe(dataset: BinidxDataset, totals: Totals | None = None) -> str:
+    """Describe a BinidxDataset in several lines; totals are preprocess's counts of its rows."""
     sizes, tokens = np.asarray(dataset.sizes), len(dataset.tokens)
     documents = counted(len(sizes), "document")
     lines = [f"{dataset.prefix}: {documents}, {tokens:,} tokens ({dataset.dtype.name})"]
@@ -39,7 +39,7 @@ def describe(dataset: BinidxDataset, totals: Encoded | None = None) -> str:
     return "\n".join(lines + lengths(sizes))
 
 
-def laid_out(totals: Encoded) -> list[str]:
+def laid_out(totals: Totals) -> list[str]:
     """The lines on rows with thinking and without, for think "on", and notes on rows that may be mistakes."""
     lines, counts = [], totals.counts
     if counts["thinking"]:
@@ -67,7 +67,7 @@ def laid_out(totals: Encoded) -> list[str]:
     return lines + unread_fields(totals)
 
 
-def unread_fields(totals: Encoded) -> list[str]:
+def unread_fields(totals: Totals) -> list[str]:
     """The note, as a list, on fields with a text in no document; [] if there are none."""
     names = [(name.removeprefix(UNREAD), n) for name, n in totals.counts.most_common() if name.startswith(UNREAD)]
     if not names:
@@ -78,7 +78,7 @@ def unread_fields(totals: Encoded) -> list[str]:
     return [f"note: not read: {listed}; {', and '.join(remedies)}"]
 
 
-def left_out(totals: Encoded) -> list[str]:
+def left_out(totals: Totals) -> list[str]:
     """The lines on rows that were not written, or not whole."""
     lines = list(totals.bad.lines(" left out")) if totals.bad else []
     words = {

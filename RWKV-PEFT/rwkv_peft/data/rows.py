@@ -1,17 +1,15 @@
-"""Rows of .jsonl, .json, .csv, .txt and .parquet files, of folders of them and datasets, in chunks of about 1 MB."""
+"""Rows of .jsonl, .json, .csv, .txt and .parquet files, of folders of them and datasets, one after the other."""
 
 import csv
 import gzip
 import json
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedIOBase
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -19,8 +17,7 @@ from typing import Any
 from ..checkpoints.readable import choice_in, object_in, read_settings, reading, require_readable
 from ..cli.errors import UserError, short, told
 
-CHUNK_BYTES = 1 << 20
-CHUNK_ROWS = 1000
+BATCH_ROWS = 1000  # of a table that are in memory at once
 ROW_BYTES = 1 << 26  # of a line, at most: a few compressed bytes may unpack to any length
 KINDS = (
     ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv, .parquet or .txt files, "
@@ -30,7 +27,8 @@ JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
 CSV_ENDINGS = (".csv", ".tsv")
 ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet")
 IN_FOLDERS = (".jsonl", ".ndjson", ".jsonl.gz", *CSV_ENDINGS, ".parquet")  # not .json, which settings have, too
-Bounds = tuple[int, int]  # of rows, counted from 0
+Items = Iterator[tuple[str, object]]
+Bounds = tuple[int, int | None]  # of rows, counted from 0
 TO_UTF_8 = (
     "convert the file to UTF-8: Excel saves as CSV UTF-8, Notepad asks for the encoding, and in a shell `iconv -f GBK "
     "-t UTF-8 OLD > NEW` converts GBK (`-f WINDOWS-1252`: Western Europe's)"
@@ -63,61 +61,44 @@ HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits to validate o
 SAVED, SPLITS = "state.json", "dataset_dict.json"  # one of them lies in a folder of datasets.save_to_disk
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive rows of one source.
-
-    items are lines of JSON (bytes), rows (dict), UserErrors of rows that cannot be read, or a text (str); first is the
-    number of the first item, counted from 1.
-    """
-
-    source: str
-    first: int
-    items: tuple[object, ...]
-
-    @property
-    def unit(self) -> str:
-        """The word for an item in messages."""
-        return "line" if self.items and isinstance(self.items[0], bytes) else "row"
-
-
-def read_chunks(path: str | Path, split: str = "") -> Iterator[Chunk]:
-    """Yield the Chunks of one input.
+def read_rows(path: str | Path, split: str = "") -> Items:
+    """Yield (place, item) for each row of one input: a line of JSON (bytes), a row (dict), the UserError of a row that
+    cannot be read, or a text (str), and its file and number for messages.
 
     split selects rows: "train[:1000]", "[500:]"; the name matters only in a folder of splits.
     """
     path = Path(path)
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     name, bounds = parse_split(split)
-    if path.is_dir():
-        chunks = folder_chunks(path, name)
-    else:
-        again = suffix in (*CSV_ENDINGS, ".parquet")
-        require_readable(path, f"{path}: no such file; inputs are {KINDS}", again)
-        chunks = file_chunks(path, suffix)
-    if bounds and suffix == ".txt":
+    if bounds and path.suffix == ".txt":
         raise UserError(f"{path}: a .txt file is one document, which {split!r} does not split")
     try:
-        yield from select(chunks, *bounds) if bounds else chunks
+        rows = folder_rows(path, name) if path.is_dir() else file_rows(path)
+        yield from islice(rows, *bounds) if bounds else rows
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); {TO_UTF_8}") from error
 
 
-def file_chunks(path: Path, suffix: str) -> Iterator[Chunk]:
+def file_rows(path: Path) -> Items:
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    again = suffix in (*CSV_ENDINGS, ".parquet")
+    require_readable(path, f"{path}: no such file; inputs are {KINDS}", again)
     if path.is_file():
         refuse_foreign(path)
     if suffix == ".jsonl.gz":
-        yield from listed_chunks(path, read_lines(gzip.open(path, "rb"), path))
-    elif suffix in JSON_ENDINGS:
-        yield from json_chunks(path)
-    elif suffix in CSV_ENDINGS:
-        yield from row_chunks(path, csv_rows(path))
-    elif suffix == ".txt":
-        yield Chunk(str(path), 1, (path.read_text("utf-8-sig"),))
-    elif suffix == ".parquet":
-        yield from listed_chunks(path, parquet_rows(path))
-    else:
-        raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx) as .csv, a document (.docx, .pdf) as .txt")
+        return numbered(path, read_lines(gzip.open(path, "rb"), path), "line")
+    if suffix in JSON_ENDINGS:
+        return json_rows(path)
+    if suffix in CSV_ENDINGS:
+        return numbered(path, csv_rows(path))
+    if suffix == ".txt":
+        return numbered(path, [path.read_text("utf-8-sig")])
+    if suffix == ".parquet":
+        return numbered(path, parquet_rows(path))
+    raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx) as .csv, a document (.docx, .pdf) as .txt")
+
+
+def numbered(path: Path, items: Iterable[object], unit: str = "row") -> Items:
+    return ((f"{path}, {unit} {number}", item) for number, item in enumerate(items, 1))
 
 
 def refuse_foreign(path: Path) -> None:
@@ -129,31 +110,17 @@ def refuse_foreign(path: Path) -> None:
             raise UserError(f"{path} is {kind}")
 
 
-def folder_chunks(path: Path, split: str) -> Iterator[Chunk]:
+def folder_rows(path: Path, split: str) -> Items:
     if is_saved(path):
-        rows = (rows for file in saved_files(path, split) for batch in arrow_batches(file) for rows in lists_of(batch))
-        with reading_arrow(path):
-            yield from listed_chunks(path, rows)
+        yield from numbered(path, saved_rows(path, split))
     elif splits := row_files(path):
         for file in splits[choose(splits, split, path)]:
-            yield from read_chunks(file)
+            yield from read_rows(file)
     else:
         raise UserError(
             f"{path}: not a folder that datasets.save_to_disk wrote"
             + (choice_in(path, *ENDINGS) or "; name a file of rows")
         )
-
-
-def row_chunks(path: Path, rows: Iterable[object]) -> Iterator[Chunk]:
-    iterator = iter(rows)
-    return listed_chunks(path, iter(lambda: list(islice(iterator, CHUNK_ROWS)), []))
-
-
-def listed_chunks(path: Path, lists: Iterable[Sequence[object]]) -> Iterator[Chunk]:
-    first = 1
-    for items in lists:
-        yield Chunk(str(path), first, tuple(items))
-        first += len(items)
 
 
 def parse_split(split: str) -> tuple[str, Bounds | None]:
@@ -162,50 +129,30 @@ def parse_split(split: str) -> tuple[str, Bounds | None]:
     if not match:
         raise UserError(f"split {split!r}: write train, train[:1000], train[1000:2000] or [500:]")
     name, begin, end = match.groups()
-    return name, (int(begin or 0), int(end or sys.maxsize)) if split.endswith("]") else None
+    return name, (int(begin or 0), int(end) if end else None) if split.endswith("]") else None
 
 
-def select(chunks: Iterable[Chunk], begin: int, end: int) -> Iterator[Chunk]:
-    """Yield the rows [begin, end) of `chunks`."""
-    before = 0  # items of the chunks before, in other files of a folder too
-    for chunk in chunks:
-        low, high = max(begin - before, 0), min(end - before, len(chunk.items))
-        before += len(chunk.items)
-        if low < high:
-            yield Chunk(chunk.source, chunk.first + low, chunk.items[low:high])
-        if high < len(chunk.items):
-            return
-
-
-def read_lines(file: BufferedIOBase, path: Path) -> Iterator[list[bytes]]:
-    """Yield the lines of an open file in lists of about CHUNK_BYTES, and close it. Raises UserError for a line beyond
-    ROW_BYTES."""
-    lines: list[bytes] = []
-    size = number = 0
+def read_lines(file: BufferedIOBase, path: Path) -> Iterator[bytes]:
+    """Yield the lines of an open file, and close it. Raises UserError for a line beyond ROW_BYTES."""
     with reading(path, "cannot be read to its end", "copy it again"), file:
-        while line := file.readline(ROW_BYTES + 1):
-            number += 1
+        for number in count(1):
+            if not (line := file.readline(ROW_BYTES + 1)):
+                return
             if len(line) > ROW_BYTES:
                 raise UserError(
                     f"{path}, line {number} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or "
                     "give a long text as a .txt"
                 )
-            lines.append(line)
-            size += len(line)
-            if size >= CHUNK_BYTES:
-                yield lines
-                lines, size = [], 0
-    if lines:
-        yield lines
+            yield line
 
 
-def json_chunks(path: Path) -> Iterator[Chunk]:
-    """Yield the Chunks of a .json or .jsonl file: a row a line, a list of all rows, or one row over several lines."""
+def json_rows(path: Path) -> Items:
+    """Yield the rows of a .json or .jsonl file: a row a line, a list of all rows, or one row over several lines."""
     with open(path, "rb") as file:  # once, because it may be a pipe
         start = file.peek().lstrip(b"\xef\xbb\xbf \t\r\n")
         one = start.partition(b"\n")[0].strip() == b"{"
         if not one and not start.startswith(b"["):
-            yield from listed_chunks(path, read_lines(file, path))
+            yield from numbered(path, read_lines(file, path), "line")
             return
         text = file.read()
     try:
@@ -218,7 +165,7 @@ def json_chunks(path: Path) -> Iterator[Chunk]:
             f"{path} begins with {begins}, and is not JSON ({told(error)}); mend it there (rows stand a line each, or "
             "in one list, with no comma behind the last), or copy it again if its end is missing"
         ) from error
-    yield from row_chunks(path, [rows] if one else rows)
+    yield from numbered(path, [rows] if one else rows)
 
 
 def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
@@ -272,11 +219,19 @@ def reading_arrow(path: Path) -> Iterator[ModuleType]:
         yield pyarrow
 
 
-def parquet_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a parquet file in lists."""
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file."""
     with reading_arrow(path) as arrow:
-        for batch in arrow.parquet.ParquetFile(path).iter_batches(CHUNK_ROWS):
-            yield rows_of(batch)
+        for batch in arrow.parquet.ParquetFile(path).iter_batches(BATCH_ROWS):
+            yield from rows_of(batch)
+
+
+def saved_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a folder that datasets.save_to_disk wrote; of several splits only `split`."""
+    for file in saved_files(path, split):
+        with reading_arrow(file):
+            for batch in arrow_batches(file):
+                yield from rows_of(batch)
 
 
 def arrow_batches(file: Path) -> Iterator[Any]:
@@ -287,18 +242,14 @@ def arrow_batches(file: Path) -> Iterator[Any]:
             yield batch.select(columns) if isinstance(columns, list) else batch
 
 
-def lists_of(batch: Any) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a group of arrow_batches in lists."""
-    batch.validate(full=True)  # offsets that lead out of the mapped file would crash the process
-    for first in range(0, len(batch), CHUNK_ROWS):
-        yield rows_of(batch.slice(first, CHUNK_ROWS))
-
-
-def rows_of(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a group of columns. Objects lose fields that are null, because all objects of a column have the
+def rows_of(batch: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a group of columns. Objects lose fields that are null, because all objects of a column have the
     fields of all others, such as arguments of calls; JSON becomes its value."""
+    batch.validate(full=True)  # offsets that lead out of a mapped file would crash the process
     kinds = {column.name: column.type for column in batch.schema}
-    return [{name: plain(value, kinds[name]) for name, value in row.items()} for row in batch.to_pylist()]
+    for first in range(0, len(batch), BATCH_ROWS):
+        for row in batch.slice(first, BATCH_ROWS).to_pylist():
+            yield {name: plain(value, kinds[name]) for name, value in row.items()}
 
 
 def plain(value: Any, kind: Any) -> Any:

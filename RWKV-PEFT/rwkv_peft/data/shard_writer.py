@@ -7,7 +7,7 @@ disk leaves an older set as it was.
 import json
 import os
 from array import array
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -54,18 +54,16 @@ class ShardWriter:
         counts = np.ones(len(ids), np.uint8) if mask is None else np.asarray(mask, np.uint8)
         self.write(Encoded([len(ids)], [weight], ids.tobytes(), counts.tobytes()))
 
-    def write(self, part: Encoded, dropped: Container[int] = ()) -> None:
-        """Append the documents of a chunk but those with the numbers `dropped`, beginning a shard when one is full."""
+    def write(self, part: Encoded) -> None:
+        """Append documents, beginning a shard when one is full."""
         tokens, mask, begin = memoryview(part.tokens), memoryview(part.mask), 0
-        for number, (size, weight) in enumerate(zip(part.sizes, part.weights)):
-            end = begin + size
-            if number not in dropped:
-                shard = self.shards[-1]
-                if self.shard_tokens and shard.sizes and shard.length + size > self.shard_tokens:
-                    shard.complete()
-                    shard = self._begin_shard()
-                wide = shard.dtype.itemsize
-                shard.add(tokens[begin * wide : end * wide], mask[begin:end], weight)
+        for size, weight in zip(part.sizes, part.weights):
+            end, shard = begin + size, self.shards[-1]
+            if self.shard_tokens and shard.sizes and shard.length + size > self.shard_tokens:
+                shard.complete()
+                shard = self._begin_shard()
+            wide = shard.dtype.itemsize
+            shard.add(tokens[begin * wide : end * wide], mask[begin:end], weight)
             begin = end
 
     def _begin_shard(self) -> "Shard":

@@ -12,7 +12,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,19 +21,18 @@ from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..config import DataConfig
 from .binidx import TOKEN_TYPES, BinidxDataset, dtype_code
-from .encoding import Encoded, EncodeSettings, encoder
+from .encoding import Encoded, EncodeSettings, Totals, encoder
 from .masks import weighted
 from .report import laid_out, left_out
 from .rows import (
-    CHUNK_ROWS,
-    Chunk,
+    BATCH_ROWS,
     arrow_batches,
     choose,
     is_saved,
-    lists_of,
     parse_split,
     reading_arrow,
     row_files,
+    rows_of,
     saved_files,
 )
 from .samples import PaddedSamples, Permutation, Sample, Samples
@@ -83,8 +81,8 @@ class RowGroups:
     def read(self, group: RowGroup) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (number in the file, row) of each row of a group."""
         with reading_arrow(group.file):
-            lists = (rows for batch in self._opened(group.file)[1](group.number) for rows in lists_of(batch))
-            yield from enumerate(chain.from_iterable(lists), group.first)
+            batches = self._opened(group.file)[1](group.number)
+            yield from enumerate((row for batch in batches for row in rows_of(batch)), group.first)
 
 
 def open_groups(file: Path) -> tuple[list[int], Callable[[int], Iterable[Any]]]:
@@ -95,7 +93,7 @@ def open_groups(file: Path) -> tuple[list[int], Callable[[int], Iterable[Any]]]:
             return list(map(len, batches)), lambda number: [batches[number]]
         parquet = arrow.parquet.ParquetFile(file)
         sizes = [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
-        return sizes, lambda number: parquet.iter_batches(CHUNK_ROWS, [number])
+        return sizes, lambda number: parquet.iter_batches(BATCH_ROWS, [number])
 
 
 class Windows(NamedTuple):
@@ -212,16 +210,16 @@ class StreamSamples(Samples):
         samples.bucket(self.bucketed)
         return samples
 
-    def _encode(self, epoch: int, number: int) -> tuple[WindowDataset, Encoded]:
+    def _encode(self, epoch: int, number: int) -> tuple[WindowDataset, Totals]:
         """Read and tokenize a window -> its documents, one for each row, and the counts of its rows."""
         encode, whole = encoder(self.settings), self.config.loss_mask != "file"
-        window, totals = Encoded(), Encoded()
+        window, totals = Encoded(), Totals()
+        left_out = Encoded([len(LEFT_OUT)], [1.0], array(encode.code, LEFT_OUT).tobytes(), bytes(len(LEFT_OUT)))
         for group in map(self.rows.groups.__getitem__, self._windows(epoch).groups[number]):
             for place, row in self.rows.read(group):
-                part = encode.encode(Chunk(str(group.file), place, (row,)))
-                totals.add_counts(part)
-                if not part.sizes or part.sizes[0] < 2:
-                    part = Encoded([len(LEFT_OUT)], [1.0], array(encode.code, LEFT_OUT).tobytes(), bytes(len(LEFT_OUT)))
+                part = encode.encode(f"{group.file}, row {place}", row, totals)
+                if part is None or part.sizes[0] < 2:
+                    part = left_out
                 elif whole:
                     part.mask = b"\1" * len(part.mask)
                 window.tokens += part.tokens

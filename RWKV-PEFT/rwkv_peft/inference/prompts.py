@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ..checkpoints.readable import read_short
 from ..cli.errors import UserError
 from ..data.encoding import parse
-from ..data.rows import JSON_ENDINGS, read_chunks
+from ..data.rows import JSON_ENDINGS, read_rows
 from ..data.tokenizer import Tokenizer
 from ..data.tools import tools_text
 
@@ -64,14 +64,13 @@ def made_of(path: str | Path, make: Callable[[Any], Made], split: str = "", flag
     """make(row) for each row of a file, or of a split of it. Raises UserError with the place of a row that it
     refuses."""
     found = []
-    for chunk in read_chunks(path, split):
-        for number, item in enumerate(chunk.items, start=chunk.first):
-            if isinstance(item, bytes) and not item.strip():
-                continue
-            try:
-                found.append(make(parse(item)))
-            except UserError as error:
-                raise UserError(f"{flag}{path}, {chunk.unit} {number}: {error}") from error
+    for place, item in read_rows(path, split):
+        if isinstance(item, bytes) and not item.strip():
+            continue
+        try:
+            found.append(make(parse(item)))
+        except UserError as error:
+            raise UserError(f"{flag}{place}: {error}") from error
     return found
 
 

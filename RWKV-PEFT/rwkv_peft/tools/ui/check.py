@@ -9,7 +9,7 @@ from ...cli.errors import exit_on_user_error
 from ...config import RunConfig
 from ...data.binidx import open_dataset
 from ...data.recorded import find_tokenizer
-from ...data.rows import held_out_split, parse_split, read_chunks
+from ...data.rows import held_out_split, parse_split, read_rows
 from ...data.sources import settings_of
 from ...training.flags.request import parse_run
 from ...training.run import check
@@ -34,7 +34,7 @@ def check_data(config: RunConfig) -> None:
         if path and data.of_rows:
             settings_of(replace(data, path=path))
             own = path in (data.path, *data.more)
-            next(read_chunks(path, split if own else held_out_split(path) or split), None)
+            next(read_rows(path, split if own else held_out_split(path) or split), None)
         elif path:
             open_dataset(path)
 
