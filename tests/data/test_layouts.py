@@ -12,7 +12,7 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.chat import ChatLayout
 from rwkv_peft.data.fields import texts_in
 from rwkv_peft.data.layouts import TEMPLATES, RowLayout
-from rwkv_peft.data.sources import build_samples, split_samples
+from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
 
 ANSWER = {"role": "assistant", "content": "Yo"}
@@ -293,7 +293,6 @@ def test_one_bad_row_and_many_kinds(preprocess, capsys):
 def test_a_run_leaves_bad_rows_out_on_request(tmp_path, monkeypatch, capsys, tiny_state, kind, name):
     """From the data that it trains on, and from that on which it validates."""
     from rwkv_peft.checkpoints.base import save_model
-    from rwkv_peft.cli import commands
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "base.pth", tiny_state(vocab_size=257))
@@ -452,13 +451,6 @@ def test_a_file_of_which_nothing_counts_is_refused(preprocess, answers, rows, wh
     assert len(preprocess([*rows, QA])) == len(rows) + 1
 
 
-def test_a_command_that_learns_nothing_exits_with_2_and_writes_nothing(tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [USER]}))
-    with pytest.raises(UserError) as refused:
-        commands.main(["preprocess", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out" / "data")])
-    assert refused.value.code == 2 and not (tmp_path / "out" / "data.bin").exists()
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -517,9 +509,3 @@ def test_exchanges_of_human_and_assistant_are_turns(preprocess):
 
 def test_one_object_over_several_lines_is_a_row(preprocess):
     assert texts(preprocess(json.dumps(QA, indent=2), name="in.json")) == texts(preprocess([QA]))
-
-
-def test_a_split_names_the_file_that_leaves_nothing(answers, tmp_path):
-    config = answers("sft")([QA], dataload="pad")
-    with pytest.raises(UserError, match=rf"--val_split 0.1: leaves 0 of {config.path}'s 1 sample to train on"):
-        split_samples(config, 257, 0.1)

@@ -1,6 +1,5 @@
 """Masks count exactly the tokens of the answers, wherever a window begins."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +7,7 @@ from hypothesis import strategies as st
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.data.masks import describe_mask, find, make_mask
+from rwkv_peft.data.masks import describe_mask, make_mask
 from rwkv_peft.data.recorded import default_mask
 from rwkv_peft.data.shard_writer import ShardWriter
 
@@ -106,10 +105,3 @@ def test_what_is_missing_is_named(tmp_path, settings, message):
     dataset = dataset_of(tmp_path, [[1, 2], [1]])
     with pytest.raises(UserError, match=message):
         make_mask(dataset, config(**settings))
-
-
-def test_find():
-    tokens = np.array([1, 1, 1, 2])
-    assert find(tokens, (1, 1)).tolist() == [0, 1]
-    assert find(tokens, (2, 1)).tolist() == []
-    assert find(tokens[:1], (1, 1)).tolist() == []

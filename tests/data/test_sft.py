@@ -43,16 +43,6 @@ def test_answers_alone_count(config):
     assert samples_of(config(ROWS))[0] == [(f"User: {i}?\n\nAssistant: {i}!", f" {i}!") for i in range(10)]
 
 
-def test_fields_and_split(config):
-    rows = [{"q": row["query"], "a": row["response"], "text": "no"} for row in ROWS]
-    read, _ = samples_of(config(rows, sft_field=("q", "a"), sft_split="train[2:4]"))
-    assert read == [("User: 2?\n\nAssistant: 2!", " 2!"), ("User: 3?\n\nAssistant: 3!", " 3!")]
-
-
-def test_rows_of_text_count_whole(config):
-    assert samples_of(config([{"text": "ab"}]))[0] == [("ab", "b")]
-
-
 def test_long_prompts_lose_their_front_and_are_counted(config):
     rows = [{"prompt": "x" * 100, "completion": "yes"}, {"prompt": "a", "completion": "no"}]
     read, notes = samples_of(config(rows, ctx_len=9))
@@ -86,7 +76,7 @@ def test_rows_are_tokenized_once_for_each_content_and_setting(config, monkeypatc
     assert len(calls) == 8
 
 
-@pytest.mark.parametrize("gone", [(".json", ".bin"), (".bin",), (".idx",), (".mask",), (".json",)])
+@pytest.mark.parametrize("gone", [(".json", ".bin"), (".idx",), (".mask",)])
 def test_what_is_left_of_a_set_in_the_cache_is_made_again(config, gone):
     made = config(ROWS)
     expected, prefix = samples_of(made)[0], prepare_sft(made)[0]

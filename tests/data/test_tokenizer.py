@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from functools import lru_cache
 
@@ -89,18 +88,6 @@ def test_our_encoder_agrees_on_every_token(world, greedy):
         assert greedy.encode(text) == world.encode(text)
 
 
-@given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_our_encoder_agrees_on_any_text(text):
-    world = cached_tokenizer("world")
-    assert cached_encoder().encode(text) == world.encode(text)
-
-
-@lru_cache
-def cached_encoder():
-    return GreedyEncoder(cached_tokenizer("world").token_bytes)
-
-
 def test_without_the_package_world_is_the_same(world, without_package, capsys):
     assert world_vocabulary().parent.name == "rwkv"
     for _ in range(2):
@@ -118,21 +105,6 @@ def test_without_any_vocabulary_the_packages_are_named(without_package, monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pyrwkv-tokenizer and rwkv"):
         load_tokenizer("world")
-
-
-def without_the_package(*command):
-    """A command as a user types it, in a Python without pyrwkv-tokenizer."""
-    code = "import sys; sys.modules['pyrwkv_tokenizer'] = None; from rwkv_peft.cli.commands import run; run()"
-    return subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-
-
-def test_the_commands_work_without_the_package(world, tmp_path):
-    done = without_the_package("preprocess", "--ids", MIXED[5])
-    assert done.returncode == 0 and done.stdout.split() == [str(token) for token in world.encode(MIXED[5])]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"{i} {MIXED[4]}"}) + "\n" for i in range(3000)))
-    output = str(tmp_path / "data")
-    done = without_the_package("preprocess", str(tmp_path / "rows.jsonl"), "--output", output)
-    assert done.returncode == 0 and done.stderr.count("encoding in Python") == 1, done.stderr
 
 
 def test_a_byte_without_a_token_is_named_and_nothing_is_dropped(tmp_path):
@@ -156,19 +128,6 @@ def test_end_token_decodes_to_nothing_and_bad_utf8_to_the_replacement_character(
     assert world.decode([65535]) == "\ufffd"  # below the models' vocabulary, but stands for nothing
 
 
-def test_ids_outside_the_vocabulary_are_named(world):
-    with pytest.raises(UserError, match="token 65536 at position 1 is outside the vocabulary of 65536"):
-        world.decode([1, 65536])
-    with pytest.raises(UserError, match="token -1 at position 0"):
-        load_tokenizer("bytes").decode([-1])
-
-
-def test_a_lone_surrogate_is_named(world):
-    for tokenizer in (world, load_tokenizer("bytes")):
-        with pytest.raises(UserError, match="character 2"):
-            tokenizer.encode("ab\ud800")
-
-
 @pytest.mark.parametrize("content", [VOCABULARY, VOCABULARY.replace(b"\n", b"\r\n"), VOCABULARY.rstrip(b"\n")])
 def test_vocabulary_files_load_with_any_line_ends(tmp_path, content):
     path = tmp_path / "vocabulary.txt"
@@ -186,17 +145,11 @@ def test_vocabulary_files_load_with_any_line_ends(tmp_path, content):
         (b"", "holds no token"),
         (b"hello\n", "line 1"),
         (b"1 'a' 1\n2 'b' 2\n", "line 2.*1 bytes, and the line says 2"),
-        (b"1 'a' one\n", "line 1"),
         (b"1 __import__('os') 1\n", "line 1"),
         (b"-4 'a' 1\n", "line 1"),
-        (b"5 9999999999999 9999999999999\n", "line 1.* is not"),
-        (b"5 0x" + b"f" * 10_000 + b" 1\n", "line 1.* is not"),
         (b"5 " + b"-" * 100_000 + b"1 1\n", "line 1.* is not"),
-        (b"5 'a'" + b"-" * 100_000 + b"'b' 1\n", "line 1.* is not"),
         (b"5 " + b"(" * 100_000 + b"'a' 1\n", "line 1.* is not"),
-        (b"5 'a'*99999999999 99999999999\n", "line 1.* is not"),
         (b"5 [1, 2] 2\n", "line 1.* is not"),
-        (b"1 'a' 9999999999999\n", "line 1.*1 bytes, and the line says 9999999999999"),
         (b"1 'a' 1\n16777216 'b' 1\n", "line 2: token 16777216 is not from 1 to 16,777,215"),
     ],
 )
@@ -283,19 +236,6 @@ def test_ids_that_no_token_file_holds_are_refused(tmp_path, token):
     path = json_file(tmp_path, "WordLevel", vocab={"a": 0, "b": token}, unk_token="a")
     with pytest.raises(UserError, match=f"it has a token {token}, and ids of token files are below {2**31}"):
         load_tokenizer(path)
-
-
-def test_a_panic_of_the_tokenizers_library_is_a_message(tmp_path, monkeypatch):
-    import tokenizers
-
-    panic = type("PanicException", (BaseException,), {})
-
-    def fail(path):
-        raise panic("called `Option::unwrap()` on a `None` value")
-
-    monkeypatch.setattr(tokenizers, "Tokenizer", type("T", (), {"from_file": staticmethod(fail)}))
-    with pytest.raises(UserError, match="not a tokenizer.json .called `Option::unwrap"):
-        load_tokenizer(json_file(tmp_path, "WordLevel"))
 
 
 def test_special_tokens_are_shown_by_their_names(tmp_path):

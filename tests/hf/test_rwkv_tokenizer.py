@@ -6,7 +6,7 @@ import pytest
 from jinja2 import TemplateError
 
 import rwkv_peft as rp
-from data.hostile import BOUNDARY, HOSTILE
+from data.documents import BOUNDARY, HOSTILE
 from rwkv_peft.data.chat import ONLY_CALLS, OPENINGS, SPEAKERS
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.hf import RWKVTokenizer

@@ -145,9 +145,6 @@ class BinidxDataset:
         self.sizes = raw[HEADER.size : sizes_end].view("<i4")
         self.pointers = raw[sizes_end:pointers_end].view("<i8")
         self._check_documents()
-        ends = raw[pointers_end:].view("<i8")
-        if len(ends) and (ends.min() < 0 or ends.max() > count or np.any(np.diff(ends) < 0)):
-            raise UserError(f"{path}: doc_idx is not a rising list within 0..{count}; the index is damaged; {REMEDY}")
 
     def _require_prefix(self) -> None:
         """Raise UserError if there is no index, with a remedy if a folder or a file of rows is there."""

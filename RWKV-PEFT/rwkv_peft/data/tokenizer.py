@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
-from multiprocessing import parent_process
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TypeVar
@@ -198,12 +197,11 @@ def world_vocabulary() -> Path:
 
 @cache
 def say_slow() -> None:
-    """Print once, and not again in each worker, that encoding is slow."""
-    if parent_process() is None:
-        print(
-            "tokenizer world: encoding in Python, which takes ten times as long as with the package pyrwkv-tokenizer",
-            file=sys.stderr,
-        )
+    """Print once that encoding is slow."""
+    print(
+        "tokenizer world: encoding in Python, which takes ten times as long as with the package pyrwkv-tokenizer",
+        file=sys.stderr,
+    )
 
 
 class JsonTokenizer:
