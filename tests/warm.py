@@ -164,8 +164,11 @@ def become(streams, environment, folder):
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=stream is sys.stderr or os.isatty(1))
+    for number, name in ((1, "stdout"), (2, "stderr")):  # the old ones know whether their file could seek
+        lines = name == "stderr" or os.isatty(1)
+        stream = open(number, "w", 1 if lines else -1, errors=getattr(sys, name).errors, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
