@@ -1,7 +1,6 @@
 """A number is read the same however it is written, and only from the places that the measure allows; formulas are found
 in an answer, and compared."""
 
-import importlib.util
 from fractions import Fraction
 
 import pytest
@@ -9,11 +8,9 @@ import pytest
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.rewards.judges import Formula, Number
 from rwkv_peft.rewards.numbers import (
-    boxed,
     final_answer,
     flexible_number,
     numbers_in,
-    require_math_verify,
     same_answer,
     same_anywhere,
     strict_number,
@@ -135,20 +132,6 @@ def test_a_number_without_end_is_one_that_no_answer_is(text):
         assert judge.right("The answer is 8." + "0" * 5000, "8")
 
 
-@pytest.mark.parametrize(
-    "text, inside",
-    [
-        (r"so \boxed{5}", "5"),
-        (r"\boxed{1}, no: \boxed{\frac{1}{\sqrt{2}}}.", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{1", None),
-        ("5", None),
-        ("", None),
-    ],
-)
-def test_the_last_box(text, inside):
-    assert boxed(text) == inside
-
-
 def test_a_final_answer_stands_in_a_box_or_behind_its_words():
     assert final_answer(r"thus $\boxed{\sqrt{5}}$.\nThe answer is: 7") == r"\sqrt{5}"
     assert final_answer("The answer is: $3x+1$.") == "3x+1"
@@ -171,9 +154,3 @@ def test_answers_mean_the_same(given, gold, same):
     pytest.importorskip("math_verify")
     assert same_answer(given, gold) is same
     assert same_anywhere(f"It follows that it is ${given}$.", gold) is same
-
-
-def test_without_the_package_its_remedy_is_told(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"setup.sh eval\)"):
-        require_math_verify()

@@ -22,11 +22,7 @@ class Draws(Objective):
       of a step
     - advantages (answers,), if rewards judge them
     - prompts and limit: the number of prompts, and --max_completion_length
-
-    ahead: the completions of a step are sampled before the step before it learns.
     """
-
-    ahead = False
 
     draw_temperature: float = setting(
         1.0,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ..cli.parser import finite, not_negative, positive, switch
+from ..cli.parser import finite, not_negative, positive
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config import TrainConfig
 from ..config.objective import OF_BASE, REWARDS, Batch, Figure, Losses, Passes
@@ -63,8 +63,7 @@ VARIANTS = MappingProxyType(
 class GRPO(Draws):
     """kl is the estimated distance from the base, in nats a token; clipped the share of tokens (gspo, rloo: of answers)
     with a clipped ratio. gap is the mean difference between a token's log-probability when it was sampled and when the
-    step began to learn from it: they are computed in another order, and with --draw_ahead a step of learning apart.
-    gap_max is the largest of a step."""
+    step began to learn from it, which are computed in another order. gap_max is the largest of a step."""
 
     name = "grpo"
     text = "completions that the model samples itself, scored by --reward"
@@ -103,13 +102,6 @@ class GRPO(Draws):
         "optimizer steps on one set of answers; from the second on, ratios are clipped",
         flag="num_iterations",
         type=positive,
-    )
-    ahead: bool = setting(
-        False,
-        "1: sample the completions of the next step before this one learns, so that rewards score them meanwhile; "
-        "ratios correct for the step between",
-        flag="draw_ahead",
-        type=switch,
     )
     kl_beta: float = setting(
         0.0, "also keep the model near its base: weight of the estimated distance", type=not_negative
@@ -180,7 +172,7 @@ class GRPO(Draws):
         gain = (ratio * advantage).minimum(ratio.clamp(low, high) * advantage)
         losses = -gain if form.whole else means(-gain, lengths)  # (answers,), of a mean token if not of the whole
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
-        gap = ((now.detach() if self.ahead else drawn) - batch["sampled"]).abs()
+        gap = (drawn - batch["sampled"]).abs()
         figures = {
             "clipped": clipped.to(now.dtype) if form.whole else means(clipped.to(now.dtype), lengths),
             "gap": means(gap, lengths),

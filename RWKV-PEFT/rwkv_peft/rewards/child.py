@@ -1,6 +1,6 @@
-"""The process that judges answers for `Rewards`, so that code which hangs or dies there takes no run with it.
+"""The process that judges answers for `Rewards`, so that code that hangs or dies ends no run.
 
-    rwkv_peft.rewards.child FD SECONDS SPEC…      FD is its end of a pipe
+    rwkv_peft.rewards.child FD SPEC…      FD is its end of a pipe
 
 It replies ("done", the rewards' names), and then to one request after the other:
 
@@ -11,7 +11,6 @@ or ("failed", message). Before each call of a reward it sends ("at", (reward, fi
 message on a process that hangs or dies can name them.
 """
 
-import faulthandler
 import os
 import signal
 import sys
@@ -26,19 +25,16 @@ from ..cli.errors import UserError, quoted
 from .judges import Answer, FunctionReward, Reward, raised, reward_of
 
 LARGEST = 1e15  # reward: sums and squares of larger ones overflow
-GRACE = 30  # seconds after which a process ends itself that its parent should have ended
 
 
 class Bench:
-    """The rewards of a process, the seconds that each call may take, and the pipe to the parent."""
+    """The rewards of a process, and the pipe to the parent."""
 
-    def __init__(self, pipe: "Connection[Any, Any]", seconds: float) -> None:
-        self.pipe, self.seconds = pipe, seconds
+    def __init__(self, pipe: "Connection[Any, Any]") -> None:
+        self.pipe = pipe
         self.rewards: list[Reward] = []
 
     def at(self, reward: int, first: int, last: int) -> None:
-        # a regular expression that never ends holds off signals and Python's threads, but not this thread of C
-        faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True)
         self.pipe.send(("at", (reward, first, last)))
 
     def open(self, specs: Sequence[str]) -> list[str]:
@@ -73,7 +69,6 @@ class Bench:
             except UserError:
                 raise
             except (Exception, SystemExit) as error:
-                self.find_culprit(number, part)
                 file = reward.file if isinstance(reward, FunctionReward) else ""
                 message = f"it raised {raised(error, file)}; mend it, or return None for what it cannot judge"
                 raise UserError(message) from error
@@ -85,24 +80,12 @@ class Bench:
                     raise
         return found
 
-    def find_culprit(self, number: int, answers: Sequence[Answer]) -> None:
-        """Call a reward that failed with each answer alone, up to the first with which it fails again, so that the
-        message names that one; if it fails with none, the message names all."""
-        for place, answer in enumerate(answers):
-            self.at(number, place, place)
-            try:
-                self.rewards[number].judge([answer])
-            except (Exception, SystemExit):
-                return
-        self.at(number, 0, len(answers) - 1)
-
     def serve(self, act: Callable[[Any], object], work: Any) -> None:
         """Reply with the result of act(work), or with the message of its UserError."""
         try:
             reply = "done", act(work)
         except UserError as error:
             reply = "failed", str(error)
-        faulthandler.cancel_dump_traceback_later()
         self.pipe.send(reply)
 
 
@@ -128,9 +111,9 @@ def main(argv: list[str]) -> None:
     when_parent_ends(end_all)
     os.set_inheritable(int(argv[0]), False)
     pipe: Connection[Any, Any] = Connection(int(argv[0]))
-    bench = Bench(pipe, float(argv[1]))
+    bench = Bench(pipe)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
-        bench.serve(bench.open, argv[2:])
+        bench.serve(bench.open, argv[1:])
         while True:
             kind, work = pipe.recv()
             bench.serve(bench.check if kind == "check" else bench.judge, work)

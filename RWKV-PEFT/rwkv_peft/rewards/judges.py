@@ -8,13 +8,13 @@ import re
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, NamedTuple
 
-from ..checkpoints.readable import require_readable
-from ..cli.errors import UNREADABLE, UserError, field_names, quoted, short, told
+from ..checkpoints.readable import reading, require_readable
+from ..cli.errors import UserError, field_names, short, told
 from ..cli.installing import how_to_install
 from ..evals.rows import Exact, Fields, choices_of, right_of, text_of
 from .numbers import (
@@ -178,33 +178,15 @@ class Schema(Reward):
         self.name = Path(file).stem
         if importlib.util.find_spec("jsonschema") is None:
             raise UserError(f"this Python has no package jsonschema; {how_to_install('eval')}")
-        from jsonschema import exceptions, validators
-        from referencing import Registry, Resource
-        from referencing.exceptions import Unresolvable
-        from referencing.jsonschema import DRAFT202012
+        from jsonschema import validators
+        from referencing import Registry
 
-        schema, reference = read_schema(file), ""
-        try:
+        require_readable(file, "no such file; name a JSON schema")
+        with reading("the file", "is no JSON schema that is read here", "write it by draft 2020-12"):
+            schema = json.loads(Path(file).read_text(encoding="utf-8-sig"))
             kind = validators.validator_for(schema, validators.Draft202012Validator)
             kind.check_schema(schema)
-            resource = Resource.from_contents(schema, DRAFT202012)
-            address = resource.id() or ""
-            registry = Registry().with_resource(address, resource).crawl()  # the default one would use the network
-            for reference in references(schema):
-                registry.resolver(address).lookup(reference)
-        except exceptions.SchemaError as error:
-            raise UserError(f"no JSON schema: {told(error)} (at {short(error.json_path)}); mend it") from error
-        except Unresolvable as error:
-            raise UserError(
-                f"its $ref {quoted(reference)} leads to nothing within the file, and no other is read; put it under "
-                "$defs"
-            ) from error
-        except UNREADABLE as error:
-            raise UserError(
-                f"no JSON schema that is read here: {told(error, named=True)}; write it by draft 2020-12, and with "
-                "fewer schemas within each other"
-            ) from error
-        self.validator = kind(schema, registry=registry)
+        self.validator = kind(schema, registry=Registry())  # the default one would fetch a $ref from the network
 
     def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
         return [float(self.satisfied(answer.completion)) for answer in answers]
@@ -216,29 +198,6 @@ class Schema(Reward):
             return bool(self.validator.is_valid(value))
         except (ValueError, RecursionError):  # no JSON, or brackets within a thousand others
             return False
-
-
-def read_schema(file: str) -> Any:
-    """Read the JSON of a schema. Raises UserError if the file is missing or no JSON object."""
-    path = Path(file)
-    require_readable(path, "no such file; name a JSON schema")
-    try:
-        schema = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {told(error)}; mend it") from error
-    if not isinstance(schema, (dict, bool)):
-        raise UserError(f"a JSON schema is an object, not {type(schema).__name__}")
-    return schema
-
-
-def references(schema: object) -> Iterator[str]:
-    """Yield the values of all "$ref" and "$dynamicRef" of a schema."""
-    if isinstance(schema, dict):
-        yield from (schema[name] for name in ("$ref", "$dynamicRef") if isinstance(schema.get(name), str))
-        schema = list(schema.values())
-    if isinstance(schema, list):
-        for part in schema:
-            yield from references(part)
 
 
 def no_constant(name: str) -> None:
@@ -255,20 +214,10 @@ class FunctionReward(Reward):
         self.name, self.file = function, file
         require_readable(file, "no such file; name a Python file, as FILE.py:FUNCTION")
         found = getattr(load(file), function, None)
-        if found is None:
-            raise UserError(f"the file has no {function}; name a function of it")
         if not callable(found) or inspect.isclass(found):
-            raise UserError(f"{function} is {type(found).__name__}, not a function; name one")
-        if inspect.iscoroutinefunction(found):
-            raise UserError(f"{function} is async, and rewards are called one after the other; leave out async")
+            raise UserError(f"the file has no function {function}; name a function of it")
         self.function: Callable[..., Any] = found
-        try:
-            self.parameters = inspect.signature(found).parameters.values()
-        except (TypeError, ValueError) as error:
-            raise UserError(f"its parameters are not known: {told(error)}; write it in Python") from error
-        for one in self.parameters:
-            if one.kind is one.POSITIONAL_ONLY:
-                raise UserError(f"parameters are given by name, which {one.name} does not take; leave out the /")
+        self.parameters = inspect.signature(found).parameters.values()
         self.takes_all = any(one.kind is one.VAR_KEYWORD for one in self.parameters)
 
     def check(self, row: Fields) -> None:
@@ -288,15 +237,16 @@ class FunctionReward(Reward):
         given["completions"] = [answer.completion for answer in answers]
         if not self.takes_all:
             given = {one.name: given[one.name] for one in self.parameters if one.name in given}
-        found = self.function(**given)
-        if isinstance(found, (str, bytes, Mapping)) or not hasattr(found, "__len__") or not hasattr(found, "__iter__"):
-            raise UserError(f"it returned {type(found).__name__}; return a list with a number for each completion")
+        returned = self.function(**given)
+        if not isinstance(returned, Iterable):
+            raise UserError(f"it returned {type(returned).__name__}; return a list with a number for each completion")
+        found = list(returned)
         if len(found) != len(answers):
             raise UserError(
                 f"it returned {len(found)} values for {len(answers)} completions; return one for each, None for one "
                 "that it does not judge"
             )
-        return list(found)
+        return found
 
 
 def load(file: str) -> ModuleType:
@@ -333,7 +283,7 @@ KINDS = (
 
 
 def reward_of(spec: str) -> Reward:
-    """The Reward of a word of --reward. Raises UserError, without the word, if it names none."""
+    """The Reward for a value of --reward. Raises UserError, without the value, if it names none."""
     kind, _, rest = spec.partition(":")
     file, _, function = spec.rpartition(":")
     if kind in RIGHT:

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import Pipe
@@ -47,7 +46,7 @@ class Rewards:
         self.pipe, theirs = Pipe()
         with theirs:
             self.process = subprocess.Popen(
-                python_command("rwkv_peft.rewards.child", str(theirs.fileno()), str(timeout), *specs),
+                python_command("rwkv_peft.rewards.child", str(theirs.fileno()), *specs),
                 stdin=subprocess.PIPE,  # the process ends when this one does, which closes it
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -56,9 +55,7 @@ class Rewards:
             )
         self.call, self.seconds, self.since = JudgeCall(0, 0, 0), max(timeout, LOADING), time.monotonic()
         self.call_seconds = self.seconds  # of each call, here of loading a file
-        self.listener = ThreadPoolExecutor(1, "rewards")
         self.names: list[str] = []
-        self.pending: Future[Any] | None = None
 
     @classmethod
     @contextmanager
@@ -89,24 +86,10 @@ class Rewards:
     def judge(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Judged:
         """Judge the completions of prompts, each with the row of its prompt. Raises UserError if a reward fails, which
         names the answer; the Rewards judge no more after that."""
-        return self.submit(prompts, completions, rows)()
-
-    def submit(
-        self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]
-    ) -> Callable[[], Judged]:
-        """Begin to judge completions, as judge does, after those that were submitted before -> a function that waits
-        for the judgement."""
         answers = [Answer(*one) for one in zip(prompts, completions, rows, strict=True)]
-        if self.pending is not None:
-            wait([self.pending])
         self.send("judge", answers)
-        pending = self.pending = self.listener.submit(self.reply, lambda call: place_of(answers, call))
-
-        def judgement() -> Judged:
-            each = dict(zip(self.names, pending.result()))
-            return Judged([self.total(values) for values in zip(*each.values())], each)
-
-        return judgement
+        each = dict(zip(self.names, self.reply(lambda call: place_of(answers, call))))
+        return Judged([self.total(values) for values in zip(*each.values())], each)
 
     def total(self, values: Sequence[float | None]) -> float | None:
         """The weighted sum of the rewards of an answer."""
@@ -117,11 +100,8 @@ class Rewards:
         """Send a request about items. The reply shows if the process is gone."""
         self.call = JudgeCall(0, 0, len(items) - 1)
         self.call_seconds, self.seconds, self.since = self.timeout, max(self.timeout, LOADING), time.monotonic()
-        try:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                self.pipe.send((kind, items))
-        except RecursionError:  # of pickle
-            raise UserError("--reward: a row has too many lists and objects within each other; flatten it") from None
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send((kind, items))
 
     @property
     def left(self) -> float:
@@ -155,11 +135,10 @@ class Rewards:
         return f"the process that judges {how}; mend the reward, which must return"
 
     def stop(self) -> None:
-        """End the process and those that it started; its pipe is closed once the listener has noticed."""
+        """End the process and those that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.listener.shutdown()
         self.pipe.close()
         assert self.process.stdin is not None
         self.process.stdin.close()

@@ -2,14 +2,13 @@
 them.
 
 A step samples the completions of all of its prompts before its first micro batch, has rewards judge them if its
-objective needs some, and then learns from them as from any batch. With --draw_ahead the next step's completions are
-sampled before a step learns, and rewards judge them, in processes of their own, while it does. Checkpoints keep them.
+objective needs some, and then learns from them as from any batch.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checkpoints.atomic import append_text
-from ..cli.errors import UNREADABLE, UserError, told
 from ..config import RunConfig
 from ..data.answer_samples import PromptSamples
 from ..data.chat import stops_of
@@ -38,11 +36,8 @@ from .step.shared_prefix import share_prefixes
 from .step.steps import Batch, Whole, add_gradients, to_device, trainable, with_gradients
 
 SEEDS = 1 << 44  # more than the completions that any run samples: no two seeds of a run share a draw
-FILE = "drawn-{}.jsonl"  # of a rank, in a checkpoint
 LARGEST = ("gap_max",)  # figures that are maxima; the others are means
 FLAT = 10  # steps in a row without spread of rewards, after which a run says so
-
-Judgement = Callable[[], Judged]  # waits for it
 
 
 class Rollout(NamedTuple):
@@ -82,12 +77,11 @@ class RolloutSettings(NamedTuple):
 
 class PromptPlan(NamedTuple):
     """The numbers of a rank's prompts: micro_bsz in a micro batch, the first ones of two micro batches `apart`,
-    accumulate micro batches in a step; `end` of them in a run, of all ranks."""
+    accumulate micro batches in a step."""
 
     micro_bsz: int
     apart: int
     accumulate: int
-    end: int
 
     def firsts(self, first: int) -> range:
         """The numbers of the first prompts of a step's micro batches; `first` is the first one's."""
@@ -137,25 +131,6 @@ def packed(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
     }
 
 
-def write_rollouts(folder: Path, rank: int, rollouts: Mapping[int, Sequence[Rollout]]) -> None:
-    """Write rollouts, by the numbers of their prompts; nothing if there are none."""
-    if rollouts:
-        lines = (json.dumps([number, rollout]) + "\n" for number, group in rollouts.items() for rollout in group)
-        (folder / FILE.format(rank)).write_text("".join(lines))
-
-
-def read_rollouts(folder: Path) -> dict[int, list[Rollout]]:
-    """Read the rollouts of all ranks in a checkpoint, by the numbers of their prompts. Raises UserError for damage."""
-    found: dict[int, list[Rollout]] = {}
-    for path in folder.glob(FILE.format("*")):
-        try:
-            for number, rollout in map(json.loads, path.read_text().splitlines()):
-                found.setdefault(number, []).append(Rollout(*rollout))
-        except UNREADABLE as error:
-            raise UserError(f"{path} is damaged: {told(error)}; delete {folder} to resume from an older one") from error
-    return found
-
-
 class RolloutStep(Whole):
     """The step that learns from rollouts. Its batch is a list of parts, each as Draws describes it; their gradients are
     added up.
@@ -178,8 +153,6 @@ class RolloutStep(Whole):
         super().__init__(objective, teacher=teacher)
         self.settings, self.rewards, self.times, self.plan = settings, rewards, times, plan
         self.ready: dict[int, dict[str, Any]] = {}  # batches by the number of their first prompt
-        self.ahead: dict[int, list[Rollout]] = {}  # sampled ahead, by the numbers of their prompts
-        self.judging: Judgement | None = None  # of these; None if they are of a checkpoint
         self.records: list[dict[str, Any]] = []
         self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
         self.most: dict[str, torch.Tensor] = {}
@@ -187,8 +160,57 @@ class RolloutStep(Whole):
     def complete_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         first = batch["samples"].original(batch["first"])
         if first not in self.ready:
-            self.ready = self.prepared(model, batch["samples"], first, batch["tokens"].device)
+            self.ready = self.batches_of_step(model, batch["samples"], first, batch["tokens"].device)
         return self.ready[first]
+
+    def batches_of_step(
+        self, model: nn.Module, samples: PromptSamples, first: int, device: torch.device
+    ) -> dict[int, dict[str, Any]]:
+        """The batches of the step that begins with original sample `first`, by their first ones."""
+        numbers = self.plan.numbers(first)
+        rollouts, judged, self.seconds = self.judged_rollouts(model, samples, numbers, self.times)
+        rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
+        advantages = self.objective.advantages(rewards.view(-1, self.times)).flatten() if len(rewards) else rewards
+        self.records = self.rollout_records(samples, numbers, rollouts, judged, advantages.tolist())
+        mean = over_ranks(self.counted(rollouts) / len(rollouts), device)
+        rows = self.plan.micro_bsz * self.times
+        slices = part_slices(rows, self.times, self.objective.learned or rows)
+        batches = {}
+        for begin, start in zip(self.plan.firsts(first), range(0, len(rollouts), rows)):
+            places = [slice(start + part.start, start + part.stop) for part in slices]
+            parts = [self.batch_of(rollouts[at], self.times, advantages[at], mean, device) for at in places]
+            batches[begin] = {"parts": parts}
+        return batches
+
+    def judged_rollouts(
+        self, model: nn.Module, samples: PromptSamples, numbers: Sequence[int], times: int
+    ) -> tuple[list[Rollout], Judged, dict[str, float]]:
+        """Sample `times` rollouts of each of these samples -> (the rollouts, their rewards, the seconds of both)."""
+        assert isinstance(model, LanguageModel)
+        began = time.perf_counter()
+        groups = sample_rollouts(model, self.settings, {number: samples.prompt(number) for number in numbers}, times)
+        rollouts = [rollout for group in groups for rollout in group]
+        sampled, judged = time.perf_counter(), Judged([], {})
+        if self.rewards is not None:
+            prompts = [self.settings.tokenizer.decode(rollout.prompt) for rollout in rollouts]
+            rows = [row for number in numbers for row in [samples.row(number)] * times]
+            judged = self.rewards.judge(prompts, [rollout.text for rollout in rollouts], rows)
+        return rollouts, judged, {"draw_s": sampled - began, "judge_s": time.perf_counter() - sampled}
+
+    def counted(self, rollouts: Sequence[Rollout]) -> float:
+        """The number of tokens of rollouts that count in the loss."""
+        return sum(len(rollout.tokens) * self.objective.share(rollout.cut) for rollout in rollouts)
+
+    def batch_of(
+        self, rollouts: Sequence[Rollout], times: int, advantages: torch.Tensor, mean: float, device: torch.device
+    ) -> dict[str, Any]:
+        """The batch of rollouts, `times` of a prompt, as Draws describes it; advantages are (0,) without rewards."""
+        batch = packed(rollouts)
+        batch |= {"shares": torch.tensor([self.objective.share(rollout.cut) for rollout in rollouts])}
+        batch |= {"advantages": advantages.float()} if len(advantages) else {}
+        numbers = {"prompts": len(rollouts) / times, "limit": self.settings.longest, "mean_length": max(mean, 1.0)}
+        batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
+        return to_device(batch | share_prefixes(batch, min(times, len(rollouts))), device)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any], count: float) -> torch.Tensor:
         parts = batch["parts"]
@@ -213,118 +235,33 @@ class RolloutStep(Whole):
         self.measures = measures
         return loss
 
-    def prepared(
-        self, model: nn.Module, samples: PromptSamples, first: int, device: torch.device
-    ) -> dict[int, dict[str, Any]]:
-        """The batches of the step that begins with original sample `first`, by their first ones."""
-        numbers, following = self.plan.numbers(first), self.plan.firsts(first).stop
-        self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
-        if all(len(self.ahead.get(number, ())) == self.times for number in numbers):
-            rollouts = [rollout for number in numbers for rollout in self.ahead[number]]
-            judgement = self.judging or self.judgement(samples, numbers, rollouts)
-        else:
-            rollouts, judgement = self.sampled(model, samples, numbers, self.times)
-        judged = self.waited(judgement)
-        self.ahead, self.judging = {}, None
-        if self.objective.ahead and following < self.plan.end:
-            others = self.plan.numbers(following)
-            found, self.judging = self.sampled(model, samples, others, self.times)
-            self.ahead = {n: found[self.times * at :][: self.times] for at, n in enumerate(others)}
-        advantages = self.advantages(judged)
-        mean = over_ranks(self.counted(rollouts) / len(rollouts), device)
-        self.records = self.recorded(samples, numbers, rollouts, judged, advantages.tolist())
-        rows, times = self.plan.micro_bsz * self.times, self.times
-        cuts = part_slices(rows, times, self.objective.learned or rows)
-
-        def part(place: int, cut: slice) -> dict[str, Any]:
-            here = slice(place * rows + cut.start, place * rows + cut.stop)
-            return self.laid(rollouts[here], times, advantages[here], mean, device)
-
-        begins = enumerate(self.plan.firsts(first))
-        return {begin: {"parts": [part(place, cut) for cut in cuts]} for place, begin in begins}
-
-    def sampled(
-        self, model: nn.Module, samples: PromptSamples, numbers: Sequence[int], times: int
-    ) -> tuple[list[Rollout], Judgement]:
-        """Sample `times` rollouts of each of these samples, and begin to judge them."""
-        assert isinstance(model, LanguageModel)
-        began = time.perf_counter()
-        prompts = {number: samples.prompt(number) for number in numbers}
-        groups = sample_rollouts(model, self.settings, prompts, times)
-        rollouts = [rollout for group in groups for rollout in group]
-        self.seconds["draw_s"] += time.perf_counter() - began
-        return rollouts, self.judgement(samples, numbers, rollouts)
-
-    def judgement(self, samples: PromptSamples, numbers: Sequence[int], rollouts: Sequence[Rollout]) -> Judgement:
-        """Begin to judge the rollouts of samples, as many of each; without rewards nothing is judged."""
-        if self.rewards is None:
-            return lambda: Judged([], {})
-        prompts = [self.settings.tokenizer.decode(rollout.prompt) for rollout in rollouts]
-        rows = [row for number in numbers for row in [samples.row(number)] * (len(rollouts) // len(numbers))]
-        return self.rewards.submit(prompts, [rollout.text for rollout in rollouts], rows)
-
-    def waited(self, judgement: Judgement) -> Judged:
-        """The Judged, once it is there."""
-        began = time.perf_counter()
-        judged = judgement()
-        self.seconds["judge_s"] += time.perf_counter() - began
-        return judged
-
-    def advantages(self, judged: Judged) -> torch.Tensor:
-        """The advantages of judged rollouts (answers,); (0,) without rewards."""
-        rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
-        return self.objective.advantages(rewards.view(-1, self.times)).flatten() if len(rewards) else rewards
-
-    def counted(self, rollouts: Sequence[Rollout]) -> float:
-        """The number of tokens of rollouts that count in the loss."""
-        return sum(len(rollout.tokens) * self.objective.share(rollout.cut) for rollout in rollouts)
-
-    def laid(
-        self, rollouts: Sequence[Rollout], times: int, advantages: torch.Tensor, mean: float, device: torch.device
-    ) -> dict[str, Any]:
-        """The batch of rollouts, `times` of a prompt, as Draws describes it; advantages are (0,) without rewards."""
-        batch = packed(rollouts)
-        batch |= {"shares": torch.tensor([self.objective.share(rollout.cut) for rollout in rollouts])}
-        batch |= {"advantages": advantages.float()} if len(advantages) else {}
-        batch |= {"old": batch["sampled"]} if self.objective.ahead else {}  # the model has changed since
-        numbers = {"prompts": len(rollouts) / times, "limit": self.settings.longest, "mean_length": max(mean, 1.0)}
-        batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
-        return to_device(batch | share_prefixes(batch, min(times, len(rollouts))), device)
-
     @torch.no_grad()
     def total(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         """The sum over a validation batch's prompts, with a rollout of each, of the rewards, negated; without rewards,
         the rollouts' mean loss of a token, times the number of prompts."""
         samples, first, device = batch["samples"], batch["first"], batch["tokens"].device
         numbers = range(first, min(first + self.plan.micro_bsz, len(samples)))
-        seconds, most = dict(self.seconds), self.most
         rollouts, judged = list[Rollout](), Judged([], {})
         if numbers:
-            rollouts, judgement = self.sampled(model, samples, numbers, 1)
-            judged = self.waited(judgement)
-        if self.rewards is None and rollouts:
-            mean = self.counted(rollouts) / len(rollouts)
-            loss = self.part_loss(model, self.laid(rollouts, 1, torch.zeros(0), mean, device), 1)
-        elif self.rewards is None:
-            loss = torch.zeros((), device=device)
-            self.measures = {figure.name: loss for figure in self.objective.figures}
-        else:
+            rollouts, judged, _ = self.judged_rollouts(model, samples, numbers, 1)
+        if self.rewards is not None:
             reward = torch.tensor(sum(total or 0.0 for total in judged.total), device=device)
-            self.measures, loss = {"reward": reward}, -reward
-        self.seconds, self.most = seconds, most
+            self.measures = {"reward": reward}
+            return -reward
+        if not rollouts:
+            zero = torch.zeros((), device=device)
+            self.measures = {figure.name: zero for figure in self.objective.figures}
+            return zero
+        most, mean = self.most, self.counted(rollouts) / len(rollouts)
+        loss = self.part_loss(model, self.batch_of(rollouts, 1, torch.zeros(0), mean, device), 1)
+        self.most = most  # a step's
         return loss
 
     def items(self, batch: Mapping[str, Any]) -> torch.Tensor:
         rows = min(self.plan.micro_bsz, max(0, len(batch["samples"]) - batch["first"]))
         return torch.tensor(float(rows), device=batch["tokens"].device)
 
-    def save_state(self, folder: Path, rank: int) -> None:
-        write_rollouts(folder, rank, self.ahead)
-
-    def load_state(self, checkpoint: Path) -> None:
-        self.ahead = read_rollouts(checkpoint) if self.objective.ahead else {}
-
-    def recorded(
+    def rollout_records(
         self,
         samples: PromptSamples,
         numbers: Sequence[int],
@@ -398,36 +335,25 @@ class RolloutLog:
         append_text(self.path, "".join(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records))
         numbers = figures_of(records)
         self.numbers = numbers | {"draw_s": 0.0, "judge_s": 0.0}
-        return numbers | most | step.seconds, list(self.notes(records, numbers))
+        return numbers | most | step.seconds, list(self.notes(numbers))
 
-    def notes(self, records: Sequence[dict[str, Any]], numbers: dict[str, float]) -> Iterator[str]:
+    def notes(self, numbers: dict[str, float]) -> Iterator[str]:
         """Yield notes for a reader of the log, each kind of them once."""
         self.flat = self.flat + 1 if numbers.get("flat") == 1 else 0
-        empty = next((record["row"] for record in records if not record["completion"].strip()), None)
-        for kind, holds, words in (
-            (
-                "flat",
-                self.flat == FLAT,
+        if self.flat == FLAT and "flat" not in self.noted:
+            self.noted.add("flat")
+            yield (
                 f"for {FLAT} steps the answers to a prompt all earned the same ({numbers.get('reward', 0):g} on "
                 "average), so that nothing is learned. If none is right, the task is too hard: teach a few answers "
                 "first, by --data_type sft, or raise --num_generations. If all are right, stop here, or give harder "
-                "prompts",
-            ),
-            (
-                "cut",
-                numbers["cut"] > 0.5,
+                "prompts"
+            )
+        if numbers["cut"] > 0.5 and "cut" not in self.noted:
+            self.noted.add("cut")
+            yield (
                 "more than half of the answers were cut at --max_completion_length; raise it, or first teach the model "
-                "how answers end, by --data_type sft",
-            ),
-            (
-                "empty",
-                empty is not None,
-                f"an answer to row {empty} is empty (rows count from 0); it is judged as it is",
-            ),
-        ):
-            if holds and kind not in self.noted:
-                self.noted.add(kind)
-                yield words
+                "how answers end, by --data_type sft"
+            )
 
 
 def figures_of(records: Sequence[dict[str, Any]]) -> dict[str, float]:

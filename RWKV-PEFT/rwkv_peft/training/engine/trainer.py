@@ -76,8 +76,7 @@ def rollout_step(run: Prepared) -> Step:
     settings = RolloutSettings.of(
         config, objective, find_tokenizer(None, config.model.vocab_size, run.samples.vocabulary)
     )
-    apart, end = data.micro_bsz * run.world.size, run.plan.total_steps * run.plan.step_samples
-    prompts = PromptPlan(data.micro_bsz, apart, config.train.accumulate_grad_batches, end // objective.together)
+    prompts = PromptPlan(data.micro_bsz, data.micro_bsz * run.world.size, config.train.accumulate_grad_batches)
     return RolloutStep(objective, settings, run.rewards, run.teacher, data.num_generations, prompts)
 
 

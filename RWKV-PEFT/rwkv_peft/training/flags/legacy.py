@@ -34,6 +34,7 @@ IGNORED = (
     ("fused_kernel", KERNELS),
     ("fused", "every run computes blocks by the same kernels, and --compile fuses what lies between them"),
     ("cuda_graphs", "training records no graphs; --compile takes fewer launches"),
+    ("draw_ahead", "a step samples its completions by the weights that learn from them"),
     ("stall_minutes", "--timeout_minutes ends a run in which a rank waits for another in vain"),
     ("head_chunk", "the loss holds a few rows of logits at a time, whatever is asked"),
     ("ds_bucket_mb", "the size of communication buckets follows from what trains"),

@@ -110,7 +110,6 @@ class Saver:
             write_pieces(
                 hidden, trainer.global_rank, pieces, steps_taken(optimizer), codes_of(optimizer), counters_of(optimizer)
             )
-            lit.compute.save_state(hidden, trainer.global_rank)
         trainer.strategy.barrier()
         # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
         exact_file = not self.config.adapter.whole_model or keeps_all(self.config, self.base)
@@ -218,7 +217,6 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
             f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
             f"{len(different) - 1} more); give the first run's flags"
         )
-    lit.compute.load_state(checkpoint)
     lit.compute.figures = state.get("figures", {})  # earlier versions wrote none
     optimizer = trainer.optimizers[0]
     if not is_by_parameter(optimizer) and state["groups"] != grouped_names(lit):

@@ -6,7 +6,6 @@ Each step gives a batch's loss, differentiable in the parameters that train, and
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -56,12 +55,6 @@ class Step(ABC):
     def total(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The sum of a batch's losses ()."""
         return self.loss(model, batch, 1)
-
-    def save_state(self, checkpoint: Path, rank: int) -> None:  # noqa: B027 (most steps have none)
-        """Write this rank's state, besides weights, into a checkpoint's folder."""
-
-    def load_state(self, checkpoint: Path) -> None:  # noqa: B027 (most steps have none)
-        """Read the state that save_state wrote on all ranks."""
 
     def items(self, batch: Batch) -> torch.Tensor:
         """The number of losses in a batch, ()."""
