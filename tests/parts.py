@@ -46,7 +46,7 @@ PARTS = (
     ("saving", ("training/saving",), ("step",)),
     ("train flags", ("training/flags", "training/ranks/world", "training/rates"), ("saving",)),
     ("ranks", ("training/ranks",), ("measuring",)),
-    ("measuring", ("training/measuring", "training/inputs"), ("train flags", "evals")),
+    ("measuring", ("training/measuring", "training/learned", "training/inputs"), ("train flags", "evals")),
     ("rollouts", ("training/rollout",), ("step", "inference", "rewards")),
     ("engine", ("training/engine",), ("measuring", "rollouts", "inspect")),
     ("training", ("training",), ("engine",)),

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.answer_samples import mismatched_answers, overlap_notes
+from rwkv_peft.data.answer_samples import overlap_notes
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.samples import Permutation, is_prime, pack
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples, split_samples
-from rwkv_peft.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -289,10 +288,6 @@ def config_of(path, rows, **settings):
     return DataConfig(path=str(path), tokenizer="bytes", **config)
 
 
-def build(path, rows, **settings):
-    return build_samples(config_of(path, rows, seed=None, **settings), 257)
-
-
 @pytest.mark.parametrize(
     "rows, data_type, dataload", [(ROWS, "sft", d) for d in ("pad", "pack")] + [(PAIRS, "pairs", "pack")]
 )
@@ -316,28 +311,3 @@ def test_a_row_that_is_there_twice_may_be_on_both_sides_of_a_split(tmp_path):
 def test_a_stream_has_no_rows(tmp_path):
     config = config_of(tmp_path / "text.jsonl", [{"text": "one two three " * 20}], dataload="get", ctx_len=16)
     assert overlap_notes(*split_samples(config, 257, 0.2)) == []
-
-
-def asked(answers):
-    return [{"query": f"{number}?", "response": answer} for number, answer in enumerate(answers)]
-
-
-def test_an_answer_goes_behind_the_next_prompt_that_has_another(tmp_path):
-    decode = load_tokenizer("bytes").decode
-    found = mismatched_answers(build(tmp_path / "rows.jsonl", asked(["yes", "yes", "no"])))
-    texts = [[decode(one[0][0][:-1].tolist()) for one in pair] for pair in found]
-    laid_out = "User: {}?\n\nAssistant: {}".format
-    due = (((0, "yes"), (2, "yes")), ((1, "yes"), (2, "yes")), ((2, "no"), (0, "no")))
-    assert texts == [[laid_out(*one) for one in pair] for pair in due]
-    for own, other in found:  # the same tokens count
-        counted = [one[0][0][1:][one[0][1]].tolist() for one in (own, other)]
-        assert counted[0] == counted[1] and own.count(0) == other.count(0) == len(counted[0])
-
-
-def test_equal_answers_packed_rows_and_texts_tell_nothing(tmp_path):
-    assert mismatched_answers(build(tmp_path / "rows.jsonl", asked(["yes"] * 3))) == []
-    assert mismatched_answers(build(tmp_path / "rows.jsonl", asked(["yes", "no"]), dataload="pack")) == []
-    assert (
-        mismatched_answers(build(tmp_path / "rows.jsonl", [{"text": f"text {n}"} for n in range(3)], loss_mask="none"))
-        == []
-    )

@@ -33,14 +33,7 @@ from rwkv_peft.training.flags.settings_file import expanded
 from rwkv_peft.training.inputs import make_plan
 from rwkv_peft.training.rates import with_first_rates
 from rwkv_peft.training.saving.checkpoints import list_checkpoints
-from rwkv_peft.training.saving.resume import (
-    Lowest,
-    forget_rest,
-    history,
-    other_retained,
-    read_run_state,
-    validated_from,
-)
+from rwkv_peft.training.saving.resume import Lowest, forget_rest, history, read_run_state, validated_from
 from rwkv_peft.training.step.plan import Plan
 from rwkv_peft.training.step.teacher import ENTRY, StoredTeacher, open_stored
 
@@ -143,7 +136,7 @@ def checkpoint_read(folder):
     train = with_first_rates(TrainConfig(lr_init=0.1, lr_final=0.1, lr_chosen=("lr_init", "lr_final")), state)
     plan = make_plan(train, range(9), 2, state)
     trained = sorted({*map(str, state["trained"])} ^ {"a"})
-    return validated_from(plan, state, "v"), other_retained(state, "s"), trained, f"{plan.first_step:,}"
+    return validated_from(plan, state, "v"), trained, f"{plan.first_step:,}"
 
 
 def history_read(folder):

@@ -93,7 +93,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     (folder / CHECKPOINT).mkdir(parents=True)
     (folder / CHECKPOINT / "optimizer").mkdir()
     run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
-    run |= {"files": {"optimizer/a": {"bytes": 1, "crc32": "0"}}, "validation": "v", "retained": "r"}
+    run |= {"files": {"optimizer/a": {"bytes": 1, "crc32": "0"}}, "validation": "v"}
     run["config"] = {"train": asdict(TrainConfig(lr_init=0.1, lr_final=0.1))}
     (folder / CHECKPOINT / "optimizer" / "a").write_text("a")
     write_state(folder / CHECKPOINT / "state.json", run)

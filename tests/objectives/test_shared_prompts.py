@@ -94,12 +94,6 @@ def test_documents_are_cut_where_they_differ_or_begin_to_count():
         assert per_document(laid, torch.ones_like(laid["counted"])).tolist() == [9 - count, 9 - count]
 
 
-def test_equal_documents_keep_a_token_each_and_rows_that_count_nothing_share():
-    nothing = torch.zeros(5, dtype=torch.bool)
-    laid = share_prefixes(collate([[(torch.arange(6), nothing)] * 2]), 2)
-    assert laid["shared"].tolist() == [[0, 1, 2, 3]] and laid["tokens"].tolist() == [[4, 4]]
-
-
 @EVERY
 def test_a_step_reads_no_value(family):
     """On the meta device, which has no values; on a GPU, reading one would wait."""

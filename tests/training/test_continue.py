@@ -16,8 +16,7 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
-from rwkv_peft.training.model import adapt
-from rwkv_peft.training.saving.start import start_adapter
+from rwkv_peft.training.model import adapt, start_adapter
 
 RWKV6_FAMILY = family_named("x060")
 LORA = AdapterConfig(method="lora", rank=4, alpha=8.0)
@@ -152,13 +151,3 @@ def test_a_resumed_run_keeps_the_scale_that_it_began_with(base, tmp_path):
     assert len(layers) == 16
     for name, layer in layers:
         assert layer.scale == layer.bone_scale.item() == 3 * model.get_submodule(name).scale
-
-
-@pytest.mark.parametrize(
-    "config", [LORA, replace(LORA, method="lora-plus"), PISSA, BONE], ids=lambda config: config.method
-)
-def test_an_own_file_of_the_same_settings_is_taken(base, tmp_path, config):
-    adapter = trained(base, config)[1]
-    save_adapter(tmp_path / "adapter.safetensors", *adapter)
-    loaded = start_adapter(replace(config, load=str(tmp_path / "adapter.safetensors")), base_of(base))
-    assert loaded.tensors.keys() == adapter.tensors.keys()

@@ -1,21 +1,28 @@
-"""The notes at the end of a run: on what its losses, held-out rows and rows before and after show that it learned."""
+"""A run says if it can learn, before it begins, and if it has learned, after it ends: by its losses, held-out rows, and
+answers to a few rows before and after."""
 
+import json
+import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from data.documents import chat
 from rwkv_peft.checkpoints.best import HeldOut
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.preprocess import main as preprocess
+from rwkv_peft.data.sources import build_samples, split_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.evals.questions import Row, RowsExam
+from rwkv_peft.evals.questions import RowsExam, rows_of
 from rwkv_peft.objectives import OBJECTIVES
-from rwkv_peft.tools.study.flags import parse_flags
-from rwkv_peft.training.flags.request import parse_flags as parse_train_flags
 from rwkv_peft.training.flags.request import parse_run
-from rwkv_peft.training.measuring.learned import (
-    blind,
+from rwkv_peft.training.header import outlook
+from rwkv_peft.training.learned import (
     doubts,
     fall_of,
     held_out_line,
@@ -24,16 +31,17 @@ from rwkv_peft.training.measuring.learned import (
     overfitted,
     unlikely_answers,
 )
-from rwkv_peft.training.measuring.questions import BeforeAfter, agreement, quoted, unended
+from rwkv_peft.training.measuring import agreement, find_rows, quoted, read_before, unended
+from rwkv_peft.training.rates import with_chosen_epochs
 from rwkv_peft.training.step.plan import Plan
-from training.runs import ROOT
+from training.runs import ROOT, finish, metrics, start
 
 DEMO = str(ROOT / "demo" / "rwkv6-demo.pth")  # of 128 channels
 PLAN, BEST = Plan(8, 10, 40, 0, 0), Path("out/adapter-best.safetensors")
 LONG = Plan(8, 30, 60, 0, 0)
 
 
-def config(*more, data_type="sft"):
+def rows_config(*more, data_type="sft"):
     """The settings of a run on rows, which nobody reads here."""
     rows = ("--data_file", f"{data_type}.jsonl", "--data_type", data_type, "--tokenizer", "bytes")
     method = () if "--peft" in more else ("--bone_r", "16")
@@ -56,14 +64,14 @@ def test_a_fall_of_the_loss_is_told_from_its_noise(seed):
 
 
 def test_too_little_to_learn_from_is_told_with_its_flag():
-    few = doubts(config("--micro_bsz", "8"), Plan(8, 13, 39, 0, 0))
+    few = doubts(rows_config("--micro_bsz", "8"), Plan(8, 13, 39, 0, 0))
     told = "39 steps are few to learn from: --epoch_count 4 has 50 or more, or a smaller --micro_bsz has more steps an"
     assert few == [f"{told} epoch"]
-    assert doubts(config(), Plan(8, 13, 52, 0, 0)) == []
-    (low,) = doubts(config("--lr_init", "2e-5"), Plan(8, 13, 52, 0, 0))
+    assert doubts(rows_config(), Plan(8, 13, 52, 0, 0)) == []
+    (low,) = doubts(rows_config("--lr_init", "2e-5"), Plan(8, 13, 52, 0, 0))
     assert low.startswith("a rate of 2e-05 is far below 0.00063") and low.endswith("--lr_init auto takes it")
-    assert "far above 0.00063" in doubts(config("--lr_init", "0.1"), Plan(8, 13, 52, 0, 0))[0]
-    lora = config("--peft", "lora", "--lora_config", '{"lora_r":8}', "--lr_init", "6.3e-4")
+    assert "far above 0.00063" in doubts(rows_config("--lr_init", "0.1"), Plan(8, 13, 52, 0, 0))[0]
+    lora = rows_config("--peft", "lora", "--lora_config", '{"lora_r":8}', "--lr_init", "6.3e-4")
     (low,) = doubts(lora, Plan(8, 13, 52, 0, 0))
     assert "far below 0.0043, that of lora" in low
 
@@ -80,14 +88,15 @@ def test_too_little_to_learn_from_is_told_with_its_flag():
     ],
 )
 def test_a_run_that_learned_nothing_says_so(losses, changed, words):
-    note = nothing_learned(config("--lr_init", "2e-5"), LONG, losses, changed)
+    note = nothing_learned(rows_config("--lr_init", "2e-5"), LONG, losses, changed)
     assert words in note and bool(note) == bool(words)
-    enough = nothing_learned(config(), LONG, losses, changed)
-    worse = nothing_learned(config(), LONG, list(np.linspace(1, 2, 60)), changed)
+    enough = nothing_learned(rows_config(), LONG, losses, changed)
+    worse = nothing_learned(rows_config(), LONG, list(np.linspace(1, 2, 60)), changed)
     assert "made the model worse: the loss rose (1.1186 to 1.8814). Try a lower rate: --lr_init 0.0002" in worse
     assert ("The rate may be too low: try --lr_init 0.002" in enough) == bool(words)
-    fast = nothing_learned(config("--lr_init", "1e-2"), LONG, losses, changed)
+    fast = nothing_learned(rows_config("--lr_init", "1e-2"), LONG, losses, changed)
     assert ("The rate may be too high: --lr_init auto takes 0.00063" in fast) == bool(words)
+    assert "the base knew these rows already" in nothing_learned(rows_config(), LONG, [0.01] * 60, False)
 
 
 @pytest.mark.parametrize("data_type, objective", [(kind, one) for one, o in OBJECTIVES.items() for kind in o.rows])
@@ -96,20 +105,14 @@ def test_notes_at_the_end_are_those_of_what_is_learned(data_type, objective):
     more = {"grpo": ("--reward", "gsm8k"), "distill": ("--teacher_model", DEMO)}.get(objective, ())
     more += ("--max_completion_length", "8") if data_type == "prompts" else ()
     data_type = {"binidx": "sft"}.get(data_type, data_type)
-    flags = config("--objective", objective, *more, data_type=data_type)
+    flags = rows_config("--objective", objective, *more, data_type=data_type)
     due, cut = {"text": "3", "end": "end"}, {"text": "3 and", "end": "length"}
     for changed, words in ((True, "stops as its row does yet"), (False, "are answered as before training")):
-        rows = SimpleNamespace(changed=changed, known=False, records=[{"answer": due, "before": cut, "after": cut}])
+        rows = SimpleNamespace(changed=changed, records=[{"answer": due, "before": cut, "after": cut}])
         notes = notes_on(flags, LONG, list(np.linspace(4, 1, 60)), [], rows)
         expected = objective != "distill" if changed else data_type in ("pairs", "labels")
         assert any(words in note for note in notes) is expected, notes
     assert flags.train.epochs_chosen  # one rule for all rows
-
-
-def test_rows_that_the_base_knew_are_no_mistake_of_the_run():
-    flags, plan = config(), Plan(8, 30, 60, 0, 0)
-    for known, losses in ((True, [2.0] * 60), (False, [0.01] * 60)):
-        assert "the base knew these rows already" in nothing_learned(flags, plan, losses, False, known)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +126,9 @@ def test_rows_that_the_base_knew_are_no_mistake_of_the_run():
 )
 def test_pairs_whose_chosen_answers_become_unlikely_are_told(objective, name, way, harmed):
     records = [{"step": n, name: value} for n, value in enumerate(np.linspace(*way, 40))]
-    note = unlikely_answers(config("--objective", objective, data_type="pairs"), records)
+    note = unlikely_answers(rows_config("--objective", objective, data_type="pairs"), records)
     assert bool(note) == harmed and ("--dpo_nll 1" in note) == harmed
-    assert unlikely_answers(config(), [{"step": 0, "chosen": -1.0}] * 40) == ""
+    assert unlikely_answers(rows_config(), [{"step": 0, "chosen": -1.0}] * 40) == ""
 
 
 @pytest.mark.parametrize(
@@ -153,53 +156,11 @@ def test_the_loss_before_and_after_and_the_lowest_are_told():
     assert words == "reward 0.0000 before training, 0.7000 at the end; after step 20 the highest reward 0.7000"
 
 
-@pytest.mark.parametrize(
-    "gains, is_blind",
-    [([1.0, 0.5, 2.0, 0.1, 0.8, 1.2, 0.4, 0.9], False), ([0.5, -0.5, 0.2, -0.1] * 2, True), ([0.0] * 7, False)],
-)
-def test_answers_that_do_not_depend_on_their_questions_are_told(gains, is_blind):
-    note = blind([(1.0, 1.0 + gain) for gain in gains])
-    assert bool(note) == is_blind and ("learned how answers look, and not what they say" in note) == is_blind
-
-
-def test_losses_on_other_rows_do_not_count():
-    found = held_out(3.0, 1.0, 0.5, 0.9, 0.8, since=160)
-    assert found.start is None and found.losses == [(30, 0.9), (40, 0.8)] and overfitted(found, PLAN, BEST, 6e-4) == ""
-    assert held_out_line(found, "loss", 1) == "loss 0.8000 at the end; after step 40 the lowest loss 0.8000"
-
-
-def test_an_answer_is_right_by_its_words_and_its_end():
-    due = {"text": " 3!", "end": "end"}
-    records = [
-        {"answer": due, "before": {"text": "4", "end": "end"}, "after": {"text": "3!", "end": "end"}},
-        {"answer": due, "before": {"text": "4", "end": "length"}, "after": {"text": "3!", "end": "length"}},
-    ]
-    told = "1 answered word for word (0 before training), 1 stop as the row does (1 before)"
-    assert agreement(records) == told
-    long = {"text": "3 and so on", "end": "length"}
-    told = "1 answered word for word (0 before training), 1 is longer than the 64 tokens that are compared"
-    assert agreement([{"answer": long, "before": due, "after": long}]) == told
-    for before, known in (({"text": " 3!", "end": "end"}, True), ({"text": " 4", "end": "end"}, False), (None, False)):
-        rows = SimpleNamespace(records=[{"answer": due, "before": due}, {"answer": due, "before": before}])
-        assert BeforeAfter.known.fget(rows) is known
-
-
 def test_an_answer_stops_with_its_document_or_at_the_next_turn():
     ends = [{"text": "3", "end": end} for end in ("end", "stop", "length")]
     for due, given in product(ends[:2], ends):
         told = "{0} answered word for word (0 before training), {0} stop as the row does (0 before)"
         assert agreement([{"answer": due, "before": ends[2], "after": given}]) == told.format(int(given != ends[2]))
-
-
-def test_texts_that_end_an_answer_end_those_of_rows(tmp_path):
-    """As study's --stop does, for layouts that are no chat."""
-    bytes_ = load_tokenizer("bytes")
-    row = Row("training", tuple(bytes_.encode("Q: a\nA:")), (*bytes_.encode(" 3\n"), 0))
-    for stops, due in (((), {"text": " 3\n", "end": "end"}), (("\n",), {"text": " 3", "end": "stop"})):
-        exam = RowsExam([row], bytes_, 1, stops)
-        assert exam.answer(0) == due and exam.stops == [stops]
-    flags = parse_flags(["t.txt", "--load_model", "b.pth", "--output", str(tmp_path), "--stop", r"\n", "END"])
-    assert parse_train_flags(flags.words).train.eval_stop == (r"\n", "END")
 
 
 def test_answers_that_never_end_are_told_from_those_that_do():
@@ -213,3 +174,179 @@ def test_a_terminal_finds_nothing_to_obey_in_an_answer():
     assert quoted({"text": " a\n\x1b[2Jb ü", "end": "end"}) == "a\\n\\x1b[2Jb ü"
     assert quoted({"text": "a", "end": "length"}) == "a…"
     assert quoted({"text": "b" * 200, "end": "end"}) == "b" * 100 + "…"
+
+
+CHATS = [chat(f"Say {n}", f"{n}!") for n in range(9)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_state):
+    """Chats, as rows and as token files; the same as a stream in which every token counts; and a base."""
+    folder = tmp_path_factory.mktemp("learning")
+    write(folder / "chats.jsonl", CHATS)
+    write(folder / "talk.jsonl", [chat("Hi", "Yo.", "Bye", "See you.")])
+    write(folder / "texts.jsonl", [{"text": f"Number {n} is here. " * 3} for n in range(9)])
+    for name in ("chats", "talk", "texts"):
+        preprocess([str(folder / f"{name}.jsonl"), "--tokenizer", "bytes", "--output", str(folder / name)])
+    torch.save(tiny_state(vocab_size=257), folder / "base.pth")
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config(folder, name, *more):
+    flags = ["--load_model", str(DEMO), "--data_file", str(folder / name), "--ctx_len", "32", *more]
+    return parse_run([*flags, *(() if "--peft" in more else ("--bone_r", "16"))]).config
+
+
+ROWS = ("--data_type", "sft", "--tokenizer", "bytes")
+
+
+@pytest.mark.parametrize(
+    "name, more, expected",
+    [
+        ("chats", (), ("pad", "file", True, 0, 6.3e-4, 6.3e-5)),
+        ("chats.jsonl", ROWS, ("pad", "file", True, 0, 6.3e-4, 6.3e-5)),
+        ("texts", (), ("get", "none", False, 1, 6.3e-4, 6.3e-5)),
+        ("chats", ("--loss_mask", "none"), ("get", "none", False, 1, 6.3e-4, 6.3e-5)),
+        ("chats", ("--dataload", "get", "--epoch_count", "3"), ("get", "file", False, 1, 6.3e-4, 6.3e-5)),
+        ("chats", ("--epoch_steps", "5", "--lr_init", "1e-4"), ("pad", "file", False, 1, 1e-4, 2e-5)),
+        ("chats", ("--epoch_save", "2", "--lr_final", "1e-6"), ("pad", "file", True, 2, 6.3e-4, 1e-6)),
+        ("chats", ("--peft", "pissa"), ("pad", "file", True, 0, 6.3e-4, 6.3e-5)),
+        ("chats", ("--peft", "none"), ("pad", "file", True, 0, 4.7e-4, 4.7e-5)),
+        ("pairs.jsonl", ("--data_type", "pairs", "--tokenizer", "bytes"), ("pack", "file", True, 0, 1.9e-5, 1.9e-6)),
+        ("chats", ("--peft", "none", "--train_parts", "state"), ("pad", "file", True, 0, 1e-2, 1e-2)),
+    ],
+)
+def test_what_the_flags_leave_open_is_chosen_by_data_and_method(folder, name, more, expected):
+    found = config(folder, name, *more)
+    data, train = found.data, found.train
+    assert (data.dataload, data.loss_mask, train.epochs_chosen, train.epoch_save) == expected[:4]
+    assert (train.lr_init, train.lr_final) == expected[4:]
+
+
+@pytest.mark.parametrize(
+    "epoch_steps, epochs", [(1, 50), (3, 17), (4, 15), (13, 15), (14, 15), (25, 8), (150, 2), (200, 1), (10_000, 1)]
+)
+def test_few_rows_are_read_more_often_up_to_a_bound(epoch_steps, epochs):
+    chosen = TrainConfig(epochs_chosen=True)
+    assert with_chosen_epochs(chosen, epoch_steps, None).epoch_count == epochs
+    assert with_chosen_epochs(TrainConfig(epoch_count=3), epoch_steps, None).epoch_count == 3
+    began = {"config": {"train": {"epoch_count": 7}}}
+    assert with_chosen_epochs(chosen, epoch_steps, began).epoch_count == 7
+    assert with_chosen_epochs(chosen, epoch_steps, {}).epoch_count == epochs
+
+
+def test_what_is_read_is_told_in_rows_and_passes(folder):
+    settings = config(folder, "chats", "--micro_bsz", "2")
+    samples = build_samples(settings.data, 257)
+    settings = replace(settings, train=replace(settings.train, epoch_count=15))
+    told = "\n".join(outlook(settings, samples, Plan(2, 5, 75, 0, 0)))
+    assert told.startswith("steps     75: 9 rows, 15 epochs of 5 steps, 2 rows a step; each row is seen 16.7 times\n")
+    assert "some 200 steps, 15 at most (--epoch_count)" in told and "--epoch_save 1" in told
+    assert "(--dataload pad; pack puts several into one" in told
+    packed = config(folder, "chats", "--dataload", "pack", "--epoch_count", "3")
+    samples = build_samples(packed.data, 257)
+    told = list(outlook(packed, samples, Plan(1, len(samples), 3 * len(samples), 0, 0)))
+    steps = f"{3 * len(samples)}: 9 rows, 3 epochs of {len(samples)} steps, 1 packed row a step"
+    assert told == [f"steps     {steps}; each row is seen 3 times"]
+    stream = config(folder, "texts")
+    samples = build_samples(stream.data, 257)
+    (told,) = outlook(stream, samples, Plan(1, len(samples), len(samples), 0, 0))
+    assert f"{len(samples)} windows, 1 epoch of" in told and told.endswith("each window is seen 1 time")
+
+
+def test_the_last_answer_of_a_row_is_what_is_asked(folder):
+    """In a chat of two answers, and in packed rows; a stream, and rows in which every token counts, have none."""
+    talk = config(folder, "talk", "--ctx_len", "96").data
+    exam = RowsExam(rows_of("training", build_samples(talk, 257), 4), load_tokenizer("bytes"), 8)
+    assert exam.prompts == ["User: Hi\n\nAssistant: Yo.\n\nUser: Bye\n\nAssistant:"]
+    assert exam.answer(0) == {"text": " See you.", "end": "end"}
+    packed = build_samples(config(folder, "chats", "--dataload", "pack", "--ctx_len", "96").data, 257)
+    rows = rows_of("training", packed, 2)
+    assert len(rows) == 2 and all(load_tokenizer("bytes").decode(row.answer)[-1] == "!" for row in rows)
+    assert rows_of("training", build_samples(config(folder, "texts").data, 257), 4) == []
+    every = config(folder, "texts.jsonl", *ROWS).data
+    assert rows_of("training", build_samples(every, 257), 4) == []
+
+
+@pytest.mark.parametrize(
+    "name, more, words",
+    [
+        ("chats", ("--strategy", "deepspeed_stage_3"), "with deepspeed_stage_3 no rank has a whole model"),
+        ("texts", (), "the data holds no rows of a prompt and an answer"),
+        ("chats", ("--dataload", "get"), "the data holds no rows of a prompt and an answer"),
+        ("chats", (), "2 training rows are answered before and after training (--answer_rows); --val_split 0.1 would"),
+        ("chats", ("--val_split", "0.4"), "2 training rows and 2 held-out rows are answered"),
+        ("chats", ("--answer_rows", "0"), ""),
+    ],
+)
+def test_which_rows_are_answered_or_why_none_is_told_in_a_line(folder, name, more, words):
+    settings = config(folder, name, "--answer_rows", "2", *more)
+    if settings.train.val_split:
+        samples, held_out = split_samples(settings.data, 257, settings.train.val_split)
+        measured = {"val": held_out}
+    else:
+        samples, measured = build_samples(settings.data, 257), {}
+    exam, note = find_rows(settings, samples, measured)
+    assert words in note and "\n" not in note and bool(note) == bool(words)
+    assert (exam is None) == ("answered before and after training (" not in note and "held-out" not in note)
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Two runs that differ only in --answer_rows; the one with it stops after an epoch and is resumed ->
+    {name: output}, and that one's records before it was resumed."""
+
+    def train(name, *more):
+        flags = ["--load_model", str(folder / "base.pth"), "--data_file", str(folder / "chats"), "--ctx_len", "32"]
+        flags += ["--proj_dir", str(folder / name), "--micro_bsz", "2", "--peft", "lora", "--epoch_steps", "3"]
+        flags += ["--lora_config", '{"lora_r":4,"lora_dropout":0.2}', "--lr_init", "1e-2", "--lr_schedule", "constant"]
+        flags += ["--accelerator", "cpu", "--precision", "fp32", "--val_split", "0.3", *more]
+        return finish(start([sys.executable, str(ROOT / "train.py"), *flags]))[0]
+
+    begun, before = train("asked", "--epoch_count", "1", "--answer_rows", "2"), records(folder)
+    resumed = train("asked", "--epoch_count", "2", "--answer_rows", "2", "--resume")
+    plain = train("plain", "--epoch_count", "2", "--answer_rows", "0")
+    return {"begun": begun, "resumed": resumed, "plain": plain}, before
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "asked" / "rows.jsonl").read_text().splitlines()]
+
+
+def test_answering_rows_leaves_no_trace_in_the_run(folder, runs):
+    names = ("step", "loss", "grad_norm", "lr", "val_loss")
+    asked, plain = ([[line.get(key) for key in names] for line in metrics(folder, run)] for run in ("asked", "plain"))
+    assert asked == plain
+    adapters = [(folder / run / "adapter.safetensors").read_bytes() for run in ("asked", "plain")]
+    assert adapters[0] == adapters[1]
+    assert not (folder / "plain" / "rows.jsonl").exists() and "answers  " not in runs[0]["plain"]
+
+
+def test_the_answers_before_training_are_kept_for_a_run_that_goes_on(folder, runs):
+    told, before = runs
+    after = records(folder)
+    assert [record["of"] for record in after] == ["training"] * 2 + ["held-out"] * 2
+    assert [record["before"] for record in after] == [record["before"] for record in before]
+    assert all(record["before"] and record["after"] for record in after)
+    assert "answers   2 training rows: " in told["resumed"] and "  2 held-out rows: " in told["resumed"]
+    for record in after:
+        assert f"  row     {record['answer']['text'].strip()}\n" in told["resumed"]
+    assert "2 training rows and 2 held-out rows are answered before and after training" in told["begun"]
+    noted = "note: no answer stops as its row does yet. 6 steps are few to learn from" in told["resumed"]
+    assert noted == unended(after)
+    settings = json.loads((folder / "asked" / "config.json").read_text())
+    assert settings["data"]["tokenizer"] == settings["vocabulary"]["name"] == "bytes"
+
+
+def test_answers_before_training_that_are_lost_are_not_made_up(folder, tmp_path):
+    samples = build_samples(config(folder, "chats").data, 257)
+    exam = RowsExam(rows_of("training", samples, 2), load_tokenizer("bytes"), 8)
+    answered = {"rows": exam.digest, "before": {"text": "a", "end": "end"}}
+    assert read_before(tmp_path / "rows.jsonl", exam) == [None, None]
+    for rows, known in (([answered] * 2, True), ([answered], False), ([answered, answered | {"rows": "x"}], False)):
+        write(tmp_path / "rows.jsonl", rows)
+        assert read_before(tmp_path / "rows.jsonl", exam) == [answered["before"] if known else None] * 2

@@ -4,14 +4,12 @@ computes the same on two ranks, under ZeRO stage 2, with --grad_cp and more and 
 import json
 import shutil
 import sys
-from dataclasses import fields, is_dataclass
 
 import pytest
 
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config.objective import REWARDS, TEACHER
-from rwkv_peft.config.setting import flag_of
 from rwkv_peft.objectives import OBJECTIVES
 from rwkv_peft.training.flags.request import parse_flags
 from training.runs import ROOT, finish, metrics, rewound, start_ranks
@@ -133,17 +131,6 @@ def test_prompts_are_computed_once(folder, learned, train):
     same("dpo", metrics(folder, "dpo-whole"), metrics(folder, "dpo"), rel=1e-4)
 
 
-def test_ranks_go_through_a_gathered_model_alike_if_some_rows_share_nothing(folder, train):
-    prompts = ("Q", "What", "Q", "Which of them")
-    rows = ({"prompt": prompts[i % 4], "chosen": "YES" * (1 + i % 3), "rejected": "no"} for i in range(10))
-    (folder / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    of_rows = ("--data_file", folder / "short.jsonl", "--epoch_count", 1)
-    spread = ("--devices", 2, "--strategy", "deepspeed_stage_3")
-    train("dpo", "short", *of_rows, "--micro_bsz", 2, "--share_prompts", 0)
-    train("dpo", "short-once", *of_rows, *spread, "--grad_cp", 1, "--share_prompts", 1)
-    same("dpo", metrics(folder, "short-once"), metrics(folder, "short"))
-
-
 def test_another_objective_does_not_go_on(folder, learned, train):
     name, _ = learned
     if name != "dpo":
@@ -155,32 +142,6 @@ def test_another_objective_does_not_go_on(folder, learned, train):
 
 def flags(data_type, *more):
     return ["--load_model", "base.pth", "--data_file", "rows.jsonl", "--data_type", data_type, *more]
-
-
-OF_BASE = (
-    (["--peft", "none"], "--peft none: answers are compared with what the base says"),
-    (["--train_parts", "ln"], "--train_parts ln: "),
-    (["--bone_load", "x.safetensors"], r"an adapter to start from \(x.safetensors\): .* merge it first"),
-)
-OF_ANSWERS = ((["--peft", "lora-ga"], "--peft lora-ga: "), (["--train_type", "infctx"], "--train_type infctx: "))
-OF_PACKED = (
-    (["--context_parallel", "2", "--devices", "2"], "--context_parallel 2: "),
-    (["--dataload", "pad"], "--dataload pad: "),
-    (["--loss_mask", "none"], "--loss_mask none: "),
-)
-
-
-@pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.unit != "token"])
-def test_what_has_no_answer_to_compare_with_is_refused(name):
-    objective = OBJECTIVES[name]
-    data_type = objective.rows[0]
-    given = ("--reward", "gsm8k") if REWARDS in objective.needs else ()
-    for more, words in (*(OF_BASE if objective().asks_base else ()), *OF_ANSWERS, *OF_PACKED):
-        who = "--data_type prompts" if data_type == "prompts" and (more, words) in OF_PACKED else f"--objective {name}"
-        with pytest.raises(UserError, match=f"{who} does not go with {words}"):
-            parse_flags(flags(data_type, "--objective", name, *given, *more))
-    for more, _ in () if objective().asks_base else OF_BASE:
-        assert isinstance(parse_flags(flags(data_type, "--objective", name, *given, *more)).objective, objective)
 
 
 @pytest.mark.parametrize(
@@ -201,20 +162,6 @@ def test_the_data_has_a_default_objective(data_type, name):
 def test_data_that_an_objective_does_not_learn_from_is_refused(data_type, name, words):
     with pytest.raises(UserError, match=words):
         parse_flags(flags(data_type, "--objective", name))
-
-
-@pytest.mark.parametrize("flag, name", [("dpo_beta", "dpo"), ("dpo_nll", "dpo"), ("simpo_gamma", "simpo")])
-def test_flags_of_an_objective_need_it(flag, name):
-    with pytest.raises(UserError, match=f"--{flag} 0.5 needs --objective {name}: .* --data_type pairs; give both"):
-        parse_flags(flags("sft", f"--{flag}", "0.5"))
-    objective = parse_flags(flags("pairs", "--objective", name, f"--{flag}", "0.5")).objective
-    assert getattr(objective, flag.removeprefix(f"{name}_")) == 0.5
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_no_flag_of_what_objectives_share_is_lost_to_a_field_of_the_same_name(objective):
-    for shared in filter(is_dataclass, objective.__mro__):
-        assert {flag_of(field) for field in fields(shared)} <= {flag_of(field) for field in fields(objective)}
 
 
 @pytest.mark.parametrize("flag", ["--train_type", "--data_type"])

@@ -1,13 +1,24 @@
 """A run's files for others: a model that trained whole has its base's keys, order and dtypes; the merged model is
-written beside the adapter on request."""
+written beside the adapter on request; loggers have the whole config and each step."""
 
+import json
+import shutil
+import sys
+import types
+
+import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release.check import compare_structure
 from rwkv_peft.release.merge import main as merge
 from rwkv_peft.tools.plan.command import estimate_of, parse_flags
 from rwkv_peft.tools.plan.memory import written
+from rwkv_peft.training.flags.request import parse_flags as parse_train_flags
+from rwkv_peft.training.flags.request import parse_run
+from rwkv_peft.training.saving.loggers import make_loggers
 from training.runs import finish, metrics, start
 
 FULL = ("--peft", "none", "--precision", "fp32", "--micro_bsz", "4", "--lr_init", "1e-4", "--lr_final", "1e-4")
@@ -52,15 +63,6 @@ def test_the_plan_counts_what_lies_there(files, train, command):
         assert 0 <= size - checkpoints.size < 100_000 and checkpoints.copies == 3
 
 
-def test_a_new_model_has_the_order_of_official_files(files, train):
-    more = ("--load_model", "", "--n_layer", "2", "--n_embd", "64", "--vocab_size", "80", "--save_dtype", "bf16")
-    train("new", *FULL, "--epoch_count", "1", *more)
-    model = open_base(files / "new" / "rwkv.pth")
-    assert list(model.tensors) == list(model.family.shapes(model.config))
-    assert {tensor.dtype for tensor in model.tensors.values()} == {torch.bfloat16}
-    assert (files / "new" / "rwkv.pth").samefile(files / "new" / "rwkv-epoch-1.pth")  # which is written once
-
-
 def test_the_merged_model_stands_beside_every_adapter(files, train):
     train("merged", "--merge_on_save", "--save_every", "3")
     folder = files / "merged"
@@ -80,3 +82,55 @@ def test_a_merge_that_cannot_be_written_does_not_end_the_run(files, command):
     _, err = finish(start(command("still", *still)))
     assert "--merge_on_save: " in err and "changes nothing" in err and "Traceback" not in err
     assert not (files / "still" / "merged.pth").exists() and (files / "still" / "adapter.safetensors").exists()
+
+
+def test_the_whole_config_is_logged(files, train):
+    train("logged", "--epoch_count", "1", "--epoch_steps", "1")
+    text = (files / "logged" / "config.json").read_text()
+    assert len(text.splitlines()) > 40 and json.loads(text)["train"]["epoch_count"] == 1
+    events = EventAccumulator(str(files / "logged" / "tensorboard"))
+    events.Reload()
+    logged = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content.decode(errors="replace")
+    for name in ("model/n_layer", "adapter/rank", "data/ctx_len", "train/lr_init"):
+        assert name in logged
+
+
+def test_steps_that_a_resumed_run_takes_again_are_shown_once(files, train):
+    flags = ("--save_every", "2", "--epoch_steps", "4", "--precision", "fp32", "--lr_init")
+    train("again", *flags, "1e-2", "--epoch_count", "1")
+    shutil.rmtree(files / "again" / "checkpoints" / "step-00000004")  # as if killed before it
+    train("again", *flags, "1e-3", "--epoch_count", "1", "--resume")
+    events = EventAccumulator(str(files / "again" / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, round(event.value, 6)) for event in events.Scalars("lr")]
+    lines = map(json.loads, (files / "again" / "metrics.jsonl").read_text().splitlines())
+    assert shown == [(line["step"], round(line["lr"], 6)) for line in lines] and len(shown) == 4
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "swanlab"])
+def test_a_tracker_hears_the_settings_and_each_step(files, monkeypatch, tracker):
+    """With a stand-in for its package."""
+    heard = []
+    module = types.ModuleType(tracker)
+    module.__spec__ = object()
+    module.init = lambda **settings: heard.append(settings)
+    module.log = lambda metrics, step: heard.append((step, metrics))
+    module.finish = lambda: heard.append("finish")
+    monkeypatch.setitem(sys.modules, tracker, module)
+    where = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), "--bone_r", "16"]
+    config = parse_run([*where, f"--{tracker}", "mine"]).config
+    _, logger = make_loggers(config, files / "tracked", first_step=0)
+    logger.log_metrics({"loss": 0.5}, step=3)
+    logger.finalize("success")
+    settings, *later = heard
+    assert settings["project"] == "mine" and settings["config"]["adapter"]["rank"] == 16
+    assert "tracked" in settings.values() and later == [(3, {"loss": 0.5}), "finish"]
+    module.init = lambda **settings: 1 / 0
+    with pytest.raises(UserError, match=f"--{tracker} mine: ZeroDivisionError: division by zero; "):
+        make_loggers(config, files / "tracked", first_step=0)
+
+
+def test_a_tracker_without_its_package_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--wandb mine needs the wandb package: pip install wandb"):
+        parse_train_flags(["--data_file", "x", "--load_model", "y", "--wandb", "mine"])

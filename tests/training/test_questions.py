@@ -5,11 +5,9 @@ The base is the demo's, which answers questions about little stories.
 
 import importlib.util
 import json
-import random
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,13 +17,12 @@ from evals.local_tasks import offline, write_tasks
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
-from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evals.command import main as evaluate
 from rwkv_peft.evals.questions import Exam
 from rwkv_peft.inference.loading import load_model
 from rwkv_peft.training.flags.request import parse_flags
-from rwkv_peft.training.measuring.questions import Examiner, find_exams
+from rwkv_peft.training.measuring import Examiner
 from rwkv_peft.training.run import main as run_training
 from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
@@ -173,60 +170,12 @@ def test_the_last_scores_are_those_that_lm_eval_finds_of_what_is_saved(files, as
             assert ours[name] == (pytest.approx(value, rel=1e-2) if "perplexity" in name and value != "N/A" else value)
 
 
-@pytest.fixture(scope="module")
-def harness(files):
-    """lm_eval's tasks as questions of a run."""
-    flags = ["--data_file", "x", "--load_model", "y", "--eval_batch", "2", *lm_eval_flags(files)]
-    harness = pytest.importorskip("rwkv_peft.evals.harness")
-    return harness.HarnessExam(parse_flags(flags).train, load_tokenizer("bytes"))
-
-
-@needs_lm_eval
-def test_ranks_share_the_questions_of_lm_eval(harness):
-    model, _ = load_model(BASE)
-    whole = list(harness.ask(model))
-    parts = [list(harness.ask(model, rank, 2)) for rank in range(2)]
-    assert all(len(part) >= 4 for part in parts)
-    scores = harness.judge(sorted(whole, key=lambda record: record["number"])).metrics
-    shared = harness.judge(sorted(parts[0] + parts[1], key=lambda record: record["number"])).metrics
-    assert shared == pytest.approx(scores, rel=1e-4) and len(scores) == 6
-
-
-@needs_lm_eval
-def test_judging_leaves_no_trace(harness, capfd):
-    model, _ = load_model(BASE)
-    records = sorted(harness.ask(model), key=lambda record: record["number"])
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    first, second = harness.judge(records), harness.judge(records)
-    assert first == second
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    assert capfd.readouterr() == ("", "")
-
-
 def test_what_the_run_computes_does_not_change(files, train, asked):
     """With dropout, whose random draws the questions must not change."""
     train("silent")
     assert numbers(files, "silent") == numbers(files, "asked")
     silent, other = (load_file(files / name / "adapter.safetensors") for name in ("silent", "asked"))
     assert silent and all(torch.equal(tensor, other[key]) for key, tensor in silent.items())
-
-
-def test_the_model_answers_from_the_states_that_it_tunes(tmp_path):
-    model, _ = load_model(BASE)
-    model.tune_states()
-    for block in model.blocks:
-        torch.nn.init.normal_(block.att.time_state, std=9.0)
-    path = write(tmp_path / "questions.jsonl", [{"prompt": "Q", "completion": "?"}])
-    exam, tokenizer = (
-        Exam(TrainConfig(eval_data=path, eval_max_tokens=8), load_tokenizer("bytes")),
-        load_tokenizer("bytes"),
-    )
-    tokens = tokenizer.encode("Q")
-    with torch.no_grad():
-        for _ in range(8):
-            tokens.append(int(model(torch.tensor([tokens]))[0][0, -1].argmax()))
-    (record,) = exam.ask(model)
-    assert record["generated"] == tokenizer.decode(tokens[1:]) and record["end"] == "length"
 
 
 def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatch):
@@ -272,12 +221,6 @@ def test_tasks_that_cannot_serve_are_told_before_the_run_begins(files, tmp_path,
     assert not list((tmp_path / "none").rglob("*.json*"))
 
 
-def test_lm_eval_without_its_package_is_told(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--lm_eval arc_easy needs the package lm_eval; "):
-        parse_flags(["--data_file", "x", "--load_model", "y", "--lm_eval", "arc_easy"])
-
-
 @pytest.mark.parametrize(
     "rows, more, message",
     [
@@ -295,32 +238,12 @@ def test_bad_questions_are_told(tmp_path, rows, more, message):
         Exam(train, load_tokenizer("bytes"))
 
 
-def test_a_tokenizer_that_nothing_tells_is_refused(tmp_path):
-    """The data has no record of it, and the vocabulary has no usual size."""
-    train = TrainConfig(eval_data=write(tmp_path / "questions.jsonl", QUESTIONS))
-    samples = SimpleNamespace(vocabulary=None, notes=[])
-
-    def config(size):
-        return SimpleNamespace(
-            train=train, model=SimpleNamespace(vocab_size=size), data=SimpleNamespace(path="d", clean_turns=True)
-        )
-
-    with pytest.raises(UserError, match="no known tokenizer has 80 tokens; make the data with rwkv-peft"):
-        find_exams(config(80), samples)
-    assert len(find_exams(config(257), samples)["answers.jsonl"]) == 5 and "5 questions of " in samples.notes[0]
-    samples.vocabulary = vocabulary_of(load_tokenizer("bytes"))
-    with pytest.raises(UserError, match="the tokenizer bytes has 257 tokens, and the model 80"):
-        find_exams(config(80), samples)
-
-
 @pytest.mark.parametrize(
     "more, message",
     [
         (("--lm_eval", "t", "--lm_eval_include_path", "absent"), "--lm_eval_include_path absent is no folder"),
-        (("--eval_data", "q", "--strategy", "deepspeed_stage_3"), "take stage 1 or 2"),
         (("--eval_data", "q", "--eval_task", "choice"), "invalid choice: 'choice' .*; did you mean choices"),
         (("--eval_data", "q", "--eval_task", "gsm8k"), "invalid choice: 'gsm8k' .* is --lm_eval gsm8k here"),
-        (("--eval_data", "q", "--eval_batch", "0"), "0 is below 1"),
     ],
 )
 def test_flags_that_contradict_each_other_are_told(more, message):

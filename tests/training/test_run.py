@@ -1,9 +1,9 @@
-"""train.py as a user runs it: a run's files and output, and training under all ZeRO stages, ranks and methods.
+"""train.py as a user runs it: a run's files and output; training under all ZeRO stages, ranks and methods; on streams,
+chats and rows of weights.
 
 Each case is a process of its own, because the engine keeps global state.
 """
 
-import io
 import json
 import os
 import re
@@ -11,19 +11,23 @@ import resource
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
+from data.test_stream import save_parquet
 from rwkv_peft.checkpoints.base import open_base
+from rwkv_peft.cli import commands
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.recorded import clean_beside
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.release.merge import main as merge
 from training.held import held
-from training.runs import ROOT, finish, metrics, start
+from training.runs import ROOT, finish, metrics, rewound, start
 
 
 @pytest.fixture(scope="module")
@@ -53,45 +57,6 @@ def test_a_run_leaves_what_it_says(files, one_process):
         for name in "att.receptance att.key att.value att.gate att.output ffn.key ffn.receptance ffn.value".split()
     }
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
-
-
-def test_a_processor_without_instructions_for_a_precision_is_told(command, one_process):
-    words = "products in float32, since this processor multiplies bf16 slowly"
-    few = command("lowered", "--epoch_count", "1", "--epoch_steps", "2")
-    out, _ = finish(start(few, cold=True, ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2"))
-    assert words in out or "gpu" in few
-    assert words not in one_process
-
-
-def test_one_is_no_plural_and_a_chosen_rate_is_told(train):
-    few = ("--epoch_count", "1", "--epoch_steps", "1", "--micro_bsz", "1", "--target_modules", "att.key")
-    out, _ = train("single", *few, "--lr_init", "auto")
-    assert "steps     1: " in out and "1 epoch of 1 step, 1 window a step; each window is seen" in out
-    assert "note: 1 steps are few" not in out and "note: 1 step is few to learn from: --epoch_count 50 has" in out
-    assert "rate      0.0013 to 0.001 (--lr_init auto: 0.08 / 64 channels; docs/guides/learning-rates.md)\n" in out
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_the_bar_fits_into_80_columns_with_all_its_numbers(monkeypatch):
-    from rwkv_peft.training.engine.progress import Progress
-    from rwkv_peft.training.step.plan import Plan
-
-    monkeypatch.setenv("COLUMNS", "81")  # tqdm leaves the last one free
-    monkeypatch.setenv("LINES", "24")
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    progress = Progress(Plan(8, 123456, 123456, 0, 0))
-    progress.bar.mininterval = 0
-    progress.update("loss 10.1234, lr 1.0e-04", 1, 71.2, 80)
-    progress.update("loss 10.1234, lr 1.0e-04", 2, 1.0, 123456)
-    progress.close()
-    frames = sys.stdout.getvalue().split("\r")
-    assert all(len(frame.rstrip("\n")) <= 80 for frame in frames)
-    assert any("| 1/123456, the first step took 71 s, loss" in frame for frame in frames), frames
-    assert any("| 2/123456, ETA " in frame and frame.rstrip().endswith("123,456 tokens/s") for frame in frames), frames
 
 
 @pytest.mark.parametrize(
@@ -183,7 +148,7 @@ def test_a_new_run_continues_from_an_adapter(files, train, one_process):
     assert lines[0]["loss"] < metrics(files, "one")[0]["loss"]
 
 
-METHODS = {  # test_seeded_methods.py has vera and shira
+METHODS = {  # SEEDED has vera and shira
     "bone-mini": "--bone_mode bone-mini --bone_r 8 --bone_mini_r 4",
     "bone-signed": "--bone_mode bone-signed --bone_r 16",
     "bat-in-scaled": "--bone_mode bat-in-scaled --bone_r 16",
@@ -211,24 +176,6 @@ def test_every_method_trains_validates_and_merges(files, train, method):
     original, result = torch.load(files / "base.pth"), torch.load(merged)
     assert list(original) == list(result)
     assert sum(not torch.equal(original[key], result[key]) for key in original) == 16
-
-
-def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
-    rates = ("--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0")
-    flags = ("--precision", "fp32", *rates, "--val_data", str(files / "data"), "--val_every", "1", "--early_stop")
-    train("early", *flags, "2")
-    lines = metrics(files, "early")
-    assert len(lines) == 3 and "val_ppl" in lines[0]
-    assert (files / "early" / "adapter.safetensors").exists()
-
-    # and it stays ended, however often its command is run again
-    out, _ = train("early", *flags, "2", "--resume", "auto")
-    assert "is complete (3 steps, the last 2 validations without a lower loss)" in out
-    _, err = train("early", *flags, "2", "--resume", code=2)
-    assert "raise --early_stop, or leave it out, to go on" in err and "Traceback" not in err
-    assert metrics(files, "early") == lines
-    train("early", *flags, "3", "--resume")
-    assert len(metrics(files, "early")) == 4
 
 
 def test_rows_of_questions_train_a_new_model_without_preprocessing(files, train):
@@ -263,3 +210,106 @@ def test_a_run_records_whether_the_turns_of_its_rows_are_cleaned(tmp_path, tiny_
         assert clean_beside(tmp_path / name) is clean_beside(None, tmp_path / name / "adapter.safetensors") is clean
         assert (b"--clean_turns 0" in (tmp_path / name / "adapter.safetensors").read_bytes()) is not clean
     assert clean_beside(tmp_path)
+
+
+SEEDED = {
+    "vera": ("vera", '{"r": 16, "d_initial": 0.2, "vera_seed": 7}', ()),
+    "shira": ("shira", '{"entries": 8, "shira_seed": 7}', ("--lora_rank", "32")),
+}
+
+
+@pytest.mark.parametrize("peft, settings, lora", SEEDED.values(), ids=SEEDED)
+def test_a_run_resumes_bitwise_and_what_it_trained_is_merged_and_taken_off(files, train, capsys, peft, settings, lora):
+    def run(*words):
+        assert commands.main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    size = "rank 16" if peft == "vera" else "entries 8"
+    flags = ("--peft", peft, "--peft_config", settings, "--lr_init", "0.03", "--lr_schedule", "constant")
+    out, _ = train(f"whole-{peft}", *flags)
+    assert f"training  {peft}, {size}: " in out
+    parts = rewound(files / f"whole-{peft}", f"parts-{peft}")
+    train(parts.name, *flags, "--resume")
+    whole = files / f"whole-{peft}" / "adapter.safetensors"
+    assert whole.read_bytes() == (parts / "adapter.safetensors").read_bytes()
+
+    assert f"{peft}, {size}" in run("inspect", whole)
+    base, merged, restored = (files / name for name in ("base.pth", f"{peft}-merged.pth", f"{peft}-restored.pth"))
+    given = ("--bone_checkpoint", whole)
+    run("merge", "--base_model", base, *given, "--output", merged, "--output_dtype", "fp32")
+    out = run("check", "--base_model", base, *given, "--merged", merged)
+    assert "each as base and adapter make it" in out
+    run("merge", "--base_model", merged, *given, "--output", restored, "--unmerge")
+    before, after, between = (torch.load(path) for path in (base, restored, merged))
+    for key, tensor in before.items():
+        torch.testing.assert_close(after[key], tensor.float(), rtol=0, atol=1e-6)
+    assert sum(not torch.equal(between[key], tensor.float()) for key, tensor in before.items()) == 16
+    out = run("convert", whole, files / f"{peft}-lora.safetensors", "--to", "lora", "--base_model", base, *lora)
+    assert ("the same change, exactly" in out) == (peft == "vera")
+    with pytest.raises(UserError, match=f"RWKV-PEFT has no {peft}"):
+        commands.main(["convert", str(whole), str(files / f"{peft}.pth")])
+
+
+def test_a_run_streams_and_goes_on(train, files):
+    rows = save_parquet(files / "rows")
+    flags = ("--data_file", str(rows), *"--data_type sft --tokenizer bytes --stream 20 --precision fp32".split())
+    flags += ("--load_model", "", *"--n_layer 1 --n_embd 32 --vocab_size 257 --head_size 16 --peft none".split())
+    out, _ = train("stream", *flags, "--epoch_count", "1")
+    assert "70 rows of 2 files, tokenized as they are read, and shuffled in 3 windows an epoch (--stream 20)" in out
+    assert "4 training rows:" in out
+    train("stream", *flags, "--resume")
+    assert [line["samples"] for line in metrics(files, "stream")] == list(range(1, 9))
+
+
+def test_a_row_of_weight_two_is_as_if_it_stood_there_twice(files, train):
+    rows = [np.arange(1, 12 + 5 * number, dtype="<u2") for number in range(3)]
+    for name, places, weights in (("weighed", (0, 1, 2), (0, 1, 2)), ("often", (1, 2, 2), (1, 1, 1))):
+        with ShardWriter(files / f"rows-{name}") as writer:
+            for place, weight in zip(places, weights):
+                writer.add(rows[place], weight=weight)
+        data = str(files / f"rows-{name}")
+        flags = "--dataload pad --micro_bsz 3 --precision fp32 --epoch_steps 1 --epoch_count 2 --warmup_steps 0".split()
+        out, _ = train(name, "--data_file", data, "--val_data", data, *flags)
+        assert ("rows weigh 0 to 2; the loss is the mean by weight" in out) == (name == "weighed")
+    for mine, theirs in zip(metrics(files, "weighed"), metrics(files, "often")):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert mine["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-5)
+    expected = load_file(files / "often" / "adapter.safetensors")
+    for key, tensor in load_file(files / "weighed" / "adapter.safetensors").items():
+        assert (tensor - expected[key]).norm() <= 1e-2 * expected[key].norm(), key
+
+
+CHATS = (("2+2?", "2 and 2.", "4"), ("Sky?", "Look up.", "blue\n\nMostly."))
+NEW = ("--n_layer", "2", "--n_embd", "64", "--dim_ffn", "64", "--vocab_size", "257")
+RATES = ("--lr_init", "5e-3", "--lr_final", "5e-4", "--warmup_steps", "5", "--beta2", "0.99")
+
+
+@pytest.fixture(scope="module")
+def model(files, train):
+    """An RWKV-7 that knows two chats by heart: a greeting, an answer with thinking, a farewell."""
+    turns = [("Hi", "Yo."), None, ("Bye", "Bye.")]
+    rows = []
+    for question, thinking, answer in CHATS:
+        turns[1] = (question, f"<think>\n{thinking}\n</think>\n{answer}")
+        words = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+        rows.append(json.dumps({"messages": words}))
+    (files / "chats.jsonl").write_text("\n".join(rows))
+    argv = [str(files / "chats.jsonl"), "--output", str(files / "chats"), "--tokenizer", "bytes", "--think", "on"]
+    assert commands.main(["preprocess", *argv, "--repeat", "8"]) == 0
+    data = ("--data_file", str(files / "chats"), "--dataload", "pad", "--ctx_len", "128", "--micro_bsz", "4")
+    steps = ("--epoch_steps", "4", "--epoch_count", "25", "--precision", "fp32")
+    train("chats", "--load_model", "", "--generation", "7", "--peft", "none", *NEW, *data, *RATES, *steps)
+    return files / "chats" / "rwkv.pth"
+
+
+def test_a_turn_ends_where_the_next_begins_and_the_last_with_the_document(model, capsys):
+    asked = "User: Hi\n\nAssistant:"
+    prompts = [asked, *(f"{asked} Yo.\n\nUser: {question}\n\nAssistant: <think" for question, _, _ in CHATS)]
+    expected = [(" Yo.", "stop"), *((f">\n{thinking}\n</think>\n{answer}", "stop") for _, thinking, answer in CHATS)]
+    question, thinking, answer = CHATS[0]
+    prompts.append(f"{prompts[1]}>\n{thinking}\n</think>\n{answer}\n\nUser: Bye\n\nAssistant:")
+    argv = ["generate", "--model", str(model), "--temperature", "0", "--prompt", *prompts]
+    assert commands.main(argv) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["generated"], row["end"]) for row in rows] == [*expected, (" Bye.", "end")]

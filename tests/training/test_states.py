@@ -3,7 +3,6 @@ with and without an adapter; for every generation."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from families import DISTINCT, shaken
 from rwkv_peft.checkpoints.adapter_file import read_own
@@ -14,9 +13,7 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference.command import main as generate
 from rwkv_peft.models.state import time_state_shapes
 from rwkv_peft.release.check import main as check
-from rwkv_peft.release.convert import main as convert
 from rwkv_peft.release.merge import main as merge
-from rwkv_peft.training.flags.request import parse_run
 from training.runs import metrics, rewound
 
 ALONE = ("--peft", "none", "--train_type", "state", "--precision", "fp32", "--lr_init", "1e-1", "--lr_final", "1e-1")
@@ -88,21 +85,6 @@ def test_merged_they_are_what_foreign_runtimes_start_from(bases, tuned, tmp_path
     assert not torch.allclose(memory(tmp_path, base)[last], memory(tmp_path, merged)[last], rtol=1e-2)
 
 
-@BY_VERSION
-def test_they_lead_through_every_layout_and_back(bases, tuned, tmp_path, version):
-    states = read_tensors(tuned[version] / "state.pth")
-    web = tmp_path / "web.st"
-    assert convert([str(tuned[version] / "adapter.safetensors"), str(web)]) == 0
-    assert all(torch.equal(load_file(web)[key], tensor.mT) for key, tensor in states.items())
-    for source in (tuned[version] / "adapter.safetensors", web):
-        assert convert([str(source), str(tmp_path / "back.pth")]) == 0
-        assert all(torch.equal(read_tensors(tmp_path / "back.pth")[key], tensor) for key, tensor in states.items())
-    first, second = (
-        memory(tmp_path, str(bases[version]), "--state", str(path)) for path in (tuned[version] / "state.pth", web)
-    )
-    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
-
-
 def test_states_of_another_base_are_refused(bases, tuned, tmp_path):
     with pytest.raises(UserError, match="was tuned on an RWKV-6, and the model is an RWKV-7"):
         generate(["--model", str(bases["x070"]), "--state", str(tuned["x060"]), "--prompt", "a"])
@@ -160,27 +142,3 @@ def test_states_train_along_with_the_model_itself(files, train, bases, tuned, tm
     model = open_base(files / "parts" / "rwkv.pth")
     assert list(model.tensors) == [*base.tensors, *time_state_shapes(base.config)]
     assert not torch.equal(model.tensors["blocks.0.ln1.weight"], base.tensors["blocks.0.ln1.weight"])
-
-
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        ("--peft bone --train_type state", "leave --peft out, or give --train_parts state instead"),
-        ("--peft none --train_type state --train_parts ln", "does not go with --train_parts ln.*leave one of them out"),
-        ("--state_lr 1e-3", "needs --train_parts state"),
-        ("--state_load nowhere.pth", "needs --train_parts state"),
-        ("--peft none --train_parts state --state_lr 1e-3", "their rate is --lr_init"),
-        ("--train_parts state --lr_init 0", "--state_lr follows its schedule"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused(files, more, words):
-    with pytest.raises(UserError, match=words):
-        parse_run(["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), *more.split()])
-
-
-def test_a_separate_file_of_states_needs_states_and_more(bases, tuned, tmp_path):
-    argv = ["--base_model", str(bases["x060"]), "--bone_checkpoint", str(tuned["x060"])]
-    argv += ["--output", str(tmp_path / "m.pth"), "--state_output", str(tmp_path / "s.pth")]
-    with pytest.raises(UserError, match="make a file of the states with `rwkv-peft convert`"):
-        merge(argv)
-    assert not any(tmp_path.iterdir())

@@ -19,6 +19,7 @@ LOSS_MASKS = ("none", "pad", "qa", "se", "file")
 QUANTS = (("--quant", "--quant nf4", ("4bit", "4", "int4", "fp4")), ("--quant", "--quant int8", ("8bit", "8", "fp8")))
 FINETUNE, INFCTX = "finetune", "infctx"
 TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # as in RWKV-PEFT
+TRACKERS = ("wandb", "trackio", "swanlab")  # each a package, and a flag that names a project
 AUTO = "auto"  # value of --lr_init: the rate is chosen
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 

@@ -3,7 +3,6 @@ of held-out rows against others."""
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from .samples import Document, DocumentSamples, Sample, Samples, Units, collate_
 
 ROWS = ".rows"  # the ending of the file with a document's row a line, as JSON
 MOST_COMPARED = 20_000  # rows of each side that are compared, which takes a second
-MOST_MISMATCHED = 32
 
 
 class RowSamples(DocumentSamples):
@@ -160,46 +158,6 @@ class PromptSamples(RowSamples):
     def row(self, original: int) -> dict[str, Any]:
         """The row of an original sample."""
         return json.loads(self.rows[self.place(original)])
-
-
-class OneDocument(Samples):
-    """A document of a data set, as the only sample."""
-
-    def __init__(self, dataset: BinidxDataset, document: Document) -> None:
-        self.dataset, self.document = dataset, document
-        super().__init__(range(1), None)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.document[0]) - 1
-
-    def __getitem__(self, n: int) -> Sample:
-        return self.document
-
-    def count(self, n: int) -> float:
-        return float(self.document[1].sum())
-
-
-def mismatched_answers(samples: Samples) -> Sequence[tuple[Samples, Samples]]:
-    """(a row, its answer behind the prompt of the next row with another answer) of the first samples; [] for rows
-    without a prompt, packed rows, and streams. Equal losses show that a model ignores the prompts."""
-    if not isinstance(samples, DocumentSamples) or isinstance(samples, RowSamples):
-        return []
-    first = map(samples.__getitem__, range(min(len(samples), MOST_MISMATCHED)))
-    rows = [row for row in first if isinstance(row, tuple) and row[1].any() and prompt_length(row) > 1]
-    found = []
-    for number, row in enumerate(rows):
-        for other in chain(rows[number + 1 :], rows[:number]):
-            if answer_tokens(other) != answer_tokens(row):
-                documents = (row, mismatched(other, row, samples.ctx_len))
-                found.append((OneDocument(samples.dataset, documents[0]), OneDocument(samples.dataset, documents[1])))
-                break
-    return found
-
-
-def answer_tokens(document: Document) -> list[int]:
-    """The tokens of a document from the first that counts on."""
-    return document[0][prompt_length(document) :].tolist()
 
 
 def overlap_notes(training: Samples, held_out: Samples) -> list[str]:

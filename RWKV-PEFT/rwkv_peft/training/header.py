@@ -20,7 +20,7 @@ from ..ops.bone import cuda as bone_cuda
 from ..ops.cross_entropy import cuda as cross_entropy_cuda
 from ..ops.mix import cuda as mix_cuda
 from .inputs import Inputs
-from .measuring.learned import doubts, rate_of
+from .learned import doubts, rate_of
 from .step.context_parallel import in_flight, waiting
 from .step.plan import Plan
 from .step.shared_prefix import saved_tokens

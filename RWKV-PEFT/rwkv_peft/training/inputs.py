@@ -18,7 +18,7 @@ from ..data.sources import build_samples, parts_of, split_samples
 from .flags.request import Request
 from .rates import with_chosen_epochs, with_first_rates
 from .saving.checkpoints import require_files
-from .saving.resume import Lowest, data_identity, find_state, history, other_retained, validated_from, with_kept_order
+from .saving.resume import Lowest, data_identity, find_state, history, validated_from, with_kept_order
 from .step.plan import Plan
 from .step.teacher import StoredTeacher, require_own_tokens
 
@@ -68,7 +68,7 @@ def find_inputs(request: Request) -> Inputs:
     if isinstance(samples, PromptSamples):
         samples.repeat(step_samples, config.objective.together)
     of_measured = {name: data_identity(config, found) for name, found in measured.items()}
-    validation, retained = (of_measured.get(name, {}).get("content", "") for name in (VALIDATION, RETAINED))
+    validation = of_measured.get(VALIDATION, {}).get("content", "")
     identity: dict[str, Any] = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
@@ -80,12 +80,10 @@ def find_inputs(request: Request) -> Inputs:
         "precision": train.precision,
         "optim": train.optim,
         "validation": validation,
-        "retained": retained,
     }
     checkpoint, state = find_state(Path(train.proj_dir), train, identity)
     if checkpoint is not None and state is not None and world.rank == 0:
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
-    samples.notes += other_retained(state, retained)
     if state:
         train = with_first_rates(train, state)
     train = with_chosen_epochs(train, -(-len(samples) // step_samples), state)

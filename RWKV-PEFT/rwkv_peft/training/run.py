@@ -39,7 +39,7 @@ from .flags.request import Request, parse_run
 from .flags.settings_file import write
 from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
-from .measuring.questions import find_questions
+from .measuring import find_questions
 from .model import make_model, own_device, write_new_model
 from .ranks.agreement import shared_values
 from .ranks.group import INTACT, Ranks, ignore_signals
@@ -140,7 +140,7 @@ def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[.
         return 0, words
     for base in filter(None, (inputs.base, inputs.teacher)):
         base.require_finite()
-    asked = find_questions(inputs, speaks=leads)
+    asked = find_questions(inputs, show_progress=leads)
     with judging(config, samples) as rewards:
         if request.world.size > 1:
             ranks.agree(shared_values(inputs, asked), inputs.folder)

@@ -167,9 +167,7 @@ class RunCallback(pl.Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Any, lit: Lit) -> None:
-        if self.ending and self.run.validator is not None:  # the last step is saved by now
-            self.run.validator.after(trainer, lit)
-        if self.ending and self.run.rows is not None:
+        if self.ending and self.run.rows is not None:  # the last step is saved by now
             self.run.rows.after(trainer, lit)
         self.close(trainer)
 

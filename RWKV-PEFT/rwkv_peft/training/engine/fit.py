@@ -23,7 +23,7 @@ from ...memory import keep_freed_memory
 from ...plots import plot_loss, read_metrics, series
 from ...release.push import card_of, write_card
 from ..inputs import VALIDATION
-from ..measuring.learned import UNKNOWN, aim_of, blind, by_source, fall_of, held_out_line, notes_on, overfitted
+from ..learned import UNKNOWN, aim_of, by_source, fall_of, held_out_line, notes_on, overfitted
 from ..saving.checkpoints import DIVERGED, find_checkpoint, telling_refusals
 from ..step.compiling import compiled
 from .prepared import Prepared
@@ -156,8 +156,7 @@ def on_held_out(run: Prepared, held_out: HeldOut, name: str, sign: int) -> Itera
     patience = counted(run.config.train.early_stop, "validation")
     early = f"; stopped after {patience} without a lower one" if run.exhausted else ""
     yield f"validation  {held_out_line(held_out, name, sign)}, {best}{early}"
-    note = overfitted(held_out, run.plan, best, run.config.train.lr_init) if sign > 0 else ""
-    if note := note or blind(run.validator.swapped if run.validator is not None else ()):
+    if sign > 0 and (note := overfitted(held_out, run.plan, best, run.config.train.lr_init)):
         yield note
 
 

@@ -5,8 +5,7 @@ from typing import Any
 from ...models.parts import LanguageModel
 from ...rewards import Rewards
 from ..inputs import Inputs
-from ..measuring.questions import BeforeAfter, Examiner, Questions
-from ..measuring.validate import Validator
+from ..measuring import BeforeAfter, Examiner, Questions, Validator
 from ..ranks.world import World
 from ..rollout import RolloutLog
 from ..saving.checkpoints import ANSWERS, ROWS

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 from ...checkpoints.readable import home_meant
 from ...cli.errors import UNREADABLE, UserError
 from ...cli.installing import how_to_install
-from ...cli.names import METRICS, STATE
+from ...cli.names import METRICS, STATE, TRACKERS
 from ...cli.parser import counted
 from ...config import SCHEDULE_FREE, AdapterConfig, DataConfig, ModelConfig, Objective, TrainConfig
 from ...objectives import takers_of
 from ..ranks.world import World
 from ..saving.checkpoints import ANSWERS, LM_EVAL, TRAINED, saved_state
-from ..saving.trackers import check_trackers
 from .parser import DIMENSIONS
 
 if TYPE_CHECKING:
@@ -68,7 +67,9 @@ def check_train(train: TrainConfig) -> Iterator[str]:
     package = PACKAGES.get(train.optim)
     if package and importlib.util.find_spec(package) is None:
         yield f"--optim {train.optim} needs the package {package}; {how_to_install('optim')}"
-    yield from check_trackers(train)
+    for tracker in TRACKERS:
+        if (project := getattr(train, tracker)) and importlib.util.find_spec(tracker) is None:
+            yield f"--{tracker} {project} needs the {tracker} package: pip install {tracker}"
     if not train.proj_dir:
         yield "--proj_dir is empty; name the folder of the run"
         return

@@ -15,7 +15,7 @@ from ...config import RunConfig
 from ...config.setting import flag_of
 from ..flags.parser import DIMENSIONS
 from ..inputs import Inputs
-from ..measuring.questions import Questions
+from ..measuring import Questions
 from .world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses

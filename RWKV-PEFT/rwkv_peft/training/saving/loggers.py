@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from ...cli.errors import UserError, told
+from ...cli.names import TRACKERS
 from ...config import RunConfig
-from .trackers import TRACKERS, chosen_trackers
 
 
 class ModuleLogger(Logger):
@@ -62,13 +62,15 @@ def make_tracker(name: str, project: str, config: RunConfig, folder: Path, first
 def make_loggers(config: RunConfig, folder: Path, first_step: int) -> list[Logger]:
     """Make Lightning's loggers, which write below `folder` (trackio in a folder of its own), and log the RunConfig.
     TensorBoard hides earlier records of steps from `first_step` on: that run ended before it saved them. Raises
-    UserError if a tracker cannot be reached."""
+    UserError if a tracker refuses its project, or cannot be reached."""
     loggers: list[Logger] = [Board(folder, name="", version="tensorboard", purge_step=first_step)]
-    for name, project in chosen_trackers(config.train).items():
-        try:
-            loggers.append(make_tracker(name, project, config, folder, first_step))
-        except Exception as error:
-            raise UserError(f"--{name} {project}: {told(error, named=True)}; {TRACKERS[name].again}") from error
+    for name in TRACKERS:
+        if project := getattr(config.train, name):
+            try:
+                loggers.append(make_tracker(name, project, config, folder, first_step))
+            except Exception as error:
+                again = "mend that, or leave the flag out: metrics.jsonl has the same numbers"
+                raise UserError(f"--{name} {project}: {told(error, named=True)}; {again}") from error
     for logger in loggers:
         logger.log_hyperparams(asdict(config))
     return loggers

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ...checkpoints.atomic import write_text
@@ -39,8 +38,7 @@ HASHED = 64  # samples that are hashed, to distinguish one data set from another
 SAME = ("adapter", "base", "data", "objective", "teacher")  # a resumed run must share these with the first
 SAME_OPTIMIZER = ("precision", "optim")  # and these, to keep the optimizer's state,
 SAME_RANKS = ("strategy", "world_size")  # and these, if that is kept by ranks
-NEEDED = ("retained", "samples_seen", "trained", "validated_from", "validation")  # other entries that are read
-HASHES = MappingProxyType({"content": "tokens", "counted": "loss mask", "files": "files"})
+NEEDED = ("samples_seen", "trained", "validated_from", "validation")  # other entries that are read
 
 
 def find_state(
@@ -166,15 +164,11 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
 
 
 def difference(key: str, then: Any, now: Any) -> str:
-    """The difference of an identity's entry in words; hashes of the data are named by their contents."""
-    others = []
+    """The difference of an identity's entry in words, of several settings only those that differ."""
     if isinstance(now, dict):
         names = [name for name in {**now, **then} if then.get(name) != now.get(name)]
-        others = [HASHES[name] for name in HASHES if key == "data" and name in names]
-        plain = [name for name in names if key != "data" or name not in HASHES]
-        then, now = ({name: values.get(name) for name in plain} for values in (then, now))
-    words = [f"{key} {then}, this command {now}"] if then or not isinstance(now, dict) else []
-    return " and ".join(words + [f"data whose {' and '.join(others)} are others than this command's"] * bool(others))
+        then, now = ({name: values.get(name) for name in names} for values in (then, now))
+    return f"{key} {then}, this command {now}"
 
 
 def with_kept_order(data: DataConfig, train: TrainConfig) -> DataConfig:
@@ -187,15 +181,6 @@ def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str)
     """The sample after which a run's validations are on the data with the hash `validation`; state is the state.json of
     the checkpoint that the Plan goes on from, or None."""
     return plan.first_sample if state is None or state["validation"] != validation else state["validated_from"]
-
-
-def other_retained(state: Mapping[str, Any] | None, retained: str) -> list[str]:
-    """A note, as a list, if a run that goes on measures --retain_data on other data than before: its hash in `state`
-    differs from `retained`, and neither is "" (no data)."""
-    before = "" if state is None else state["retained"]
-    if not before or retained in ("", before):
-        return []
-    return ["note: --retain_data is another than before; retain_start and each retain_loss so far are of other samples"]
 
 
 class Lowest:

@@ -1,36 +1,112 @@
-"""The questions of a run to its model: exams that flags name, put every few steps, and rows of its own data, answered
-before the first step and after the last one."""
+"""Measurements while training: losses of held-out samples and of data to retain; exams that flags name, put every few
+steps; and rows of the run's own data, answered before the first step and after the last one."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
-from ...checkpoints.atomic import append_text
-from ...cli.errors import UNREADABLE, UserError, in_line
-from ...cli.parser import counted
-from ...config import RunConfig, TrainConfig
-from ...data.recorded import find_tokenizer
-from ...data.samples import Samples
-from ...data.tokenizer import KNOWN_SIZES
-from ...evals.questions import LONGEST, OF, Exam, Record, RowsExam, rows_of
-from ...inference.flags import unescaped
-from ..inputs import VALIDATION, Inputs
-from ..saving.checkpoints import ANSWERS, LM_EVAL
-from ..saving.optimizer_state import averaged
-from ..saving.resume import write_records
-from ..step.compiling import uncompiled
-from ..step.plan import Plan
+from ..checkpoints.atomic import append_text
+from ..checkpoints.best import BEST
+from ..cli.errors import UserError, in_line
+from ..cli.parser import counted
+from ..config import RunConfig, TrainConfig
+from ..data.batches import EvalBatches
+from ..data.mixture import Several
+from ..data.recorded import find_tokenizer
+from ..data.samples import Samples
+from ..data.tokenizer import KNOWN_SIZES
+from ..evals.questions import OF, Exam, Record, RowsExam, rows_of
+from ..inference.flags import unescaped
+from .inputs import VALIDATION, Inputs
+from .saving.checkpoints import ANSWERS, LM_EVAL
+from .saving.optimizer_state import averaged
+from .saving.resume import write_records
+from .saving.saver import Saver
+from .step.compiling import uncompiled
+from .step.plan import Plan
 
 if TYPE_CHECKING:
-    from ...evals.harness import HarnessExam
+    from ..evals.harness import HarnessExam
+    from .step.lit import Lit
 
 TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once
 SHOWN, WIDTH = 2, 100  # rows of each kind that are printed, and characters of a line
-NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone or damaged
+NEVER = "not known"  # shown for the answers before training if rows.jsonl is gone
+
+
+class Validator:
+    """Goes once through the samples of each data set, VALIDATION and RETAINED, every val_every steps (0: every epoch)
+    and after the last one. All ranks call it after each step.
+
+    A new lowest loss of VALIDATION saves the trained tensors under the label BEST. After early_stop validations in a
+    row without one (0: never) `exhausted` is true.
+    """
+
+    def __init__(self, inputs: Inputs, saver: Saver) -> None:
+        self.measured, self.plan, self.lowest, self.anew = inputs.measured, inputs.plan, inputs.lowest, not inputs.state
+        self.saver, self.train = saver, inputs.config.train
+        self.micro_bsz = inputs.config.data.micro_bsz
+        self.every = self.train.val_every or inputs.plan.epoch_steps
+
+    @property
+    def exhausted(self) -> bool:
+        return self.lowest.exhausts(self.train.early_stop)
+
+    def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
+        """The losses before a run's first step, {"val_start", "retain_start"}; {} if it is resumed."""
+        if not self.anew:
+            return {}
+        sums = {name: [self.sums(part, trainer, lit) for part in found.parts] for name, found in self.measured.items()}
+        return {f"{name}_start": means([sum(each) for each in zip(*found)])[0] for name, found in sums.items()}
+
+    def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
+        """{"val_loss"}, with the step's other measures or else the perplexity "val_ppl", and the same of RETAINED as
+        "retain_…"; of several data sets also "val_loss/NAME". {} if this step does not validate."""
+        if done % self.every and done != self.plan.total_steps:
+            return {}
+        found: dict[str, float] = {}
+        with averaged(trainer.optimizers[0]):
+            for name, samples in self.measured.items():
+                sums = [self.sums(part, trainer, lit) for part in samples.parts]
+                loss, *numbers = means([sum(each) for each in zip(*sums)])
+                measures = dict(zip(lit.compute.measures, numbers)) or {"ppl": math.exp(min(loss, 700.0))}
+                found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
+                if isinstance(samples, Several):
+                    found |= {f"{name}_loss/{of}": means(each)[0] for of, each in zip(samples.sources, sums)}
+            if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
+                self.saver.save_tensors(trainer, lit, [BEST])
+        return found
+
+    @torch.no_grad()
+    def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
+        """[the items that count, sums over them of the loss and of the step's other measures], over all ranks."""
+        device, train = trainer.strategy.root_device, self.train
+        sums: list[torch.Tensor] = []
+        lit.model.eval()
+        group = trainer.global_rank // train.context_parallel
+        for batch in EvalBatches(samples, self.micro_bsz, group, train.groups):
+            batch = lit.compute.prepare_inputs(batch, device)
+            with uncompiled(train.compile):
+                loss = lit.compute.total(lit.model, batch)
+            numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())
+            sums.append(torch.stack([number.double() for number in numbers]))
+        lit.model.train()
+        total = torch.stack(sums).sum(0)
+        if trainer.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+
+def means(sums: Sequence[float]) -> list[float]:
+    """[items, sum, …] -> [mean, …]."""
+    items, *others = sums
+    return [other / (items or 1.0) for other in others]
 
 
 class Questions(NamedTuple):
@@ -40,17 +116,17 @@ class Questions(NamedTuple):
     rows: RowsExam | None
 
 
-def find_questions(inputs: Inputs, speaks: bool) -> Questions:
+def find_questions(inputs: Inputs, show_progress: bool) -> Questions:
     """The Questions of a run; notes on them join those on its samples. Raises UserError as find_exams does."""
-    exams = find_exams(inputs.config, inputs.samples, speaks)
+    exams = find_exams(inputs.config, inputs.samples, show_progress)
     rows, note = find_rows(inputs.config, inputs.samples, inputs.measured)
     inputs.samples.notes += filter(None, [note])
     return Questions(exams, rows)
 
 
-def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> "dict[str, Exam | HarnessExam]":
+def find_exams(config: RunConfig, samples: Samples, show_progress: bool = True) -> "dict[str, Exam | HarnessExam]":
     """The exams of --eval_data and --lm_eval, in the tokens of the data, by the file of their results; notes on them
-    join samples.notes. A process that `speaks` shows lm_eval's progress bars. Raises UserError if the data's tokenizer
+    join samples.notes. show_progress: show lm_eval's progress bars. Raises UserError if the data's tokenizer
     is unknown, and as the exams do."""
     train, vocab_size = config.train, config.model.vocab_size
     if not train.eval_data and not train.lm_eval:
@@ -66,9 +142,9 @@ def find_exams(config: RunConfig, samples: Samples, speaks: bool = True) -> "dic
     if train.eval_data:
         exams[ANSWERS] = Exam(train, tokenizer, config.data.clean_turns)
     if train.lm_eval:
-        from ...evals import harness  # only now, because lm_eval takes seconds to import
+        from ..evals import harness  # only now, because lm_eval takes seconds to import
 
-        exams[LM_EVAL] = harness.HarnessExam(train, tokenizer, speaks)
+        exams[LM_EVAL] = harness.HarnessExam(train, tokenizer, show_progress)
     sources = {ANSWERS: train.eval_data, LM_EVAL: f"lm_eval {' '.join(train.lm_eval)}"}
     often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
     for name, exam in exams.items():
@@ -177,12 +253,6 @@ class BeforeAfter:
             return None
         return any(before != after for before, after in pairs)
 
-    @property
-    def known(self) -> bool:
-        """True if every row was answered word for word before training."""
-        answers = [(record["before"], record["answer"]) for record in self.records]
-        return bool(answers) and all(given and same(given, due) for given, due in answers)
-
     def lines(self) -> Iterator[str]:
         """Yield the lines to print at the end of a run; none if it ended before the last step."""
         done = [record for record in self.records if "after" in record]
@@ -199,31 +269,27 @@ class BeforeAfter:
 
 
 def read_before(path: Path, exam: RowsExam) -> Sequence[Record | None]:
-    """The answers before training in a run's file; None for each row if it is gone, damaged or has other rows."""
-    unknown = [None] * len(exam)
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        answers = [record["before"] for record in records if record["rows"] == exam.digest]
-        texts = [(answer["text"], answer["end"]) for answer in answers if answer is not None]
-    except UNREADABLE:
-        return unknown
-    whole = all(isinstance(word, str) for pair in texts for word in pair)
-    return answers if whole and len(answers) == len(records) == len(exam) else unknown
+    """The answers before training in a run's file; None for each row if the file is gone or has other rows."""
+    records = []
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+    if [record.get("rows") for record in records] != [exam.digest] * len(exam):
+        return [None] * len(exam)
+    return [record["before"] for record in records]
 
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> str:
     """The numbers of answers that are the rows' own, and of those that stop as the rows do, after training and
     before."""
-    whole, words = [record for record in records if ends(record["answer"])], list[str]()
+    words = []
     for some, agrees, what, then in (
         (records, same, "answered word for word", "before training"),
-        (whole, end_alike, "stop as the row does", "before"),
+        ([record for record in records if ends(record["answer"])], end_alike, "stop as the row does", "before"),
     ):
         before = [agrees(record["before"], record["answer"]) for record in some if record["before"]]
         after = sum(agrees(record["after"], record["answer"]) for record in some)
         words += [f"{after} {what} ({sum(before) if before else NEVER} {then})"] * bool(some)
-    if longer := len(records) - len(whole):
-        words.append(f"{longer} {'is' if longer == 1 else 'are'} longer than the {LONGEST} tokens that are compared")
     return ", ".join(words)
 
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...adapters.methods import method_of
-from ...checkpoints.best import HeldOut
-from ...cli.names import is_number
-from ...cli.parser import counted
-from ...config import FEW, RunConfig
-from ...config.objective import REWARDS, TEACHER
-from ...plots import LOSSES, of_files
-from ..rates import Rate, automatic_rate
-from ..step.plan import Plan
-from .questions import BeforeAfter, unended
+from ..adapters.methods import method_of
+from ..checkpoints.best import HeldOut
+from ..cli.names import is_number
+from ..cli.parser import counted
+from ..config import FEW, RunConfig
+from ..config.objective import REWARDS, TEACHER
+from ..plots import LOSSES, of_files
+from .measuring import BeforeAfter, unended
+from .rates import Rate, automatic_rate
+from .step.plan import Plan
 
 FAR, TOO_FAR = 3, 30  # a rate so many times below that of the method's rule is far below, and one so many above it
 LEAST = 8  # losses, or answers: fewer do not show the noise
@@ -119,22 +119,20 @@ def notes_on(
     rows: BeforeAfter | None,
 ) -> list[str]:
     """The notes on a run's success, by its losses, the records of its metrics and its rows before and after."""
-    changed, known = (None, False) if rows is None else (rows.changed, rows.known)
-    found = [nothing_learned(config, plan, losses, changed, known), unlikely_answers(config, records)]
+    changed = None if rows is None else rows.changed
+    found = [nothing_learned(config, plan, losses, changed), unlikely_answers(config, records)]
     # a student stops as its teacher does, and not as the rows do
     if not any(found) and rows is not None and TEACHER not in config.objective.needs and unended(rows.records):
         found.append(f"note: no answer stops as its row does yet. {reasons(config, plan)}")
     return [note for note in found if note]
 
 
-def nothing_learned(
-    config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None, known: bool = False
-) -> str:
+def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
     """A note if a run seems to have learned nothing or got worse, with the likely reason and the flag; else "".
 
     losses: the measure of aim_of, with its sign. changed: an answer differs from the one before training (None: not
-    known). known: all answers were the rows' own before it. A loss of preferences may fall although the model answers
-    as before; one of tokens is a better sign than a few answers.
+    known). A loss of preferences may fall although the model answers as before; one of tokens is a better sign than a
+    few answers.
     """
     fall = fall_of(losses)
     name, sign = aim_of(config)
@@ -146,9 +144,9 @@ def nothing_learned(
     if changed or (fall is None and changed is None):
         return ""
     if fall is not None and fall.real:
-        still = changed is False and not known and config.objective.of_preferences
+        still = changed is False and config.objective.of_preferences
         return f"note: the {name} fell {way}, and the rows are answered as before training. {why}" if still else ""
-    if known or (config.objective.of_tokens and fall is not None and fall.first < KNOWN):
+    if config.objective.of_tokens and fall is not None and fall.first < KNOWN:
         return f"note: the base knew these rows already, so that there was little to learn from them {way}".rstrip()
     found = []
     if fall is not None:
@@ -203,20 +201,4 @@ def overfitted(held_out: HeldOut, plan: Plan, best: Path, rate: float) -> str:
     return (
         f"note: after step {step:,} the run learned its own rows by heart, and forgot others: commands take {best} of "
         f"this folder. What ends sooner: {fewer}--early_stop 2. More rows help most"
-    )
-
-
-def blind(losses: Sequence[Sequence[float]]) -> str:
-    """A note if answers are no likelier behind their own prompts than behind others, by the losses [(behind its own,
-    behind another)] of each; "" if they are, or if there are too few answers."""
-    if len(losses) < LEAST:
-        return ""
-    gains = [other - own for own, other in losses]
-    if statistics.fmean(gains) > SURE * statistics.stdev(gains) / math.sqrt(len(gains)):
-        return ""
-    own, other = (statistics.fmean(column) for column in zip(*losses))
-    return (
-        f"note: held-out answers are no likelier behind their own questions ({own:.4f} nats a token) than behind those "
-        f"of other rows ({other:.4f}): this run learned how answers look, and not what they say. They may not follow "
-        "from the questions, or that may take more rows or steps"
     )

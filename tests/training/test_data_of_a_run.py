@@ -1,19 +1,19 @@
-"""From rows to a run by the commands that a user types: the tokens that are said to count are those that train."""
+"""From rows to a run by the commands that a user types: the tokens that count are those that the header names, and the
+data's tokenizer goes with the run, so that nobody retypes it."""
 
 import json
 import re
-from dataclasses import fields
+import sys
 
 import pytest
 
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.config import DataConfig
-from rwkv_peft.config.setting import flag_of
-from rwkv_peft.data.recorded import vocabulary_of
+from rwkv_peft.data.recorded import Vocabulary, read_record, vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.training import inputs, run
+from training.runs import ROOT, finish, start
 
 ROWS = [{"query": f"{i} birds?", "response": f"{i}!"} for i in range(20)]
 TOTAL = sum(len(f"User: {i} birds?\n\nAssistant: {i}!") + 1 for i in range(20))
@@ -65,14 +65,6 @@ def test_answers_that_are_cut_off_are_said(train, dataload):
     assert counted(samples) == ANSWERS and "not read" not in header
 
 
-def test_how_often_a_row_is_seen_is_said(train):
-    """An epoch is whole steps, which may read some rows twice."""
-    for micro_bsz, times in (("8", "1.2 times"), ("5", "1 time")):
-        header, _ = train("--dataload", "pad", "--micro_bsz", micro_bsz, "--epoch_count", "1")
-        assert f"20 rows, 1 epoch of {-(-20 // int(micro_bsz))} steps, {micro_bsz} rows a step" in header
-        assert f"each row is seen {times}\n" in header
-
-
 @pytest.mark.parametrize("dataload", ["get", "pad", "pack"])
 def test_a_mask_beside_the_data_is_used_and_said(train, dataload):
     header, samples = train("--dataload", dataload)
@@ -84,18 +76,6 @@ def test_a_mask_that_is_named_wins(train, tmp_path):
     header, samples = train("--dataload", "pad", "--loss_mask", "none")
     assert f"loss on all {TOTAL:,} tokens: --loss_mask none leaves {tmp_path / 'chat.mask'} aside" in header
     assert counted(samples) == TOTAL - len(ROWS)
-
-
-def test_without_a_mask_all_tokens_count(train, tmp_path):
-    (tmp_path / "chat.mask").unlink()
-    header, samples = train("--dataload", "pad")
-    assert f"loss on all {TOTAL:,} tokens\n" in header
-    assert counted(samples) == TOTAL - len(ROWS)
-
-
-def test_validation_says_what_counts(train, tmp_path):
-    header, _ = train("--val_data", tmp_path / "chat", "--dataload", "pad")
-    assert f"validation on 20 samples of {tmp_path / 'chat'}: loss on {ANSWERS:,} of" in header
 
 
 @pytest.mark.parametrize("split, rows", [("train[:5]", 5), ("[15:]", 5)])
@@ -127,29 +107,6 @@ def test_rows_are_read_in_another_order_in_every_epoch_and_not_by_length(train, 
     assert len({str(rows) for rows in epochs}) == 4
     if micro_bsz == 1:
         assert not any(rows == sorted(rows, key=len) for rows in epochs)
-
-
-@pytest.mark.parametrize(
-    "row, more, remedy",
-    [
-        ({"q": "a"}, [], "name yours, as --sft_field QUESTION ANSWER or --sft_field TEXT"),
-        ({"q": "a"}, ["--sft_field", "x"], "field 'x' is missing; the row has q 'a'; name yours, as --sft_field"),
-        ({"text": [3]}, [], "--skip_bad_rows leaves such rows out"),
-        ({"text": "a"}, ["--sft_split", "nonsense["], "split 'nonsense[': write train, train[:1000]"),
-        ({"text": "a"}, ["--tokenizer", "endless.json"], "rwkv-peft preprocess --no-append_eod"),
-    ],
-)
-def test_rows_that_cannot_be_trained_on_are_mended_by_flags_that_exist(train, tmp_path, monkeypatch, row, more, remedy):
-    tokenizers = pytest.importorskip("tokenizers")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save("endless.json")
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    more = ["--tokenizer", "bytes", *more] if "--tokenizer" not in more else more
-    with pytest.raises(UserError, match=re.escape(remedy)) as caught:
-        train("--data_file", tmp_path / "rows.jsonl", "--data_type", "sft", *more)
-    named = set(re.findall(r"--\w+", str(caught.value))) - {"--skip_bad_rows", "--no"}
-    assert named <= {f"--{flag_of(field)}" for field in fields(DataConfig)}
 
 
 @pytest.mark.parametrize("kind", ["binidx", "sft"])
@@ -214,3 +171,68 @@ def test_a_tokenizer_that_is_not_the_models_is_refused_before_rows_are_read(trai
     with pytest.raises(UserError, match="--tokenizer world has 65,536 tokens, and the model 257"):
         train("--data_type", "sft", "--data_file", tmp_path / "chat.jsonl")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_state):
+    """A folder with base.pth, whose 300 tokens identify no tokenizer, data of bytes, and out/, a merged run on them."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_model(folder / "base.pth", tiny_state(vocab_size=300))
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"{i} birds"}) + "\n" for i in range(8)))
+    assert commands.main(f"preprocess {folder}/rows.jsonl --output {folder}/data --tokenizer bytes".split()) == 0
+    flags = (
+        f"--load_model {folder}/base.pth --data_file {folder}/data --proj_dir {folder}/out --bone_r 16 --ctx_len 8 "
+        "--dataload pad --epoch_steps 1 --accelerator cpu --precision fp32"
+    )
+    out, _ = finish(start([sys.executable, str(ROOT / "train.py"), *flags.split()]))
+    assert "tokenizer bytes (257 tokens" in out
+    files = f"--base_model {folder}/base.pth --bone_checkpoint {folder}/out/adapter.safetensors"
+    assert commands.main(f"merge {files} --output {folder}/out/merged.pth".split()) == 0
+    return folder
+
+
+def test_the_runs_config_names_it(trained):
+    assert read_record(trained / "out" / "config.json") == vocabulary_of(load_tokenizer("bytes"))
+    assert json.loads((trained / "out" / "config.json").read_text())["adapter"]["method"] == "bone"
+
+
+def test_a_name_in_a_file_is_told_in_one_line():
+    assert str(Vocabulary("\x1b[31mworld\nerror: forged", "0\n", 3)).isprintable()
+
+
+def test_an_adapter_tells_how_it_came_to_be(trained, capsys, tiny_state):
+    assert commands.main(["inspect", str(trained / "out")]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["base"].startswith("base.pth, fingerprint ") and told["tokenizer"].startswith("bytes (257 tokens, ")
+    assert told["data"] == "--data_type binidx --dataload pad --loss_mask none --ctx_len 8"
+    assert told["rate"] == "0.0013 to 0.00013, cosine" and told["versions"].startswith("rwkv_peft 0")
+    save_model(trained / "other.pth", tiny_state(vocab_size=300, seed=1))
+    merge = f"merge --base_model {trained}/other.pth --bone_checkpoint {trained}/out --output {trained}/x.pth"
+    with pytest.raises(UserError, match="was trained on another base: base.pth, fingerprint"):
+        commands.main(merge.split())
+
+
+@pytest.mark.parametrize(
+    "model", [["--model", "base.pth", "--adapter", "out/adapter.safetensors"], ["--model", "out/merged.pth"]]
+)
+def test_generate_takes_it_from_the_run(trained, model, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    arguments = ["generate", *model, "--prompt", "1 b", "--max_tokens", "2"]
+    assert commands.main(arguments) == 0
+    assert "note:" not in capsys.readouterr().err
+    (trained / "own.txt").write_text("1 'a' 1\n98 'b' 1\n")
+    assert commands.main([*arguments[:-4], "--prompt", "b", "--max_tokens", "2", "--tokenizer", "own.txt"]) == 0
+    assert "note: the run was trained with bytes (257 tokens" in capsys.readouterr().err
+
+
+def test_validation_data_of_another_tokenizer_is_refused(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    (trained / "words.txt").write_text("".join(f"{i + 1} {chr(i)!r} 1\n" for i in range(32, 128)))
+    for tokenizer in ("bytes", "words.txt"):
+        command = f"preprocess rows.jsonl --output held-{tokenizer} --tokenizer {tokenizer}"
+        assert commands.main(command.split()) == 0
+    flags = "--load_model base.pth --data_file data --bone_r 16 --ctx_len 8 --dataload pad --show_samples 1".split()
+    for flag in ("--val_data", "--retain_data"):
+        assert commands.main(["train", *flags, flag, "held-bytes"]) == 0
+        with pytest.raises(UserError, match=f"{flag} held-words.txt was made with .*, and --data_file data with"):
+            commands.main(["train", *flags, flag, "held-words.txt"])

@@ -1,5 +1,5 @@
-"""--retain_data measures what a run forgets: before the first step and with each validation, without changing the
-run."""
+"""Losses measured while training, without changing the run: of held-out rows, which end one that no longer improves,
+and of --retain_data, by which a run shows what it forgets."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from rwkv_peft.checkpoints.adapters import AdapterSource
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.inference.loading import load_model
-from rwkv_peft.training.flags.request import parse_flags, parse_run
+from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.inputs import find_samples
 from training.runs import metrics, rewound
 
@@ -97,22 +97,6 @@ def test_it_needs_no_validation_and_decides_nothing(files, train, kept):
     assert not list((files / "alone").glob("*-best*"))
 
 
-def test_other_data_than_before_is_said(files, train, kept):
-    """Their loss does not measure what the run forgot since its first step."""
-    flags = ("--precision", "fp32", "--epoch_steps", "1", "--epoch_count")
-    first, _ = train("other", *flags, "1", "--retain_data", kept)
-    same, _ = train("other", *flags, "2", "--retain_data", kept, "--resume")
-    other, _ = train("other", *flags, "3", "--retain_data", str(files / "data"), "--resume")
-    note = "--retain_data is another than before"
-    assert note not in first + same and note in other
-
-
-def test_early_stop_does_not_go_by_it(train, kept):
-    _, err = train("refused", "--retain_data", kept, "--early_stop", "1", code=2)
-    assert "--early_stop 1 needs --val_data or --val_split: it needs samples to validate on" in err
-    assert parse_flags(["--data_file", "x", "--load_model", "y", "--retain_data", "z", "--val_every", "5"])
-
-
 def test_text_without_a_mask_is_measured_whole_where_answers_are_learned(files, kept, tmp_path):
     with ShardWriter(tmp_path / "answers", vocab_size=80) as writer:
         writer.add(list(range(1, 60)), [False] * 30 + [True] * 29)
@@ -127,3 +111,21 @@ def test_text_without_a_mask_is_measured_whole_where_answers_are_learned(files, 
     assert found(answers, "--retain_data", answers) == [29, 29]
     with pytest.raises(UserError, match="absent"):
         found(answers, "--retain_data", str(tmp_path / "absent"))
+
+
+def test_early_stop_ends_a_run_that_no_longer_improves(files, train):
+    rates = ("--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0")
+    flags = ("--precision", "fp32", *rates, "--val_data", str(files / "data"), "--val_every", "1", "--early_stop")
+    train("early", *flags, "2")
+    lines = metrics(files, "early")
+    assert len(lines) == 3 and "val_ppl" in lines[0]
+    assert (files / "early" / "adapter.safetensors").exists()
+
+    # and it stays ended, however often its command is run again
+    out, _ = train("early", *flags, "2", "--resume", "auto")
+    assert "is complete (3 steps, the last 2 validations without a lower loss)" in out
+    _, err = train("early", *flags, "2", "--resume", code=2)
+    assert "raise --early_stop, or leave it out, to go on" in err and "Traceback" not in err
+    assert metrics(files, "early") == lines
+    train("early", *flags, "3", "--resume")
+    assert len(metrics(files, "early")) == 4
