@@ -19,17 +19,13 @@ PARTS = (
         "adapter files",
         (
             *("checkpoints/adapter_file", "checkpoints/adapters", "checkpoints/rwkv_peft_file"),
-            *("checkpoints/peft_folder", "checkpoints/state_file", "checkpoints/lightning_folder"),
+            *("checkpoints/adapter_folders", "checkpoints/state_file"),
         ),
         ("bases", "containers", "models", "adapters"),
     ),
     ("data", ("data",), ("containers",)),
     ("merge", ("release",), ("bases", "adapter files")),
-    (
-        "convert",
-        ("release/convert", "release/formats", "release/gguf", "release/lora", "release/vocabulary"),
-        ("merge", "data"),
-    ),
+    ("convert", ("release/convert", "release/formats", "release/lora", "release/vocabulary"), ("merge", "data")),
     ("check", ("release/check", "release/runtimes"), ("convert", "merge")),
     ("inference", ("inference",), ("merge", "data")),
     ("web", ("inference/serve/web",), ("base",)),  # of any server
@@ -39,7 +35,7 @@ PARTS = (
     ("rewards", ("rewards",), ("evals",)),
     ("hf", ("hf",), ("inference", "convert")),
     ("plots", ("plots", "tools/plot"), ("containers", "objectives")),
-    ("inspect", ("release/inspect", "release/push"), ("convert", "merge", "plots")),
+    ("inspect", ("release/inspect", "release/push"), ("convert", "merge")),
     ("tools/doctor", ("tools/doctor",), ("models", "containers", "inspect")),
     ("optimizers", ("training/optimizers",), ("native", "ops")),  # DeepSpeed's Adam is compiled on first use
     ("step", ("training/step",), ("optimizers", "bases", "adapter files", "data", "plots", "merge", "objectives")),

@@ -27,7 +27,6 @@ COMMANDS = (
     ("serve", serve.RULES, "--model m.pth {}"),
     ("merge", release.MERGE_RULES, "--base_model b.pth --bone_checkpoint a.safetensors {}"),
     ("check", release.CHECK_RULES, "--merged m.pth {}"),
-    ("inspect", release.INSPECT_RULES, "m.pth {}"),
     ("convert", release.CONVERT_RULES, "a.safetensors a.pth {}"),
     ("preprocess", preprocess.RULES, "rows.jsonl {}"),
     ("plan", plan.RULES, "{}"),
@@ -74,7 +73,7 @@ BY_CASE = pytest.mark.parametrize(
     "name, line, rule, subject, others", CASES, ids=[f"{case[0]} {case[3]} {case[2].others}" for case in CASES]
 )
 SWITCHES = (
-    *("--panels", "--chat", "--dry_run", "--read_back", "--escapes", "--ids", "--overwrite", "--skip_bad_rows"),
+    *("--panels", "--chat", "--dry_run", "--escapes", "--ids", "--overwrite", "--skip_bad_rows"),
     *("--drop_duplicates", "--runtimes", "--any_base"),
 )
 

@@ -42,7 +42,6 @@ def folder(tmp_path_factory, tiny_state):
         ("base.pth", "model, RWKV-6", BASE),
         ("model.st", "model, RWKV-6", CONVERT),
         ("hf", "model, RWKV-6", CONVERT),
-        ("model.gguf", "GGUF model, rwkv6", CONVERT),
         ("bone.safetensors", "adapter, written by rwkv_peft", "make one model"),
         ("7a.pth", "model, RWKV-7a (x070a)", BASE),
         ("7b.pth", "model, RWKV-7b (x070b)", BASE),

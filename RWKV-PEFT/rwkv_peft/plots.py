@@ -1,5 +1,4 @@
-"""Pictures of a run: its loss curve, which train.py writes beside its metrics, and how far each matrix moved; and the
-style that all pictures share."""
+"""The picture of a run, its loss curve, which train.py writes beside its metrics; the style that all pictures share."""
 
 import json
 import math
@@ -252,21 +251,3 @@ def draw_below(axes: Any, label: str, drawn: Mapping[str, Series], colors: Itera
         axes.plot(steps, smooth(values) if many else values, color=next(colors), linewidth=2, label=name, **marks)
     axes.set(ylabel=label, ylim=(0, 1.05) if label == "share" else None)
     plain_axes(axes)
-
-
-def plot_changes(changes: Mapping[tuple[int, str], float], out_png: str | Path) -> None:
-    """Draw the change map of {(layer, matrix): |W' - W| / |W|}: a row for each layer, a column for each matrix, in
-    percent. A cell without a number is white, and infinity is drawn as the largest of the others."""
-    rows = sorted({layer for layer, _ in changes})
-    columns = list(dict.fromkeys(name for _, name in sorted(changes)))
-    largest = max(filter(math.isfinite, changes.values()), default=1.0)
-    values = [[100 * min(changes.get((layer, name), math.nan), largest) for name in columns] for layer in rows]
-    figure = new_figure(2.5 + 0.5 * len(columns), 2.4 + 0.22 * len(rows), dpi=120)
-    axes = figure.add_subplot()
-    if values:
-        image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=0)
-        figure.colorbar(image, label="|W' - W| / |W| in %")
-        axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(0, len(rows), max(1, len(rows) // 16)), list(map(str, rows[:: max(1, len(rows) // 16)])))
-    axes.set(ylabel="layer")
-    save_figure(figure, out_png)

@@ -1,4 +1,5 @@
-"""Adapter files and folders: they carry their own description, and a faulty or half-written one is refused."""
+"""Adapter files carry their own description, and a faulty one is refused; the folder of a run stands for the file that
+is best for held-out rows."""
 
 import json
 import os
@@ -10,23 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rwkv_peft.adapters.inject import load_tensors
-from rwkv_peft.checkpoints.adapter_file import ENTRY, METADATA_KEY, AdapterMetadata, Origin, save_adapter
-from rwkv_peft.checkpoints.adapters import read_adapter
-from rwkv_peft.checkpoints.peft_folder import CONFIG, TENSORS, is_adapter_folder, read_config, replacing
+from rwkv_peft.checkpoints.adapter_file import ENTRY, METADATA_KEY, Adapter, AdapterMetadata, Origin, save_adapter
+from rwkv_peft.checkpoints.adapters import adapter_of_run, product_of_run, read_adapter
+from rwkv_peft.checkpoints.best import take
 from rwkv_peft.checkpoints.tensors import read_safetensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
+from rwkv_peft.models import family_named
+from rwkv_peft.release.push import files_of
 
 LAYER = "blocks.0.att.key"
-
-
-def test_an_adapter_of_8_bit_floats_is_refused(tmp_path):
-    block = torch.ones(4, 8, 8).to(torch.float8_e5m2)
-    save_file({f"{LAYER}.bone": block}, tmp_path / "adapter.safetensors", {METADATA_KEY: "{}"})
-    torch.save({f"{LAYER}.bone": block}, tmp_path / "adapter.pth")
-    for name in ("adapter.safetensors", "adapter.pth"):
-        with pytest.raises(UserError, match=f"{name}: {LAYER}.bone is float8_e5m2"):
-            read_adapter(tmp_path / name, mode="bat-in")
 
 
 def test_adapter_files_carry_what_they_are(tmp_path):
@@ -41,6 +35,12 @@ def test_adapter_files_carry_what_they_are(tmp_path):
     assert set(adapter.modules()) == {LAYER} and set(adapter.whole()) == {"blocks.0.ln1.weight"}
     with pytest.raises(UserError, match="is a bat-out adapter, not bat-in"):
         read_adapter(tmp_path / "a.safetensors", mode="bat-in")
+
+
+def test_adapter_settings_come_back_from_metadata():
+    config = AdapterConfig(method="lora", rank=4, alpha=8.0, targets=("att.key",), train_parts=("ln",))
+    adapter = Adapter({}, AdapterMetadata.from_config(config))
+    assert adapter.config(family_named("x060")) == config
 
 
 def test_what_a_file_tells_people_is_an_entry_that_it_may_lack(tmp_path):
@@ -78,9 +78,9 @@ def test_equal_adapters_are_equal_files_in_any_order(tmp_path):
     "variant, flags, words",
     [
         ("lora", {"alpha": 8.0}, None),
-        ("lora", {"alpha": 128.0}, "--lora_alpha 128 contradicts .* trained with 8 "),
+        ("lora", {"alpha": 128.0}, "--lora_alpha 128 contradicts .*, a lora adapter of alpha 8;"),
         ("lora", {"init": "init_pissa.pth"}, "--lora_init init_pissa.pth is for RWKV-PEFT's PiSSA files"),
-        ("bone", {"alpha": 8.0}, "--lora_alpha 8 is LoRA's, and .* is a bone adapter"),
+        ("bone", {"alpha": 8.0}, "--lora_alpha 8 contradicts .*, a bone adapter, which has no alpha;"),
     ],
 )
 def test_lora_flags_must_agree_with_a_file_that_says_what_it_is(tmp_path, variant, flags, words):
@@ -101,24 +101,24 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(ValueError, match="NaN"):
         save_adapter(path, {f"{LAYER}.bone": torch.full((2, 2), float("nan"))}, AdapterMetadata("bone", rank=2))
-    assert not path.exists()
+    with pytest.raises(UserError, match="does not exist"):
+        read_adapter(path)
     path.write_bytes(b"not a safetensors file at all")
     with pytest.raises(UserError, match="not a readable safetensors"):
         read_adapter(path)
-    save_adapter(path, {f"{LAYER}.bone": torch.ones(2, 2)}, AdapterMetadata("bone", rank=2, format_version=99))
-    with pytest.raises(UserError, match="update this package"):
-        read_adapter(path)
-    save_file({f"{LAYER}.bone": torch.ones(2, 2)}, path)
-    with pytest.raises(UserError, match="does not say which adapter"):
-        read_adapter(path)
-    with pytest.raises(UserError, match="does not exist"):
-        read_adapter(tmp_path / "none.safetensors")
+    for block, message in ((torch.ones(2, 2), "does not say which adapter"), (torch.ones(2).long(), "bone is int64")):
+        save_file({f"{LAYER}.bone": block}, path)
+        with pytest.raises(UserError, match=message):
+            read_adapter(path)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"variant": None}, "variant = None"),
+        ({"format_version": 99}, "update this package"),
+        ({"format_version": "x"}, "metadata cannot be read"),
+        ({"format_version": float("inf")}, "metadata cannot be read"),
         ({"variant": "vara"}, "variant = 'vara', and one of bone,"),
         ({"variant": "none"}, "names no method .*tensors of an adapter on 1 layers"),
         ({"quant": "q4"}, "quant = 'q4'"),
@@ -170,41 +170,60 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_changes(tensors
     assert not model.key.bone.any() and torch.equal(model.ln.weight, torch.ones(4))
 
 
-def write(folder, word):
-    with replacing(folder) as (config, tensors):
-        config.write_text('{"peft_type": "' + word + '"}')
-        tensors.write_text(word)
+@pytest.fixture
+def run(tmp_path):
+    """Make a run's folder with the newest and the best of a file, validation losses of ten steps of 8 samples each,
+    and settings."""
+
+    def made(*losses, name="adapter", ending=".safetensors", **settings):
+        lines = [{"step": 0, "samples": 8, "val_start": 3.0}]
+        lines += [{"step": 10 * n - 1, "samples": 80 * n, "val_loss": loss} for n, loss in enumerate(losses, 1)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"val_lo')
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        for label in ("", "-best"):
+            (tmp_path / f"{name}{label}{ending}").touch()
+        return tmp_path
+
+    return made
 
 
-def test_a_kill_between_the_names_leaves_no_folder_of_two_halves(tmp_path, monkeypatch):
-    write(tmp_path, "old")
-    rename = os.replace
-
-    def killed(source, target):
-        if os.path.basename(target) == CONFIG:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(os, "replace", killed)
-        write(tmp_path, "new")
-    assert not is_adapter_folder(tmp_path)
-    with pytest.raises(UserError, match="has no adapter_config.json"):
-        read_config(tmp_path)
-    write(tmp_path, "new")
-    assert read_config(tmp_path) == {"peft_type": "new"} and (tmp_path / TENSORS).read_text() == "new"
-
-
-def test_a_writing_that_fails_leaves_the_old_folder(tmp_path):
-    write(tmp_path, "old")
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path) as (config, _):
-        config.write_text("{}")
-        raise ZeroDivisionError
-    assert read_config(tmp_path) == {"peft_type": "old"} and sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
+@pytest.mark.parametrize(
+    "losses, label",
+    [((1.0, 0.5, 0.2), ""), ((1.0, 0.5, 0.6), ""), ((1.0, 0.5, 0.9), "-best"), ((3.2, 3.1, 4.0), "-best"), ((), "")],
+)
+@pytest.mark.parametrize("name, ending", [("adapter", ".safetensors"), ("rwkv", ".pth")])
+def test_the_best_is_taken_if_it_is_clearly_better(run, losses, label, name, ending, capsys):
+    folder = run(*losses, name=name, ending=ending)
+    path = folder / f"{name}{label}{ending}"
+    assert product_of_run(folder, tell=True) == path and files_of(folder, None) == [path]
+    err = capsys.readouterr().err
+    assert bool(err) == bool(label)
+    if label:
+        lowest, last = min(losses), losses[-1]
+        assert f"{lowest:.4f}, and was {last:.4f} after step 30; to take what trained last, name {folder / name}" in err
+    other = take(folder).other
+    assert {path, other} == set(folder.glob(f"{name}*")) and product_of_run(other, tell=True) == other
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "no settings, but a list")])
-def test_settings_that_cannot_be_read_are_refused(tmp_path, text, message):
-    (tmp_path / CONFIG).write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_config(tmp_path)
+def test_losses_on_other_rows_and_what_is_no_loss_do_not_count(run):
+    assert take(run(0.1, 0.9, 0.8)).note and not take(run(0.1, 0.9, 0.8, validated_from=80)).note
+    for lines in ('{"step": "x", "val_loss": 0.1}', '{"step": 1, "val_loss": 1e999}', "[" * 5000 + '"val_', ""):
+        folder = run(0.5, 0.4)
+        (folder / "metrics.jsonl").write_text(lines + "\n" + (folder / "metrics.jsonl").read_text())
+        assert take(folder).path.name == "adapter.safetensors"
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    assert take(folder).path.name == "adapter.safetensors"
+    (folder / "adapter.safetensors").unlink()  # the run ended before its first save
+    assert take(folder).other is None
+
+
+def test_reading_the_folder_tells_which_adapter_it_is(run, capsys):
+    folder = run(1.0, 0.5, 0.9)
+    for number, label in enumerate(("", "-best")):
+        tensors = {"blocks.0.ffn.key.bone": torch.full((8, 192), float(number))}
+        save_adapter(folder / f"adapter{label}.safetensors", tensors, AdapterMetadata("bone", 8, targets=("ffn.key",)))
+    assert read_adapter(folder).tensors["blocks.0.ffn.key.bone"].unique() == 1
+    assert capsys.readouterr().err.startswith(f"note: {adapter_of_run(folder)} is taken")
+    assert read_adapter(folder / "adapter.safetensors").tensors["blocks.0.ffn.key.bone"].unique() == 0
+    assert capsys.readouterr().err == ""

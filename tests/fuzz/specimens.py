@@ -22,7 +22,7 @@ from rwkv_peft.inference.prompts import encode, read_prompt_file
 from rwkv_peft.inference.text import Continuation
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plots import plot_loss, read_metrics, series
-from rwkv_peft.release import convert, inspect
+from rwkv_peft.release import convert
 from rwkv_peft.release import merge as merge_command
 from rwkv_peft.tools.compare.plan import Size
 from rwkv_peft.tools.compare.report import rows_of, table
@@ -69,10 +69,6 @@ def merged(base, adapter, *flags):
         return merge_command.main([*paths, *flags, "--output", str(folder / "out" / "merged.pth")])
 
     return use
-
-
-def inspected(name):
-    return lambda folder: inspect.main([str(folder / name)])
 
 
 def states_read(name):
@@ -182,8 +178,6 @@ SPECIMENS = (
     Specimen("lora.pth", converted("lora.pth", "a.safetensors", "--lora_alpha", "8"), IN_PTH),
     Specimen("bone/adapter_config.json", converted("bone", "a.safetensors"), m.JSON),
     Specimen("bone/adapter_model.safetensors", converted("bone", "a.safetensors"), IN_SAFETENSORS),
-    Specimen("bone/adapter_config.json", converted("bone", "miss"), m.JSON),
-    Specimen("bone/adapter_model.safetensors", converted("bone", "miss"), IN_SAFETENSORS),
     Specimen("lora/adapter_config.json", converted("lora", "a.safetensors"), m.JSON),
     Specimen("miss/adapter.json", converted("miss", "a.safetensors"), m.JSON, 20),
     Specimen("state.pth", states_read("state.pth"), IN_PTH),
@@ -203,7 +197,6 @@ SPECIMENS = (
     Specimen("chats.parquet", rows_read("chats.parquet", "--skip_bad_rows"), count=20),
     Specimen("saved/state.json", rows_read("saved"), m.JSON, 20),
     Specimen("saved/data.arrow", rows_read("saved"), count=30),
-    Specimen("model.gguf", inspected("model.gguf"), count=30),
     Specimen("template.txt", template_read, count=30),
     Specimen("world.txt", tokenizer_read("world.txt"), (m.in_one_line(m.odd_literal),) * 2),
     Specimen("unigram.json", tokenizer_read("unigram.json"), m.JSON * 3, 30),

@@ -2,13 +2,11 @@
 more memory than an honest file."""
 
 import gzip
-import struct
 
 import pytest
 import torch
 
 from fuzz.bounds import memory_bound
-from fuzz.claims import GGUFS, gguf, listed, named
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
@@ -51,25 +49,3 @@ def test_a_packed_line_is_not_unpacked_beyond_what_a_row_may_have(tmp_path):
             file.write(block)
     for words in (preprocess(path), preprocess(path, "--skip_bad_rows")):
         assert "line 2 has more than 67,108,864 bytes" in refused(*words)
-
-
-@pytest.mark.parametrize("claim", GGUFS)
-def test_a_gguf_is_not_believed_beyond_its_end(tmp_path, claim):
-    setting, message = GGUFS[claim]
-    assert message in refused("inspect", gguf(tmp_path / "m.gguf", setting))
-    assert "no readable GGUF" in refused("inspect", gguf(tmp_path / "m.gguf", setting, tensors=1 << 60))
-
-
-def test_a_gguf_may_announce_any_number_of_tensors_and_settings(tmp_path):
-    for claims in ({"tensors": 1 << 62}, {"count": 1 << 62}):
-        assert "no readable GGUF" in refused("inspect", gguf(tmp_path / "m.gguf", **claims))
-
-
-def test_a_gguf_with_a_long_list_is_read_and_counted(tmp_path, capsys):
-    texts = b"".join(struct.pack("<Q", 1) + b"x" for _ in range(100))
-    name = named(b"general.architecture", 8, struct.pack("<Q", 5) + b"rwkv6")
-    numbers = named(b"rwkv6.widths", 9, listed(4, 100) + struct.pack("<100I", *range(100)))
-    path = gguf(tmp_path / "m.gguf", name, numbers, named(b"tokenizer.ggml.tokens", 9, listed(8, 100) + texts))
-    assert commands.main(["inspect", str(path)]) == 0
-    out = capsys.readouterr().out
-    assert "100 tokens" in out and "widths [0, 1, 2," in out

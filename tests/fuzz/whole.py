@@ -2,7 +2,6 @@
 
 import datetime
 import gzip
-import importlib.util
 import json
 import struct
 from dataclasses import asdict
@@ -11,8 +10,8 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.adapter_folders import FORM
 from rwkv_peft.checkpoints.base import save_model
-from rwkv_peft.checkpoints.lightning_folder import FORM
 from rwkv_peft.checkpoints.tensors import TensorSpec, write_safetensors
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
 from rwkv_peft.data.shard_writer import ShardWriter
@@ -61,10 +60,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
         write_safetensors(folder / kind / "adapter_model.safetensors", specs, named.items())
     (folder / "miss").mkdir()
     save_model(folder / "miss" / "adapter.pth", {f"{LAYER}.weight.D": torch.randn(channels, 4)})
-    layer = {"name": f"{LAYER}.weight.D", "shape": [channels, 4]}
-    (folder / "miss" / "adapter.json").write_text(
-        json.dumps(dict(FORM) | {"rank": 4, "scale": 0.5, "targets": [layer]})
-    )
+    (folder / "miss" / "adapter.json").write_text(json.dumps(dict(FORM) | {"rank": 4, "scale": 0.5}))
     heads, size = state["blocks.0.att.time_faaaa"].shape
     save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
@@ -103,8 +99,6 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
     (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
     (folder / "flag.json").write_text('{"bone_mode": "bat", "bone_load": "", "bone_r": 64}')
-    if importlib.util.find_spec("gguf"):
-        convert.main([str(folder / "model.pth"), str(folder / "model.gguf")])
     try:
         from pyarrow import Table, ipc, parquet
     except ImportError:

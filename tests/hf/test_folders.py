@@ -1,17 +1,14 @@
-"""Adapter folders: saved and loaded, of peft 0.18, of its pre-release, and MiSS both ways."""
+"""Adapter folders: saved and loaded, of peft 0.18, and of its pre-release."""
 
 import copy
 import json
 
 import numpy as np
-import peft
 import pytest
 import torch
 from bone_blocks import fill
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from safetensors.torch import load_file
 
-from rwkv_peft.cli.commands import main
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig, register
 
@@ -19,10 +16,6 @@ from rwkv_peft.hf import BoneConfig, register
 def logits(model, ids):
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
-
-
-def convert(source, target, *more):
-    return main(["convert", str(source), str(target), *more])
 
 
 def save(model, folder, **settings):
@@ -113,40 +106,3 @@ def test_a_pre_release_folder_says_true_and_holds_block_affine_tensors(llama, id
     model = PeftModel.from_pretrained(llama, tmp_path)
     assert torch.equal(logits(model, ids), expected)
     assert model.peft_config["default"].method.name == "bat-out"
-
-
-@pytest.mark.skipif(not hasattr(peft, "MissConfig"), reason="the installed peft knows no MiSS")
-@pytest.mark.parametrize("settings", [{}, {"init_weights": "bat"}, {"init_weights": "mini", "mini_r": 4}])
-def test_miss_folders_both_ways(llama, ids, tmp_path, settings):
-    expected = logits(save(copy.deepcopy(llama), tmp_path / "bone", **settings), ids)
-    convert(tmp_path / "bone", tmp_path / "miss")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(llama), tmp_path / "miss")
-    assert isinstance(theirs.peft_config["default"], peft.MissConfig)
-    torch.testing.assert_close(logits(theirs, ids), expected, atol=1e-4, rtol=1e-4)
-    assert main(["convert", str(tmp_path / "miss"), str(tmp_path / "back")]) == 0
-    assert torch.equal(logits(PeftModel.from_pretrained(llama, tmp_path / "back"), ids), expected)
-
-
-def test_a_folder_without_safetensors_is_converted_too(llama, tmp_path):
-    save(llama, tmp_path / "bone").save_pretrained(tmp_path / "bin", safe_serialization=False)
-    assert (tmp_path / "bin" / "adapter_model.bin").is_file()
-    assert convert(tmp_path / "bin", tmp_path / "miss") == 0
-    convert(tmp_path / "bone", tmp_path / "due")
-    found, due = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("miss", "due"))
-    assert found.keys() == due.keys() and all(torch.equal(found[key], due[key]) for key in due)
-    (tmp_path / "bin" / "adapter_model.bin").unlink()
-    with pytest.raises(UserError, match="has no adapter_model.safetensors .nor adapter_model.bin."):
-        convert(tmp_path / "bin", tmp_path / "miss")
-
-
-def test_what_cannot_be_converted_is_refused(llama, tmp_path):
-    save(llama, tmp_path / "bone", init_weights="bat-in")
-    with pytest.raises(UserError, match="bat-in adapter, and MiSS has"):
-        convert(tmp_path / "bone", tmp_path / "miss")
-    config = tmp_path / "bone" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LORA"}))
-    with pytest.raises(UserError, match="holds a LORA adapter, and only BONE and MISS ones become a folder"):
-        convert(tmp_path / "bone", tmp_path / "miss")
-    with pytest.raises(UserError, match="base.pth would change nothing of .*miss: a BONE or MISS folder tells it"):
-        convert(tmp_path / "bone", tmp_path / "miss", "--base_model", "base.pth")
-    assert not (tmp_path / "miss").exists()

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rwkv_peft as rp
 from families import DISTINCT
-from release.conversions import convert
-from release.test_convert_fla import in_fla, write
+from release.merges import convert
+from release.test_convert import in_fla, write
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import RWKVForCausalLM, RWKVTokenizer

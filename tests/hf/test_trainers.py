@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import tiny_llama
 from hf.test_rwkv import CLOSE, random_state
-from release.conversions import convert
+from release.merges import convert
 from rwkv_peft.adapters.methods import by_hf_name
 from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model

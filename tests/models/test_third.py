@@ -71,7 +71,7 @@ def test_it_trains_in_segments_with_states_and_parts(files):
 def test_what_is_merged_answers_as_base_and_adapter_do(files):
     adapter, merged, state = files / "run", files / "merged.pth", files / "state.pth"
     paths = ("--base_model", files / "base.pth", "--bone_checkpoint", adapter)
-    run("merge", *paths, "--output", merged, "--state_output", state, "--read_back")
+    run("merge", *paths, "--output", merged, "--state_output", state)
     asked = ("--tokenizer", "bytes", "--prompt", "\x05\x0c", "--max_tokens", "12", "--temperature", "0")
     ways = (("--model", files / "base.pth", "--adapter", adapter), ("--model", merged, "--state", state))
     answers = []

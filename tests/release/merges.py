@@ -1,4 +1,4 @@
-"""Adapters of random values for the tests of merging, and the command run on them."""
+"""Adapters of random values for the tests of merging, and the commands run on them."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from rwkv_peft.adapters.methods import METHODS, is_saved
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata
 from rwkv_peft.checkpoints.base import fingerprint, open_base
 from rwkv_peft.config import AdapterConfig
+from rwkv_peft.release import convert as convert_cli
 from rwkv_peft.release import merge as merge_cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,3 +47,14 @@ def run(folder, *flags, adapter="a.safetensors", output="merged.pth"):
     argv = ("--base_model", folder / "base.pth", "--bone_checkpoint", folder / adapter, "--output", folder / output)
     assert merge_cli.main([str(word) for word in (*argv, *flags)]) == 0
     return open_base(folder / output).tensors
+
+
+def convert(*words):
+    assert convert_cli.main([str(word) for word in words]) == 0
+
+
+def same(left, right):
+    """True if two {key: tensor} have the same keys in one order, and equal tensors of the same dtypes."""
+    return list(left) == list(right) and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
+    )

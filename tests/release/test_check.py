@@ -1,10 +1,12 @@
-"""The check passes a merged model that computes what base plus adapter compute, and fails any other."""
+"""The check passes a merged model that computes what base plus adapter compute, by its logits and by each tensor, and
+fails any other."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from release.merges import VARIANTS, adapter_of
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import adapter_parameter
 from rwkv_peft.checkpoints.adapter_file import Adapter, AdapterMetadata, Origin, save_adapter
@@ -14,9 +16,10 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
 from rwkv_peft.release import merge as merge_cli
-from rwkv_peft.release.check import SHOWN, adapted_logits, main, package_logits
-from rwkv_peft.release.merge import merged_tensors
+from rwkv_peft.release.check import SHOWN, SLACK, adapted_logits, differences, main, package_logits
+from rwkv_peft.release.merge import MergeOptions, merged_tensors
 from rwkv_peft.release.runtimes import reference_logits
 from tools.plan.rehearsal import Tracker
 
@@ -51,15 +54,6 @@ def merge(base, adapter, merged, *flags):
 def test_a_true_merge_passes(tmp_path, tiny_state, capsys, mode):
     assert check(*make_files(tmp_path, tiny_state(), mode=mode)) == 0
     assert "MORE THAN" not in capsys.readouterr().out
-
-
-def test_a_merge_and_the_runtimes_are_checked_by_one_command(tmp_path, tiny_state, capsys):
-    files = make_files(tmp_path, tiny_state())
-    assert check(*files, "--runtimes", "--gguf_types") == 0
-    printed = capsys.readouterr().out
-    assert "each as base and adapter make it\n" in printed and "\n| rwkv, sequence " in printed
-    assert "keys, order, shapes" not in printed  # of which a merge to another dtype has others
-    assert check(files[0], files[1], files[0], "--runtimes", "--gguf_types") == 1  # the runtimes agree on the base
 
 
 def test_the_unmerged_base_does_not_pass_for_the_merge(tmp_path, tiny_state, capsys):
@@ -100,12 +94,6 @@ def test_logits_that_are_not_finite_do_not_pass(tmp_path, tiny_state):
     assert check(base, adapter, merged) == 1
 
 
-def test_adapter_settings_come_back_from_metadata():
-    config = AdapterConfig(method="lora", rank=4, alpha=8.0, targets=("att.key",), train_parts=("ln",))
-    adapter = Adapter({}, AdapterMetadata.from_config(config))
-    assert adapter.config(family_named("x060")) == config
-
-
 @pytest.mark.parametrize(
     "tensors, flags",
     [
@@ -141,24 +129,15 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
     assert check(base, adapter, merged, "--any_base") == 0
 
 
-def test_an_adapter_that_does_not_fit_is_refused_by_its_name(tmp_path, tiny_state):
-    """Also if the base is rebuilt for it, as for PiSSA."""
-    base, adapter, merged = make_files(tmp_path, tiny_state(), method="pissa", targets=("att.key",))
-    mine = read_adapter(adapter)
-    states = {f"blocks.{n}.att.time_state": torch.ones(1, 2, 3) for n in range(2)}
-    opened, tokens = open_base(base), torch.tensor([1])
-    with pytest.raises(UserError, match="^mine: blocks.0.att.time_state"):
-        adapted_logits(opened, Adapter(mine.tensors | states, mine.metadata), "mine", tokens, {})
-    save_adapter(adapter, {key.replace("blocks.0", "blocks.9"): t for key, t in mine.tensors.items()}, mine.metadata)
-    with pytest.raises(UserError, match=f"^{adapter}: .* there is no blocks.9.att.key.weight"):
-        check(base, adapter, merged)
-
-
-def test_a_model_of_other_dimensions_is_refused(tmp_path, tiny_state):
+def test_what_was_not_made_of_base_and_adapter_is_refused(tmp_path, tiny_state):
     base, adapter, _ = make_files(tmp_path, tiny_state())
     save_model(tmp_path / "other.pth", tiny_state(vocab_size=300))
     with pytest.raises(UserError, match="differ in their dimensions"):
         check(base, adapter, tmp_path / "other.pth")
+    mine = read_adapter(adapter)
+    save_adapter(adapter, {key.replace("blocks.0", "blocks.9"): t for key, t in mine.tensors.items()}, mine.metadata)
+    with pytest.raises(UserError, match=f"^{adapter}: .* there is no blocks.9.att"):
+        check(base, adapter, base)
 
 
 def test_a_merged_model_starts_from_its_time_states(tmp_path, tiny_state, capsys):
@@ -257,3 +236,129 @@ def test_the_package_reads_no_more_embeddings_than_tokens(tmp_path, tiny_state, 
 
     monkeypatch.setattr("rwkv_peft.release.check.rwkv_sequence", read)
     package_logits(base, torch.tensor([3, 5, 3]))
+
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def small_bands(monkeypatch):
+    """Make bands small, so that even tiny weights are compared in several."""
+    monkeypatch.setattr("rwkv_peft.release.check.BAND", 2048)
+
+
+def of_method(state, variant, **metadata):
+    """A Base, and an Adapter of a method on it."""
+    return base_of(state), Adapter(*adapter_of(variant, state, **metadata))
+
+
+def merge_of(base, adapter, **options):
+    return merged_tensors(base, [("adapter", adapter)], MergeOptions(**options))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype, output", [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16)])
+def test_a_true_merge_has_no_differences_and_one_value_is_found(tiny_state, small_bands, variant, dtype, output):
+    base, adapter = of_method(tiny_state(n_layer=1, dtype=dtype), variant)
+    merged, key = merge_of(base, adapter, dtype=output), "blocks.0.ffn.value.weight"
+    assert differences(base_of(merged), base, adapter) == []
+    value = merged[key][40, 3]
+    value += 2 * max(torch.finfo(output).eps, 1e-5) * max(abs(value), 1)
+    (line,) = differences(base_of(merged), base, adapter)
+    assert line.startswith(f"{key}: 1 of {merged[key].numel():,} values, by up to ")
+    assert line.endswith(", the first at [40, 3]")
+
+
+@pytest.mark.parametrize("variant", ["bat-in", "bone", "dora", "pissa", "vera", "shira"])
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_merge_onto_the_quantized_base_or_the_original_has_no_differences(tiny_state, variant, quant):
+    pytest.importorskip("bitsandbytes")
+    base, adapter = of_method(tiny_state(dtype=torch.float16), variant, quant=quant, precision="bf16")
+    for onto in (None, "none"):
+        merged = merge_of(base, adapter, quant=onto, dtype=torch.float32)
+        assert differences(base_of(merged), base, adapter) == []
+    merged["blocks.0.att.key.weight"][5, 7] += 0.5
+    (line,) = differences(base_of(merged), base, adapter)
+    assert "blocks.0.att.key.weight: 1 of " in line and line.endswith("by up to 0.5, the first at [5, 7]")
+
+
+@pytest.mark.parametrize("share, found", [(0.3, 0), (0.8, 0), (1.5, 1)])
+def test_a_value_may_differ_by_the_slack_of_float32(tiny_state, share, found):
+    base, adapter = of_method(tiny_state(n_layer=1), "bat-in")
+    merged = merge_of(base, adapter)
+    row = merged["blocks.0.att.key.weight"][5]
+    row[3] += share * SLACK * row.abs().max()
+    assert len(differences(base_of(merged), base, adapter)) == found
+
+
+def altered(state, key, where, change):
+    """{key: tensor} with values of one tensor changed."""
+    tensor = state[key].clone()
+    tensor[where] = change(tensor[where])
+    return state | {key: tensor}
+
+
+def exchanged(state, one, other):
+    """The same tensors with two keys swapped."""
+    keys = {one: other, other: one}
+    return {keys.get(key, key): state[keys.get(key, key)] for key in state}
+
+
+KEY, LAST = "blocks.0.ffn.key.weight", ("head.weight", "ln_out.bias")
+MUTATIONS = {
+    "emb.weight: 64 of 1,280 values": lambda s: altered(s, "emb.weight", slice(3, 5), torch.zeros_like),
+    "blocks.1.att.w0: 1 of 32 values": lambda s: altered(s, "blocks.1.att.w0", (0, 0, 7), lambda x: x + 0.01),
+    "head.weight: 1 of 1,280 values": lambda s: altered(s, "head.weight", (39, 31), lambda x: 1.01 * x),
+    f"{KEY}: 1 of 4,096 values": lambda s: altered(s, KEY, (100, 2), lambda x: 1.01 * x),
+    "the order of the keys: head.weight is in the place of the base's ln_out": lambda s: exchanged(s, *LAST),
+    "ln_out.weight: float32, and the base has bfloat16": lambda s: s | {"ln_out.weight": s["ln_out.weight"].float()},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(folder with base.pth, a.safetensors and merged.pth, the merged {key: tensor}) of a tiny RWKV-7 in bfloat16."""
+    folder = tmp_path_factory.mktemp("files")
+    generator = torch.Generator().manual_seed(0)
+    dimensions = new_dimensions(n_layer=2, n_embd=32, vocab_size=40, head_size=16)
+    state = {key: torch.randn(shape, generator=generator).bfloat16() for key, shape in shapes(dimensions).items()}
+    save_model(folder / "base.pth", state)
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", state))
+    save_model(folder / "merged.pth", merge_of(open_base(folder / "base.pth"), read_adapter(folder / "a.safetensors")))
+    return folder, dict(open_base(folder / "merged.pth").tensors)
+
+
+@pytest.mark.parametrize("line", MUTATIONS)
+def test_what_differs_is_named(files, line):
+    folder, merged = files
+    base, adapter = open_base(folder / "base.pth"), read_adapter(folder / "a.safetensors")
+    assert differences(base_of(merged), base, adapter) == []
+    (found,) = differences(base_of(MUTATIONS[line](merged)), base, adapter)
+    assert found.startswith(line)
+
+
+def test_the_command_names_all_that_differs(files, capsys):
+    pytest.importorskip("rwkv")
+    folder, merged = files
+    command = [f"--base_model={folder}/base.pth", f"--bone_checkpoint={folder}/a.safetensors", "--tokens=8"]
+    assert main([*command, f"--merged={folder}/merged.pth"]) == 0
+    assert "tensors: each as base and adapter make it" in capsys.readouterr().out
+    for mutation in MUTATIONS.values():
+        merged = mutation(merged)
+    save_model(folder / "mutated.pth", merged)
+    assert main([*command, f"--merged={folder}/mutated.pth"]) == 1
+    printed = capsys.readouterr().out
+    assert all(f"\nDIFFERS  {line}" in printed for line in MUTATIONS) and printed.count("DIFFERS") == len(MUTATIONS)
+
+
+def test_trained_whole_tensors_and_time_states_are_the_adapters(tiny_state):
+    base, adapter = of_method(tiny_state(dtype=torch.bfloat16), "bone")
+    states = {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16) for i in range(2)}
+    whole = {"ln_out.weight": torch.randn(64), **states}
+    adapter = Adapter(adapter.tensors | whole, adapter.metadata)
+    merged = merge_of(base, adapter)
+    assert differences(base_of(merged), base, adapter) == []
+    merged["ln_out.weight"] = base.tensors["ln_out.weight"]
+    merged["blocks.1.att.time_state"] = -merged["blocks.1.att.time_state"]
+    lines = differences(base_of(merged), base, adapter)
+    assert [line.split(" ")[0] for line in lines] == ["ln_out.weight:", "blocks.1.att.time_state:"]

@@ -1,6 +1,8 @@
-"""`rwkv-peft inspect`: every kind of file is named correctly, and the changes shown are those that were made."""
+"""`rwkv-peft inspect` names every kind of file correctly; `rwkv-peft push` sends an adapter, a model and their card to
+a hub, here one in memory behind the official client."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ from safetensors.torch import save_file
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.base import base_of, save_model
 from rwkv_peft.checkpoints.state_file import read_states
-from rwkv_peft.checkpoints.tensors import TensorSpec
 from rwkv_peft.cli.commands import main
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.release.changes import TensorChange, change_table
+from rwkv_peft.release.push import MARK, cell, files_of, write_card
+from rwkv_peft.release.push import main as push
 
 
 @pytest.fixture
@@ -100,79 +102,7 @@ def test_states_foreign_files_and_gguf(folder, capsys, tiny_state):
     pytest.importorskip("gguf")
     convert(folder, "base.pth", "m.gguf", "--gguf_type", "q8_0")
     out = inspect(capsys, folder / "m.gguf")
-    assert "GGUF model, rwkv6" in out and "q8_0" in out and "block_count 2" in out and "257 tokens" in out
-    (folder / "broken.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match="broken.gguf is no readable GGUF"):
-        main(["inspect", str(folder / "broken.gguf")])
-    with pytest.raises(UserError, match="gone.gguf does not exist; check the name"):
-        main(["inspect", str(folder / "gone.gguf")])
-
-
-def test_the_change_of_an_adapter_and_of_its_merged_model_is_told(folder, capsys):
-    base, adapter = folder / "base.pth", folder / "bone.safetensors"
-    weight = torch.load(base)["blocks.1.att.key.weight"].float()
-    expected = 100 * float(torch.ones_like(weight).norm() / weight.norm())
-    picture = folder / "heat.png"
-    out = inspect(capsys, adapter, "--base_model", base, "--output", picture)
-    rows = {line[:5].strip(): line.split()[1:] for line in out.splitlines()}
-    assert rows["block"] == ["att.k", "others"] and rows["0"] == ["0"]  # of ln1, which stayed
-    assert float(rows["1"][0]) == pytest.approx(expected, rel=0.05)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    words = ["--base_model", base, "--bone_checkpoint", adapter, "--output", folder / "merged.pth"]
-    main(["merge", *map(str, words)])
-    out = inspect(capsys, folder / "merged.pth", "--base_model", base)
-    assert float(out.splitlines()[-1].split()[1]) == pytest.approx(expected, rel=0.05) and "\n    0 " not in out
-    assert "none: it is the base" in inspect(capsys, base, "--base_model", base)
-
-
-def test_states_that_one_of_two_models_lacks_are_a_change(folder, capsys):
-    tensors = torch.load(folder / "base.pth")
-    states = {f"blocks.{layer}.att.time_state": torch.full((4, 16, 16), float(layer)) for layer in range(2)}
-    save_model(folder / "tuned.pth", tensors | states)
-    out = inspect(capsys, folder / "tuned.pth", "--base_model", folder / "base.pth").partition("change of")[2]
-    assert out.split()[-4:] == ["block", "others", "1", "inf"]
-    out = inspect(capsys, folder / "base.pth", "--base_model", folder / "tuned.pth").partition("change of")[2]
-    assert out.split()[-4:] == ["block", "others", "1", "100"]
-
-
-def test_the_table_has_a_place_for_every_tensor():
-    specs = {key: TensorSpec((4, 4), torch.float32) for key in ("blocks.0.att.key.weight", "blocks.0.ffn.value.weight")}
-    changes = {"blocks.0.att.key.weight": 0.1, "blocks.2.ffn.value.weight": 0.2, "blocks.2.ln1.weight": 0.03}
-    changes |= {"blocks.2.att.x_r": 0.04, "emb.weight": 0.05}
-    lines = change_table([TensorChange(*change) for change in changes.items()], specs).splitlines()
-    assert [line.split() for line in lines] == [
-        ["block", "att.k", "ffn.v", "others"],
-        ["0", "10"],
-        ["2", "20", "4"],
-        ["-", "5"],
-    ]
-
-
-@pytest.mark.parametrize("others", [0.0, 0.1])
-def test_a_matrix_of_a_new_model_that_was_zero_is_told(folder, tmp_path, capsys, others):
-    fresh = torch.load(folder / "base.pth") | {"blocks.0.att.output.weight": torch.zeros(64, 64)}
-    moved = fresh | {"blocks.0.att.output.weight": torch.ones(64, 64)}
-    moved["blocks.1.att.output.weight"] = (1 + others) * fresh["blocks.1.att.output.weight"]
-    for name, state in (("fresh", fresh), ("moved", moved)):
-        torch.save(state, tmp_path / f"{name}.pth")
-    words = (tmp_path / "moved.pth", "--base_model", tmp_path / "fresh.pth", "--output", tmp_path / "heat.png")
-    rows = [line.split() for line in inspect(capsys, *words).splitlines() if line.startswith("    ")]
-    assert rows[0] == ["0", "inf"] and (rows[1:] == [["1", "10"]] if others else not rows[1:])
-
-
-@pytest.mark.parametrize("others", [0.0, 0.1])
-def test_a_matrix_with_nan_is_told(folder, tmp_path, capsys, others):
-    """The picture shows it as white as an unchanged matrix."""
-    state = torch.load(folder / "base.pth")
-    state["blocks.0.att.output.weight"] = state["blocks.0.att.output.weight"].clone()
-    state["blocks.0.att.output.weight"][3, 5] = float("nan")
-    state["blocks.1.att.output.weight"] = (1 + others) * state["blocks.1.att.output.weight"]
-    torch.save(state, tmp_path / "nan.pth")
-    words = (tmp_path / "nan.pth", "--base_model", folder / "base.pth", "--output", tmp_path / "heat.png")
-    lines = inspect(capsys, *words).splitlines()
-    assert [line.split() for line in lines if line.startswith("    0 ")] == [["0", "nan"]]
-    assert lines[-2].startswith("nan: the tensor or the base's holds NaN or Inf")
-    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+    assert "kind  GGUF\n" in out and "bytes; gguf-dump of the gguf package prints its header" in out
 
 
 @pytest.mark.parametrize(
@@ -180,19 +110,101 @@ def test_a_matrix_with_nan_is_told(folder, tmp_path, capsys, others):
     [
         (("absent.pth",), "does not exist"),
         (("empty.st",), "holds no tensor"),
-        (("base.pth", "--output", "x.png"), "name the base"),
-        (("bone.safetensors", "--base_model", "base.pth", "--output", "x.jpg"), "does not end in .png"),
-        (("bone.safetensors", "--base_model", "other.pth"), "was trained on another base"),
-        (("base.pth", "--base_model", "small.pth"), "has other dimensions"),
-        (("state.pth", "--base_model", "base.pth"), "neither a model nor an adapter"),
-        (("base.pth", "--base_model", "base.pth", "--output", "base.png/x.png"), "a file stands where"),
+        (("broken.gguf",), "broken.gguf is no GGUF"),
+        (("gone.gguf",), "gone.gguf does not exist; check the name"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(folder, tiny_state, words, message):
-    save_model(folder / "other.pth", tiny_state(vocab_size=257, seed=5))
-    save_model(folder / "small.pth", tiny_state(n_layer=1))
-    torch.save({"blocks.0.att.time_state": torch.zeros(4, 16, 16)}, folder / "state.pth")
+def test_what_is_no_such_file_is_refused(folder, words, message):
     save_file({}, folder / "empty.st")
-    (folder / "base.png").write_bytes(b"")
+    (folder / "broken.gguf").write_bytes(b"GGF")
     with pytest.raises(UserError, match=message):
-        main(["inspect", *(str(folder / word) if "." in word else word for word in words)])
+        main(["inspect", *(str(folder / word) for word in words)])
+
+
+@pytest.fixture
+def adapter_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    told = AdapterMetadata("bone", 8, targets=("ffn.key",), generation="x070")
+    save_adapter(tmp_path / "run" / "adapter.safetensors", {"blocks.0.ffn.key.bone": torch.zeros(8, 192)}, told)
+    return tmp_path / "run" / "adapter.safetensors"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that keeps its repositories' settings (made), and the files and messages of commits (stored, messages)."""
+    client = pytest.importorskip("huggingface_hub")
+    kept = SimpleNamespace(made={}, stored={}, messages=[], token="hf_right")
+
+    class Api:
+        endpoint = "https://hub"
+
+        def create_repo(self, repo, private, exist_ok):
+            if kept.token != "hf_right":
+                raise client.errors.HfHubHTTPError("Invalid credentials")
+            kept.made[repo] = private
+
+        def create_commit(self, repo, operations, commit_message):
+            for operation in operations:
+                with operation.as_file() as file:
+                    kept.stored[operation.path_in_repo] = file.read()
+            kept.messages.append(commit_message)
+            return SimpleNamespace(commit_url=f"{self.endpoint}/{repo}/commit/{len(kept.messages)}")
+
+    monkeypatch.setattr(client, "HfApi", Api)
+    monkeypatch.setattr(client, "get_token", lambda: kept.token)
+    return kept
+
+
+def test_a_run_reaches_the_hub_with_its_card(hub, adapter_file, capsys):
+    folder = adapter_file.parent
+    (folder / "config.json").write_text("{}")
+    assert push([str(folder), "me/mine", "--private", "--message", "First"]) == 0
+    assert "pushed     2 files to https://hub/me/mine/commit/1" in capsys.readouterr().out
+    assert sorted(hub.stored) == ["README.md", "adapter.safetensors"]  # config.json names folders of this machine
+    assert hub.stored["adapter.safetensors"] == adapter_file.read_bytes() and hub.messages == ["First"]
+    assert b"--bone_checkpoint adapter.safetensors" in hub.stored["README.md"] and hub.made == {"me/mine": True}
+    for hub.token, message in (
+        ("hf_wrong", "me/mine was not pushed to https://hub"),
+        (None, "run `hf auth login` first"),
+    ):
+        with pytest.raises(UserError, match=message):
+            push([str(folder), "me/mine"])
+
+
+def test_what_is_missing_is_told(tmp_path):
+    with pytest.raises(UserError, match="holds none of adapter.safetensors, rwkv.pth"):
+        files_of(tmp_path, None)
+    with pytest.raises(UserError, match="adapter-best.safetensors: no such file"):
+        files_of(tmp_path, ["adapter-best.safetensors"])
+    (tmp_path / "merged.pth").touch()
+    assert files_of(tmp_path / "merged.pth", None) == files_of(tmp_path, None) == [tmp_path / "merged.pth"]
+    with pytest.raises(UserError, match="--files a.pth are files in a folder"):
+        files_of(tmp_path / "merged.pth", ["a.pth"])
+
+
+def test_no_link_in_a_folder_of_a_stranger_is_pushed(adapter_file):
+    (adapter_file.parent / "README.md").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="README.md: a link may lead to any file of yours"):
+        push([str(adapter_file.parent), "me/mine", "--dry_run"])
+
+
+def test_a_readme_of_the_user_stays(tmp_path):
+    assert write_card(tmp_path, f"{MARK}\nold\n") and write_card(tmp_path, f"{MARK}\nnew\n")
+    assert "new" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    assert not write_card(tmp_path, "other") and (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_no_name_of_a_file_writes_markup_into_a_card():
+    assert cell("a|b<img>\n[x](y)_*`") == "a\\|b&lt;img> \\[x\\](y)\\_\\*\\`"
+
+
+def test_a_card_of_ours_tells_of_what_is_pushed(adapter_file, monkeypatch):
+    pushed, folder = {}, adapter_file.parent
+    monkeypatch.setattr("rwkv_peft.release.push.push", lambda repo, contents, *_: pushed.update(contents))
+    for name, written in (("adapter-best.safetensors", False), ("adapter.safetensors", True)):
+        write_card(folder, f"{MARK}\n`{name}`:\n")
+        assert push([str(folder), "me/mine"]) == 0
+        assert (
+            pushed["README.md"] == folder / "README.md" if written else b"`adapter.safetensors`:" in pushed["README.md"]
+        )

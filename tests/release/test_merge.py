@@ -1,21 +1,28 @@
-"""Merging: exact arithmetic, the base's keys and dtypes, every adapter tensor accounted for."""
+"""Merging: exact arithmetic, the base's keys and dtypes, every adapter tensor accounted for; what cannot be merged is
+refused, and every file stays as it was."""
 
 import os
+import subprocess
 import threading
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
 import pytest
 import torch
 
-from release.merges import RANK, VARIANTS, adapter_of, run
+from release.merges import RANK, ROOT, VARIANTS, adapter_of, run
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.checkpoints.adapter_file import Adapter, AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import base_of, fingerprint, open_base, save_model
+from rwkv_peft.checkpoints.tensors import TensorSpec
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.inference import command as generate_cli
 from rwkv_peft.release import merge as merge_cli
-from rwkv_peft.release.merge import Merge, MergeOptions, merged_tensors, prefetch
+from rwkv_peft.release.changes import TensorChange, change_table
+from rwkv_peft.release.merge import Merge, merged_tensors, prefetch
+from rwkv_peft.training.run import main as train
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -24,7 +31,7 @@ def test_merged_weights_are_base_plus_delta_cast_once(folder, variant, scale):
     base = open_base(folder / "base.pth").tensors
     tensors, metadata = adapter_of(variant, base)
     save_adapter(folder / "a.safetensors", tensors, metadata)
-    merged = run(folder, "--scale", scale, "--output_dtype", "fp32", "--verify")
+    merged = run(folder, "--scale", scale, "--output_dtype", "fp32")
     assert list(merged) == list(base)
     modules = read_adapter(folder / "a.safetensors").modules()
     for key, tensor in base.items():
@@ -60,18 +67,6 @@ def test_bands_of_rows_give_the_whole_result(tiny_state, variant, monkeypatch):
         torch.testing.assert_close(banded[key], whole[key], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_unmerge_recovers_the_base(tiny_state, variant, scale):
-    base = tiny_state()
-    adapters = [("a", Adapter(*adapter_of(variant, base))), ("b", Adapter(*adapter_of("bat-in", base, seed=7)))]
-    merged = merged_tensors(base_of(base), adapters, MergeOptions(scale=scale))
-    back = merged_tensors(base_of(merged), adapters, MergeOptions(scale=scale, unmerge=True))
-    assert any((merged[key] - base[key]).abs().max() > 0.1 for key in base)
-    for key in base:
-        torch.testing.assert_close(back[key], base[key], rtol=1e-4, atol=2e-5)
-
-
 def test_merging_leaves_its_inputs_alone(tiny_state):
     base = tiny_state()  # float32, so that no cast stands between inputs and arithmetic
     tensors, metadata = adapter_of("bat-in", base)
@@ -82,26 +77,22 @@ def test_merging_leaves_its_inputs_alone(tiny_state):
     assert not torch.equal(base["blocks.0.ln1.weight"], torch.ones(64))
 
 
-@pytest.mark.parametrize("written", [(), ("--output_dtype", "fp32"), ("--output_dtype", "fp16")])
-def test_several_adapters_apply_in_order(folder, written):
+def test_several_adapters_apply_in_order(folder):
     base = open_base(folder / "base.pth").tensors
     save_adapter(folder / "a.safetensors", *adapter_of("bat-in", base))
     first = run(folder, "--output_dtype", "fp32", output="first.pth")
     tensors, metadata = adapter_of("bat-out", base, seed=5)
-    between = run(folder, *written, output="between.pth")  # what the second adapter's training started from
-    save_adapter(
-        folder / "b.safetensors", tensors, AdapterMetadata("bat-out", RANK, base_fingerprint=fingerprint(between))
-    )
+    trained_later = AdapterMetadata("bat-out", RANK, base_fingerprint=fingerprint(run(folder, output="between.pth")))
+    save_adapter(folder / "b.safetensors", tensors, trained_later)
     argv = f"--bone_checkpoint {folder}/a.safetensors {folder}/b.safetensors --output_dtype fp32".split()
     argv += f"--base_model {folder}/base.pth --output {folder}/both.pth".split()
-    merge_cli.main(argv)
+    with pytest.raises(UserError, match="b.safetensors was trained on another base.*merge the adapters before it"):
+        merge_cli.main(argv)
+    merge_cli.main([*argv, "--any_base"])
     both = open_base(folder / "both.pth").tensors
     expected = merged_tensors(base_of(first), [("b", Adapter(tensors, metadata))])
     for key in base:
         torch.testing.assert_close(both[key], expected[key], rtol=1e-5, atol=1e-6)
-    argv[1:3] = argv[2:0:-1]
-    with pytest.raises(UserError, match="another base"):
-        merge_cli.main(argv)
 
 
 def test_whole_tensors_take_the_place_of_the_base(folder):
@@ -154,7 +145,7 @@ def test_the_folder_of_a_run_stands_for_its_adapter(folder):
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
-def test_an_adapter_on_a_quantized_base_merges_into_what_it_was_trained_on(folder, quant, capsys):
+def test_an_adapter_on_a_quantized_base_merges_into_what_it_was_trained_on(folder, quant):
     pytest.importorskip("bitsandbytes")
     from rwkv_peft.adapters.quant import roundtrip
 
@@ -169,10 +160,6 @@ def test_an_adapter_on_a_quantized_base_merges_into_what_it_was_trained_on(folde
         due = weight + METHODS["bat-in"].change.delta(weight, bone)
         torch.testing.assert_close(result[key], due, rtol=1e-5, atol=1e-6)
     assert not torch.equal(merged[key], plain[key])
-    lost = ((roundtrip(base[key], quant).float() - base[key].float()).norm() / base[key].float().norm()).item()
-    assert f"differs from it by {lost:.0%}"[:-1] in capsys.readouterr().out
-    with pytest.raises(UserError, match="cannot undo"):
-        run(folder, "--unmerge")
     with pytest.raises(UserError, match=f"contradicts .*, which was trained on a base quantized to {quant}"):
         run(folder, "--quant", "int8" if quant == "nf4" else "nf4")
 
@@ -201,16 +188,17 @@ def test_the_report_measures_change_and_loss(tiny_state):
         assert report.lost == pytest.approx(lost.item(), rel=1e-2) and report.lost > 1e-3
 
 
-def test_reading_back_notices_a_file_that_is_another(folder):
-    base = open_base(folder / "base.pth").tensors
-    tensors, metadata = adapter_of("bat-in", base)
-    save_adapter(folder / "a.safetensors", tensors, metadata)
-    merged = dict(run(folder))
-    merged["head.weight"] = merged["head.weight"] + 1
-    save_model(folder / "other.pth", merged)
-    with pytest.raises(UserError, match="does not read back"):
-        merge = Merge(base_of(base), [("a", Adapter(tensors, metadata))])
-        merge_cli.read_back(folder / "other.pth", None, merge, folder / "base.pth")
+def test_the_table_has_a_place_for_every_tensor():
+    specs = {key: TensorSpec((4, 4), torch.float32) for key in ("blocks.0.att.key.weight", "blocks.0.ffn.value.weight")}
+    changes = {"blocks.0.att.key.weight": 0.1, "blocks.2.ffn.value.weight": 0.2, "blocks.2.ln1.weight": 0.03}
+    changes |= {"blocks.2.att.x_r": 0.04, "emb.weight": 0.05}
+    lines = change_table([TensorChange(*change) for change in changes.items()], specs).splitlines()
+    assert [line.split() for line in lines] == [
+        ["block", "att.k", "ffn.v", "others"],
+        ["0", "10"],
+        ["2", "20", "4"],
+        ["-", "5"],
+    ]
 
 
 def test_the_table_fits_into_80_columns(tmp_path, tiny_state, capsys):
@@ -275,3 +263,134 @@ def test_the_error_of_a_band_is_raised_in_its_turn_and_ends_the_work(threads):
     next(bands)
     bands.close()
     assert len(begun) <= 2 + 3 * threads
+
+
+def adapter_file(folder, variant="bat-in", **changes):
+    """Write a.safetensors of a method on base.pth -> its {key: tensor}."""
+    tensors, metadata = adapter_of(variant, open_base(folder / "base.pth").tensors)
+    save_adapter(folder / "a.safetensors", tensors, replace(metadata, **changes))
+    return tensors
+
+
+def test_an_adapter_of_another_base_or_generation_is_refused(folder, tiny_state):
+    """Another base can be forced, and another generation is refused before that."""
+    save_adapter(folder / "a.safetensors", *adapter_of("bat-in", tiny_state(seed=9)))
+    with pytest.raises(UserError, match="trained on another base"):
+        run(folder)
+    run(folder, "--any_base")
+    adapter_file(folder, generation="x070", base_fingerprint="0" * 32)
+    with pytest.raises(UserError, match="was trained on an RWKV-7, and .* is an RWKV-6: give the adapter's own base"):
+        generate_cli.main(f"--model {folder}/base.pth --adapter {folder}/a.safetensors --prompt a".split())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: {f"model.{key}": value for key, value in t.items()}, "no place in the base"),
+        (lambda t: {key.replace("blocks.1", "blocks.7"): value for key, value in t.items()}, "no place in the base"),
+        (lambda t: t | {"x" * 10_000 + ".bone": torch.ones(8, 8, 8)}, "there is no x{200}…, and the base has"),
+        (lambda t: {key: value[:-1] for key, value in t.items()}, "needs .*trained on another model"),
+        (lambda t: {key: torch.zeros_like(value) for key, value in t.items()}, "changes nothing"),
+        (lambda t: t | {"blocks.0.ln1.weight": torch.ones(3)}, "has shape .3,."),
+        (lambda t: t | {"blocks.0.att.key.lora_A": torch.ones(3, 3)}, "holds"),
+        (lambda t: t | {"blocks.0.ln1.bone": torch.ones(8, 8, 8)}, "no linear layer"),
+        (lambda t: t | {"blocks.0.att.value.bone": torch.ones(0, 8, 8)}, "shape .0, 8, 8."),
+        (lambda t: t | {"blocks.0.att.value.bone": torch.tensor(1.0)}, "shape .., which no bat-in adapter has"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused_and_leave_no_file(folder, change, message):
+    tensors, metadata = adapter_of("bat-in", open_base(folder / "base.pth").tensors)
+    save_adapter(folder / "a.safetensors", change(tensors), metadata)
+    before = sorted(os.listdir(folder))
+    with pytest.raises(UserError, match=message):
+        run(folder)
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_a_result_that_is_not_finite_is_refused(folder, tiny_state):
+    tensors = adapter_file(folder)
+    metadata = read_adapter(folder / "a.safetensors").metadata
+    save_adapter(folder / "a.safetensors", {key: tensor * 1e7 for key, tensor in tensors.items()}, metadata)
+    with pytest.raises(UserError, match="holds NaN or Inf, after the merge.*too large for float16"):
+        run(folder, "--output_dtype", "fp16")
+    save_adapter(folder / "a.safetensors", tensors, metadata)
+    base = tiny_state()
+    base["head.weight"][0, 0] = 1e6
+    save_model(folder / "base.pth", base)
+    with pytest.raises(UserError, match="head.weight .*base's own values are too large for float16; give --output_"):
+        run(folder, "--any_base", "--output_dtype", "fp16")
+    assert not (folder / "merged.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "variant, change, flags, message",
+    [
+        ("lora", lambda tensor: tensor, ("--lora_alpha", 0), "changes no weight: the adapters' change is zero"),
+        ("bone", lambda tensor: 1e-8 * tensor, (), "lost in the cast to bfloat16; --output_dtype fp32 keeps it"),
+        ("bone", lambda tensor: 1e-20 * tensor, ("--output_dtype", "fp32"), "changes no weight"),
+    ],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)])
+def test_a_merge_that_equals_the_base_is_refused(folder, variant, change, flags, message, dry):
+    tensors, _ = adapter_of(variant, open_base(folder / "base.pth").tensors)
+    torch.save({key: change(tensor) for key, tensor in tensors.items()}, folder / "a.pth")
+    with pytest.raises(UserError, match=message):
+        run(folder, *flags, *dry, adapter="a.pth")
+    assert sorted(os.listdir(folder)) == ["a.pth", "base.pth"]
+    if "keeps it" in message and not dry:
+        run(folder, "--output_dtype", "fp32", adapter="a.pth")
+
+
+@pytest.mark.parametrize(
+    "output, flags, message",
+    [
+        ("base.pth", (), "must not be overwritten"),
+        ("link.pth", (), "must not be overwritten"),
+        ("a.safetensors", (), "ends in .pth"),
+        ("m.pth", ("--bone_checkpoint", "{}/a.safetensors", "{}/again.safetensors"), "twice"),
+        ("m.pth", ("--use-gpu",), "there is no --use-gpu here; it is --device cuda"),
+        ("m.pth", ("--quant", "4bit"), "4bit of other tools is --quant nf4 here"),
+        ("m.pth", ("--state_output", "{}/s.st"), "neither the base nor an adapter holds time states"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_before_the_work(folder, output, flags, message):
+    adapter_file(folder)
+    os.link(folder / "base.pth", folder / "link.pth")
+    os.link(folder / "a.safetensors", folder / "again.safetensors")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=message):
+        run(folder, *(flag.format(folder) for flag in flags), output=output)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_adapter_that_is_given_as_the_base_is_named(folder):
+    adapter_file(folder)
+    with pytest.raises(UserError, match="a.safetensors is an adapter, not a base model; give it as --adapter of"):
+        train(["--load_model", str(folder / "a.safetensors"), "--data_file", "data"])
+
+
+def test_an_interrupt_leaves_no_file_and_a_full_disk_is_noticed_before_the_work(folder, monkeypatch):
+    adapter_file(folder)
+
+    def interrupted(path, specs, tensors):
+        next(iter(tensors))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(merge_cli, "write_pth", interrupted)
+        run(folder)
+    monkeypatch.setattr("rwkv_peft.checkpoints.atomic.room_at", lambda path: 10)
+    with pytest.raises(UserError, match="bytes, and its disk has 10 free"):
+        run(folder)
+    assert sorted(os.listdir(folder)) == ["a.safetensors", "base.pth"]
+
+
+def test_the_command_exits_with_2_and_one_message(folder, warm_python):
+    adapter_file(folder)
+    command = [warm_python, ROOT / "merge_bone.py", "--base_model", folder / "base.pth", "--output", folder / "m.pth"]
+    good = subprocess.run([*command, "--bone_checkpoint", folder / "a.safetensors"], capture_output=True, text=True)
+    assert good.returncode == 0 and not good.stderr and "wrote" in good.stdout
+    for flags in (["--bone_checkpoint", folder / "none.pth"], ["--bone_chekpoint", folder / "a.safetensors"]):
+        bad = subprocess.run([*command, *flags], capture_output=True, text=True)
+        assert bad.returncode == 2
+        assert bad.stderr.startswith("error: ") and bad.stderr.count("\n") == 1

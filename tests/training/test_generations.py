@@ -35,7 +35,7 @@ def test_a_new_model_is_an_rwkv7_in_the_official_order(base):
     assert model.tensors["blocks.1.att.output.weight"].any()
 
 
-def test_an_adapter_trains_merges_and_unmerges(files, base, train, tmp_path):
+def test_an_adapter_trains_and_merges(files, base, train, tmp_path):
     on_base = ("--load_model", str(base), "--precision", "fp32")
     out, _ = train("whole", *on_base)
     assert "RWKV-7" in out
@@ -46,11 +46,6 @@ def test_an_adapter_trains_merges_and_unmerges(files, base, train, tmp_path):
     assert check([*of_base, "--merged", str(tmp_path / "merged.pth"), "--tokens", "20"]) == 0
     merged = open_base(tmp_path / "merged.pth").tensors
     assert all(not torch.equal(merged[key], open_base(base).tensors[key]) for key in merged if "att.key" in key)
-    argv = ["--unmerge", "--base_model", str(tmp_path / "merged.pth"), "--bone_checkpoint", str(adapter)]
-    assert merge([*argv, "--output", str(tmp_path / "unmerged.pth")]) == 0
-    unmerged = open_base(tmp_path / "unmerged.pth").tensors
-    for key, tensor in open_base(base).tensors.items():
-        torch.testing.assert_close(unmerged[key], tensor, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

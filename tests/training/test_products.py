@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.release.check import compare_structure
 from rwkv_peft.release.merge import main as merge
 from rwkv_peft.tools.plan.command import estimate_of, parse_flags
 from rwkv_peft.tools.plan.memory import written
@@ -27,7 +26,8 @@ FULL = ("--peft", "none", "--precision", "fp32", "--micro_bsz", "4", "--lr_init"
 def test_a_model_that_trained_whole_has_the_structure_of_its_base(files, train):
     train("full", *FULL)
     base, model = open_base(files / "base.pth"), open_base(files / "full" / "rwkv.pth")
-    compare_structure(model, base)
+    structures = [[(k, x.shape, x.dtype) for k, x in each.tensors.items()] for each in (model, base)]
+    assert structures[0] == structures[1]
     checkpoint = torch.load(files / "full" / "checkpoints" / "step-00000008" / "rwkv.pth")
     assert list(checkpoint) == list(base.tensors)
     for key, tensor in model.tensors.items():  # the checkpoint's copy is what trained, to the last bit

@@ -219,7 +219,7 @@ SEEDED = {
 
 
 @pytest.mark.parametrize("peft, settings, lora", SEEDED.values(), ids=SEEDED)
-def test_a_run_resumes_bitwise_and_what_it_trained_is_merged_and_taken_off(files, train, capsys, peft, settings, lora):
+def test_a_run_resumes_bitwise_and_what_it_trained_is_merged(files, train, capsys, peft, settings, lora):
     def run(*words):
         assert commands.main([str(word) for word in words]) == 0
         return capsys.readouterr().out
@@ -234,16 +234,13 @@ def test_a_run_resumes_bitwise_and_what_it_trained_is_merged_and_taken_off(files
     assert whole.read_bytes() == (parts / "adapter.safetensors").read_bytes()
 
     assert f"{peft}, {size}" in run("inspect", whole)
-    base, merged, restored = (files / name for name in ("base.pth", f"{peft}-merged.pth", f"{peft}-restored.pth"))
+    base, merged = files / "base.pth", files / f"{peft}-merged.pth"
     given = ("--bone_checkpoint", whole)
     run("merge", "--base_model", base, *given, "--output", merged, "--output_dtype", "fp32")
     out = run("check", "--base_model", base, *given, "--merged", merged)
     assert "each as base and adapter make it" in out
-    run("merge", "--base_model", merged, *given, "--output", restored, "--unmerge")
-    before, after, between = (torch.load(path) for path in (base, restored, merged))
-    for key, tensor in before.items():
-        torch.testing.assert_close(after[key], tensor.float(), rtol=0, atol=1e-6)
-    assert sum(not torch.equal(between[key], tensor.float()) for key, tensor in before.items()) == 16
+    before, after = (torch.load(path) for path in (base, merged))
+    assert sum(not torch.equal(after[key], tensor.float()) for key, tensor in before.items()) == 16
     out = run("convert", whole, files / f"{peft}-lora.safetensors", "--to", "lora", "--base_model", base, *lora)
     assert ("the same change, exactly" in out) == (peft == "vera")
     with pytest.raises(UserError, match=f"RWKV-PEFT has no {peft}"):

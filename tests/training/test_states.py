@@ -68,7 +68,7 @@ def test_merged_they_are_what_foreign_runtimes_start_from(bases, tuned, tmp_path
     pytest.importorskip("rwkv")
     base, merged = str(bases[version]), str(tmp_path / "merged.pth")
     of_base = ["--base_model", base, "--bone_checkpoint", str(tuned[version])]
-    assert merge([*of_base, "--output", merged, "--read_back"]) == 0
+    assert merge([*of_base, "--output", merged]) == 0
     assert ("does not look for them in an RWKV-7 file" in capsys.readouterr().out) == (version == "x070")
     assert check([*of_base, "--merged", merged]) == 0
     assert check([*of_base, "--merged", base, "--state", str(tuned[version] / "state.pth")]) == 0
@@ -125,7 +125,7 @@ def test_states_train_along_with_an_adapter_under_every_stage(files, train, base
         assert 0.02 < (moved[key] - tensor).abs().max() < 0.12  # four steps of Adam at the states' own rate
     adapter, merged = files / "both", tmp_path / "merged.pth"
     of_base = ["--base_model", base, "--bone_checkpoint", str(adapter)]
-    assert merge([*of_base, "--output", str(merged), "--state_output", str(tmp_path / "s.st"), "--read_back"]) == 0
+    assert merge([*of_base, "--output", str(merged), "--state_output", str(tmp_path / "s.st")]) == 0
     assert list(open_base(merged).tensors) == list(open_base(base).tensors)
     assert all(torch.equal(read_states(tmp_path / "s.st").tensors[key], tensor) for key, tensor in moved.items())
     assert check([*of_base, "--merged", str(merged), "--state", str(tmp_path / "s.st")]) == 0

@@ -13,9 +13,8 @@ import torch
 from ..cli.errors import UserError
 from ..cli.names import ADAPTER, METRICS, MODEL, all_finite
 from .adapter_file import Adapter, check_names, read_own
+from .adapter_folders import is_adapter_folder, is_lightning_folder, read_hf_folder, read_lightning_folder
 from .best import take
-from .lightning_folder import is_lightning_folder, read_lightning_folder
-from .peft_folder import CONFIG, is_adapter_folder, read_hf_folder
 from .rwkv_peft_file import read_rwkv_peft
 
 
@@ -34,7 +33,7 @@ class AdapterSource:
     guess: str | None = None
 
     def read(self, base: Mapping[str, torch.Tensor] | None = None) -> Adapter:
-        """Read the Adapter, ours or another tool's (rwkv_peft_file.py, peft_folder.py, lightning_folder.py).
+        """Read the Adapter, ours or another tool's (rwkv_peft_file.py, adapter_folders.py).
 
         base is {key: tensor}; its shapes may decide the form. Raises UserError for a file that is missing, broken, of a
         later format or no adapter; a form that contradicts mode or is ambiguous; init or alpha that contradicts the
@@ -70,29 +69,18 @@ class AdapterSource:
                 f"--lora_init {self.init} is for RWKV-PEFT's PiSSA files, and {path} lacks nothing of the kind; "
                 "leave it out"
             )
-        if alpha is None or metadata.method is None or not adapter.modules():
-            return
-        if metadata.method.alpha is None:
+        if alpha is not None and adapter.modules() and not math.isclose(alpha, metadata.alpha):
+            own = f" of alpha {metadata.alpha:g}" if metadata.alpha else ", which has no alpha"
             raise UserError(
-                f"--lora_alpha {alpha:g} is LoRA's, and {path} is a {metadata.variant} adapter; leave it out"
-            )
-        if not math.isclose(alpha, metadata.alpha):
-            raise UserError(
-                f"--lora_alpha {alpha:g} contradicts {path}, which was trained with "
-                f"{metadata.alpha:g} (scale {metadata.scale:g}, rank {metadata.rank}); leave it out"
+                f"--lora_alpha {alpha:g} contradicts {path}, a {metadata.variant} adapter{own}; leave it out"
             )
 
 
 def adapter_of_run(path: str | Path, tell: bool = False) -> Path:
     """The path of the adapter to take in the folder of a train.py run (best.py); any other path, also a folder of
     Hugging Face peft, unchanged. With `tell` a note is printed if it is not the newest. Raises UserError if the run
-    trained the model itself or has saved nothing yet, or if the folder is both a run's and peft's."""
+    trained the model itself or has saved nothing yet."""
     path = Path(path)
-    if is_adapter_folder(path) and (path / ADAPTER).exists():
-        raise UserError(
-            f"{path} holds two adapters, {ADAPTER} of a run and {CONFIG} with that of peft; name {path / ADAPTER}, or "
-            f"move {CONFIG} and its tensors into a folder of their own and name that"
-        )
     if not path.is_dir() or is_adapter_folder(path) or is_lightning_folder(path):
         return path
     if (path / ADAPTER).exists():

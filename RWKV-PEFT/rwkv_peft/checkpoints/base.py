@@ -1,7 +1,7 @@
 """Base models: opens a model's file safely and once, checks it, fingerprints its weights, and writes one."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,28 +127,19 @@ def save_model(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
         save_pth(temporary, tensors)
 
 
-def fingerprint(state: dict[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A short name for a base model's weights, {key: tensor} or (key, tensor) pairs, which an adapter records.
+def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """A short name for a base model's weights, {key: tensor}, which an adapter records.
 
     It is the first half of a SHA-256 over each tensor's key, shape and four evenly spaced runs of 16 values as float32,
     in any order of the keys. So it reads only a few pages of each tensor of a mapped file, and an exact float32 copy of
     a bfloat16 model has the same fingerprint. It guards against mistakes, not against forgery.
     """
-    pairs = state.items() if isinstance(state, dict) else state
-    return fingerprint_of((key, tensor.shape, sample(tensor)) for key, tensor in pairs)
-
-
-def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a tensor that a fingerprint reads: (WINDOWS · WINDOW,), fewer of one that has not WINDOW."""
-    flat = tensor.detach().reshape(-1)
-    last = max(flat.numel() - WINDOW, 0)
-    return torch.cat([flat[start : start + WINDOW] for start in (last * i // (WINDOWS - 1) for i in range(WINDOWS))])
-
-
-def fingerprint_of(samples: Iterable[tuple[str, torch.Size, torch.Tensor]]) -> str:
-    """The fingerprint of a model, from the (key, shape, sample) of each tensor."""
     digests = []
-    for key, shape, values in samples:
-        content = f"{key}|{tuple(shape)}|".encode() + values.float().cpu().numpy().tobytes()
+    for key, tensor in state.items():
+        flat = tensor.detach().reshape(-1)
+        last = max(flat.numel() - WINDOW, 0)
+        starts = (last * i // (WINDOWS - 1) for i in range(WINDOWS))
+        values = torch.cat([flat[start : start + WINDOW] for start in starts]).float().cpu()
+        content = f"{key}|{tuple(tensor.shape)}|".encode() + values.numpy().tobytes()
         digests.append(hashlib.sha256(content).hexdigest())
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:32]

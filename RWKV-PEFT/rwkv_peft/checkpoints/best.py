@@ -1,18 +1,11 @@
-"""The file of a run to take: the newest, or the one with the lowest validation loss if that is clearly better.
-
-python RWKV-PEFT/rwkv_peft/children.py rwkv_peft.checkpoints.best FOLDER
-
-prints its path, and on stderr the reason, if it is not the newest.
-"""
+"""The file of a run to take: the newest, or the one with the lowest validation loss if that is clearly better."""
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from ..cli.errors import exit_on_user_error
 from ..cli.names import ADAPTER, METRICS, MODEL, RUN, is_finite, is_whole
 from .readable import object_in, object_of
 
@@ -114,16 +107,3 @@ def is_record(value: object) -> TypeGuard[dict[str, Any]]:
 def is_place(value: object) -> TypeGuard[int]:
     """True if a value can be the number of a step, or of the samples up to its end."""
     return is_whole(value, 0) and value <= LAST_STEP
-
-
-def main(argv: list[str]) -> int:
-    (folder,) = argv
-    found = take(Path(folder))
-    if found.note:
-        print(found.note, file=sys.stderr)
-    print(found.path)
-    return 0
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

@@ -4,7 +4,6 @@ RWKV-PEFT and Hugging Face peft both call block affine Bone "bat" and mean diffe
 So the variant is concluded only from decisive facts: the key's name, the tool, or a layer that is not square.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ INITS = ("init_pissa.pth", "init_{}")  # names of the init file beside a PiSSA f
 INITIAL = ("init_lora_A", "init_lora_B")  # parameters that RWKV-PEFT's PiSSA keeps in a file of their own
 Modules = dict[str, dict[str, torch.Tensor]]  # {module name: {parameter name: tensor}}
 WRAPPED = re.compile(r"(.+?\.)(?:emb|blocks|ln_out|head)\.")  # a prefix before an official key
-OUTSIDE = ("emb.weight", "head.weight")  # outside the blocks; both may be trained beside an adapter
+SHAPES_DIFFER = "they cannot be from one training"
 
 
 def read_rwkv_peft(
@@ -50,13 +49,7 @@ def read_rwkv_peft(
     state = unwrapped(read_tensors(path))
     adapter = Adapter(state, AdapterMetadata(NONE, source=SOURCE))
     modules = adapter.modules()
-    missing = min((absent(state, family) for family in FAMILIES), key=len)
-    if not modules and len(missing) > 0 and (len(missing) == 1 or set(missing) <= set(OUTSIDE)):
-        raise UserError(
-            f"{path} is a model without {' and '.join(missing)}, and no adapter; copy it again, whole, and give it as "
-            "the base (--load_model of train.py, --base_model elsewhere)"
-        )
-    if not missing:
+    if any(is_model(state, family) for family in FAMILIES):
         if modules:
             raise UserError(
                 f"{path} is a whole model beside an adapter on {len(modules)} layers that was never merged, "
@@ -64,31 +57,26 @@ def read_rwkv_peft(
                 "base's own file with merge_bone.py"
             )
         raise UserError(
-            f"{path} is a whole model, not an adapter; give it as the base "
-            "(--load_model of train.py, --base_model elsewhere)"
+            f"{path} is a model, not an adapter; give it as the base (--load_model of train.py, --base_model elsewhere)"
         )
     kinds = {tuple(sorted(params)) for params in modules.values()}
-    if len(kinds) > 1:
-        raise UserError(
-            f"{path} mixes adapters with the tensors {' and '.join(map(str, sorted(kinds)))}; "
-            "they cannot be from one training"
-        )
-    kind: tuple[str, ...] = kinds.pop() if kinds else ()
+    kind = kinds.pop() if len(kinds) == 1 else ()
     if kind == INITIAL:
         raise UserError(
             f"{path} holds the initial factors of a PiSSA, and no adapter; give it as --lora_init (pissa_init of "
             "train.py) beside the adapter, rwkv-N.pth in its folder"
         )
-    if kind not in ((), ("bone",), ("disha",), ("lora_A", "lora_B")):
+    if modules and kind not in (("bone",), ("disha",), ("lora_A", "lora_B")):
+        found = ", ".join(map(" with ".join, sorted(kinds or {kind})))
         raise UserError(
-            f"{path} holds adapter tensors {kind}; known are .bone, .disha, and .lora_A with .lora_B: give the adapter "
-            "as one of these, or its peft folder"
+            f"{path} holds adapter tensors {found}; one of .bone, .disha, and .lora_A with .lora_B is due: give the "
+            "adapter as one of these, or its peft folder"
         )
-    if init is not None and kind != ("lora_A", "lora_B"):
+    if init is not None and "lora_A" not in kind:
         raise UserError(f"--lora_init is for PiSSA, and {path} holds no lora_A and lora_B")
     whole = adapter.whole()
     common: dict[str, Any] = {"targets": target_names(modules), "train_parts": tuple(whole), "source": SOURCE}
-    if not kind:
+    if not modules:
         return Adapter(state, AdapterMetadata(NONE, **common))
     if "lora_A" in kind:
         own, metadata = _read_lora(path, modules, init, alpha, common)
@@ -97,10 +85,9 @@ def read_rwkv_peft(
     return Adapter(own | whole, metadata)
 
 
-def absent(state: Mapping[str, torch.Tensor], family: Family) -> list[str]:
-    """The keys that a whole model of a generation has, unlike an adapter, and that a state lacks."""
-    matrices = (f"blocks.0.{target}.weight" for target in (family.targets[0], family.targets[-1]))
-    return [key for key in (*OUTSIDE, *matrices) if key not in state]
+def is_model(state: Mapping[str, torch.Tensor], family: Family) -> bool:
+    """True if a state has the matrices of a generation's first block, as models have and adapters do not."""
+    return all(f"blocks.0.{target}.weight" in state for target in family.targets)
 
 
 def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -125,37 +112,24 @@ def _read_bone(
     base: Mapping[str, torch.Tensor] | None,
     common: dict[str, Any],
 ) -> tuple[dict[str, torch.Tensor], AdapterMetadata]:
-    dims = {params[kind].dim() for params in modules.values()}
-    if len(dims) != 1 or not dims <= {2, 3}:
-        raise UserError(f"{path} mixes .{kind} tensors of {sorted(dims)} dimensions; 2 or 3 are due throughout")
     tensors = {module: params[kind] for module, params in modules.items()}
-    if dims == {2}:
-        tall = {tensor.shape[0] > tensor.shape[1] for tensor in tensors.values()}
-        square = [module for module, tensor in tensors.items() if tensor.shape[0] == tensor.shape[1]]
-        if kind == "bone" and tall == {True}:  # the oldest files: (out, rank), the blocks of bat-out stacked
-            for module, tensor in tensors.items():
-                if not tensor.shape[1] or tensor.shape[0] % tensor.shape[1]:
-                    raise UserError(
-                        f"{path}: {module}.bone has shape {tuple(tensor.shape)}, and is no stack of square blocks; "
-                        "copy the file again"
-                    )
-            tensors = {module: tensor.unflatten(0, (-1, tensor.shape[1])) for module, tensor in tensors.items()}
-            variant, rank = "bat-out", next(iter(tensors.values())).shape[-1]
-        elif tall == {False} and not square:
-            variant, rank = "bone", next(iter(tensors.values())).shape[0]
-        else:
-            raise UserError(f"{path}: its 2-D .{kind} tensors are neither all (rank, out) nor all (out, rank)")
-    else:
-        rank = next(iter(tensors.values())).shape[-1]
+    shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+    dims = {len(shape) for shape in shapes}
+    if dims == {3}:
         variant = "bat-in" if kind == "disha" else _block_affine_variant(path, tensors, mode, base)
+    elif dims == {2} and all(rows < columns for rows, columns in shapes):
+        variant = "bone"
+    elif dims == {2} and kind == "bone" and all(rows > columns > 0 == rows % columns for rows, columns in shapes):
+        variant = "bat-out"  # the oldest files: (out, rank), the blocks stacked
+        tensors = {module: tensor.unflatten(0, (-1, tensor.shape[1])) for module, tensor in tensors.items()}
+    else:
+        raise UserError(f"{path}: its .{kind} tensors are neither all (rank, out) nor all blocks; {SHAPES_DIFFER}")
     ranks = {tensor.shape[0 if variant == "bone" else -1] for tensor in tensors.values()}
     if len(ranks) > 1:
-        raise UserError(
-            f"{path} mixes .{kind} tensors of the ranks {', '.join(map(str, sorted(ranks)))}; they cannot be from one "
-            "training"
-        )
+        found = ", ".join(map(str, sorted(ranks)))
+        raise UserError(f"{path} mixes .{kind} tensors of the ranks {found}; {SHAPES_DIFFER}")
     own = {f"{module}.bone": tensor for module, tensor in tensors.items()}
-    return own, AdapterMetadata(variant, rank=rank, **common)
+    return own, AdapterMetadata(variant, rank=ranks.pop(), **common)
 
 
 def _block_affine_variant(
@@ -200,13 +174,12 @@ def _block_affine_variant(
 def _read_lora(
     path: str | Path, modules: Modules, init: str | Path | None, alpha: float | None, common: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], AdapterMetadata]:
-    shapes = [tuple(params["lora_A"].shape) for params in modules.values()]
-    rank, *others = {shape[0] if len(shape) == 2 else None for shape in shapes}
-    if others or rank is None:
-        raise UserError(
-            f"{path}: its lora_A have the shapes {', '.join(map(str, dict.fromkeys(shapes)))}; (rank, in) with one "
-            "rank is due, which alpha is divided by: they cannot be from one training"
-        )
+    shapes = {tuple(params["lora_A"].shape) for params in modules.values()}
+    ranks = {shape[0] if len(shape) == 2 else 0 for shape in shapes}
+    rank = ranks.pop()
+    if ranks or not rank:
+        found = ", ".join(map(str, sorted(shapes)))
+        raise UserError(f"{path}: its lora_A have the shapes {found}, not (rank, in) with one rank; {SHAPES_DIFFER}")
     own = {f"{module}.{name}": tensor for module, params in modules.items() for name, tensor in params.items()}
     if init is not None:
         initial = {key: tensor for key, tensor in unwrapped(read_tensors(init)).items() if adapter_parameter(key)}
@@ -228,9 +201,7 @@ def _read_lora(
             f"{path} is a LoRA file of RWKV-PEFT, which does not record alpha: give --lora_alpha as in its "
             f"training; or, if it is PiSSA, its init file as --lora_init {INITS[0]}"
         )
-    if not math.isfinite(alpha):
-        raise UserError(f"--lora_alpha {alpha}: a finite number is due")
-    return own, AdapterMetadata("lora", rank=rank, scale=alpha / max(rank, 1), **common)
+    return own, AdapterMetadata("lora", rank=rank, scale=alpha / rank, **common)
 
 
 def write_rwkv_peft(

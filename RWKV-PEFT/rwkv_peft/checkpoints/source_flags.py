@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..cli.parser import alias
+from ..cli.parser import alias, finite
 from ..config import forms
 from ..config.adapter import MODE_ALIASES
 
@@ -15,5 +15,5 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
         choices=forms("bone"),
         help="variant of a .bone file that does not record it; bat is bat-in, as in RWKV-PEFT",
     )
-    parser.add_argument("--lora_alpha", type=float, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
+    parser.add_argument("--lora_alpha", type=finite, help="alpha of an RWKV-PEFT LoRA file, which does not record it")
     parser.add_argument("--lora_init", metavar="PTH", help="init_pissa.pth of an RWKV-PEFT PiSSA file")

@@ -133,25 +133,17 @@ def stream_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None:
-    """Raise UserError for a tensor that nothing here computes with: sparse, nested, without data, quantized, not of
-    floats, of less than 16 bits, a negated view, or a view larger than its data."""
+    """Raise UserError for a tensor that nothing here computes with: not dense, without data, quantized, not of floats,
+    of less than 16 bits, or a view that is negated or larger than its data."""
     for key, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else "sparse"
-        elif tensor.is_meta:
-            kind = "without its data (on the meta device)"
-        elif tensor.is_quantized or not tensor.is_floating_point() or tensor.element_size() < 2:
-            kind = dtype_name(tensor.dtype)
-        elif tensor.is_neg():
-            kind = "a negated view"
-        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            kind = "a view that repeats its values"
-        else:
-            continue
-        raise UserError(
-            f"{name}: {key} is {kind}; weights must be dense tensors of bfloat16, float16 or float32, not quantized. "
-            "Save them so"
-        )
+        dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta or tensor.is_quantized)
+        floats = dense and tensor.is_floating_point() and tensor.element_size() >= 2 and not tensor.is_neg()
+        if not floats or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            kind = dtype_name(tensor.dtype) + ("" if floats or dense else " and not dense")
+            raise UserError(
+                f"{name}: {key} is {kind}; weights must be dense tensors of bfloat16, float16 or float32, with all "
+                "their data and not quantized. Save them so"
+            )
 
 
 def require_records(tensors: Iterable[torch.Tensor], path: Path) -> None:

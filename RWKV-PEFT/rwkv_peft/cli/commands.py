@@ -152,7 +152,6 @@ MEANINGS = MappingProxyType(
         "run": "generate",
         "sft": "train --data_type sft",
         "tokenize": "preprocess --ids --tokenizer",
-        "unmerge": "merge --unmerge",
         "verify": "check --runtimes --merged",
         "version": "--version",
     }

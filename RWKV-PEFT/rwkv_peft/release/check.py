@@ -39,8 +39,8 @@ BAND = 1 << 18  # values compared at a time
 SLACK = 2.0**-18  # relative to a row's largest value: more than float32 arithmetic loses in computing the row
 
 Range = tuple[torch.Tensor, torch.Tensor]  # the lowest and the highest value allowed for each element
-# (rows of the source, the first row's number, the file's dtype, the dtype of the arithmetic) -> the Range of the rows
-Expect = Callable[[torch.Tensor, int, torch.dtype, torch.dtype], Range]
+# (rows of the source, the first row's number, the file's dtype) -> the Range of the rows
+Expect = Callable[[torch.Tensor, int, torch.dtype], Range]
 
 
 def main(argv: list[str]) -> int:
@@ -55,9 +55,6 @@ def main(argv: list[str]) -> int:
         Merge(base, [(args.bone_checkpoint, adapter)])  # raises UserError for an adapter that cannot be merged
         if not args.any_base:
             check_fingerprints(base, [(args.bone_checkpoint, adapter)])
-    elif base is not None:
-        compare_structure(merged, base)
-        print(f"{args.merged} has the keys, order, shapes and dtypes of {args.base_model}")
     if args.state:
         states = read_states(args.state)
         states.check_base(merged if base is None or adapter is None else base)
@@ -89,21 +86,6 @@ def check_comparable(merged: Base, base: Base) -> None:
             f"{merged.path} and {base.path} differ in their dimensions, {merged.config} and {base.config}, so that "
             "neither was made of the other; give the base of the merge"
         )
-
-
-def compare_structure(model: Base, base: Base) -> None:
-    """Raise UserError unless two Bases agree in keys, order, shapes and dtypes; the model may have more time states."""
-    own = [key for key in model.tensors if key in base.tensors or not is_time_state(key)]
-    if own != list(base.tensors):
-        odd = sorted(set(own) ^ set(base.tensors)) or ["their order"]
-        raise UserError(f"{model.path} and {base.path} differ in {len(odd)} keys, such as {odd[0]}")
-    for key, tensor in base.tensors.items():
-        found = model.tensors[key]
-        if found.shape != tensor.shape or found.dtype != tensor.dtype:
-            raise UserError(
-                f"{model.path}: {key} is {tuple(found.shape)} {found.dtype}, in {base.path} "
-                f"{tuple(tensor.shape)} {tensor.dtype}"
-            )
 
 
 def logits_agree(merged: Base, base: Base, adapter: Adapter, name: str, where: str, length: int) -> bool:
@@ -250,20 +232,16 @@ def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterat
 def compared(tensor: torch.Tensor, source: torch.Tensor, expect: Expect, unit: int = 1) -> str:
     """The wrong values of a tensor in words: their number, largest deviation and first place; "" if there are none.
 
-    `expect` computes the Range from `source` a band of rows at a time, in float32, and once more in float64 if a value
-    lies outside. Bands begin at multiples of `unit`.
+    `expect` computes the Range from `source` a band of rows at a time. Bands begin at multiples of `unit`.
     """
     count, largest = 0, 0.0
     first: list[int] = []
     step = max(BAND // (math.prod(tensor.shape[1:]) * unit), 1) * unit
     for start in range(0, len(tensor), step):
         found, rows = tensor[start : start + step], source[start : start + step]
-        for arithmetic in (torch.float32, torch.float64):
-            low, high = expect(rows, start, tensor.dtype, arithmetic)
-            odd = ~((found >= low) & (found <= high))  # True for NaN
-            if not odd.any():
-                break
-        else:
+        low, high = expect(rows, start, tensor.dtype)
+        odd = ~((found >= low) & (found <= high))  # True for NaN
+        if odd.any():
             row, *place = odd.nonzero()[0].tolist()
             first = first or [start + row, *place]
             low, high, found = (values[odd].double() for values in (low, high, found))
@@ -272,29 +250,26 @@ def compared(tensor: torch.Tensor, source: torch.Tensor, expect: Expect, unit: i
     return f"{count:,} of {tensor.numel():,} values, by up to {largest:.2g}, the first at {first}" if count else ""
 
 
-def cast(source: torch.Tensor, start: int, dtype: torch.dtype, arithmetic: torch.dtype) -> Range:
+def cast(source: torch.Tensor, start: int, dtype: torch.dtype) -> Range:
     """Expect the source's own values, in the file's dtype."""
     values = source.to(dtype)
     return values, values
 
 
 def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
-    """The Expect of an adapted weight: base plus change, give or take the loss of float32 arithmetic, rounded.
-
-    float32 has half of that slack here: a value that passes in float32 passes in float64, too.
-    """
+    """The Expect of an adapted weight: base plus change, give or take the loss of float32 arithmetic, rounded."""
     assert metadata.method is not None  # because it adapts layers
     change, scale = metadata.method.change, metadata.scale
     is_residual = metadata.method.residual is not None
 
-    def expect(source: torch.Tensor, start: int, dtype: torch.dtype, arithmetic: torch.dtype) -> Range:
+    def expect(source: torch.Tensor, start: int, dtype: torch.dtype) -> Range:
         own = change.rows(params, start, start + len(source))
-        bases = [base.to(arithmetic) for base in trained_on(source, own, metadata, quant)]
-        # a residual base lacks a part of `delta` already; `added` of other methods computes in float32 alone
+        bases = [base.float() for base in trained_on(source, own, metadata, quant)]
+        # a residual base lacks a part of `delta` already
         ends = [
             change.added(base, own, scale) if is_residual else base + change.delta(base, own, scale) for base in bases
         ]
-        loss = lost(source.to(arithmetic), *ends) * (0.5 if arithmetic == torch.float32 else 1)
+        loss = lost(source.float(), *ends)
         return (ends[0] - loss).to(dtype), (ends[-1] + loss).to(dtype)
 
     return expect

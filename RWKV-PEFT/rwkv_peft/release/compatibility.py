@@ -9,7 +9,6 @@ from ..adapters.change import Params
 from ..adapters.method import Method
 from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.base import Base
-from ..checkpoints.rwkv_peft_file import SOURCE as RWKV_PEFT
 from ..checkpoints.tensors import TensorSpec
 from ..cli.errors import UserError, short
 from ..config import AdapterConfig, ModelConfig
@@ -111,32 +110,6 @@ def check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], c
         )
 
 
-def check_depth(name: str | Path, adapter: Adapter, base: Base) -> None:
-    """Raise UserError if an Adapter of RWKV-PEFT changes only the first blocks of a Base.
-
-    RWKV-PEFT's files name no base, and an adapter on all blocks of a smaller model with the same widths looks like
-    this. Any other set of blocks was chosen in training: a whole model has no gaps, and its last block gives its depth.
-    """
-    blocks, n_layer = blocks_of(adapter), base.config.n_layer
-    first = {str(number) for number in range(len(blocks))}
-    if adapter.modules() and adapter.metadata.source == RWKV_PEFT and blocks == first and 0 < len(blocks) < n_layer:
-        raise UserError(
-            f"{name} changes only the first {len(blocks)} of the {n_layer} blocks of {base.path}, as RWKV-PEFT's "
-            "adapter on all blocks of a smaller model would, and names no base; give its own base, or, if its training "
-            "chose these blocks, force it with --any_base"
-        )
-
-
 def blocks_of(adapter: Adapter) -> set[str]:
     """The numbers of the blocks that an Adapter has tensors for, as its keys spell them."""
     return {key.split(".")[1] for key in adapter.tensors if key.startswith("blocks.")}
-
-
-def check_unmerge(base: Base, adapters: Adapters) -> None:
-    """Raise UserError if an adapter was trained on this very Base, which then does not hold it."""
-    for name, adapter in adapters:
-        if adapter.metadata.base_fingerprint == base.fingerprint:
-            raise UserError(
-                f"--unmerge: {base.path} is the base that {name} was trained on, without the adapter; give the merged "
-                "model as --base_model (or force it with --any_base)"
-            )

@@ -2,39 +2,32 @@
 
 INPUT's content and OUTPUT's ending choose the conversion: models and states by the table of formats.py, and with --to
 hf or fla to a folder of transformers or flash-linear-attention; adapters to RWKV-PEFT's .pth and ours, with --to lora
-to plain LoRA (lora.py), with --to lightning to rwkv_lightning_cuda's folder; a BONE folder of peft to a MISS folder,
-and back.
+to plain LoRA (lora.py).
 """
 
 import argparse
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from ..adapters.methods import adapter_parameter
-from ..checkpoints.adapter_file import METADATA_KEY, Adapter, AdapterMetadata, save_adapter
+from ..checkpoints.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
+from ..checkpoints.adapter_folders import CONFIG, TENSORS, is_adapter_folder, is_lightning_folder, write_lora_folder
 from ..checkpoints.adapters import product_of_run, source_of
-from ..checkpoints.atomic import check_output
-from ..checkpoints.base import Base, base_of, open_base
-from ..checkpoints.lightning_folder import MANIFEST, WEIGHTS, is_lightning_folder, write_lightning_folder
-from ..checkpoints.peft_folder import CONFIG, TENSORS, is_adapter_folder, read_config, read_folder_tensors, replacing
+from ..checkpoints.atomic import atomic_write, check_output
+from ..checkpoints.base import base_of, open_base
 from ..checkpoints.rwkv_peft_file import unwrapped, upstream_form, write_rwkv_peft
 from ..checkpoints.state_file import is_own, read_states, write_states
-from ..checkpoints.tensors import DTYPES, read_safetensors, read_tensors, save_safetensors
+from ..checkpoints.tensors import DTYPES, read_safetensors, read_tensors
 from ..cli.errors import UserError, short, some
 from ..cli.parser import counted
 from ..data.recorded import clean_beside, find_tokenizer, recorded_beside
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
-from .formats import FLA, FOLDER, GGUF_TYPE, HF, Wanted, cast, describe, format_of
-from .lora import as_lora, describe_errors, write_lora
+from .formats import FLA, FOLDER, GGUF_TYPE, HF, Wanted, cast, describe, format_of, write_gguf_lora
+from .lora import describe_errors, lora_form
 
-OTHER = MappingProxyType({"BONE": "MISS", "MISS": "BONE"})  # two names of a method in peft
-LIGHTNING = "lightning"  # as FLA and HF, a value of --to that writes a folder
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
 
@@ -47,8 +40,7 @@ def main(argv: list[str]) -> int:
     form, adapted = format_of(args.ending), is_adapter(source)
     files = [target] if form is None else form.files(target)
     if adapted:
-        names = (MANIFEST, WEIGHTS) if args.to == LIGHTNING else () if args.ending else (CONFIG, TENSORS)
-        files = [target / name for name in names] or [target]
+        files = [target] if args.ending else [target / CONFIG, target / TENSORS]
     for file in files:
         check_output("the output", file, inputs)
     given = Path(args.input)
@@ -72,7 +64,7 @@ def ending_of(args: argparse.Namespace) -> str:
     ending = Path(args.output).suffix
     if args.output.endswith("/") or Path(args.output).is_dir():
         return ""
-    if args.to not in (FLA, HF, LIGHTNING):
+    if args.to not in (FLA, HF):
         return ending
     if format_of(ending) not in (None, FOLDER):
         raise UserError(f"--to {args.to} writes a folder, and {args.output} names a {ending} file; leave that out")
@@ -93,14 +85,11 @@ def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None
     """Raise UserError for a flag that has no effect on this output; adapted is True if the input is an adapter."""
     form, gguf = format_of(args.ending), args.ending == ".gguf"
     kept = "an adapter's tensors keep their dtypes" if adapted else "the type of a GGUF is --gguf_type's"
-    renamed = adapted and not args.to and not args.ending
-    told = ("base_model", "bone_mode", "lora_alpha", "lora_init")
     for name, is_read, why in (
         ("dtype", not adapted and not gguf or args.dtype == "keep", kept),
         ("gguf_type", not adapted and gguf, "that is for a model's .gguf"),
         ("tokenizer", not adapted and form is not None and form.vocabulary, "that goes into a model's .gguf or folder"),
         ("bone_parameter", adapted and not args.to and args.ending == ".pth", "that is for an adapter's .pth"),
-        *((name, not renamed, "a BONE or MISS folder tells it, and only its tensors are renamed") for name in told),
     ):
         if not is_read and (value := getattr(args, name)) is not None:
             raise UserError(f"--{name} {value} would change nothing of {target}: {why}; leave it out")
@@ -118,96 +107,39 @@ def is_adapter(path: Path) -> bool:
 
 def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Sequence[Path | str]:
     """Write an adapter in the target's format; return the paths written, or lines about them."""
-    if is_adapter_folder(source) and not args.ending and not args.to:
-        return [rename_folder(source, target)]
-    model = open_base(args.base_model) if args.base_model else None
-    base = None if model is None else model.tensors
-    adapter = source_of(args, source).read(base)
-    if args.to == LIGHTNING:
-        return [convert_to_lightning(source, adapter, target, model)]
-    if args.to:
-        return [convert_to_lora(source, adapter, args, model)]
-    if args.ending == ".pth":
-        paths = write_rwkv_peft(target, adapter, args.bone_parameter or "disha", base)
-        print(remark_on_export(adapter.metadata, paths), end="")
-        return paths
-    if args.ending == ".safetensors":
-        save_adapter(target, adapter.tensors, adapter.metadata)
-        return [target]
-    raise UserError(
-        f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT), a .safetensors, or for a "
-        "BONE or MISS folder of peft a folder; for other formats merge it with merge_bone.py first"
-    )
-
-
-def rename_folder(source: Path, target: Path) -> str:
-    """Write a BONE folder of peft as a MISS folder, or a MISS one as a BONE one; return a line about it.
-
-    MiSS is Bone's later name in peft, with the same tensors and arithmetic under other keys; the adapter may be of any
-    model. Raises UserError for an adapter of another kind, and for bat-in, which MiSS lacks.
-    """
-    config = read_config(source)
-    kind = str(config.get("peft_type"))
-    if kind not in OTHER:
-        raise UserError(
-            f"{source} holds a {kind} adapter, and only BONE and MISS ones become a folder; name a .pth "
-            "(RWKV-PEFT) or a .safetensors for one of an RWKV model"
-        )
-    if kind == "BONE" and config.get("init_weights") == "bat-in":
-        raise UserError(
-            f"{source} is a bat-in adapter, and MiSS has only bone, bat-out and mini; merge it instead "
-            "(merge_and_unload)"
-        )
-    tensors = read_folder_tensors(source)
-    dims = {tensor.dim() for key, tensor in tensors.items() if key.endswith("_block")}
-    if config.get("init_weights") is True and dims == {3}:
-        config["init_weights"] = "bat"  # a pre-release of peft wrote true for it
-    if kind == "MISS" and config.get("init_weights") != "mini":
-        config.pop("mini_r", None)
-    config, tensors = (renamed(settings, kind.lower(), OTHER[kind].lower()) for settings in (config, tensors))
-    with replacing(target) as (settings, weights):
-        save_safetensors(weights, tensors)
-        settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    return f"{target}: {OTHER[kind]} of {kind}, {len(tensors)} tensors; Hugging Face peft loads it"
-
-
-def renamed(settings: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    """Change the method's name in the keys of settings or tensors, and in the values of peft_type and bias."""
-    result = {}
-    for key, value in settings.items():
-        if key == "peft_type":
-            value = new.upper()
-        elif key == "bias" and str(value).lower() == f"{old}_only":
-            value = {"miss": "MiSS_only"}.get(new, f"{new}_only")
-        elif key.endswith(f".{old}_block") or key == f"{old}_dropout":
-            key = key.replace(f"{old}_", f"{new}_")
-        result[key] = value
-    return result
-
-
-def convert_to_lora(name: Path, adapter: Adapter, args: argparse.Namespace, base: Base | None) -> str:
-    """Write an adapter, called `name`, as LoRA; return a line about it. Raises UserError if `base` is not its own."""
+    base = open_base(args.base_model) if args.base_model else None
+    tensors = None if base is None else base.tensors
+    adapter = source_of(args, source).read(tensors)
     metadata = adapter.metadata
-    if base is not None:
-        metadata.require_base(name, base, "give its own base as --base_model")
-    form, target = as_lora(adapter, None if base is None else base.tensors, args.lora_rank), Path(args.output)
-    loader = write_lora(target, args.ending, form, base)
-    what = f"LoRA of rank {form.adapter.metadata.rank} of {counted(len(form.adapter.modules()), 'layer')}"
-    quant = metadata.quant
-    kept = "" if quant == "none" else f", for the base as --quant {quant} keeps it"
-    return f"{target}: {what}, {describe_errors(form)}{kept}; {loader}"
-
-
-def convert_to_lightning(name: Path, adapter: Adapter, target: Path, base: Base | None) -> str:
-    """Write an adapter, called `name`, as the folder that rwkv_lightning_cuda serves; return a line about it. Raises
-    UserError without its own base, and for an adapter that is not served there."""
-    if base is None:
-        raise UserError(f"--to {LIGHTNING} records the base's file, by its SHA-256; give it as --base_model")
-    adapter.metadata.require_base(name, base, "give its own base as --base_model")
-    kept = write_lightning_folder(target, adapter, base)
-    quant = adapter.metadata.quant
-    note = "" if quant == "none" else f" (it was trained on the base as --quant {quant} keeps it)"
-    return f"{target}: MiSS of {counted(len(adapter.modules()), 'layer')}, {kept}{note}; rwkv_lightning_cuda serves it"
+    if args.to and base is not None:
+        metadata.require_base(source, base, "give its own base as --base_model")
+    ending, remark = args.ending, ""
+    if args.to:
+        adapter, errors = lora_form(adapter, tensors, args.lora_rank)
+        assert metadata.method is not None  # lora_form needed it
+        what = f"LoRA of rank {adapter.metadata.rank} of {counted(len(adapter.modules()), 'layer')}"
+        kept = "" if metadata.quant == "none" else f", for the base as --quant {metadata.quant} keeps it"
+        remark = f": {what}, {describe_errors(metadata.method, errors)}{kept}"
+    if ending == "" and args.to:
+        write_lora_folder(target, adapter, "" if base is None else str(base.path))
+        return [f"{target}{remark}; Hugging Face peft loads it (PeftModel.from_pretrained)"]
+    if ending == ".gguf" and args.to:
+        if base is None:
+            raise UserError(f"{target}: a GGUF names its model's generation; give --base_model")
+        with atomic_write(target) as temporary:
+            write_gguf_lora(temporary, base.family, adapter.modules())
+        return [f"{target}{remark}; llama.cpp loads it beside the GGUF of its base (--lora)"]
+    if ending == ".pth":
+        paths = write_rwkv_peft(target, adapter, args.bone_parameter or "disha", tensors)
+        print(remark_on_export(adapter.metadata, paths), end="")
+        return [f"{paths[0]}{remark}", *paths[1:]]
+    if ending == ".safetensors":
+        save_adapter(target, adapter.tensors, adapter.metadata)
+        return [f"{target}{remark}"]
+    raise UserError(
+        f"{source} is an adapter, which {target.name} cannot hold: name a .pth (RWKV-PEFT) or a .safetensors, with "
+        "--to lora also a folder (peft) or a .gguf (llama.cpp); for other formats merge it with merge_bone.py first"
+    )
 
 
 def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from ..checkpoints.source_flags import add_source_flags
 from ..cli.names import GGUF_TYPES, QUANTS, called
 from ..cli.parser import Parser, finite, positive, that, up_to
-from ..cli.rules import EXCLUDES, NEEDS, Rule
+from ..cli.rules import NEEDS, Rule
 from ..config import QUANTIZATIONS
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
@@ -32,22 +32,20 @@ repository = that(
     lambda name: bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)),
     "is no name of a repository; give it as NAME/REPO, with your name or your organization's first",
 )
-picture = that(str, lambda name: name.endswith(".png"), "does not end in .png; give a name such as heat.png")
 BASE_FLAGS = ("--base_model", "--model")
 ADAPTER_FLAGS = ("--bone_checkpoint", "--adapter", "--lora_checkpoint", "--peft_checkpoint", "--state_checkpoint")
 MERGE = "merge_bone.py"
 MERGE_RULES = (
     Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or add --dry_run"),
-    Rule("--read_back", EXCLUDES, "--dry_run", "it reads the output, and that writes none"),
 )
 CHECK = "rwkv-peft check"
 CHECK_RULES = (
     Rule(CHECK, NEEDS, "--bone_checkpoint, --runtimes", "it compares with base and adapter, or asks those", "give one"),
     Rule("--bone_checkpoint", NEEDS, "--base_model", "it is an adapter of that", "name the base of the merge"),
+    Rule("--base_model", NEEDS, "--bone_checkpoint", "the merge of both is compared", "name the adapter"),
     Rule("--any_base", NEEDS, "--bone_checkpoint", "it is about the base that an adapter names", "leave it out"),
     Rule("--gguf_types", NEEDS, "--runtimes", "llama.cpp is one of them", "add it"),
 )
-INSPECT_RULES = (Rule("--output", NEEDS, "--base_model", "it is a picture of the change from that", "name the base"),)
 CONVERT_RULES = (Rule("--lora_rank", NEEDS, "--to lora", "it is the rank of that form", "add --to lora"),)
 ADAPTER_TYPES = ("bone", "disha", "lora", "pissa", "state")  # RWKV-PEFT's words
 
@@ -100,15 +98,12 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
     )
     add("--scale", type=factor, default=1.0, help="multiplies the change, default 1.0")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="device of the arithmetic (default: cpu)")
-    add("--unmerge", action="store_true", help="subtract the adapters from a merged --base_model, last first")
     add(
         "--any_base",
         action="store_true",
-        help="do not compare the base with the one that the adapter names: merge into another of "
-        "the same shape, or unmerge in any case",
+        help="do not compare the base with the one that the adapter names: merge into another of the same shape",
     )
     add("--dry_run", action="store_true", help="compute and report everything, write nothing")
-    add("--read_back", "--verify", action="store_true", help="read the output back and compare each tensor")
     return parser.parse_args(argv)
 
 
@@ -122,7 +117,7 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--merged", required=True, metavar="PTH", help="the model to check")
-    add(*BASE_FLAGS, metavar="PTH", help="the base of the merge; without an adapter its keys, order, shapes and dtypes")
+    add(*BASE_FLAGS, metavar="PTH", help="the base of the merge")
     add(*ADAPTER_FLAGS, metavar="FILE", help="the adapter, or the folder of the run")
     add_source_flags(parser)
     add("--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)")
@@ -146,13 +141,10 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
 def inspect_flags(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rwkv-peft inspect",
-        rules=INSPECT_RULES,
         description="Describe a file or folder: a model, merged or not, an adapter, states; ours or another tool's.",
     )
     add = parser.add_argument
     add("file", help="a .pth, .safetensors, .st, .gguf, or the folder of a run, of peft or of a model")
-    add(*BASE_FLAGS, metavar="PTH", help="also print how far each layer's matrices moved from this model")
-    add("--output", type=picture, metavar="PNG", help="draw that, too")
     add_source_flags(parser)
     return parser.parse_args(argv)
 
@@ -168,12 +160,11 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     add(
         "input",
         help="a file or folder of one of those formats, flash-linear-attention's folder of an RWKV-7, the folder of a "
-        "run, or a BONE or MISS folder of peft, of any model",
+        "run, or of peft",
     )
     add(
         "output",
-        help=".pth, .safetensors / .st / .state, .gguf, or a folder (by --to, a slash at its end, or no ending): BONE "
-        "folders become MISS ones, and MISS ones BONE",
+        help=".pth, .safetensors / .st / .state, .gguf, or a folder (by --to, a slash at its end, or no ending)",
     )
     add(
         "--dtype",
@@ -194,11 +185,11 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "--to",
-        choices=("lora", "lightning", "hf", "fla"),
+        choices=("lora", "hf", "fla"),
         help="lora: write an adapter as plain LoRA, into a folder (Hugging Face peft), .gguf (llama.cpp), .pth "
         "(RWKV-PEFT) or .safetensors; bone exactly, bat-in by its largest singular values, and print the error; "
-        "lightning: write a bone adapter of an RWKV-7 into the folder that rwkv_lightning_cuda serves; hf: write "
-        "a model into a folder of transformers; fla: write an RWKV-7 into one as flash-linear-attention has it",
+        "hf: write a model into a folder of transformers; fla: write an RWKV-7 into one as flash-linear-attention "
+        "has it",
     )
     add(
         "--lora_rank",

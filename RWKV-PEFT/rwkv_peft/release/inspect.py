@@ -1,12 +1,8 @@
-"""Describe a file or folder, and the change of a model from its base: `rwkv-peft inspect FILE`.
+"""Describe a file or folder: `rwkv-peft inspect FILE`.
 
 A file may hold a model, an adapter or states, in any format that is read here.
-
-    rwkv-peft inspect adapter.safetensors --base_model base.pth --output changes.png
 """
 
-import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -17,88 +13,32 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..checkpoints.adapter_file import METADATA_KEY, Adapter
+from ..checkpoints.adapter_folders import is_adapter_folder, is_lightning_folder
 from ..checkpoints.adapters import AdapterSource, product_of_run, source_of
-from ..checkpoints.atomic import check_output
-from ..checkpoints.base import Base, base_of, open_base
-from ..checkpoints.lightning_folder import is_lightning_folder
-from ..checkpoints.peft_folder import is_adapter_folder
+from ..checkpoints.base import Base, base_of
+from ..checkpoints.readable import require_file
 from ..checkpoints.rwkv_peft_file import unwrapped
-from ..checkpoints.tensors import TensorSpec, dtype_name, read_safetensors, read_tensors
+from ..checkpoints.tensors import dtype_name, read_safetensors, read_tensors
 from ..cli.errors import UserError, in_line, short
 from ..cli.parser import counted
 from ..models.state import check_time_states, is_time_state
-from ..plots import plot_changes
-from .changes import TensorChange, change_table, place, ratio, square
 from .flags import inspect_flags
 from .formats import read_hf_model, web_tensors
-from .gguf import import_gguf, read_header
-from .merge import Merge, MergeOptions, check_fingerprints
 
 Line = tuple[str, str]
 MODEL, ADAPTER, STATES, SESSION, UNKNOWN = "model", "adapter", "states", "session", ""  # what a file may hold
 SHOWN = 3  # keys of a foreign file that are quoted
-LISTED = 64  # values of a GGUF's setting that are shown
-CHUNK = 1 << 22  # values compared at a time
 
 
 def main(argv: list[str]) -> int:
     args = inspect_flags(argv)
-    contents = contents_of(source_of(args, args.file))
-    if args.output:
-        check_output("--output", Path(args.output), [("the file", args.file), ("--base_model", args.base_model)])
-    print(formatted(contents.lines))
-    if args.base_model is None:
-        return 0
-    if contents.holds is None:
-        raise UserError(f"{args.file} is neither a model nor an adapter that is read here, which --base_model compares")
-    base = open_base(args.base_model)
-    changes = changes_of(base, contents.holds, args.file)
-    specs = {key: TensorSpec.of(tensor) for key, tensor in base.tensors.items()}
-    print("\nchange of each tensor from the base, |W' - W| / |W| in %, and the largest of others:")
-    print(change_table(changes, specs) if changes else "none: it is the base")
-    if any(math.isnan(change.change) for change in changes):
-        print("nan: the tensor or the base's holds NaN or Inf; copy the file again, or take an earlier one")
-    if args.output:
-        cells = {place(change.key): change.change for change in changes if change.key.startswith("blocks.")}
-        plot_changes({(int(block), name): change for (block, name), change in cells.items()}, args.output)
-        print(f"wrote {args.output}")
+    print(formatted(contents_of(source_of(args, args.file)).lines))
     return 0
 
 
-def changes_of(base: Base, other: Base | Adapter, name: str) -> list[TensorChange]:
-    """The TensorChange of each tensor of a Base that a merged model, or an adapter, called `name` changes. Time states
-    that only one of two models holds count as zeros in the other."""
-    if isinstance(other, Adapter):
-        check_fingerprints(base, [(name, other)])
-        changes: list[TensorChange] = []
-        merge = Merge(base, [(name, other)], MergeOptions(dtype=torch.float32))
-        for _ in merge.bands(base.tensors.items(), changes.append):
-            pass  # only the changes are needed, before a cast
-        return changes
-    if other.config != base.config:
-        raise UserError(
-            f"{base.path} has other dimensions than {name}, so that it is not its base; name the model that it was "
-            "made from"
-        )
-    either = base.tensors | other.tensors
-    zeros = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in either.items()}
-    before, after = zeros | base.tensors, zeros | other.tensors
-    moved = [TensorChange(key, distance(after[key], before[key])) for key in either]
-    return [change for change in moved if change.change]
-
-
-def distance(tensor: torch.Tensor, base: torch.Tensor) -> float:
-    """Compute |W' - W| / |W|, CHUNK values at a time."""
-    change = size = 0.0
-    for new, old in zip(tensor.reshape(-1).split(CHUNK), base.reshape(-1).split(CHUNK)):
-        change += square(new.float() - old.float())
-        size += square(old.float())
-    return ratio(change, size)
-
-
 class Contents(NamedTuple):
-    """The description of a file: lines (name, value); the Base or Adapter in it from which a change can be computed, or
-    None; and its kind: MODEL, ADAPTER, STATES, SESSION or UNKNOWN."""
+    """The description of a file: lines (name, value); the Base or Adapter in it, or None; and its kind:
+    MODEL, ADAPTER, STATES, SESSION or UNKNOWN."""
 
     lines: list[Line]
     holds: Base | Adapter | None = None
@@ -110,9 +50,7 @@ def contents_of(source: AdapterSource) -> Contents:
     path = product_of_run(source.path, tell=True)
     source = replace(source, path=path)
     if path.suffix == ".gguf":
-        lines = list(gguf_lines(path))
-        read = ("kind", "GGUF model, rwkv6") in lines or ("kind", "GGUF model, rwkv7") in lines
-        return Contents(lines, None, MODEL if read else UNKNOWN)
+        return gguf_contents(path)
     if path.is_dir():
         if is_adapter_folder(path) or is_lightning_folder(path):
             return adapter_contents(source)
@@ -209,27 +147,13 @@ def shares(sizes: Mapping[str, int]) -> str:
     return next(iter(sizes)) if len(sizes) == 1 else ", ".join(f"{name} ({size:,})" for name, size in sizes.items())
 
 
-def gguf_lines(path: Path) -> Iterator[Line]:
-    """Describe a GGUF by its header."""
-    kinds = {int(kind): kind.name.lower() for kind in import_gguf().GGMLQuantizationType}
-    settings, tensors = read_header(path)
-    kind, architecture = settings.get("general.type", "model"), settings.get("general.architecture", "unknown")
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[kinds.get(tensor.kind, f"type {tensor.kind}")] += tensor.size
-    yield "kind", f"GGUF {kind}, {architecture}"
-    yield "parameters", f"{sum(sizes.values()):,} in {len(tensors):,} tensors"
-    if sizes:
-        yield "dtype", shares(sizes)
-    own = (f"{architecture}.", "adapter.")
-    shown = {
-        name.partition(".")[2]: value[:LISTED] if isinstance(value, list) else value
-        for name, value in settings.items()
-        if name.startswith(own)
-    }
-    yield "settings", ", ".join(f"{name} {json.dumps(value)}" for name, value in shown.items())
-    if isinstance(tokens := settings.get("tokenizer.ggml.tokens"), list):
-        yield "vocabulary", f"{len(tokens):,} tokens"
+def gguf_contents(path: Path) -> Contents:
+    """Describe a GGUF by its size alone, because the gguf package has a command for its header."""
+    with open(require_file(path), "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is no GGUF: it does not begin as one; copy it again")
+    size = f"{path.stat().st_size:,} bytes; gguf-dump of the gguf package prints its header"
+    return Contents([("kind", "GGUF"), ("size", size)])
 
 
 def formatted(lines: Iterable[Line]) -> str:

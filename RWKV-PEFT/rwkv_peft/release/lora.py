@@ -2,13 +2,11 @@
 
 bone and the LoRA family have an exact LoRA form. The change of other methods, such as bat-in's W_ab B_b + B_b, has full
 rank: its largest singular values are kept (Eckart and Young 1936), and the rest is reported as an error. PiSSA, OLoRA
-and LoRA-GA train on W - scale B0 A0, which --precision bf16 rounds; their LoRA leaves that rounding out, and it is
-reported too.
+and LoRA-GA train on W - scale B0 A0, which --precision bf16 rounds; their LoRA leaves that rounding out.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
@@ -17,36 +15,19 @@ from ..adapters.method import Method
 from ..adapters.methods import METHODS
 from ..adapters.quant import roundtrip
 from ..adapters.residual import svd_lowrank
-from ..checkpoints.adapter_file import Adapter, AdapterMetadata, save_adapter
-from ..checkpoints.atomic import atomic_write
-from ..checkpoints.base import Base
-from ..checkpoints.peft_folder import write_lora_folder
-from ..checkpoints.rwkv_peft_file import write_rwkv_peft
+from ..checkpoints.adapter_file import Adapter, AdapterMetadata
 from ..cli.errors import UserError
 from ..cli.names import all_finite
 from .compatibility import check_params
-from .gguf import write_gguf_lora
 
-SAME = 1e-4  # relative errors up to this are float32's own rounding
 NITER = 8  # power iterations of the randomized SVD: its error is then within a thousandth of an exact one's
 
 
-@dataclass(frozen=True)
-class LoraForm:
-    """An adapter as LoRA, and the shares of its change that the LoRA leaves out.
-
-    adapter is an Adapter of plain LoRA at scale 1; errors {module: |change - B A| / |change|} (Frobenius) of the layers
-    that have no exact form; rounding is the share that training lost by rounding the weight less its first factors,
-    {} if that is negligible, None if it cannot be measured because no base is given.
-    """
-
-    adapter: Adapter
-    errors: Mapping[str, float]
-    rounding: Mapping[str, float] | None = field(default_factory=dict)
-
-
-def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, rank: int = 0) -> LoraForm:
-    """Convert an Adapter to LoRA.
+def lora_form(
+    adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, rank: int = 0
+) -> tuple[Adapter, dict[str, float]]:
+    """An Adapter as plain LoRA at scale 1, and {module: |change - B A| / |change|} (Frobenius) of the layers that have
+    no exact form.
 
     base is {key: tensor} of the model that it was trained on, which all but the LoRA family need; rank is the LoRA's if
     there is no exact form (0: twice the adapter's). Raises UserError if no layer is adapted, if tensors were trained
@@ -66,34 +47,26 @@ def as_lora(adapter: Adapter, base: Mapping[str, torch.Tensor] | None = None, ra
             f"{len(whole)} tensors of the base trained along (such as {next(iter(whole))}), and LoRA has no place for "
             "them; merge it with merge_bone.py"
         )
-    modules = adapter.modules()
-    shapes = {module: layer_shape(method, module, params, base) for module, params in modules.items()}
-    factors: dict[str, Params] = {}
-    errors, rounding = {}, {}
-    for module, params in modules.items():
-        check_params(module, method, params, shapes[module])
-        exact = None if method.lora is None else method.lora(params, metadata.scale, *shapes[module])
-        if exact is None:
-            check_rank(method, rank, metadata.rank, shapes)
+    tensors: dict[str, torch.Tensor] = {}
+    errors: dict[str, float] = {}
+    for module, params in adapter.modules().items():
+        shape = layer_shape(method, module, params, base)
+        check_params(module, method, params, shape)
+        factors = None if method.lora is None else method.lora(params, metadata.scale, *shape)
+        if factors is None:
             assert base is not None  # layer_shape needed it
+            kept = rank or 2 * metadata.rank
+            check_lora_rank(method, kept, module, shape)
             change = change_of(metadata, method, base[f"{module}.weight"], params)
             require_finite(module, change.norm())  # because the SVD needs finite values
-            exact, errors[module] = truncated(change, rank or 2 * metadata.rank)
-        require_finite(module, *exact.values())
-        factors[module] = exact
-        if method.residual is not None and base is not None:
-            weight = base[f"{module}.weight"]
-            rounded = weight.to(metadata.base_dtype() or weight.dtype)
-            change = method.merged(rounded, params, scale=metadata.scale) - weight.float()
-            rounding[module] = relative_error(change, exact)
+            factors, errors[module] = truncated(change, kept)
+        require_finite(module, *factors.values())
+        tensors |= {f"{module}.{name}": tensor for name, tensor in factors.items()}
+        width = len(factors["lora_A"])
     if rank and not errors:
         raise UserError(f"--lora_rank {rank}: {method.label} has a LoRA form of its own, which is exact; leave it out")
-    tensors = {f"{module}.{name}": tensor for module, params in factors.items() for name, tensor in params.items()}
-    width = next(iter(factors.values()))["lora_A"].shape[0]
     lora = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, entries=0, scale=1.0)
-    unmeasured = method.residual is not None and base is None and metadata.base_dtype() != torch.float32
-    negligible = max(rounding.values(), default=0.0) <= SAME
-    return LoraForm(Adapter(tensors, lora), errors, None if unmeasured else {} if negligible else rounding)
+    return Adapter(tensors, lora), errors
 
 
 def layer_shape(
@@ -130,18 +103,14 @@ def require_finite(module: str, *tensors: torch.Tensor) -> None:
         )
 
 
-def check_rank(method: Method, given: int, own: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError if the LoRA's rank, the given one or (0) twice the adapter's own, is 0, or larger than the
-    narrowest side among {module: (out, in)}."""
-    if not (given or own):
+def check_lora_rank(method: Method, rank: int, module: str, shape: tuple[int, ...]) -> None:
+    """Raise UserError if a LoRA's rank is 0, or larger than the narrower side of a layer (out, in)."""
+    if not rank:
         raise UserError(f"{method.label} has no rank that a LoRA could take: give --lora_rank")
-    narrowest = min(shapes, key=lambda module: min(shapes[module]))
-    most = min(shapes[narrowest])
-    if (given or 2 * own) > most:
-        what = f"--lora_rank {given}" if given else f"the LoRA's rank would be {2 * own}, twice the adapter's, which"
+    if rank > min(shape):
         raise UserError(
-            f"{what} is more than the weight {shapes[narrowest]} of {narrowest} allows; give --lora_rank, at most "
-            f"{most}"
+            f"a LoRA of rank {rank} is more than the weight {shape} of {module} allows; give --lora_rank, at most "
+            f"{min(shape)}"
         )
 
 
@@ -150,49 +119,18 @@ def truncated(change: torch.Tensor, rank: int) -> tuple[Params, float]:
     U, S, V = svd_lowrank(change, rank, NITER)
     root = S[:rank].sqrt()
     factors = {"lora_A": (V[:, :rank] * root).t().contiguous(), "lora_B": (U[:, :rank] * root).contiguous()}
-    return factors, relative_error(change, factors)
-
-
-def relative_error(change: torch.Tensor, factors: Params) -> float:
-    """Return |change - B A| / |change| of a change (out, in) and LoRA's factors; 0 if the change is zero."""
     size = change.norm()
-    return float((change - factors["lora_B"] @ factors["lora_A"]).norm() / size) if size else 0.0
+    error = float((change - factors["lora_B"] @ factors["lora_A"]).norm() / size) if size else 0.0
+    return factors, error
 
 
-def write_lora(path: Path, ending: str, form: LoraForm, base: Base | None) -> str:
-    """Write a LoraForm in the format of an ending: a folder of peft (""), llama.cpp's .gguf, RWKV-PEFT's .pth or our
-    .safetensors; base is the Base that it is for. Return a phrase on its readers. Raises UserError for another
-    ending, and for a .gguf without a base."""
-    adapter = form.adapter
-    if not ending:
-        write_lora_folder(path, adapter, "" if base is None else str(base.path))
-        return "Hugging Face peft loads it (PeftModel.from_pretrained)"
-    if ending == ".gguf":
-        if base is None:
-            raise UserError(f"{path}: a GGUF names its model's generation; give --base_model")
-        with atomic_write(path) as temporary:
-            write_gguf_lora(temporary, base.family, adapter.modules())
-        return "llama.cpp loads it beside the GGUF of its base (--lora)"
-    if ending == ".pth":
-        write_rwkv_peft(path, adapter)
-        return f"RWKV-PEFT merges it (--lora_alpha {adapter.metadata.alpha:g})"
-    if ending == ".safetensors":
-        save_adapter(path, adapter.tensors, adapter.metadata)
-        return "merge_bone.py and train.py load it"
-    raise UserError(f"{path}: LoRA goes into a folder (peft), .gguf (llama.cpp), .pth (RWKV-PEFT) or .safetensors")
-
-
-def describe_errors(form: LoraForm) -> str:
-    """A phrase on the share of the change that a LoraForm leaves out, or on its exactness."""
-    if form.errors:
-        return f"without {_shares(form.errors, 'of the change')}"
-    rounded = "the same change but for the rounding of the base that was trained on"
-    if form.rounding is None:
-        return f"{rounded}, which --base_model has measured"
-    return f"{rounded}, {_shares(form.rounding, 'of it')}" if form.rounding else "the same change, exactly"
-
-
-def _shares(errors: Mapping[str, float], whole: str) -> str:
-    worst = max(errors, key=lambda module: errors[module])
-    mean = sum(errors.values()) / len(errors)
-    return f"{mean:.1%} {whole} on the mean (Frobenius norm), at the worst {errors[worst]:.1%} ({worst})"
+def describe_errors(method: Method, errors: Mapping[str, float]) -> str:
+    """A phrase on the share of a method's change that its LoRA leaves out, or on its exactness."""
+    if errors:
+        worst = max(errors, key=lambda module: errors[module])
+        mean = sum(errors.values()) / len(errors)
+        share = f"{mean:.1%} of the change on the mean (Frobenius norm), at the worst {errors[worst]:.1%} ({worst})"
+        return f"without {share}"
+    if method.residual is not None:
+        return "the same change, but for the rounding of the base that was trained on"
+    return "the same change, exactly"

@@ -22,12 +22,12 @@ import torch
 from ..adapters.change import Params
 from ..adapters.method import Method
 from ..adapters.methods import METHODS
-from ..adapters.quant import roundtrip, row_unit
+from ..adapters.quant import row_unit
 from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.adapters import adapter_of_run, source_of
 from ..checkpoints.atomic import atomic_write, check_output, require_room, same_file
-from ..checkpoints.base import Base, fingerprint_of, open_base, sample
-from ..checkpoints.state_file import check_state_output, read_states, write_states
+from ..checkpoints.base import Base, open_base
+from ..checkpoints.state_file import check_state_output, write_states
 from ..checkpoints.tensors import DTYPES, TensorSpec, dtype_name, stream_tensors, write_pth
 from ..cli.errors import UserError, in_line
 from ..cli.names import NONE, all_finite
@@ -37,7 +37,7 @@ from ..gpus import count_gpus
 from ..memory import keep_freed_memory
 from ..models.state import is_time_state
 from .changes import TensorChange, change_table, percent, ratio, square
-from .compatibility import Adapters, blocks_of, check_depth, check_fit, check_generations, check_states, check_unmerge
+from .compatibility import Adapters, blocks_of, check_fit, check_generations, check_states
 from .flags import merge_flags
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -61,10 +61,10 @@ def main(argv: list[str]) -> int:
     base = open_base(args.base_model)
     adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
     check_type(args.type, adapters)
-    options = MergeOptions(args.scale, DTYPES.get(args.output_dtype), args.quant, args.unmerge, args.device)
+    options = MergeOptions(args.scale, DTYPES.get(args.output_dtype), args.quant, args.device)
     merge = Merge(base, adapters, options)
     if not args.any_base:
-        (check_unmerge if args.unmerge else check_fingerprints)(base, adapters)
+        check_fingerprints(base, adapters)
     check_state_flag(args, merge)
     print_head(args, base, adapters, merge)
     del base  # its pages would stay resident
@@ -90,8 +90,6 @@ def main(argv: list[str]) -> int:
             write_states(args.state_output, states)
             print(f"states   {args.state_output}: {len(states)} time states, left out of the model's file")
     print_changes(changes, merge)
-    if args.read_back:
-        read_back(args.output, args.state_output, merge, args.base_model)
     print(f"wrote {args.output}: {len(specs)} tensors, {os.path.getsize(args.output):,} bytes")
     return 0
 
@@ -138,14 +136,12 @@ class MergeOptions:
     """The options of a merge.
 
     scale multiplies every change; dtype is the output's (None: each tensor keeps the base's); quant overrides the
-    adapter's record of the quantization of the frozen weights (None: as recorded); unmerge takes the adapters off
-    again, last first; device does the arithmetic.
+    adapter's record of the quantization of the frozen weights (None: as recorded); device does the arithmetic.
     """
 
     scale: float = 1.0
     dtype: torch.dtype | None = None
     quant: str | None = None
-    unmerge: bool = False
     device: str = "cpu"
 
 
@@ -155,7 +151,7 @@ class LayerChange:
 
     params are its tensors as the Method takes them; scale is LoRA's; quant names the quantization of the frozen
     weight in training; dtype is the base's in training, before it was quantized or a residual base was made of it;
-    amount multiplies the whole change. If removed, params are the opposite ones, and the rounding is not replayed.
+    amount multiplies the whole change.
     """
 
     method: Method
@@ -164,7 +160,6 @@ class LayerChange:
     quant: str = "none"
     amount: float = 1.0
     dtype: torch.dtype = torch.float32
-    removed: bool = False
 
     def unit(self, columns: int) -> int:
         """The multiple of rows at which bands of a weight with so many columns begin and end."""
@@ -176,16 +171,9 @@ class LayerChange:
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """Change weight (out, in) float32 -> float32, the weight that the trained layer computed with (at amount 1)."""
-        if self.removed:
-            return self.method.change.removed(weight, self.params, self.scale)
         base = weight.to(self.dtype) if self.method.residual is not None or self.quant != "none" else weight
         result = self.method.merged(base, self.params, scale=self.scale, quant=self.quant)
         return result if self.amount == 1 else torch.lerp(weight, result, self.amount)
-
-    def opposite(self) -> "LayerChange":
-        """The change that takes this one off again, up to rounding. Raises UserError if none can."""
-        params = self.method.change.opposite(self.params, self.scale, self.amount)
-        return LayerChange(self.method, params, self.scale, removed=True)
 
 
 @dataclass(frozen=True)
@@ -249,11 +237,7 @@ class Merge:
             changes, quant = self.changes.setdefault(key, []), options.quant or metadata.quant
             # a file that names no precision was trained in the base's own dtype; after an adapter nothing is rounded
             dtype = metadata.base_dtype() or (torch.float32 if changes else base.tensors[key].dtype)
-            change = LayerChange(metadata.method, params, metadata.scale, quant, options.scale, dtype)
-            if options.unmerge:
-                changes.insert(0, change.opposite())
-            else:
-                changes.append(change)
+            changes.append(LayerChange(metadata.method, params, metadata.scale, quant, options.scale, dtype))
 
     def bands(
         self, pairs: Pairs, report: Callable[[TensorChange], None] = lambda change: None
@@ -372,13 +356,6 @@ def check_options(name: str | Path, adapter: Adapter, options: MergeOptions) -> 
             f"--quant {quant} contradicts {name}, which was trained on a base quantized to {recorded}; leave --quant "
             "out to merge onto that, or give --quant none for the original base"
         )
-    if options.unmerge and (whole := adapter.whole()):
-        raise UserError(
-            f"--unmerge cannot restore {len(whole)} tensors that {name} replaced whole (such as {next(iter(whole))}): "
-            "the base's values are in none of the files"
-        )
-    if options.unmerge and quant != "none":
-        raise UserError(f"--unmerge cannot undo the {quant} quantization that {name} was merged with")
 
 
 def merged_tensors(base: Base, adapters: Adapters, options: MergeOptions | None = None) -> dict[str, torch.Tensor]:
@@ -388,27 +365,13 @@ def merged_tensors(base: Base, adapters: Adapters, options: MergeOptions | None 
 
 
 def check_fingerprints(base: Base, adapters: Adapters) -> None:
-    """Raise UserError unless each adapter was trained on the Base, or on it with the adapters before it merged, in any
-    dtype that merging writes. An adapter that names no base passes unless check_depth objects. The generations are
-    checked first, because no flag forces those."""
+    """Raise UserError unless each adapter was trained on the Base. One that names no base passes. The
+    generations are checked first, because no flag forces those."""
     check_generations(base, adapters)
     for position, (name, adapter) in enumerate(adapters):
-        check_depth(name, adapter, base)
-        wanted, before = adapter.metadata.base_fingerprint, adapters[:position]
-        if not before or wanted in ("", base.fingerprint) or wanted not in fingerprints_merged(base, before):
-            remedy = "find the base it was trained on, or force it with --any_base"
-            adapter.metadata.require_base(name, base, remedy)
-
-
-def fingerprints_merged(base: Base, adapters: Adapters) -> set[str]:
-    """The fingerprints of a Base with adapters merged in: one for its own dtypes, one for each of DTYPES."""
-    own = {key: spec.dtype for key, spec in Merge(base, adapters).specs.items()}
-    exact = Merge(base, adapters, MergeOptions(dtype=torch.float32)).tensors(stream_tensors(base.path))
-    samples = [(key, tensor.shape, sample(tensor)) for key, tensor in exact]
-    return {
-        fingerprint_of((key, shape, values.to(dtype or own[key])) for key, shape, values in samples)
-        for dtype in (None, *DTYPES.values())
-    }
+        first = "merge the adapters before it first and give the result as the base" if position else ""
+        remedy = f"{first or 'find the base it was trained on'}, or force it with --any_base"
+        adapter.metadata.require_base(name, base, remedy)
 
 
 def check_state_flag(args: argparse.Namespace, merge: Merge) -> None:
@@ -435,24 +398,6 @@ def without_states(bands: Pairs, states: dict[str, torch.Tensor]) -> Iterator[tu
             states[key] = torch.cat([states[key], rows]) if key in states else rows
 
 
-def read_back(output: str | Path, state_output: str | Path | None, merge: Merge, base: str | Path) -> None:
-    """Compare the files on disk with a second computation of each tensor. Raises UserError if one differs."""
-    expected = merge.tensors(stream_tensors(base))
-    written, states = stream_tensors(output), read_states(state_output).tensors if state_output else {}
-    for key, due in expected:
-        if state_output and is_time_state(key):
-            path, name, found = state_output, key, states.get(key, torch.empty(0))
-        else:
-            path, (name, found) = output, next(written, ("", torch.empty(0)))
-        if name != key or found.dtype != due.dtype or not torch.equal(found, due):
-            raise UserError(
-                f"{path}: {key} does not read back as it was computed; the disk or the memory is faulty, do not use "
-                "this file"
-            )
-    name = open_base(output).family.name
-    print(f"verified {output}: every tensor reads back as computed, and the file is a complete {name} model")
-
-
 def print_head(args: argparse.Namespace, base: Base, adapters: Adapters, merge: Merge) -> None:
     """Print a line for the base and for each adapter, and remarks about blocks, quantization and states."""
     dtypes = "/".join(sorted({dtype_name(tensor.dtype) for tensor in base.tensors.values()}))
@@ -467,49 +412,17 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters, merge: 
         origin = "" if metadata.base_fingerprint else f" (from {in_line(metadata.source)}; {called})"
         print(f"adapter  {name}: {', '.join(parts)}{origin}")
         if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
-            print(f"blocks   it changes {spans(blocks)} of 0-{config.n_layer - 1}; the others stay as they are")
+            changed = ", ".join(sorted(blocks, key=int))
+            print(f"blocks   it changes {changed} of 0-{config.n_layer - 1}; the others stay as they are")
         if metadata.quant != "none" and args.quant != "none":
             print(
                 f"quant    onto the base quantized by {metadata.quant}, as in training; --quant none takes the original"
             )
-    if args.quant == "none" and (lost := quantization_error(base, adapters)):
-        print(
-            "quant    onto the original base, as --quant none says; the base of the training differs from it by "
-            f"{lost:.2%}"
-        )
-    if args.unmerge:
-        print(
-            f"unmerge  these files do not say if this adapter was merged into {args.base_model}, and with which "
-            "--scale; the result is the base only if it was, with this one"
-        )
     if any(map(is_time_state, merge.specs)) and not args.state_output:
         note = "RWKV-Runner, web-rwkv and Ai00 take states as files of their own: --state_output writes one"
         if not base.family.states_in_model:
             note = f"the rwkv package does not look for them in an {base.family.name} file; {note}"
         print(f"states   in the model's file; {note}")
-
-
-def spans(numbers: Iterable[str]) -> str:
-    """Write numbers as spans: "0-2, 5"."""
-    found: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if found and number == found[-1][-1] + 1:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in found)
-
-
-def quantization_error(base: Base, adapters: Adapters) -> float:
-    """|Q(W) - W| / |W| over the weights W that the adapters' trainings quantized to Q(W)."""
-    error = size = 0.0
-    for _, adapter in adapters:
-        metadata = adapter.metadata
-        for module in adapter.modules() if metadata.quant != "none" else ():
-            weight = base.tensors[f"{module}.weight"]
-            kept = roundtrip(weight.to(metadata.base_dtype() or weight.dtype), metadata.quant)
-            error, size = error + square(kept - weight.float()), size + square(weight.float())
-    return ratio(error, size)
 
 
 def print_changes(changes: Sequence[TensorChange], merge: Merge) -> None:

@@ -12,8 +12,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,67 +26,77 @@ from ..cli.errors import UserError, told
 from ..config import ModelConfig
 from ..data.tokenizer import WorldTokenizer
 from ..models.parts import LanguageModel
-from ..models.rwkv6.keys import RWKV6Config
 from ..models.rwkv7a.keys import RWKV7aConfig
 from ..models.state import State, split_time_states, state_of
-from .gguf import write_gguf
+from .formats import write_gguf
 from .vocabulary import table_vocabulary
 
 # The largest difference allowed between a format's logits and the reference, in standard deviations of the logits.
 LIMITS = (("fp32", 1e-4), ("f32", 1e-3), ("f16", 2e-2), ("bf16", 1e-1), ("q8_0", 3e-1))
 
 
-class RuntimeResult(NamedTuple):
-    """One line of the table; difference is None if the runtime did not run or broke, for the reason in note."""
+class Runtime(NamedTuple):
+    """One runtime and its functions.
 
-    runtime: str
-    version: str
+    package is its name on PyPI, module its import name, form its input ("pth", a float32 copy, or "gguf");
+    refuses(config) is a reason why it cannot take a model, or ""; logits(path, tokens, config) -> float32 logits
+    (T, V), or log-probabilities (of the last positions, as many as it gives) if shifted is True.
+    """
+
+    name: str
+    package: str
+    module: str
     form: str
-    difference: float | None
-    limit: float | None
-    note: str
-    broke: bool = False
+    logits: Callable[[Path, torch.Tensor, Any], torch.Tensor]
+    refuses: Callable[[Any], str]
+    shifted: bool = False
 
-    @property
-    def failed(self) -> bool:
-        return self.broke or (
-            self.difference is not None and self.limit is not None and not self.difference <= self.limit
-        )
+    def missing(self) -> str:
+        """The command that installs missing packages of the runtime and of its files' writer; "" if none is missing."""
+        needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
+        packages = [package for module, package in needed if not importlib.util.find_spec(module)]
+        return f"pip install {' '.join(packages)}" if packages else ""
 
 
 def runtimes_agree(model: Base, length: int, gguf_types: Sequence[str]) -> bool:
-    """Print the table of a Base; False if a runtime differs or breaks. Raises UserError if none runs."""
-    rows = run_all(model, length, gguf_types)
-    print_table(rows)
-    if not any(row.broke or row.difference is not None for row in rows):
-        remedy = "install one of them" if any("pip install" in row.note for row in rows) else "none takes this model"
-        raise UserError(f"no runtime ran, for the reasons above; {remedy}")
-    return not any(row.failed for row in rows)
-
-
-def run_all(model: Base, length: int = 50, gguf_types: Sequence[str] = ("f32", "f16")) -> list[RuntimeResult]:
-    """Run every runtime over a Base -> the table's rows."""
-    config = model.config
-    tokens = random_tokens(config.vocab_size, length)
+    """Print a table of each runtime's largest difference from a Base's logits; False if one differs or breaks. Raises
+    UserError if none runs."""
+    tokens = random_tokens(model.config.vocab_size, length)
     reference = reference_logits(model, tokens)
-    rows = []
+    reasons, ran, agree = [], False, True
+    print_row("runtime", "version", "format", "max difference", "allowed")
+    print(f"|{'-' * 13}|{'-' * 18}|{'-' * 8}|{'-' * 16}|{'-' * 9}|")
     with scratch_folder() as folder:
-        for runtime in all_runtimes():
-            without = "takes no initial state" if model.has_states and runtime.package != "rwkv" else ""
-            reason = runtime.missing() or runtime.refuses(config) or without
+        for runtime in RUNTIMES:
+            without = "takes no initial state" if model.has_states and runtime.form == "gguf" else ""
+            reason = runtime.missing() or runtime.refuses(model.config) or without
             for form in ("fp32",) if runtime.form == "pth" else gguf_types:
                 if reason:
-                    rows.append(RuntimeResult(runtime.name, "", form, None, None, f"not run: {reason}"))
+                    reasons.append(reason)
+                    print_row(runtime.name, "", form, f"not run: {reason}", "")
                     continue
-                path = written(folder, form, model)
+                path, ran = written(folder, form, model), True
                 try:
-                    logits = runtime.logits(path, tokens, config)
-                    judged = judge(logits, reference, form, runtime.shifted)
-                    rows.append(RuntimeResult(runtime.name, runtime.version(), form, *judged, ""))
+                    logits = runtime.logits(path, tokens, model.config)
+                    version = importlib.metadata.version(runtime.package)
                 except Exception as error:  # another project's; the other runtimes run all the same
-                    note = f"failed: {told(error, named=True)}"
-                    rows.append(RuntimeResult(runtime.name, "", form, None, None, note, broke=True))
-    return rows
+                    agree = False
+                    print_row(runtime.name, "", form, f"failed: {told(error, named=True)}", "")
+                    continue
+                difference, limit = judge(logits, reference, form, runtime.shifted)
+                agree = agree and difference <= limit
+                failed = "" if difference <= limit else "  FAILED"
+                print_row(runtime.name, version, form, f"{difference:14.1e}", f"{limit:7.1e}{failed}")
+    if not ran:
+        installable = any("pip install" in reason for reason in reasons)
+        remedy = "install one of them" if installable else "none takes this model"
+        raise UserError(f"no runtime ran, for the reasons above; {remedy}")
+    return agree
+
+
+def print_row(runtime: str, version: str, form: str, found: str, limit: str) -> None:
+    """Print a row of the table."""
+    print(f"| {runtime:<11} | {version:<16} | {form:<6} | {found:<14} | {limit:<7} |")
 
 
 def written(folder: Path, form: str, model: Base) -> Path:
@@ -118,58 +127,18 @@ def judge(logits: torch.Tensor, reference: torch.Tensor, form: str, shifted: boo
     return (float("inf") if difference != difference else difference), limit
 
 
-def print_table(rows: Iterable[RuntimeResult]) -> None:
-    print(f"| {'runtime':<22} | {'version':<16} | {'format':<6} | max difference | allowed |")
-    print(f"|{'-' * 24}|{'-' * 18}|{'-' * 8}|{'-' * 16}|{'-' * 9}|")
-    for row in rows:
-        found = row.note if row.note else f"{row.difference:14.1e}"
-        limit = "" if row.limit is None else f"{row.limit:7.1e}" + ("  FAILED" if row.failed else "")
-        print(f"| {row.runtime:<22} | {row.version:<16} | {row.form:<6} | {found:<14} | {limit:<7} |")
-
-
-class Runtime(NamedTuple):
-    """One runtime and its functions.
-
-    package is its name on PyPI, module its import name, form its input ("pth", a float32 copy, or "gguf");
-    refuses(config) is a reason why it cannot take a model, or ""; logits(path, tokens, config) -> float32 logits
-    (T, V), or log-probabilities (of the last positions, as many as it gives) if shifted is True.
-    """
-
-    name: str
-    package: str
-    module: str
-    form: str
-    logits: Callable[[Path, torch.Tensor, Any], torch.Tensor]
-    refuses: Callable[[Any], str]
-    shifted: bool = False
-
-    def missing(self) -> str:
-        """The command that installs missing packages of the runtime and of its files' writer; "" if none is missing."""
-        needed = ((self.module, self.package), *((("gguf", "gguf"),) if self.form == "gguf" else ()))
-        packages = [package for module, package in needed if not importlib.util.find_spec(module)]
-        return f"pip install {' '.join(packages)}" if packages else ""
-
-    def version(self) -> str:
-        return importlib.metadata.version(self.package)
-
-
-def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig, mode: str = "sequence") -> torch.Tensor:
-    """Logits (T, V) float32 of the `rwkv` package, in one call with mode "sequence", or one token at a time with mode
-    "tokens". It does not look for tuned states in an RWKV-7's file, so they are put into its list of states."""
-    model, state, rows = rwkv_model(path, config.version), None, []
+def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Logits (T, V) float32 of the `rwkv` package, in one call. It does not look for tuned states in an RWKV-7's file,
+    so they are put into its list of states."""
+    model, state = rwkv_model(path, config.version), None
     tuned = torch.load(path, weights_only=True, mmap=True) if config.version != "x060" else {}
     if any(key.endswith(".att.time_state") for key in tuned):
         state = model.generate_zero_state()
         for layer in range(len(state) // 3):  # (H, N value, N key), the package's layout too
             state[3 * layer + 1] = tuned[f"blocks.{layer}.att.time_state"].float().clone()
     with torch.inference_mode():
-        if mode == "sequence":
-            logits: torch.Tensor = model.forward(tokens.tolist(), state, full_output=True)[0]
-            return logits.float().view(len(tokens), -1)
-        for token in tokens.tolist():
-            row, state = model.forward([token], state)
-            rows.append(row.float().clone())
-    return torch.stack(rows)
+        logits: torch.Tensor = model.forward(tokens.tolist(), state, full_output=True)[0]
+    return logits.float().view(len(tokens), -1)
 
 
 def rwkv_model(path: str | Path, version: str) -> Any:
@@ -185,38 +154,6 @@ def rwkv_model(path: str | Path, version: str) -> Any:
         from rwkv.model import RWKV
 
         return RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
-
-
-def rwkv_simple(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Logits (T, V) of `rwkv-simple`, one token at a time: over several it raises decays to at least 0.005."""
-    from rwkv_simple import RWKV
-
-    model = RWKV(
-        config.n_embd,
-        d_head=config.head_size,
-        expand=config.dim_ffn / config.n_embd,
-        n_layer=config.n_layer,
-        vocab_size=config.vocab_size,
-    )
-    model.load_state_dict(torch.load(path, weights_only=True, mmap=True), strict=True)
-    state, rows = None, []
-    with torch.inference_mode():
-        for token in tokens:
-            logits, state = model(token[None, None], state)
-            rows.append(logits[0, 0].float())
-    return torch.stack(rows)
-
-
-def refused_by_rwkv_simple(config: ModelConfig) -> str:
-    """The reason why `rwkv-simple` cannot take a model, or "". Its widths are fixed, but not the heads' size (0.1.1 was
-    tried with 4, 8, 12, 16, 32 and 64)."""
-    if not isinstance(config, RWKV6Config):
-        return "takes only RWKV-6"
-    if (config.maa_rank, config.decay_rank) != (32, 64):
-        return f"takes only low-rank widths 32 and 64, and these are {config.maa_rank} and {config.decay_rank}"
-    if config.dim_att != config.n_embd:
-        return f"takes as many attention channels as channels, and these are {config.dim_att} and {config.n_embd}"
-    return ""
 
 
 def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -257,15 +194,10 @@ def refused_by_llama_cpp(config: ModelConfig) -> str:
     return "" if config.version in ("x060", "x070") else "takes only RWKV-6 and RWKV-7"
 
 
-def all_runtimes() -> tuple[Runtime, ...]:
-    """All runtimes, installed or not, in the order of the table."""
-    rwkv_tokens = partial(rwkv_sequence, mode="tokens")
-    return (
-        Runtime("rwkv, sequence", "rwkv", "rwkv", "pth", rwkv_sequence, refused_by_rwkv),
-        Runtime("rwkv, token by token", "rwkv", "rwkv", "pth", rwkv_tokens, refused_by_rwkv),
-        Runtime("rwkv-simple", "rwkv-simple", "rwkv_simple", "pth", rwkv_simple, refused_by_rwkv_simple),
-        Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, refused_by_llama_cpp, shifted=True),
-    )
+RUNTIMES = (
+    Runtime("rwkv", "rwkv", "rwkv", "pth", rwkv_sequence, refused_by_rwkv),
+    Runtime("llama.cpp", "xllamacpp", "xllamacpp", "gguf", llama_cpp, refused_by_llama_cpp, shifted=True),
+)
 
 
 def random_tokens(vocab_size: int, length: int) -> torch.Tensor:

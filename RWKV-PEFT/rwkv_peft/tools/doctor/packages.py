@@ -20,7 +20,6 @@ INSTALL = "pip install -r requirements.txt"
 PYTHONS = ((3, 10), (3, 14))
 MODULES = MappingProxyType({"pyyaml": "yaml"})  # packages whose modules have other names
 OPTIONAL = (
-    ("rwkv-simple", "a second runtime for merged models"),
     ("transformers", "Hugging Face models"),
     ("peft", "Bone as a plug-in of Hugging Face peft"),
     ("bitsandbytes", "quantized bases, --optim adamw8bit"),

@@ -1,19 +1,23 @@
-"""Adapters in folders of Hugging Face peft, over layers of an RWKV model.
+"""Adapters in folders of Hugging Face peft and of rwkv_lightning_cuda, over layers of an RWKV model.
 
 peft's "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also have "bat-in".
+
+rwkv_lightning_cuda serves MiSS on an RWKV-7, beside a model that is never merged: adapter.json describes the layers,
+and adapter.pth holds each layer's D (out, rank) in 16 bits, under `blocks.N.att.key.weight.D`. With S, the sums of
+inputs with equal numbers modulo the rank, it computes y = W x + scale D S, which is bone with Dᵀ
+(https://github.com/Alic-Li/rwkv_lightning_cuda, src/miss).
 """
 
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ..adapters.methods import METHODS, adapter_parameter, by_hf_name
-from ..cli.errors import UserError, short
+from ..cli.errors import UserError, quoted, short
 from ..cli.names import NONE, is_finite, is_whole
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, Origin, target_names
@@ -23,6 +27,8 @@ from .tensors import read_safetensors, read_tensors, save_safetensors
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 HF_PREFIX = "base_model.model."
+MANIFEST, WEIGHTS = "adapter.json", "adapter.pth"  # of rwkv_lightning_cuda, with its form
+FORM = (("format_version", 1), ("method", "miss"), ("kind", "inference_adapter"), ("layout", "modulo_rank_zero_pad"))
 # settings of peft's LoRA with which a layer's change is not B A times one scale for all layers and tokens
 NO_PLAIN_LORA = (
     "use_dora lora_bias rank_pattern alpha_pattern layer_replication fan_in_fan_out alora_invocation_tokens use_qalora "
@@ -39,53 +45,37 @@ def is_adapter_folder(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """Read the settings in a folder's adapter_config.json. Raises UserError if it is missing or cannot be read."""
-    path = require_readable(
-        Path(folder) / CONFIG,
-        f"{folder} has no {CONFIG}, which peft's save_pretrained writes"
-        + (choice_in(folder, ".pth", ".safetensors") or "; give a folder of its making, or an adapter's file"),
+    missing = choice_in(folder, ".pth", ".safetensors") or "; give a folder of its making, or an adapter's file"
+    return read_settings(
+        require_readable(folder / CONFIG, f"{folder} has no {CONFIG}, which peft's save_pretrained writes{missing}")
     )
-    return read_settings(path)
 
 
-def read_folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read a folder's {peft's key: tensor} from its safetensors file or, if there is none, from the torch file that
-    safe_serialization=False writes."""
-    if (folder / TENSORS).is_file():
-        return read_safetensors(folder / TENSORS)[0]
-    if (folder / PICKLED).is_file():
-        return read_tensors(folder / PICKLED)
-    raise UserError(f"{folder} has no {TENSORS} (nor {PICKLED}); is it a folder that peft saved?")
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the temporary paths to write a folder's CONFIG and TENSORS to. They get their names when both are complete.
-    An old CONFIG is removed before the tensors change, so that a kill in between leaves a folder that readers refuse,
-    not one that mixes old and new."""
-    with atomic_write(folder / CONFIG) as config, atomic_write(folder / TENSORS) as tensors:
-        yield config, tensors
-        (folder / CONFIG).unlink(missing_ok=True)
-
-
-def read_hf_folder(folder: str | Path) -> Adapter:
+def read_hf_folder(folder: Path) -> Adapter:
     """Read the Adapter in a folder saved by Hugging Face peft: BONE, MISS or plain LORA over layers of an RWKV model.
 
-    Module names are official, or a Hugging Face RWKV model's. Raises UserError for missing files, another
-    kind of adapter, and settings that merging cannot honour.
+    The tensors are in a safetensors file or, if there is none, in the torch file that safe_serialization=False writes.
+    Module names are official, or a Hugging Face RWKV model's. Raises UserError for missing files, another kind of
+    adapter, and settings that merging cannot honour.
     """
-    folder = Path(folder)
     config = read_config(folder)
+    if (folder / TENSORS).is_file():
+        found = read_safetensors(folder / TENSORS)[0]
+    elif (folder / PICKLED).is_file():
+        found = read_tensors(folder / PICKLED)
+    else:
+        raise UserError(f"{folder} has no {TENSORS} (nor {PICKLED}); is it a folder that peft saved?")
     tensors = {}
-    for key, tensor in read_folder_tensors(folder).items():
+    for key, tensor in found.items():
         if not key.startswith(HF_PREFIX):
             raise UserError(f"{folder}: key {key} does not start with {HF_PREFIX!r} as peft's keys do")
         module = key.removeprefix(HF_PREFIX)
         split = adapter_parameter(module)
         tensors[f"{official_key(split[0] + '.')}{split[1]}" if split else official_key(module)] = tensor
-    modules = Adapter(tensors, AdapterMetadata(NONE)).modules()
-    whole = {key: tensor for key, tensor in tensors.items() if not adapter_parameter(key)}
+    adapter = Adapter(tensors, AdapterMetadata(NONE))
+    modules, whole = adapter.modules(), adapter.whole()
     common: dict[str, Any] = {
         "targets": target_names(modules),
         "train_parts": tuple(whole),
@@ -93,29 +83,30 @@ def read_hf_folder(folder: str | Path) -> Adapter:
         "origin": Origin(base=_base_name(config)),
     }
     kind = str(config.get("peft_type", "")).upper()
-    if kind == "LORA":
-        _check_plain_lora(folder, config)
-        rank = _number(folder, config, "r", int)
-        for module, params in modules.items():
-            if "lora_A" in params:
-                _check_rank(folder, f"{module}.lora_A", params["lora_A"], 0, rank)
-        scale = _number(folder, config, "lora_alpha", float) / (rank**0.5 if config.get("use_rslora") else rank)
-        return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
-    if kind not in ("BONE", "MISS"):
+    if kind not in ("BONE", "MISS", "LORA"):
         raise UserError(
             f"{folder} holds a {kind or 'nameless'} adapter of peft, and BONE, MISS and plain LORA are read here; "
             + ELSEWHERE
         )
+    rank = _number(folder, config, "r", int)
+    if kind == "LORA":
+        _check_plain_lora(folder, config)
+        for module, params in modules.items():
+            if "lora_A" in params and params["lora_A"].shape[:1] != (rank,):
+                shape = tuple(params["lora_A"].shape)
+                raise UserError(
+                    f"{folder}: {module}.lora_A has shape {shape}, and r is {rank} in {CONFIG}: the two files belong "
+                    "to different adapters"
+                )
+        scale = _number(folder, config, "lora_alpha", float) / (rank**0.5 if config.get("use_rslora") else rank)
+        return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
     parameter = f"{kind.lower()}_block"
     own = {}
     for module, params in modules.items():
         if set(params) != {parameter}:
             raise UserError(f"{folder}: {module} holds {sorted(params)}, and a {kind} adapter has only {parameter}")
         own[f"{module}.bone"] = params[parameter]
-    rank = _number(folder, config, "r", int)
     variant = _bone_variant(folder, config, own)
-    for key, tensor in own.items():
-        _check_rank(folder, f"{key.removesuffix('bone')}{parameter}", tensor, 0 if tensor.dim() == 2 else -1, rank)
     mini_rank = _number(folder, config, "mini_r", int) if variant == "bone-mini" else 0
     return Adapter(own | whole, AdapterMetadata(variant, rank=rank, mini_rank=mini_rank, **common))
 
@@ -140,9 +131,10 @@ def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
         for module, params in adapter.modules().items()
         for name, tensor in params.items()
     }
-    with replacing(folder) as (config, weights):
+    with atomic_write(folder / CONFIG) as config, atomic_write(folder / TENSORS) as weights:
         config.write_text(json.dumps(settings, indent=2) + "\n")
         save_safetensors(weights, tensors)
+        (folder / CONFIG).unlink(missing_ok=True)  # so that a kill leaves no settings beside other tensors
 
 
 def _base_name(config: dict[str, Any]) -> str:
@@ -164,35 +156,17 @@ def _number(folder: Path, config: dict[str, Any], name: str, kind: type[Number])
     return value
 
 
-def _check_rank(folder: Path, key: str, tensor: torch.Tensor, axis: int, rank: int) -> None:
-    """Raise UserError if a tensor's axis is not as wide as the r of adapter_config.json."""
-    if tensor.dim() and tensor.shape[axis] != rank:
-        raise UserError(
-            f"{folder}: {key} has shape {tuple(tensor.shape)}, and r is {rank} in adapter_config.json: the two files "
-            "belong to different adapters"
-        )
-
-
 def _bone_variant(folder: Path, config: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     """The canonical name of a BONE or MISS adapter's form, by init_weights and the dimensions of its tensors."""
     dims = {tensor.dim() for tensor in tensors.values()}
-    if len(dims) != 1 or not dims <= {2, 3}:
-        raise UserError(f"{folder}: its tensors have {sorted(dims)} dimensions; 2 or 3 are due throughout")
-    init, dim = config.get("init_weights", True), dims.pop()
+    init = config.get("init_weights", True)
     # pre-releases of peft have only block affine Bone, and no name for it
-    method = by_hf_name("bat" if isinstance(init, bool) and dim == 3 else init)
-    if method is None:
-        forms = [method.hf for method in METHODS.values() if method.hf is not None]
-        known = [name for form in forms for name in form.names if isinstance(name, str)]
+    method = by_hf_name("bat" if isinstance(init, bool) and dims == {3} else init)
+    if method is None or method.hf is None or dims != {method.hf.dims}:
+        known = [f"{', '.join(map(str, form.hf.names))} ({form.hf.dims})" for form in METHODS.values() if form.hf]
         raise UserError(
-            f"{folder}: init_weights is {reprlib.repr(init)} in adapter_config.json; known are true, false and "
-            f"{', '.join(known)}"
-        )
-    assert method.hf is not None  # by_hf_name found it by that
-    if dim != method.hf.dims:
-        raise UserError(
-            f"{folder}: init_weights {init!r} goes with tensors of {method.hf.dims} dimensions, and these have {dim}: "
-            "adapter_config.json belongs to another adapter"
+            f"{folder}: init_weights is {reprlib.repr(init)} in {CONFIG}, and its tensors have {sorted(dims)} "
+            f"dimensions; known are {', '.join(known)}: the two files belong together only in one of these forms"
         )
     return method.name
 
@@ -206,3 +180,33 @@ def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
         remedy = "save it again in peft as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
     if odd:
         raise UserError(f"{folder}: this LoRA uses {', '.join(odd)}, and only plain LoRA is read here; {remedy}")
+
+
+def is_lightning_folder(folder: str | Path) -> bool:
+    """Return whether a folder is one, by the names of its files."""
+    return (Path(folder) / MANIFEST).is_file() and (Path(folder) / WEIGHTS).is_file()
+
+
+def read_lightning_folder(folder: Path) -> Adapter:
+    """Read a folder as a bone Adapter: the same numbers, in float32 with the scale in them if that is not 1. Raises
+    UserError for another format, and for tensors that the manifest does not describe."""
+    manifest = read_settings(folder / MANIFEST)
+    for name, due in FORM:
+        if (value := manifest.get(name)) != due:
+            found = quoted(value)
+            raise UserError(
+                f"{folder / MANIFEST}: {name} is {found}, and {due!r} is read here; merge it where it is from"
+            )
+    rank, scale = manifest.get("rank"), manifest.get("scale")
+    if not is_whole(rank) or not is_finite(scale) or scale == 0:
+        pair = short(f"rank = {rank!r} and scale = {scale!r}")
+        raise UserError(f"{folder / MANIFEST} has {pair}, and two finite numbers other than 0 are due; copy it again")
+    tensors = read_tensors(folder / WEIGHTS)
+    if not all(tensor.shape[1:] == (rank,) and key.endswith(".weight.D") for key, tensor in tensors.items()):
+        raise UserError(f"{folder}: not all tensors of {WEIGHTS} are D of rank {rank}; copy the folder again")
+    own = {key.removesuffix(".weight.D") + ".bone": tensor.t().contiguous() for key, tensor in tensors.items()}
+    if scale != 1:
+        own = {key: tensor.float() * scale for key, tensor in own.items()}
+    names = target_names(key.removesuffix(".bone") for key in own)
+    metadata = AdapterMetadata("bone", rank=rank, targets=names, generation="x070", source="rwkv_lightning_cuda")
+    return Adapter(own, metadata)

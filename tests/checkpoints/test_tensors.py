@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from rwkv_peft.checkpoints import tensors as tensors_file
-from rwkv_peft.checkpoints.base import base_of, fingerprint, open_base, save_model
+from rwkv_peft.checkpoints.base import fingerprint, open_base, save_model
 from rwkv_peft.checkpoints.readable import reading
 from rwkv_peft.checkpoints.tensors import read_tensors, save_pth, stream_tensors
 from rwkv_peft.cli.errors import UserError
@@ -55,20 +55,6 @@ def test_parameters_are_read_as_plain_tensors(base):
         assert type(tensor) is torch.Tensor and not tensor.requires_grad and torch.equal(tensor, state[key])
 
 
-def test_dimensions_come_from_the_shapes(tiny_state):
-    config = base_of(
-        tiny_state(n_layer=3, n_embd=48, dim_att=32, dim_ffn=72, head_size=8, vocab_size=99, maa_rank=5, decay_rank=7)
-    ).config
-    assert (config.n_layer, config.n_embd, config.dim_att, config.dim_ffn) == (3, 48, 32, 72)
-    assert (config.head_size, config.vocab_size, config.maa_rank, config.decay_rank) == (8, 99, 5, 7)
-    assert config.n_head == 4
-
-
-def test_a_pretrained_model_loads(shared_data):
-    config = open_base(shared_data / "rwkv6_tiny_1m" / "rwkv6-tiny-1m-bf16.pth").config
-    assert (config.n_layer, config.n_embd, config.head_size, config.vocab_size) == (12, 64, 8, 256)
-
-
 def without(*keys):
     return lambda state: {key: tensor for key, tensor in state.items() if key not in keys}
 
@@ -88,15 +74,16 @@ def renamed(old, new):
         (with_entry("blocks.0.att.extra", torch.zeros(2)), "1 unexpected tensors .blocks.0.att.extra"),
         (with_entry(f"{LAYER}.weight", torch.zeros(64, 60)), "blocks.0.att.key.weight has shape .64, 60."),
         (with_entry("blocks.0.att.time_faaaa", torch.zeros(64)), "time_faaaa .heads, head size."),
-        (with_entry(f"{LAYER}.weight", torch.zeros(64, 64, dtype=torch.int8)), "int8.*not quantized"),
         (with_entry(f"{LAYER}.bone", torch.zeros(4, 16, 16)), "never merged"),
-        (with_entry(f"{LAYER}.lora_A", torch.zeros(4, 16)), "never merged"),
         (with_entry("epoch", 3), "entry 'epoch' is of type int"),
         (with_entry("blocks.99999999999.x", torch.zeros(2)), "has layer 99999999999, and there are"),
         (with_entry("blocks.0.ffn.key.weight", torch.zeros(0, 64)), "none of its widths may be 0.* 0 feed-forward"),
         (with_entry("\ud800", torch.zeros(2)), "is damaged: .*surrogates not allowed"),
-        (with_entry("ln_out.bias", torch.zeros(1).expand(1 << 40)), "is a view that repeats its values"),
-        (with_entry("ln_out.bias", torch._neg_view(torch.ones(64))), "is a negated view"),
+        (
+            with_entry("ln_out.bias", torch.zeros(1).expand(1 << 40)),
+            "is float32; weights must be dense tensors .* with all their data",
+        ),
+        (with_entry("ln_out.bias", torch._neg_view(torch.ones(64))), "is float32; weights"),
         (with_entry("ln_out.bias", torch.ones(64, dtype=torch.uint16)), "is uint16"),
         (with_entry("blocks.0.att.time_state", torch.zeros(4, 16, 16)), "1 missing tensors .blocks.1.att.time_state"),
         (with_entry("other.att.time_state", torch.zeros(4, 16, 16)), "1 unexpected tensors .other.att.time_state"),
@@ -106,7 +93,6 @@ def renamed(old, new):
         ),
         (lambda state: state | {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)}, None),
         (renamed("time_maa", "time_mix"), "web-rwkv"),
-        (renamed("", ""), None),
         (without("emb.weight"), "not an RWKV model"),
         (lambda state: {f"model.{key}": tensor for key, tensor in state.items()}, "start with 'model.'"),
         (lambda state: {"rwkv.embeddings.weight": state["emb.weight"]}, "Hugging Face"),
@@ -152,24 +138,18 @@ def test_other_formats_name_the_converter(tmp_path, name, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "empty"),
-        (b"hello world, this is no checkpoint", "it is no zip archive"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        (b"\x80\x02garbage", "is a bare pickle"),
+        (lambda whole: b"", "empty"),
+        (lambda whole: b"hello world, this is no checkpoint", "it is no zip archive"),
+        (lambda whole: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (lambda whole: b"\x80\x02garbage", "is a bare pickle"),
+        (lambda whole: whole[: len(whole) // 5], "truncated"),
+        (lambda whole: whole[:-100], "truncated"),
     ],
 )
-def test_files_of_other_content_are_refused(tmp_path, content, message):
-    (tmp_path / "base.pth").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        open_base(tmp_path / "base.pth")
-
-
-@pytest.mark.parametrize("keep", [0.2, 0.9, 0.999])
-def test_a_truncated_file_is_refused(base, keep):
+def test_files_of_other_content_are_refused(base, content, message):
     path, _ = base
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(UserError, match="truncated"):
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(UserError, match=message):
         open_base(path)
 
 
@@ -177,10 +157,10 @@ def test_a_truncated_file_is_refused(base, keep):
     "change, message",
     [
         (lambda weight: weight.to(torch.float8_e4m3fn), "is float8_e4m3fn"),
-        (lambda weight: weight.to_sparse(), "is sparse"),
-        (lambda weight: weight.to("meta"), "is without its data"),
+        (lambda weight: weight.to_sparse(), "is float32 and not dense"),
+        (lambda weight: weight.to("meta"), "is float32 and not dense"),
         (lambda weight: weight.to(torch.int8), "is int8"),
-        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "is qint8"),
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "is qint8 and not dense"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # torch's, on what it will deprecate
@@ -270,12 +250,6 @@ def test_a_packed_archive_is_refused(base):
         archive.writestr("base/data/more", bytes(1000))
     with pytest.raises(UserError, match="is packed .base/data/more., and a .pth is not"):
         read_tensors(path)
-
-
-def test_an_embedding_that_is_the_head_as_well_is_read(base):
-    path, state = base
-    torch.save(state | {"head.weight": state["emb.weight"]}, path)
-    assert torch.equal(open_base(path).tensors["head.weight"], state["emb.weight"])
 
 
 def test_the_guard_names_the_file_and_the_reason_and_lets_messages_and_signals_pass():
