@@ -236,17 +236,6 @@ def test_two_never_hold_it_at_once(tmp_path):
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
 
 
-def test_the_error_of_its_holder_comes_through_where_the_folder_may_not_be_written_any_more(tmp_path, monkeypatch):
-    def refuse(path, **options):
-        raise PermissionError(path)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyError), hold(tmp_path / "lock"):
-        patched.setattr("pathlib.Path.unlink", refuse)
-        raise KeyError
-    with hold(tmp_path / "lock"):  # its file is still there, and free
-        pass
-
-
 @pytest.fixture
 def reads(tmp_path, monkeypatch):
     """The files that were read whole, in order; every file is treated as large, and none as new."""

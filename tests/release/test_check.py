@@ -155,17 +155,6 @@ def test_a_merged_model_starts_from_its_time_states(tmp_path, tiny_state, capsys
     assert "neither" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("head", ["tied", "replaced"])
-def test_a_head_that_the_adapter_does_not_explain_is_named(tmp_path, tiny_state, capsys, head):
-    base, adapter, merged = make_files(tmp_path, tiny_state())
-    state = dict(open_base(merged).tensors)
-    state["head.weight"] = state["emb.weight"] if head == "tied" else torch.randn(80, 64)
-    torch.save(state, tmp_path / "other.pth")  # which keeps the storage that two tensors share
-    assert check(base, adapter, tmp_path / "other.pth") == 1
-    assert "\nDIFFERS  head.weight: 5,120 of 5,120 values" in (out := capsys.readouterr().out)
-    assert out.count("DIFFERS") == 1
-
-
 def test_a_runtime_that_fails_is_told_in_words(tmp_path, tiny_state, monkeypatch):
     def broken(path, tokens, config):
         raise RuntimeError("no such instruction\nat all")

@@ -232,10 +232,6 @@ def check_llama_cpp(folder, base):
     assert (plain - expected).abs().max() > 0.1
 
 
-def test_llama_cpp_computes_the_merged_model_with_the_lora_beside_the_base(files):
-    check_llama_cpp(*files)
-
-
 def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
     tensors = open_base(Path(__file__).resolve().parents[2] / "demo" / "rwkv7-demo.pth").tensors
     base = base_of({key: tensor.float() for key, tensor in tensors.items()})
@@ -282,17 +278,6 @@ def test_what_has_no_such_form_is_refused(files, words, message, tiny_state):
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    "name, shape", [("lora_B", (64, 4)), ("init_lora_B", (64, 4)), ("lora_A", (8,)), ("lora_B", ())]
-)
-def test_factors_of_two_ranks_are_refused(tmp_path, tiny_state, name, shape):
-    adapter = random_adapter(METHODS["pissa"], tiny_state())
-    key = f"blocks.1.att.key.{name}"
-    save_adapter(tmp_path / "a.safetensors", adapter.tensors | {key: torch.ones(shape)}, adapter.metadata)
-    with pytest.raises(UserError, match="blocks.1.att.key .*(no pissa adapter has|no linear layer|, or is damaged)"):
-        main([str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--to", "lora"])
-
-
 @pytest.mark.parametrize("variant", ["lora", "bat-in", "dora", "pissa"])
 def test_a_change_beyond_float32_is_refused(tmp_path, tiny_state, variant):
     base = tiny_state()
@@ -320,11 +305,3 @@ def test_a_run_s_folder_does_not_get_a_second_adapter(tmp_path, tiny_state):
     with pytest.raises(UserError, match="is inside the input"):
         main([str(tmp_path / "link"), str(run / "lora"), "--to", "lora"])
     assert main([str(run), str(tmp_path / "lora"), "--to", "lora"]) == 0
-
-
-def test_a_layer_with_another_method_s_tensor_is_refused(tmp_path, tiny_state):
-    adapter = random_adapter(METHODS["bone-signed"], tiny_state())
-    tensors = adapter.tensors | {"blocks.0.att.value.lora_A": torch.ones(8, 64)}
-    save_adapter(tmp_path / "a.safetensors", tensors, adapter.metadata)
-    with pytest.raises(UserError, match="att.value holds lora_A, and a bone-signed adapter has bone, bone_signs; the"):
-        main([str(tmp_path / "a.safetensors"), str(tmp_path / "out"), "--to", "lora"])

@@ -249,22 +249,6 @@ def test_bands_come_in_order_and_few_are_computed_before_they_are_taken(threads)
     assert torch.get_num_threads() == threads
 
 
-def test_the_error_of_a_band_is_raised_in_its_turn_and_ends_the_work(threads):
-    def failing():
-        raise KeyError("no more")
-
-    bands = prefetch([lambda: 1, failing, lambda: 3])
-    assert next(bands) == 1
-    with pytest.raises(KeyError, match="no more"):
-        next(bands)
-    assert list(bands) == [] and torch.get_num_threads() == threads
-    begun = []
-    bands = prefetch(lambda number=number: begun.append(number) for number in range(100))
-    next(bands)
-    bands.close()
-    assert len(begun) <= 2 + 3 * threads
-
-
 def adapter_file(folder, variant="bat-in", **changes):
     """Write a.safetensors of a method on base.pth -> its {key: tensor}."""
     tensors, metadata = adapter_of(variant, open_base(folder / "base.pth").tensors)

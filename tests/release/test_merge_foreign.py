@@ -115,19 +115,6 @@ def test_the_folder_of_a_run_of_rwkv_peft_names_its_files(folder):
         run(folder, adapter="run")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.uint8, torch.int64])
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_an_adapter_that_is_no_floats_is_refused(folder, dtype, suffix):
-    tensors = {"blocks.0.att.key.bone": torch.ones(8, 8, 8, dtype=dtype)}
-    if suffix == "pth":
-        torch.save(tensors, folder / "a.pth")
-    else:
-        metadata = json.dumps({"variant": "bat-in", "rank": 8, "format_version": 1})
-        save_file(tensors, folder / "a.safetensors", {"rwkv_peft": metadata})
-    with pytest.raises(UserError, match=f"a.{suffix}: blocks.0.att.key.bone is {str(dtype)[6:]}; weights must be"):
-        run(folder, adapter=f"a.{suffix}")
-
-
 @pytest.mark.parametrize(
     "tensors, flags, message",
     [
@@ -302,13 +289,6 @@ def test_settings_of_peft_that_contradict_the_tensors_are_refused(folder, varian
         run(folder, adapter="hf")
 
 
-def test_settings_of_peft_that_are_no_object_are_refused(folder):
-    write_hf_folder(folder, adapter_of("bone", open_base(folder / "base.pth").tensors)[0], {"peft_type": "BONE"})
-    (folder / "hf" / "adapter_config.json").write_text("[1]")
-    with pytest.raises(UserError, match="holds no settings, but a list"):
-        run(folder, adapter="hf")
-
-
 @pytest.mark.parametrize("init", [True, "bat", "bat-in", "mini"])
 def test_bone_trained_through_our_own_config_merges_as_it_unloads(folder, init):
     peft = pytest.importorskip("peft")
@@ -474,13 +454,6 @@ def test_pissa_with_its_init_file(base, merged, tmp_path):
     initial = {f"model.{key}": tensor for key, tensor in flat.items() if ".init_" in key}
     torch.save(initial, tmp_path / "init_pissa.pth")
     check(base, merged("rwkv-1.pth", "--lora_init", tmp_path / "init_pissa.pth"), PISSA, adapter)
-
-
-def test_states_are_added_as_they_lie(base, merged, tmp_path):
-    states = {f"blocks.{i}.att.time_state": torch.randn(4, 8, 8) for i in range(2)}
-    torch.save(states, tmp_path / "rwkv-1.pth")
-    found = merged("rwkv-1.pth")
-    assert list(found) == [*base, *states] and all(torch.equal(found[key], states[key]) for key in states)
 
 
 @pytest.mark.parametrize(

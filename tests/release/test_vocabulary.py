@@ -8,7 +8,6 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli import commands
@@ -95,11 +94,6 @@ def test_a_size_that_tells_no_vocabulary_is_refused(convert, tmp_path, output):
     with pytest.raises(UserError, match="--tokenizer world has 65,536 tokens, and the model 300"):
         convert(output, "--tokenizer", "world")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
-
-
-def test_formats_without_a_vocabulary_need_none(convert):
-    convert("m.st")
-    convert("m.safetensors")
 
 
 def test_gguf_holds_a_byte_level_bpe(convert, tmp_path, bpe):
@@ -233,24 +227,6 @@ def test_the_run_beside_the_model_tells_the_tokenizer(convert, tmp_path, bpe):
     bpe.unlink()
     with pytest.raises(UserError, match="that file is gone; give it as --tokenizer"):
         convert("m.gguf")
-
-
-@pytest.mark.parametrize(
-    "output, flags, dtype",
-    [
-        ("m.safetensors", (), torch.bfloat16),
-        ("m.st", (), torch.float16),
-        ("m.safetensors", ("--dtype", "fp16"), torch.float16),
-        ("m.st", ("--dtype", "keep"), torch.bfloat16),
-    ],
-)
-def test_a_dtype_changes_where_that_is_asked_for_and_is_said(convert, tmp_path, output, flags, dtype):
-    said = convert(output, *flags)
-    with safe_open(tmp_path / output, framework="pt") as file:
-        names = list(file.keys())
-        assert {file.get_tensor(name).dtype for name in names} == {dtype}
-    assert f"wrote {tmp_path / output}: {len(names)} tensors, {str(dtype).removeprefix('torch.')}" in said
-    assert "web-rwkv" in said
 
 
 @pytest.fixture(scope="module")

@@ -18,18 +18,12 @@ LARGE = 1 << 26  # bytes from which a digest is cached: hashing fewer takes no l
 SETTLED = 2.0  # seconds since a file's last change before its digest is cached: some file systems' clocks are so coarse
 
 
-def stamp_of(path: str | Path) -> tuple[int, int]:
-    """(size in bytes, time of the last change in ns) of a file, by which a cache notices another content."""
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
-
-
 def digest_of(path: str | Path) -> str:
     """The first half of the SHA-256 of a file's content, in hexadecimal; "" if there is no file."""
     path, cache = Path(path), user_cache()
     if not path.is_file():
         return ""
-    size, changed = stamp_of(path)
+    size, changed = path.stat().st_size, path.stat().st_mtime_ns
     if size < LARGE or cache is None:
         return sha256_of(path)[:32]
     name = hashlib.sha256(os.path.realpath(path).encode(errors="surrogateescape")).hexdigest()[:32]

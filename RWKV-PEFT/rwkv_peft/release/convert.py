@@ -194,15 +194,10 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     """Write a model or time states in the target's format; return lines about the output."""
     tensors, form = read_model(source), format_of(args.ending, args.to)
     states = all(is_time_state(key) for key in tensors)
-    if form is not None and states and not form.states and args.ending:
-        raise UserError(
-            f"{source} holds time states, for which {args.ending[1:].upper()} has no place; give them to the "
-            "runtime as .pth or .st"
-        )
     if form is None or (states and not form.states):
         raise UserError(
-            f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, "
-            ".state, .gguf, and for a folder of a model --to hf, a slash at the end of its name, or no ending"
+            f"{target}: its ending names no format for {source}; known are .pth, .safetensors, .st, .state, and for a "
+            "model .gguf, or for a folder of a model --to hf, a slash at the end of its name, or no ending"
         )
     dtype = None if states else form.dtype
     if args.dtype is not None:
