@@ -18,7 +18,7 @@ from rwkv_peft.adapters.groups import parameter_groups
 from rwkv_peft.cli.tables import OPTIMS
 from rwkv_peft.config import SCHEDULE_FREE, TrainConfig
 from rwkv_peft.config.train import learning_rate
-from rwkv_peft.training.optimizers.choice import Averaging, make_optimizer
+from rwkv_peft.training.optimizers import Averaging, make_optimizer
 
 sys.path.insert(0, str(ROOT / "demo"))
 from task import documents  # noqa: E402

@@ -173,7 +173,6 @@ def test_heavy_packages_are_imported_by_the_files_whose_job_they_are():
     allowed |= {("training", "saving", name) for name in ("loggers",)}
     allowed |= {("evals", "harness"), *(("inference", "serve", name) for name in ("app", "requests", "web"))}
     allowed |= {("tools", "ui", "app")}
-    allowed |= {("training", "optimizers", name) for name in ("adamw8bit", "lion", "schedule_free")}
     for path in FILES:
         module = module_of(path)
         assert not heavy_imports(path) or module in allowed or module[0] == "hf", f"{path}: {heavy_imports(path)}"

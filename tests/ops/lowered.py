@@ -24,7 +24,7 @@ from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy, token_losses
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
 from rwkv_peft.ops import products
-from rwkv_peft.training.optimizers.muon import orthogonal
+from rwkv_peft.training.optimizers import orthogonal
 
 ATEN = torch.ops.aten
 PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm, ATEN.baddbmm_, ATEN.mv, ATEN.dot, ATEN.linear}

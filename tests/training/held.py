@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rwkv_peft.cli.commands import run
-from rwkv_peft.training.ranks import launch
+from rwkv_peft.training.ranks import group
 
 
 def held(argv, file, steps):
@@ -31,7 +31,7 @@ def main(file):
         begin(lit, *batch)
 
     Lit.on_train_batch_start = wait
-    launch.python_command = lambda package, name, *argv: [sys.executable, __file__, str(file), *argv]
+    group.python_command = lambda package, name, *argv: [sys.executable, __file__, str(file), *argv]
     run("train")
 
 

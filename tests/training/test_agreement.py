@@ -19,11 +19,10 @@ from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.objectives.ipo import IPO
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.flags.parser import flag_of
-from rwkv_peft.training.ranks.agreement import FREE, digests_of_inputs, disagreement, shared_values
+from rwkv_peft.training.ranks.agreement import FREE, digests_of_inputs, disagreement, shared_values, sources
 from rwkv_peft.training.ranks.world import World
 from rwkv_peft.training.saving.resume import data_identity
 
-TEACHERS = ("file of the teacher", "teacher's adapters", "teacher's states")
 MODEL = RWKV6Config(n_layer=2, n_embd=64, vocab_size=80, dim_att=64, dim_ffn=96)
 CONFIG = RunConfig(MODEL, AdapterConfig(), DataConfig("data"), TrainConfig(), DPO())
 DATA = {"content": "0123", "counted": "89", "files": "ab", "samples": 40}
@@ -150,6 +149,12 @@ def test_one_difference_anywhere_is_named(node, what):
     assert told and all(words in text and text.count(" is ") <= 4 for text in told), told
 
 
+def test_the_code_that_ranks_compare_is_the_whole_package_with_its_kernels():
+    names = {f"{path.parent.name}/{path.name}" for path in sources()}
+    assert {"engine/fit.py", "rwkv7/model.py", "adapters/bone.py"} <= names
+    assert any(name.endswith(".cu") for name in names) and any(name.endswith(".cpp") for name in names)
+
+
 def test_equal_files_in_other_places_agree(node):
     first, second = node("first"), node("second")
     assert [disagreement(World(2, 1), pair, ["here", "there"]) for pair in zip(first, second)] == ["", ""]
@@ -158,4 +163,4 @@ def test_equal_files_in_other_places_agree(node):
 def test_a_run_that_goes_on_reads_none_of_the_files_that_it_began_with(tmp_path):
     adapter = AdapterConfig(load=str(tmp_path / "absent"))
     found = digests_of_inputs(RunConfig(MODEL, adapter, DataConfig("data"), TrainConfig(), NextToken()), goes_on=True)
-    assert found.keys() == {"the file of the base", *(f"the {x}" for x in TEACHERS)}
+    assert found.keys() == {"the file of the base", "the file of the teacher"}

@@ -4,10 +4,7 @@ import signal
 import time
 from types import SimpleNamespace
 
-import pytest
-
-from rwkv_peft.cli.names import METRICS
-from rwkv_peft.training.engine import fit
+from rwkv_peft.training.engine.fit import stopped
 from training.runs import start, wait_for_words
 
 
@@ -30,24 +27,15 @@ def test_ctrl_c_after_the_last_word_of_a_run_changes_nothing(command):
     assert (process.returncode, err) == (0, "")
 
 
-@pytest.mark.parametrize("exhausted, code, words", [(False, 130, "--resume goes on"), (True, 0, "after 2 validations")])
-def test_ctrl_c_in_the_step_that_ends_a_run_early_changes_nothing(tmp_path, monkeypatch, exhausted, code, words):
-    monkeypatch.setattr(fit, "plot_loss", print)
-    monkeypatch.setattr(fit, "notes_on", lambda *_: ())
-    (tmp_path / METRICS).write_text('{"step": 3, "samples": 8, "loss": 1.0, "val_loss": 1.5}\n')
-    run = SimpleNamespace(
-        folder=tmp_path,
-        plan=SimpleNamespace(total_steps=9),
-        config=SimpleNamespace(
-            train=SimpleNamespace(early_stop=2, lr_init=1e-3), objective=SimpleNamespace(needs=(), unit="token")
-        ),
-        inputs=SimpleNamespace(identity={"validated_from": 0}),
-        rows=None,
-        rewards=None,
-        validator=SimpleNamespace(swapped=()),
-        exhausted=exhausted,
-        saver=SimpleNamespace(newest=tmp_path / "adapter.safetensors"),
-    )
-    lit = SimpleNamespace(stopping=True, step=4, stop_requested=signal.SIGINT)
-    found, told = fit.ended(run, lit, print)
-    assert found == code and words in told
+def test_a_signal_in_the_step_that_ends_a_run_changes_nothing():
+    """Its last, or one after which --early_stop ends it."""
+    plan = SimpleNamespace(total_steps=10)
+    for step, stopping, number, exhausted, code in (
+        (3, True, signal.SIGINT, False, 130),
+        (3, True, 0, False, 143),  # another rank has the signal
+        (3, True, signal.SIGINT, True, 0),
+        (3, False, 0, False, 0),
+        (10, True, signal.SIGTERM, False, 0),
+    ):
+        lit = SimpleNamespace(step=step, stopping=stopping, stop_requested=number)
+        assert stopped(SimpleNamespace(exhausted=exhausted, plan=plan), lit) == code

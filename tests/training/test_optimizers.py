@@ -1,22 +1,28 @@
-"""The optimizers of --optim: their steps against formulas and packages, and runs that stop and go on."""
+"""The optimizers of --optim: their steps against formulas and packages, runs that stop and go on with the
+settings of their flags, and DeepSpeed's Adam, which is built on first use."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from threading import Barrier, local
 from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.ops import adam
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from rwkv_peft.adapters.groups import parameter_groups
+from rwkv_peft.checkpoints.tensors import read_pth
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.cli.tables import OPTIMS
 from rwkv_peft.config import AdapterConfig, TrainConfig, to_json
-from rwkv_peft.training.optimizers import choice, muon
-from rwkv_peft.training.optimizers.choice import Further, make_optimizer
-from rwkv_peft.training.saving.checkpoints import write_state
+from rwkv_peft.training import optimizers
+from rwkv_peft.training.optimizers import BY_RANK, Averaging, Further, cpu_adam, make_optimizer, orthogonal
+from rwkv_peft.training.saving.checkpoints import find_checkpoint, write_state
 from rwkv_peft.training.saving.optimizer_state import (
     SavedOptimizer,
     averaged,
@@ -30,6 +36,9 @@ from rwkv_peft.training.saving.resume import read_run_state
 from training.runs import metrics, rewound
 
 RATE, DECAY, STEPS = 1e-2, 0.1, 5
+BOTH = ("--train_parts", "state", "ln", "--state_lr", "2e-2")
+HALF = ("--epoch_count", "1")
+WORDS = "an offload strategy needs DeepSpeed's Adam for the CPU, which cannot be built here: "
 FLAGS = "--train_parts ln time --weight_decay 0.01 --val_split 0.1".split()
 
 
@@ -65,7 +74,7 @@ def test_an_optimizer_goes_on_to_the_bit_from_what_is_kept_of_it(optim):
     size = 6000 if optim == "adamw8bit" else 600  # fewer have moments of 32 bits
     matrices = {"shapes": ((20, size // 20),)} if optim == "muon" else {}
     whole, other = (engine(optim, size, seed, **matrices) for seed in (0, 1))
-    assert isinstance(whole.optimizer, Further) and whole.optimizer.by_parameter == (optim != "adamw8bit")
+    assert isinstance(whole.optimizer, Further) and whole.optimizer.by_parameter == (optim not in BY_RANK)
     first, rest = gradients(size)[:3], gradients(size)[3:]
     (*_, before) = run(whole, first)
     flat = flat_of(other)
@@ -76,7 +85,7 @@ def test_an_optimizer_goes_on_to_the_bit_from_what_is_kept_of_it(optim):
         for name, tensor in into.items():
             tensor.copy_(kept[name])
     take_up(other, steps_taken(whole))
-    if isinstance(other.optimizer, choice.Averaging):
+    if isinstance(other.optimizer, Averaging):
         other.optimizer.go_on([RATE] * len(first))
     for mine, theirs in zip(run(other, rest), run(whole, rest), strict=True):
         assert torch.equal(mine, theirs)
@@ -124,7 +133,7 @@ def test_muon_over_ranks_is_torchs_over_whole_matrices(monkeypatch, ranks):
         flat_of(made).data = whole.split(length)[rank].clone()
         return list(run(made, [gradient.split(length)[rank] for gradient in gradients()]))[-1]
 
-    monkeypatch.setattr(muon, "gathered", gathered)
+    monkeypatch.setattr(optimizers, "gathered_parts", gathered)
     with ThreadPoolExecutor(ranks) as pool:
         found = torch.cat(list(pool.map(trained, range(ranks))))
     torch.testing.assert_close(found, torch.cat([matrix.detach().view(-1) for matrix in matrices]))
@@ -141,8 +150,8 @@ def test_muon_takes_the_matrices_of_blocks_and_of_adapters():
 
 def test_a_row_of_matrices_is_as_each_by_itself():
     matrices = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(muon.orthogonal(matrices), torch.stack([muon.orthogonal(x) for x in matrices]))
-    values = torch.linalg.svdvals(muon.orthogonal(matrices).float())
+    torch.testing.assert_close(orthogonal(matrices), torch.stack([orthogonal(x) for x in matrices]))
+    values = torch.linalg.svdvals(orthogonal(matrices).float())
     assert values.min() > 0.6 and values.max() < 1.3
 
 
@@ -195,3 +204,57 @@ def test_a_run_resumes_bitwise(files, train, optim):
         [(line["loss"], line.get("val_loss")) for line in metrics(files, path.name)] for path in (whole, parts)
     )
     assert lines == others and lines[-1][1] < lines[3][1]
+
+
+@pytest.mark.parametrize("stage", ("1", "3"))
+def test_a_resumed_run_has_the_settings_of_its_flags(files, train, stage):
+    name, flags = f"stage-{stage}", (*BOTH, "--strategy", f"deepspeed_stage_{stage}")
+    train(name, *flags, *HALF)
+    before = read_pth(files / name / "state.pth")  # replaced, not written over
+    shutil.copytree(files / name, files / f"{name}-decayed")
+    train(name, *flags, "--resume", "--state_lr", "0")
+    after = read_pth(files / name / "state.pth")
+    assert after and all(tensor.any() and torch.equal(tensor, before[key]) for key, tensor in after.items())
+    train(f"{name}-decayed", *flags, "--resume", *"--beta1 0 --beta2 0 --weight_decay 0.1 --state_lr 1e-2".split())
+    found = SavedOptimizer(find_checkpoint(files / f"{name}-decayed")).found  # other groups than before, too
+    moments = [
+        (parts, found["exp_avg_sq", parameter]) for (kind, parameter), parts in found.items() if kind == "exp_avg"
+    ]
+    assert moments
+    for first, second in moments:  # without memory, both are of the last gradient
+        for (_, mean), (_, square) in zip(first, second, strict=True):
+            torch.testing.assert_close(mean**2, square)
+
+
+def test_offload_without_a_compiler_says_what_it_needs(train, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    out, err = train("lacks", "--strategy", "deepspeed_stage_2_offload", code=2)
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert line.startswith(f"error: {WORDS}") and "apt install g++" in line and "Traceback" not in err
+    assert "compiling DeepSpeed's Adam" in out
+
+
+def test_a_folder_of_extensions_that_cannot_be_written_is_told(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(UserError, match=f"{WORDS}.*Not a directory.*TORCH_EXTENSIONS_DIR"):
+        cpu_adam([])
+
+
+def test_a_lock_that_a_killed_build_left_is_removed(monkeypatch, tmp_path):
+    """torch's build waits for it forever."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = Path(_get_build_directory("cpu_adam", verbose=False)) / "lock"
+    lock.touch()
+
+    class Built(Exception):
+        pass
+
+    def build(groups, **settings):
+        assert not lock.exists()
+        raise Built
+
+    monkeypatch.setattr(adam, "DeepSpeedCPUAdam", build)
+    with pytest.raises(Built):
+        cpu_adam([])

@@ -14,11 +14,13 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
+import warm
 from rwkv_peft.checkpoints.lock import LOCK, alone_in, holder
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.ranks import group, launch
+from rwkv_peft.training.ranks import group
 from rwkv_peft.training.ranks.world import LOOPBACK, World
 from training.held import held
 from training.runs import finish, free_port, metrics, python_of, start, start_ranks, wait_for_steps, wait_for_words
@@ -27,6 +29,10 @@ from warm import CHILDREN
 LONG = ("--precision", "fp32", "--epoch_steps", "20", "--epoch_count", "3", "--lr_init", "5e-3")
 LONG += ("--strategy", "deepspeed_stage_2", "--lr_schedule", "constant")
 PAIR = (*LONG, "--devices", "2")
+STEPS = 20
+ELASTIC = ("--precision", "fp32", "--epoch_steps", str(STEPS), "--epoch_count", "1", "--save_every", "4")
+ELASTIC += ("--num_nodes", "2", "--lr_schedule", "constant", "--lr_init", "5e-3", "--resume", "auto")
+HURRY = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=8"  # torchrun waits for 30 and 15 s itself
 
 
 def two_nodes(first, second):
@@ -91,7 +97,7 @@ import os, sys, time
 
 from rwkv_peft.cli.commands import run
 from rwkv_peft.cli.errors import NotNow, UserError
-from rwkv_peft.training.ranks import group, launch
+from rwkv_peft.training.ranks import group
 from rwkv_peft.training.step.lit import Lit
 
 def start(lit, *batch):
@@ -101,7 +107,7 @@ def start(lit, *batch):
 
 group.VISIBLE = 1.0
 begin, Lit.on_train_batch_start = Lit.on_train_batch_start, start
-launch.python_command = lambda package, name, *argv: [sys.executable, __file__, *argv]
+group.python_command = lambda package, name, *argv: [sys.executable, __file__, *argv]
 run("train")
 """
 
@@ -255,7 +261,7 @@ def test_meeting_and_collectives_have_limits_of_their_own_and_the_first_failure_
 
 
 def test_a_save_may_take_as_long_as_a_collective_before_ranks_are_killed(tmp_path):
-    config = launch.agent_config(World(1, 2), TrainConfig(devices=2), str(tmp_path))
+    config = group.agent_config(World(1, 2), TrainConfig(devices=2), str(tmp_path))
     assert (config.shutdown_timeout, config.nproc_per_node, config.max_restarts) == (3600, 2, 0)
 
 
@@ -270,6 +276,54 @@ def test_of_several_failures_the_cause_is_reported(tmp_path, capsys):
         ({0: ended(76)}, 76),
         ({0: ended(130), 1: ended(143)}, 130),
     ):
-        assert launch.report(failures, World(1, 2), tmp_path) == code and capsys.readouterr().err == ""
-    assert launch.report({0: ended(76, 4), 1: ended(-11)}, World(1, 2), tmp_path) == 1
+        assert group.report(failures, World(1, 2), tmp_path) == code and capsys.readouterr().err == ""
+    assert group.report({0: ended(76, 4), 1: ended(-11)}, World(1, 2), tmp_path) == 1
     assert capsys.readouterr().err.startswith("error: rank 1 was ended by SIGSEGV; ")
+
+
+def torchrun(argv, port, folder):
+    """Start an agent of torchrun, a node of one rank that meets the others at a port; folder is for what it leaves."""
+    agent = ["--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "3", "--local_addr", "127.0.0.1"]
+    agent += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_conf", HURRY]
+    variables = {"PYTHON_EXEC": warm.python(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TMPDIR": str(folder)}
+    return start([sys.executable, "-m", "torch.distributed.run", *agent, *argv], cold=True, **variables)
+
+
+def lose(process):
+    """Kill an agent and the rank that it started, as if their node were gone."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)  # so that it starts nobody anew
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            warm.send(one.pid, signal.SIGKILL)
+
+
+def test_a_run_goes_on_as_a_node_joins_and_is_lost(files, command, train):
+    """A node begins, another joins, upon which the run saves and goes on on both; the second is killed, and the first
+    goes on alone from the last checkpoint."""
+    port, hold = free_port(), files / "hold"
+    argv = held(command("elastic", *ELASTIC), hold, 3)[1:]
+    first, second = torchrun(argv, port, files), None
+    try:
+        wait_for_steps(files, "elastic", 3, first)
+        second = torchrun(argv, port, files)
+        wait_for_words("stopping after this step", first)
+        hold.write_text("10")
+        wait_for_words("machine   2 x 1 cpu", first)
+        wait_for_words("resuming after", first)
+        wait_for_steps(files, "elastic", 10, first)
+        lose(second)
+        hold.unlink()
+        out, _ = finish(first)
+    finally:
+        for process in filter(None, (first, second)):
+            lose(process)
+    assert "--accumulate_grad_batches 2: a step has 2 samples" in out
+    assert "resuming after" in out
+    train("stayed", *ELASTIC, "--num_nodes", "1", "--accumulate_grad_batches", "2")
+    lines = [[(line["step"], line["samples"]) for line in metrics(files, name)] for name in ("stayed", "elastic")]
+    assert lines[1] == lines[0] and len(lines[0]) == STEPS
+    losses = [[line["loss"] for line in metrics(files, name)] for name in ("stayed", "elastic")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    ours, theirs = (load_file(files / name / "adapter.safetensors") for name in ("elastic", "stayed"))
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() < 1e-4 * tensor.norm(), name

@@ -1,10 +1,14 @@
-"""This process's place in a run, from the flags and a launcher's variables, and the combinations that are refused."""
+"""This process's place in a run, from the flags and a launcher's variables, the combinations that are refused, and a
+step's samples on as many ranks as torchrun starts."""
+
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.ranks.world import LOOPBACK, World, find_world, first_host
+from rwkv_peft.training.ranks.world import LOOPBACK, World, find_world, first_host, fit
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
 TORCHRUN |= {"MASTER_PORT": "29511", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -64,3 +68,25 @@ def test_what_contradicts_itself_or_leaves_the_meeting_open_is_refused(devices, 
 )
 def test_the_first_host_of_a_list_of_slurm(hosts, first):
     assert first_host(hosts) == first
+
+
+def fitted(world, nodes=1, devices=1, passes=1):
+    args = Namespace(num_nodes=nodes, devices=devices, accumulate_grad_batches=passes, micro_bsz=1, context_parallel=1)
+    args.proj_dir, args.resume, args.fresh_optimizer = "out", "", False
+    notes = fit(args, world)
+    return args.num_nodes, args.devices, args.accumulate_grad_batches, notes
+
+
+def test_a_step_keeps_its_samples_on_as_many_ranks_as_there_are(monkeypatch):
+    two = World(2, 4, launches=False, elastic=True)
+    assert fitted(two, passes=3) == (2, 4, 3, [])  # flags left out
+    assert fitted(two, 2, 4) == (2, 4, 1, []) and fitted(two, devices=4) == (2, 4, 1, [])
+    note = "--accumulate_grad_batches 6: a step has 48 samples by "
+    note += "--num_nodes 4 x --devices 4 x --accumulate_grad_batches 3"
+    assert fitted(two, 4, 4, 3) == (2, 4, 6, [note]) and fitted(two, 4, passes=3) == (2, 4, 6, [note])
+    assert fitted(replace(two, hosted=True))[-1] == []
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in fitted(replace(two, hosted=True))[-1][0]
+    assert fitted(World(2, 4), 4, 4) == (4, 4, 1, [])  # no torchrun: the flags stand, and are judged elsewhere
+    with pytest.raises(UserError, match="16 samples by .*, and 3 ranks .*give --accumulate_grad_batches 6,"):
+        fitted(World(3, 1, elastic=True), nodes=4, passes=4)

@@ -46,10 +46,10 @@ SAMPLINGS = LazyTable(
 # --optim, besides AdamW
 OPTIMS = LazyTable(
     {
-        "adamw8bit": "training.optimizers.adamw8bit:AdamW8bit",
-        "lion": "training.optimizers.lion:Lion",
-        "muon": "training.optimizers.muon:Muon",
-        "schedule_free": "training.optimizers.schedule_free:ScheduleFree",
+        "adamw8bit": "training.optimizers:adamw8bit",
+        "lion": "training.optimizers:lion",
+        "muon": "training.optimizers:muon",
+        "schedule_free": "training.optimizers:schedule_free",
     }
 )
 # tasks of `rwkv-peft eval` and --eval_task over rows of one's own

@@ -42,8 +42,7 @@ from .inputs import Inputs, find_inputs, find_samples
 from .measuring import find_questions
 from .model import make_model, own_device, write_new_model
 from .ranks.agreement import shared_values
-from .ranks.group import INTACT, Ranks, ignore_signals
-from .ranks.launch import launch
+from .ranks.group import INTACT, Ranks, ignore_signals, launch
 from .saving.checkpoints import UNSAVED, clear_hidden, clear_unsaved, discard_old
 from .saving.products import require_room_to_save
 from .saving.resume import AUTO, completed, find_state

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from .world import World
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
     "load_model path more tokenizer val_data more_val retain_data eval_data eval_template lm_eval_include_path "
-    "proj_dir load init state_load teacher teacher_adapters teacher_state wandb trackio swanlab join_minutes"
+    "proj_dir load init state_load teacher wandb trackio swanlab join_minutes"
 ).split()
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
 SHOWN = 4  # differences that a message names
@@ -61,13 +61,17 @@ def values_of(config: RunConfig) -> dict[str, Any]:
 
 def digest_of_code() -> str:
     """The digest of the package's sources, kernels included: 16 hex digits of SHA-256."""
-    package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for folder in (package, package / "cpu", package / "cuda"):  # the last two may be links, which rglob skips
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"):
-                digest.update(path.read_bytes())
+    for path in sources():
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def sources() -> Iterator[Path]:
+    """Yield the files of the package's code, in one order."""
+    package = Path(__file__).resolve().parents[2]
+    for folder in (package, package / "cpu", package / "cuda"):  # the last two may be links, which rglob skips
+        yield from (path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"))
 
 
 def digests_of_inputs(config: RunConfig, goes_on: bool) -> dict[str, str]:
@@ -83,8 +87,6 @@ def digests_of_inputs(config: RunConfig, goes_on: bool) -> dict[str, str]:
     always = {
         "the file of the base": digest_of(config.train.load_model),
         "the file of the teacher": digest_of(teacher.teacher or teacher.stored),
-        "the teacher's adapters": " ".join(digest_below(adapter_of_run(path)) for path in teacher.teacher_adapters),
-        "the teacher's states": teacher.teacher_state and digest_of(adapter_of_run(teacher.teacher_state)),
     }
     return always | ({} if goes_on else begins)
 

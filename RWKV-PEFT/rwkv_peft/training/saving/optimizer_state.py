@@ -27,7 +27,7 @@ from ...checkpoints.atomic import fsync
 from ...checkpoints.readable import reading
 from ...checkpoints.tensors import TensorSpec, read_safetensors, write_safetensors
 from ...cli.errors import UserError
-from ..optimizers.choice import Averaging, Further
+from ..optimizers import Averaging, Further
 from .checkpoints import OPTIMIZER, remedy_of
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")  # the float32 weight, and Adam's two moments of it

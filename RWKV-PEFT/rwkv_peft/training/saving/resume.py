@@ -13,11 +13,11 @@ from ...checkpoints.readable import reading
 from ...cli.errors import UserError
 from ...cli.names import ADAPTER, METRICS, MODEL, is_number
 from ...cli.parser import counted
-from ...cli.tables import OPTIMS
 from ...config import AdapterConfig, DataConfig, RunConfig, TrainConfig, to_json
 from ...data.mixture import shares_of
 from ...data.samples import Samples
 from ...plots import read_metrics
+from ..optimizers import BY_RANK
 from ..step.plan import Plan
 from .checkpoints import (
     CHECKPOINTS,
@@ -130,8 +130,7 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
             f"--resume: {checkpoint} is of 0.2.0 or before, whose form of the optimizer's state is no longer read; "
             "add --fresh_optimizer: weights and place in the data go on"
         )
-    other = OPTIMS.get(now["optim"])
-    of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if other is not None and not other.by_parameter else ())
+    of_optimizer = SAME_OPTIMIZER + (SAME_RANKS if now["optim"] in BY_RANK else ())
     with reading(checkpoint / STATE, remedy=remedy_of(checkpoint, of_optimizer=False)):
         # a setting that the saved run did not have yet had its default
         defaults = {name: value for name, value in json.loads(to_json(DataConfig())).items() if name in now["data"]}

@@ -25,7 +25,7 @@ from ...checkpoints.tensors import save_pth
 from ...cli.errors import UserError
 from ...cli.names import all_finite
 from ...config import RunConfig
-from ..optimizers.choice import Averaging
+from ..optimizers import Averaging
 from ..step.plan import Plan
 from ..step.zero import counters_of, go_on_with
 from .checkpoints import (

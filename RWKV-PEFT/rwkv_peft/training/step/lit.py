@@ -13,7 +13,7 @@ from ...adapters.groups import LearningRates, parameter_groups
 from ...config import TrainConfig
 from ...config.train import learning_rate
 from ...data.batches import TrainBatch
-from ..optimizers.choice import make_optimizer
+from ..optimizers import make_optimizer
 from .shared_prefix import tokens_read
 from .steps import Step
 

@@ -1,1 +1,0 @@
-"""The optimizers of --optim, a file each, with their states in checkpoints."""
