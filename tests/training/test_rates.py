@@ -1,18 +1,21 @@
-"""--lr_init auto: the formulas of docs/guides/learning-rates.md, as train.py's flags give them."""
+"""Learning rates: --lr_init auto by the formulas of docs/guides/learning-rates.md, and schedules by those of --help."""
 
 import json
 import math
 
 import pytest
 
+from programs import load
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.config.train import SCHEDULES, learning_rate
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.rates import ANCHOR, WHOLE, with_first_rates
 from training.runs import ROOT
 
 BASE = ROOT / "demo" / "rwkv6-demo.pth"  # of 128 channels
 BONE = ANCHOR / 128
+RUN = {"total_steps": 100, "lr_init": 1e-3, "lr_final": 1e-5}
 
 
 def parse(*more):
@@ -93,3 +96,29 @@ def test_a_resumed_run_keeps_the_rates_that_it_began_with():
 def test_what_is_no_rate_is_told(flags, message):
     with pytest.raises(UserError, match=message):
         parse(*flags)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_its_formula(schedule):
+    ours, formula = load("benchmarks", "schedules").rates(schedule)
+    assert ours == pytest.approx(formula, rel=1e-12) and len(set(ours[:20])) == 20
+    assert learning_rate(0, **RUN | {"total_steps": 1}, schedule=schedule) in (1e-3, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "schedule, corners",
+    [
+        ("exp", {0: 1e-5, 5: 1e-3 * 0.505, 54: 1e-4, 99: 1e-5}),  # half-way in the exponent
+        ("rwkv-lm", {0: 1e-5, 5: 1e-3 * 0.505, 10: 1e-3, 55: (1e-3 + 1e-5) / 2}),
+        ("rwkv-peft", {0: 1e-3, 50: (1e-3 + 1e-5) / 2}),  # no warm-up, and lr_final a step after the run
+        ("cosine", {0: 1e-4, 9: 1e-3, 10: 1e-3, 99: 1e-5}),
+        ("linear", {0: 1e-4, 9: 1e-3, 10: 1e-3, 99: 1e-5}),
+        ("constant", {0: 1e-4, 9: 1e-3, 99: 1e-3}),
+        ("wsd", {0: 1e-4, 9: 1e-3, 90: 1e-3, 99: 1e-5}),  # stable until its last tenth
+    ],
+)
+def test_the_corners_of_schedules(schedule, corners):
+    rates = [learning_rate(step, warmup_steps=10, schedule=schedule, **RUN) for step in range(100)]
+    assert [rates[step] for step in corners] == pytest.approx([*corners.values()])
+    after = rates[10:]
+    assert after == sorted(after, reverse=True)

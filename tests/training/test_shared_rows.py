@@ -1,13 +1,11 @@
 """Rows that ranks share have the logits and losses of one process, bit for bit, and its gradients up to rounding."""
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from families import DISTINCT
-from rwkv_peft.training.header import shared_rows
 from rwkv_peft.training.step.context_parallel import MOST, in_flight, waiting
 from rwkv_peft.training.step.steps import Whole
 from training.runs import ROOT, finish, free_port, start
@@ -87,15 +85,6 @@ def test_as_few_segments_are_in_flight_as_let_ranks_work():
     assert waiting(8, 32, 5) <= MOST < waiting(8, 32, 4)
     assert in_flight(8, 32, 8 * 512 * 3) == 3 and in_flight(8, 32, 100) == 1  # parts have 512 tokens
     assert waiting(64, 32, in_flight(64, 32, 1 << 20)) < 0.55  # half of them wait in any case
-
-
-def test_the_header_tells_the_pieces_and_the_waiting():
-    train, data = SimpleNamespace(context_parallel=8, chunk_ctx=0), SimpleNamespace(ctx_len=1 << 20)
-    config = SimpleNamespace(train=train, data=data, model=SimpleNamespace(n_layer=32))
-    share = "(--context_parallel), and wait 4.2% of a pass for each other"
-    assert shared_rows(config) == f"8 ranks share each row, 5 pieces of it at a time {share}"
-    train.chunk_ctx = 1 << 17
-    assert shared_rows(config).startswith("8 ranks share each segment of a row (--context_parallel), and wait 2.7%")
 
 
 def agree(group, expected):

@@ -47,7 +47,6 @@ def test_what_sets_nothing_here_is_taken(files, lisa):
         ("--load_partial 1", "a base must be complete here"),
         ("--avg_loss 1", "every token of a step weighs the same"),
         ("--chunk_ctx many", "--chunk_ctx: "),
-        ("--bptt_segments 2", "--bptt_segments 2 needs --train_type infctx: it counts segments"),
         ("--context_parallel 2", "--context_parallel 2 groups ranks by so many, and there are 1 ("),
         ("--context_parallel 2 --devices 2 --strategy deepspeed_stage_3", "ranks would wait for weights and states of"),
         (

@@ -71,8 +71,8 @@ class Objective(ABC):
       methods compared
     - pace: its learning rate over that of next tokens, if none is given
     - figures: the numbers that it reports, the first also in the progress bar
-    - teacher, teacher_adapters, teacher_state: the files of the model whose word it asks for, if it needs a TEACHER and
-      the model is not its own; stored, a file of that word in place of the model; store, the file to write it to
+    - teacher: the file of the model whose word it asks for, if it needs a TEACHER and the model is not its own;
+      stored: a file of that word in place of the model; store: the file to write it to
     - reward, weights: what judges answers, and what each is multiplied by (() for 1), if it needs REWARDS
     """
 
@@ -88,8 +88,6 @@ class Objective(ABC):
     figures: ClassVar[tuple[Figure, ...]] = ()
     # without annotations, which would make them fields of every objective
     teacher = ""
-    teacher_adapters = tuple[str, ...]()
-    teacher_state = ""
     stored = ""
     store = ""
     reward = tuple[str, ...]()

@@ -100,7 +100,6 @@ RULES = (
     Rule("--merge_on_save", EXCLUDES, WHOLE, "rwkv.pth is the model already"),
     Rule("--save_dtype", NEEDS, f"{WHOLE}, --merge_on_save", "it is the dtype of a model's file", OUTPUT),
     Rule("--fresh_optimizer", NEEDS, "--resume", "a new run has a fresh optimizer anyway"),
-    Rule("--bptt_segments", NEEDS, "--train_type infctx", "it counts segments of that type"),
     Rule("--data_type contexts", EXCLUDES, "--dataload !pack, --loss_mask !file", "its rows are laid out", OUT),
     Rule("--data_type contexts", EXCLUDES, "--context_parallel", "a teacher reads longer rows", OUT),
     Rule(
@@ -111,7 +110,6 @@ RULES = (
         "name the base as --teacher_model too, or leave it out",
     ),
     Rule("--context_parallel", EXCLUDES, STAGE_3, "ranks would wait for weights and states of different blocks", SHARE),
-    Rule("--context_parallel", EXCLUDES, "--bptt_segments", "the states' gradients go from rank to rank", OUT),
     Rule("--optim !adamw", EXCLUDES, OFFLOAD, "the optimizer in main memory is AdamW", "take a stage without offload"),
     Rule("--optim muon", EXCLUDES, STAGE_3, "it gathers whole matrices of momenta, which lie apart there", SHARE),
     Rule("--optim schedule_free", EXCLUDES, STAGE_3, "its steps would be counted more than once there", SHARE),

@@ -420,11 +420,6 @@ class MachineSettings:
         unset=True,
         type=positive,
     )
-    bptt_segments: int = setting(
-        0,
-        "stop the gradient of the states at every so many segments; 0: it goes back to the row's first token",
-        type=count,
-    )
     grad_cp: bool = setting(False, "recompute blocks in the backward pass, to save memory", type=switch)
     share_prompts: bool | None = setting(
         None,

@@ -60,7 +60,6 @@ class Distill(Draws):
         ),
         Rule("--teacher_logprobs", EXCLUDES, "--context_parallel", "a rank reads a part of each row", "leave it out"),
         Rule("--teacher_top_k", NEEDS, "--store_teacher", "it is the number of tokens that are stored"),
-        Rule("--teacher_adapter, --teacher_state", NEEDS, "--teacher_model", "it belongs to that model"),
         Rule("--distill_beta", NEEDS, "--distill_kl jsd", "it weighs the parts of that"),
         Rule("--distill_weight", EXCLUDES, "--data_type prompts", "the student's own words are no example to follow"),
         Rule(OF_DRAWING, EXCLUDES, "--data_type !prompts", "it is about drawn answers"),
@@ -69,10 +68,6 @@ class Distill(Draws):
     teacher: str = setting(
         "", "the teacher, a .pth with the student's vocabulary, of any size and generation", flag="teacher_model"
     )
-    teacher_adapters: tuple[str, ...] = setting(
-        (), "adapters to merge into the teacher, in memory and in this order", flag="teacher_adapter", metavar="FILE"
-    )
-    teacher_state: str = setting("", "time states that each of the teacher's rows begins with, in place of its own")
     stored: str = setting(
         "",
         "learn from a file of --store_teacher, a teacher's log-probabilities of these rows, with no teacher in memory",

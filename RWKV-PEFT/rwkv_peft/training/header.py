@@ -85,8 +85,7 @@ def describe(
     if saved := saved_tokens(config, samples, accelerator):
         say(f"          a prompt is computed once for both answers, which saves {saved:,} tokens of a micro batch")
     if train.chunk_ctx:
-        cut = f"; its gradient stops at every {train.bptt_segments} of them" if train.bptt_segments else ""
-        say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over{cut}")
+        say(f"          computed in segments of {train.chunk_ctx:,} tokens, the state carried over")
     for line in outlook(config, samples, plan):
         say(line)
     if inputs.state:

@@ -164,7 +164,7 @@ def planned(flags: Flags) -> Planned:
 def planned_by_headers(flags: Flags) -> Planned | None:
     """Planned by the headers of base and teacher; None if they do not show that the settings fit."""
     args, adapter, data, train, objective = flags[:5]
-    if objective.stored or objective.teacher_adapters or objective.teacher_state:
+    if objective.stored:
         return None
     header = read_header(args.load_model) if args.load_model else {}
     model = dimensions_of(header or {}) if args.load_model else new_dimensions(args)

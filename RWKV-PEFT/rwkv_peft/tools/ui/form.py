@@ -41,8 +41,6 @@ PATHS = (  # flags that name a file or folder
     "eval_data",
     "adapter",
     "teacher_model",
-    "teacher_adapter",
-    "teacher_state",
     "teacher_logprobs",
     "state_load",
 )

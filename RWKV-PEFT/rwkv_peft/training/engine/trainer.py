@@ -57,7 +57,7 @@ def step_of(run: Prepared) -> Step:
         return SharedRows(objective, line, teacher, train.chunk_ctx)
     if train.chunk_ctx:
         assert isinstance(objective, NextToken)  # the rules of the others refuse segments
-        return Segments(train.chunk_ctx, train.bptt_segments, train.stage == 3, objective)
+        return Segments(train.chunk_ctx, train.stage == 3, objective)
     # ranks that gather each other's weights enter a model together, and each would read other contexts anew
     cached = data.of_contexts and stored is None and (teacher is not None or train.stage != 3)
     return Whole(

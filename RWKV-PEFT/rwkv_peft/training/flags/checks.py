@@ -96,7 +96,7 @@ def check_overwriting(
     replace it, and the adapter in it would then be merged twice; a run that begins anew would delete it."""
     folder = Path(train.proj_dir)
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
-    teacher = (objective.teacher, objective.stored, *objective.teacher_adapters, objective.teacher_state)
+    teacher = (objective.teacher, objective.stored)
     rows = (data.path, *data.more, train.val_data, *train.more_val, train.retain_data, train.eval_data)
     sources = {os.path.realpath(path): path for path in (*models, *teacher, *rows) if path}
     for name in os.listdir(folder) if folder.is_dir() else ():

@@ -88,8 +88,8 @@ class Segments(Step):
 
     The gradients equal the whole row's, up to rounding. A first pass caches the state at each border. A second
     pass goes back from the last segment to the first, computes each again, and carries the gradient of its initial
-    state to the segment before. With bptt above 0 that gradient stops at every bptt-th border. together: every rank
-    computes the same number of segments, as ZeRO-3's collective operations need.
+    state to the segment before. together: every rank computes the same number of segments, as ZeRO-3's collective
+    operations need.
 
     Under ZeRO-3 each module that is entered, forward and backward, may be a collective operation. So a segment that
     begins anew gets a State too, of no sequence; and a State that nothing goes on from gets a gradient too, of
@@ -98,8 +98,8 @@ class Segments(Step):
 
     objective: NextToken
 
-    def __init__(self, length: int, bptt: int = 0, together: bool = False, objective: NextToken = NEXT_TOKEN) -> None:
-        self.length, self.bptt, self.together, self.objective = length, bptt, together, objective
+    def __init__(self, length: int, together: bool = False, objective: NextToken = NEXT_TOKEN) -> None:
+        self.length, self.together, self.objective = length, together, objective
 
     def prepare_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
         segments = [segment.to(device) for segment in segments_of(batch, self.length)]
@@ -108,23 +108,15 @@ class Segments(Step):
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
         segments = self.segments(batch)
         seeds = torch.randint(2**62, (len(segments),)).tolist()  # so a segment's dropout is the same in both passes
-        parameters = trainable(model)
+        states, parameters = self.states(model, segments, seeds), trainable(model)
         sums: list[torch.Tensor] = []
-        total, none = torch.zeros((), device=batch["tokens"].device), no_sequences(model)
-        state, group = none, self.bptt or len(segments)
-        for first in range(0, len(segments), group):
-            chain, own_seeds = segments[first : first + group], seeds[first : first + group]
-            states = self.states(model, chain, own_seeds, state, none)
-            gradient: Gradient = ()
-            for position in reversed(range(len(chain))):
-                torch.manual_seed(own_seeds[position])
-                head = self.head(chain[position], count)
-                found = go_back(model, chain[position], states[position], gradient, parameters, head)
-                gradient, total = found.before if chain[position].carries else (), total + found.loss
-                add_gradients(sums, found.parameters, parameters)
-                if position == len(chain) - 1:
-                    after = found.after
-            state = state_before(segments, first + group, after, none)
+        total = torch.zeros((), device=batch["tokens"].device)
+        gradient: Gradient = ()
+        for segment, seed, state in reversed([*zip(segments, seeds, states)]):
+            torch.manual_seed(seed)
+            loss, found, before = go_back(model, segment, state, gradient, parameters, self.head(segment, count))
+            gradient, total = before if segment.carries else (), total + loss
+            add_gradients(sums, found, parameters)
         return with_gradients(total, sums, parameters)
 
     @torch.no_grad()
@@ -151,15 +143,13 @@ class Segments(Step):
         return self.objective.head(segment.targets, segment.counted, count, segment.weights)
 
     @torch.no_grad()
-    def states(
-        self, model: nn.Module, chain: Sequence[Segment], seeds: Sequence[int], state: State, none: State
-    ) -> list[State]:
-        """The State before each segment of a chain, from `state` on; `none` is the State of no sequence."""
-        states = [state]
-        for position, segment in enumerate(chain[:-1]):
+    def states(self, model: nn.Module, segments: Sequence[Segment], seeds: Sequence[int]) -> list[State]:
+        """The State before each segment."""
+        states = [none := no_sequences(model)]
+        for position, segment in enumerate(segments[:-1]):
             torch.manual_seed(seeds[position])
             after = forward(model, segment, states[-1], no_head)[1]
-            states.append(state_before(chain, position + 1, copied(segment.state_after(after)), none))
+            states.append(state_before(segments, position + 1, copied(segment.state_after(after)), none))
         return states
 
 
@@ -185,29 +175,20 @@ def forward(model: nn.Module, segment: Segment, state: State | None, head: HeadF
     return result, after
 
 
-class SegmentGradients(NamedTuple):
-    """The gradients that going back through a segment gives its parameters and the state before it, its loss, and the
-    state after it."""
-
-    parameters: Gradient
-    before: Gradient
-    loss: torch.Tensor
-    after: State
-
-
 def go_back(
     model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, head: HeadFunction
-) -> SegmentGradients:
-    """Compute a segment from the State before it, and go back from its loss and its last State's gradient (() for
-    none)."""
+) -> tuple[torch.Tensor, Gradient, Gradient]:
+    """A segment's loss, and the gradients of the parameters and of the State before it.
+
+    They go back from its loss, and from the gradient of its last State (() for none).
+    """
     inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
     rest = iter(inputs)
     start = State(layer._make(islice(rest, len(layer))) for layer in before)
     loss, state = forward(model, segment, start, head)
-    after = segment.state_after(state)
-    ends = [tensor for layer in after for tensor in layer]
+    ends = [tensor for layer in segment.state_after(state) for tensor in layer]
     given = [torch.zeros_like(end) if grad is None else grad for end, grad in zip_longest(ends, gradient)]
     pairs = [(loss, None), *zip(ends, given)]
     outputs, grads = zip(*((output, grad) for output, grad in pairs if output.requires_grad))
     found = torch.autograd.grad(outputs, [*parameters, *inputs], grads, allow_unused=True)
-    return SegmentGradients(found[: len(parameters)], found[len(parameters) :], loss.detach(), copied(after))
+    return loss.detach(), found[: len(parameters)], found[len(parameters) :]

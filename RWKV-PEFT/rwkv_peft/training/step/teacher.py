@@ -19,13 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...checkpoints.adapters import read_adapter
-from ...checkpoints.base import Base, base_of, open_base
+from ...checkpoints.base import Base, open_base
 from ...checkpoints.digest import digest_of
-from ...checkpoints.readable import require_file
-from ...checkpoints.state_file import read_states
+from ...checkpoints.readable import reading, require_file
 from ...checkpoints.tensors import DTYPES
-from ...cli.errors import UNREADABLE, UserError, told
+from ...cli.errors import UserError
 from ...cli.names import all_finite
 from ...config import Objective, RunConfig
 from ...data.batches import EvalBatches
@@ -35,7 +33,6 @@ from ...models.parts import LanguageModel
 from ...models.state import State, split_time_states, state_of
 from ...objectives.distill import Distill
 from ...objectives.divergence import Stored
-from ...release.merge import check_fingerprints, merged_tensors
 from .shared_prefix import teacher_batch
 
 ENTRY = "rwkv_peft.teacher"  # in the metadata
@@ -44,10 +41,8 @@ ANEW = "write it anew with --store_teacher and the flags of this run"
 
 
 def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
-    """Open an objective's teacher, merged with its adapters and states; None if it names none.
-
-    Raises UserError as opening and merging do, and for another vocabulary than the student's.
-    """
+    """Open an objective's teacher, None if it names none. Raises UserError as opening does, and for another vocabulary
+    than the student's."""
     if not objective.teacher:
         return None
     teacher = open_base(objective.teacher)
@@ -56,14 +51,6 @@ def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
             f"--teacher_model {teacher.path} has a vocabulary of {teacher.config.vocab_size:,} tokens, and its student "
             f"{vocab_size:,}; a teacher speaks of the same tokens: name another"
         )
-    if objective.teacher_adapters:
-        named = [(path, read_adapter(path, teacher.tensors)) for path in objective.teacher_adapters]
-        check_fingerprints(teacher, named)
-        teacher = base_of(merged_tensors(teacher, named), teacher.path)
-    if objective.teacher_state:
-        states = read_states(objective.teacher_state)
-        states.check_generation(teacher.config.version)
-        teacher = states.added_to(teacher)
     return teacher
 
 
@@ -107,20 +94,16 @@ class StoredTeacher:
     """The content of a file of --store_teacher."""
 
     def __init__(self, path: str) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         self.path = path
         require_file(path)
-        try:
+        with reading(path, "is no whole file of --store_teacher", f"copy it, or {ANEW}"):
             with safe_open(path, framework="pt") as file:
                 self.source = Source(**json.loads((file.metadata() or {})[ENTRY]))
                 bounds, keys, self.logprobs, self.words = tensors = [file.get_tensor(name) for name in TENSORS]
             if not agree(self.source, *tensors):
                 raise ValueError("its tensors do not fit together")
-        except (SafetensorError, *UNREADABLE) as error:
-            raise UserError(
-                f"--teacher_logprobs {path} is no whole file of --store_teacher ({told(error)}); copy it, or {ANEW}"
-            ) from error
         self.places = {key.tobytes(): slice(*pair) for key, pair in zip(keys.numpy(), bounds.unfold(0, 2, 1).tolist())}
 
     @cached_property

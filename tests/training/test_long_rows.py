@@ -1,5 +1,5 @@
-"""Rows in segments by the command that a user types: the losses and gradient norms of whole rows under every stage,
-with packing, tuned states, validation and masks; resumed bitwise."""
+"""Rows in segments, and rows that ranks share, by the command that a user types: the losses and gradient norms of whole
+rows on one rank, with packing, tuned states, validation and masks; resumed bitwise."""
 
 import pytest
 from safetensors.torch import load_file
@@ -11,6 +11,10 @@ PLAIN = ("--precision", "fp32", "--epoch_count", "1")
 PACKED = ("--precision", "fp32", "--dataload", "pack", "--ctx_len", "80", "--train_parts", "state", "ln")
 PACKED += ("--loss_mask", "qa", "--mask_id", "30", "--mask_end_id", "60", "--lr_schedule", "constant")
 PACKED += ("--val_split", "0.2", "--strategy", "deepspeed_stage_2")
+ROWS = ("--precision", "fp32", "--micro_bsz", "2", "--val_split", "0.1", "--random_seed", "3")
+PIECES = ("--dataload", "pack", "--ctx_len", "80", "--train_parts", "state", "ln", "--accumulate_grad_batches", "2")
+WHOLE = ("--peft", "none", "--epoch_steps", "1", "--epoch_count", "1")
+SHARED = ("--context_parallel", "2", "--devices", "2")
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +31,10 @@ def packed(files, train):
     return metrics(files, "packed")
 
 
-def agree(mine, theirs, rel):
+def agree(mine, theirs, rel, same="tokens"):
     assert len(mine) == len(theirs) and sum((line["loss"] or 0) > 0 for line in theirs) > len(theirs) / 2
     for ours, other in zip(mine, theirs):
-        assert ours["tokens"] == other["tokens"]
+        assert ours[same] == other[same]
         for key in {"loss", "grad_norm", "val_loss"} & other.keys():
             expected = other[key]  # None where no token counts
             assert ours[key] == (expected if expected is None else pytest.approx(expected, rel=rel)), key
@@ -75,9 +79,28 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(files, train, packed):
     assert all((first[key] == tensor).all() for key, tensor in second.items()) and first.keys() == second.keys()
 
 
-def test_a_gradient_that_is_cut_differs(files, train, whole):
-    out, _ = train("truncated", *PLAIN, *CUT, "--micro_bsz", "4", "--bptt_segments", "1", "--epoch_steps", "1")
-    assert "its gradient stops at every 1 of them" in out
-    mine, theirs = metrics(files, "truncated")[0], whole[0]
-    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert abs(mine["grad_norm"] / theirs["grad_norm"] - 1) > 1e-4
+@pytest.mark.parametrize(
+    "more, shared",
+    [
+        (WHOLE, ("--strategy", "deepspeed_stage_2")),  # whose gradients would show another order on another rank
+        (PIECES, ("--strategy", "deepspeed_stage_1", "--grad_cp", "1")),
+        (PIECES, ("--train_type", "infctx", "--chunk_ctx", "22", "--strategy", "deepspeed_stage_2")),
+    ],
+    ids=["whole model", "packed", "packed, segments"],
+)
+def test_ranks_that_share_rows_train_as_one_does(files, train, more, shared):
+    name = f"one-{len(more)}"
+    if not (files / name).exists():
+        train(name, *ROWS, *more)
+    out, _ = train(f"shared-{len(shared)}", *ROWS, *more, *SHARED, *shared)
+    assert "2 ranks share each " in out
+    agree(metrics(files, f"shared-{len(shared)}"), metrics(files, name), 1e-5 if more == WHOLE else 1e-4, "samples")
+
+
+def test_a_run_of_shared_rows_resumes_bitwise(files, train):
+    more = (*ROWS, *PIECES, *SHARED, "--lr_schedule", "constant")
+    train("shared", *more)
+    rewound(files / "shared", "shared-again")
+    assert "resuming after step" in train("shared-again", *more, "--resume")[0]
+    first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("shared", "shared-again"))
+    assert first == second
