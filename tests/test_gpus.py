@@ -1,8 +1,11 @@
 """GPUs that torch cannot use: the driver is too old for its CUDA, or does not answer, or it has no code for the card.
 Every command that would use one ends with the reason; with the flags for the CPU it runs there."""
 
+import os
 import re
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +14,16 @@ from rwkv_peft import gpus
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli.commands import main as commands
 from rwkv_peft.cli.errors import UserError, exit_on_user_error
+from rwkv_peft.config import TrainConfig
 from rwkv_peft.gpus import count_gpus
 from rwkv_peft.hf.finetune import adapt
 from rwkv_peft.release.merge import main as merge
 from rwkv_peft.tools.doctor.devices import check_devices
 from rwkv_peft.tools.doctor.packages import MISSING
+from rwkv_peft.training.engine.strategy import RunEnvironment, devices_here
+from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.model import own_device
+from rwkv_peft.training.ranks.world import World
 from rwkv_peft.training.run import main as train
 
 SCRIPT = "(TORCH=cu126 sh scripts/setup.sh)"
@@ -152,8 +159,56 @@ def test_a_card_that_is_there_and_not_counted_is_not_passed_over(monkeypatch, tm
         assert count_gpus("train with --accelerator cpu") == 0
 
 
-def test_a_rank_has_a_device_of_its_own_which_is_the_current_one(monkeypatch):
-    chosen = []
+@pytest.mark.parametrize("visible, index", [(4, 3), (1, 0)])
+def test_a_rank_has_a_device_of_its_own_which_is_the_current_one(monkeypatch, visible, index):
+    """The one that it sees, if its launcher shows each rank one."""
+    chosen, world = [], World(2, 4, 7)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert own_device("gpu", 2) == torch.device("cuda", 2) and chosen == [2]
-    assert own_device("cpu", 2) == torch.device("cpu") and chosen == [2]
+    assert own_device("gpu", world.local_rank) == torch.device("cuda", index) and chosen == [index]
+    run = SimpleNamespace(config=SimpleNamespace(train=TrainConfig(devices=4)), accelerator="gpu")
+    assert RunEnvironment(world, devices_here(run)).local_rank() == index
+    run.accelerator = "cpu"
+    assert own_device("cpu", 3) == torch.device("cpu") and RunEnvironment(world, devices_here(run)).local_rank() == 3
+
+
+@pytest.mark.parametrize(
+    "environment, fits",
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8", "CUDA_VISIBLE_DEVICES": "2"}, True),
+        ({"LOCAL_RANK": "3", "CUDA_VISIBLE_DEVICES": "GPU-5a"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "CUDA_VISIBLE_DEVICES": "2"}, False),  # one process, which starts the ranks
+    ],
+)
+def test_a_launcher_may_show_each_rank_one_gpu(monkeypatch, environment, fits):
+    monkeypatch.setattr(gpus, "count_gpus", lambda instead: 1)
+    for name in ("SLURM_STEP_NUM_TASKS", "CUDA_VISIBLE_DEVICES", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with nullcontext() if fits else pytest.raises(UserError, match="--devices 4 and this machine has 1 GPU"):
+        assert gpus.resolve_accelerator(TrainConfig(devices=4)) == "gpu"
+
+
+@pytest.mark.parametrize(
+    "flags, own, expected",
+    [
+        (("--dataload", "pad"), {}, "expandable_segments:True"),
+        (("--dataload", "pad"), {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        (("--dataload", "pad"), {"PYTORCH_ALLOC_CONF": "backend:native"}, None),
+        (("--dataload", "get"), {}, None),
+    ],
+)
+def test_memory_is_in_segments_that_grow_where_rows_are_padded(monkeypatch, model, tmp_path, flags, own, expected):
+    """From before CUDA starts, which is as GPUs are counted."""
+    seen = []
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(gpus, "count_gpus", lambda instead: seen.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF")) or 1)
+    argv = ["--load_model", str(model), "--data_file", str(tmp_path / "data"), "--bone_r", "16", "--lr_init", "1e-3"]
+    parse_run([*argv, *flags])
+    assert seen == [expected]

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -68,12 +69,26 @@ def resolve_accelerator(train: TrainConfig) -> str:
     """Return "cpu" or "gpu" by --accelerator. Raises UserError for too few GPUs."""
     gpus = 0 if train.accelerator == "cpu" else count_gpus("train with --accelerator cpu")
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
-    if accelerator == "gpu" and train.devices > gpus:
+    if accelerator == "gpu" and train.devices > gpus and not one_each():
         raise UserError(
             f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
             + (", or use --accelerator cpu" if not gpus else "")
         )
     return accelerator
+
+
+def grow_segments() -> None:
+    """Let torch's allocator grow segments of a GPU's memory, unless the user has configured it. Rows of many lengths
+    would else leave gaps that none of them fits. CUDA must not have started."""
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def one_each(environment: Mapping[str, str] = os.environ) -> bool:
+    """True if a launcher shows each of its processes one GPU, as Slurm does with --gpus-per-task 1."""
+    launched = "LOCAL_RANK" in environment or environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    shown = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return launched and shown != "" and "," not in shown
 
 
 def better_precision(precision: str, accelerator: str) -> str:

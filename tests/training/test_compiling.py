@@ -1,5 +1,7 @@
 """--compile compiles every block for any batches: torch never recompiles one so often that it gives up."""
 
+import sysconfig
+
 import pytest
 import torch
 from torch import nn
@@ -7,11 +9,14 @@ from torch._dynamo import utils
 
 from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
+from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.samples import collate
 from rwkv_peft.objectives.dpo import DPO
+from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.step.compiling import compiled, uncompiled
 from rwkv_peft.training.step.steps import Whole
+from training.runs import ROOT
 
 
 @pytest.fixture
@@ -44,6 +49,21 @@ def test_each_kind_of_block_is_compiled_once(family, adapter, all_or_error):
                 model.eval()(tokens[:, :2])
             model.train()
     assert utils.counters["frames"]["total"] == 2  # the first, and all others
+
+
+@pytest.mark.parametrize("lacks", ["a compiler", "headers"])
+def test_a_machine_that_cannot_compile_ends_with_the_remedy(monkeypatch, tmp_path, lacks):
+    if lacks == "a compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        words = r"--compile needs a C\+\+ compiler, and g\+\+, .*apt install g\+\+"
+    else:
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+        words = f"--compile needs Python's headers, and {tmp_path}/Python.h does not exist; .*apt install python3-dev"
+    base = str(ROOT / "demo" / "rwkv6-demo.pth")
+    with pytest.raises(UserError, match=words):
+        parse_run(["--load_model", base, "--data_file", "data", "--bone_r", "16", "--lr_init", "1e-3", "--compile"])
 
 
 def test_pairs_train_and_validate_compiled(all_or_error):

@@ -248,5 +248,6 @@ def own_device(accelerator: str, local_rank: int) -> torch.device:
     """Return the device that a rank trains on, and make a GPU the current one, so that nothing is put on another."""
     if accelerator == "cpu":
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = local_rank % torch.cuda.device_count()  # a launcher may show each rank one GPU, its first
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

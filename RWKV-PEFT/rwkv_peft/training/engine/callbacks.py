@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from ...cli.errors import hangup_signals
 from ...cli.names import METRICS
@@ -22,6 +23,10 @@ from .prepared import Prepared
 from .progress import Progress, in_words
 
 PLACE = ("step", "samples")  # a line's place in the run, which loggers do not get as numbers
+REMEDY = (
+    "lower --micro_bsz or --ctx_len, or take --grad_cp 1, --quant nf4 or a smaller rank (rwkv-peft plan counts the "
+    "memory of a run)"
+)
 
 
 class RunCallback(pl.Callback):
@@ -41,6 +46,7 @@ class RunCallback(pl.Callback):
         self.tokens = 0  # of the step so far
         self.start_losses: dict[str, float] = {}  # measured before the first step, for its line
         self.ending = False  # true once the last step is done
+        self.peak = 0  # bytes of a GPU's memory in the steps so far
 
     def on_train_start(self, trainer: Any, lit: Lit) -> None:
         run = self.run
@@ -73,6 +79,7 @@ class RunCallback(pl.Callback):
         if (batch_idx + 1) % self.train.accumulate_grad_batches:
             return  # the optimizer steps after the last micro batch
         seconds, done = time.perf_counter() - self.began, lit.step + 1
+        self.peak = torch.cuda.max_memory_allocated()
         norm = self.gradient_norm(trainer, lit)
         validation = {} if self.run.validator is None else self.run.validator(trainer, lit, done)
         self.ending = self.run.ends(done)  # --early_stop may end it now
@@ -172,7 +179,15 @@ class RunCallback(pl.Callback):
         self.close(trainer)
 
     def on_exception(self, trainer: Any, lit: Lit, exception: BaseException) -> None:
+        if isinstance(exception, torch.OutOfMemoryError):
+            self.add_memory_note(lit, exception)
         self.close(trainer)
+
+    def add_memory_note(self, lit: Lit, error: torch.OutOfMemoryError) -> None:
+        """Add the failed step, the peak of those before and the remedy to an error's notes, as its message has them."""
+        before = f", and those before needed {self.peak / 2**30:.1f} GiB at most" if self.peak else ""
+        note = f"step {lit.step + 1:,} of {self.run.plan.total_steps:,} did not fit{before}; {REMEDY}"
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # Python 3.10 has no add_note
 
     def close(self, trainer: Any) -> None:
         """Close metrics.jsonl and the progress bar."""

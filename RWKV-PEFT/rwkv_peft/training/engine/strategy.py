@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from ...config import BUCKET
@@ -20,40 +20,27 @@ from ..step.zero import (
 from .prepared import Prepared
 
 
-class RunEnvironment(ClusterEnvironment):
-    """The processes of a run for Lightning, which makes no group of them: it exists (training/ranks/group.py)."""
+class RunEnvironment(LightningEnvironment):
+    """The processes of a run for Lightning, which makes no group of them: it exists (training/ranks/group.py).
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    devices: the number of devices that this process can use; a launcher may show each rank one of its own.
+    """
 
     creates_processes_externally = True
 
-    @property
-    def main_address(self) -> str:
-        return self.world.address
-
-    @property
-    def main_port(self) -> int:
-        return self.world.port
-
-    @staticmethod
-    def detect() -> bool:
-        return False
+    def __init__(self, world: World, devices: int) -> None:
+        super().__init__()
+        self.world, self.devices = world, devices
 
     def world_size(self) -> int:
         return self.world.size
 
-    def set_world_size(self, size: int) -> None:
-        """Do nothing: the World has the size."""
-
     def global_rank(self) -> int:
         return self.world.rank
 
-    def set_global_rank(self, rank: int) -> None:
-        """Do nothing: the World has the rank."""
-
     def local_rank(self) -> int:
-        return self.world.local_rank
+        """The number of this process's device, which Lightning and DeepSpeed take this for."""
+        return self.world.local_rank % self.devices
 
     def node_rank(self) -> int:
         return self.world.node
@@ -62,9 +49,9 @@ class RunEnvironment(ClusterEnvironment):
 class ZeroStrategy(DeepSpeedStrategy):
     """Lightning's DeepSpeedStrategy without its refusal of everything but CUDA, on a process group that exists."""
 
-    def __init__(self, world: World, exchange: bool, **settings: Any) -> None:
+    def __init__(self, environment: RunEnvironment, exchange: bool, **settings: Any) -> None:
         """exchange: gradients go through buckets (exchanges_gradients)."""
-        super().__init__(cluster_environment=RunEnvironment(world), **settings)
+        super().__init__(cluster_environment=environment, **settings)
         self.exchange = exchange
 
     def setup_environment(self) -> None:
@@ -75,10 +62,12 @@ class ZeroStrategy(DeepSpeedStrategy):
             ]
         super(DeepSpeedStrategy, self).setup_environment()
 
-    def _setup_model_and_optimizer(self, *arguments: Any, **named: Any) -> Any:
+    def _setup_model_and_optimizer(self, model: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-        engine, optimizer = super()._setup_model_and_optimizer(*arguments, **named)
+        if self.zero_stage_3:
+            partition(model, self.root_device, self.config)
+        engine, optimizer = super()._setup_model_and_optimizer(model, *arguments, **named)
         if (scaler := dynamic_scaler(optimizer)) is not None:
             scaler.raise_error_at_min_scale = False  # RunCallback ends the run, with a message
         if self.root_device.type != "cpu":  # CPUs compute the same bits
@@ -99,6 +88,25 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.checkpoint_io.teardown()
 
 
+def partition(model: torch.nn.Module, device: torch.device, config: Any) -> None:
+    """Cut parameters into the parts of ZeRO-3's ranks, one after the other, so that only one is whole on the device.
+
+    Buffers go there too. The engine would first copy the whole model to the device.
+    """
+    import deepspeed
+
+    first: Any
+    first, *others = model.parameters()
+    for parameter in (first, *others):
+        # a copy, because rank 0's values would else be written to this rank's mapping of the file
+        parameter.data = parameter.data.to(device, copy=True)
+        if parameter is first:
+            deepspeed.zero.Init(module=torch.nn.ParameterList([first]), config_dict_or_path=config)
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])
+    model.to(device)
+
+
 def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
     """Give every rank the buffers of rank 0, by way of a device that the ranks' group takes.
 
@@ -109,6 +117,12 @@ def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
         shared = buffer.to(device)
         torch.distributed.broadcast(shared, 0)
         buffer.copy_(shared)
+
+
+def devices_here(run: Prepared) -> int:
+    """The number of devices that a rank of a run can use."""
+    ranks = run.config.train.devices
+    return min(ranks, torch.cuda.device_count()) if run.accelerator == "gpu" else ranks
 
 
 WHOLE = 1_000_000  # parameters of at most so many elements, as an adapter's matrices, stay on every rank in stage 3
@@ -126,7 +140,7 @@ def make_strategy(run: Prepared) -> ZeroStrategy:
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     bucket, exchange = min(BUCKET, max(run.trainable, 1)), exchanges_gradients(train)
     strategy = ZeroStrategy(
-        run.world,
+        RunEnvironment(run.world, devices_here(run)),
         exchange,
         stage=train.stage,
         offload_optimizer=train.offload,

@@ -42,7 +42,7 @@ from ..step.shared_prefix import Contexts, saved_tokens
 from ..step.steps import Step, Whole
 from .callbacks import RunCallback
 from .prepared import Prepared
-from .strategy import make_strategy
+from .strategy import devices_here, make_strategy
 
 
 def step_of(run: Prepared) -> Step:
@@ -119,7 +119,7 @@ def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) 
     train = run.config.train
     return pl.Trainer(
         accelerator=run.accelerator,
-        devices=train.devices,
+        devices=devices_here(run),
         num_nodes=train.num_nodes,
         strategy=make_strategy(run),
         precision={"bf16": "bf16-true", "fp16": "16-true", "fp32": "32-true"}[train.precision],

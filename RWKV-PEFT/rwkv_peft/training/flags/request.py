@@ -268,8 +268,9 @@ def look_up(
     from ...adapters.inject import check_adapter
     from ...checkpoints.base import linear_shapes, open_base
     from ...data.sources import find_data
-    from ...gpus import resolve_accelerator
+    from ...gpus import grow_segments, resolve_accelerator
     from ..saving.resume import find_state
+    from ..step.compiling import require_compiler
     from ..step.teacher import open_stored, open_teacher
 
     base = refusals.attempt(open_base, args.load_model) if args.load_model else None
@@ -294,7 +295,11 @@ def look_up(
                 f"--peft {args.peft} adapts a base model and none is given; "
                 "name it with --load_model, or train a new model with --peft none"
             )
+        if data is not None and data.dataload in ("pad", "only"):
+            grow_segments()  # before CUDA starts
         refusals.attempt(resolve_accelerator, train)
+        if train is not None and train.compile:
+            refusals.attempt(require_compiler)
     reads = args.data_file and not (args.check_flags or args.write_config or args.train_stage == 1)
     if refusals.messages and reads:
         refusals.attempt(find_data, data)

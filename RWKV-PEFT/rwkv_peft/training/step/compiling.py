@@ -7,16 +7,37 @@ base and adapter in turn, still need more than 8, so the limit is raised for the
 """
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
+from ...cli.errors import UserError
 from ...cli.names import user_cache
 from ...config import DataConfig
 from ...models.parts import LanguageModel
 
 RECOMPILE_LIMIT = 64  # the raised limit
+COMPILERS = ("g++", "clang++", "c++")
+
+
+def require_compiler() -> None:
+    """Raise UserError if this machine lacks a C++ compiler or Python's headers, which torch.compile builds with."""
+    given = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name)]
+    if not any(map(shutil.which, given or COMPILERS)):
+        raise UserError(
+            f"--compile needs a C++ compiler, and {', '.join(given or COMPILERS)} cannot be run here; install one "
+            "(Debian, Ubuntu: apt install g++), or leave --compile out"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        raise UserError(
+            f"--compile needs Python's headers, and {header} does not exist; install them (Debian, Ubuntu: apt install "
+            "python3-dev), or leave --compile out"
+        )
 
 
 @contextmanager
