@@ -8,6 +8,7 @@ from torch import nn
 from rwkv_peft.adapters import layer as layer_module
 from rwkv_peft.adapters import lora_ga, pissa
 from rwkv_peft.adapters.inject import inject
+from rwkv_peft.models.parts import Table
 from rwkv_peft.training.engine.strategy import share_buffers
 
 GPU = torch.device("cuda", 1)
@@ -54,13 +55,14 @@ def test_weights_are_taken_apart_and_quantized_on_the_device(variant, quant, exp
     assert all(map(torch.equal, *results))
 
 
-def test_ranks_share_the_buffers_of_the_first(adapter_config, monkeypatch):
-    model, shared = nn.ModuleDict({"layer": nn.Linear(64, 32)}), []
+def test_ranks_share_buffers_on_their_devices_and_leave_frozen_tables_in_the_file(adapter_config, monkeypatch):
+    model, shared = nn.ModuleDict({"layer": nn.Linear(64, 32), "table": Table(10, 4)}), []
     inject(model, adapter_config("pissa"))
+    model["table"].settle()
+    model.to("meta")
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: shared.append((tensor, source)))
-    share_buffers(model, torch.device("cpu"))
-    layer = model["layer"]
-    assert [(tensor is own, source) for (tensor, source), own in zip(shared, layer.buffers(), strict=True)] == [
-        (True, 0),
-        (True, 0),
-    ]
+    before = model["table"].weight._version
+    share_buffers(model, torch.device("meta"))
+    own = [*model["layer"].buffers()]
+    assert [(id(tensor), source) for tensor, source in shared] == [(id(tensor), 0) for tensor in own] and len(own) == 2
+    assert model["table"].weight._version == before and model["table"].weight.is_cpu

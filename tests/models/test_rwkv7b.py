@@ -4,6 +4,7 @@ grows with the tokens."""
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.plain import assert_plain, plain, random_tensors
 from models.test_rwkv7a import gate_of
@@ -15,6 +16,7 @@ from rwkv_peft.models.state import State, is_time_state, state_of, state_tensors
 from rwkv_peft.training.step.shared_prefix import GatherRows
 
 FAMILY = family_named("x070b")
+CPU = torch.device("cpu")
 SIZES = {"n_layer": 2, "n_embd": 16, "vocab_size": 20, "head_size": 8, "dim_ffn": 24}
 
 
@@ -67,6 +69,34 @@ def test_logits_and_all_gradients_are_the_plain_models(grad_checkpoint):
     expected = lambda own, tokens: gated(own, tokens, attention_of(own, tokens))  # noqa: E731
     assert_plain(FAMILY, tensors, config, expected, grad_checkpoint)
     assert not torch.allclose(expected(tensors, torch.arange(9)), gated(tensors, torch.arange(9)))
+
+
+class TokensFromMeta(TorchDispatchMode):
+    """Let the meta device stand for a GPU: tokens are copied from it, each time as zeros, and counted."""
+
+    copies = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == CPU:
+            self.copies += 1
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad_checkpoint", (False, True))
+@pytest.mark.parametrize("version", ("x070a", "x070b"))
+def test_a_step_copies_its_tokens_to_frozen_tables_once(version, grad_checkpoint):
+    """Each copy from a GPU waits for it."""
+    family = family_named(version)
+    model = family.load(*random_tensors(family, dtype=torch.bfloat16, **SIZES), grad_checkpoint)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("_emb." not in name)
+    model.settle()
+    model.to("meta")
+    with TokensFromMeta() as tokens:
+        logits, _ = model(torch.empty(2, 5, dtype=torch.long, device="meta"))
+        logits.sum().backward()
+    assert tokens.copies == 1
 
 
 def test_a_sequence_in_parts_of_odd_sizes_is_the_whole_with_its_gradients(model):

@@ -17,7 +17,7 @@ from rwkv_peft.cli import commands, names, tables
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.models.family import Family
 from rwkv_peft.models.layout import WKV, count_layers, wkv_shape
-from rwkv_peft.models.parts import LanguageModel, Recurrent, count_sequences, init_around_blocks
+from rwkv_peft.models.parts import LanguageModel, Recurrent, Table, count_sequences, init_around_blocks
 from rwkv_peft.models.state import is_time_state
 from rwkv_peft.ops.mix import last_token, lerp
 
@@ -85,7 +85,7 @@ class ChannelMix(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
         self.down = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
-        self.deep = nn.Embedding(config.vocab_size, config.dim_ffn)
+        self.deep = Table(config.vocab_size, config.dim_ffn)
 
     def forward(self, x, tokens):
         """x (B, T, C), tokens (B, T) -> (B, T, C)."""
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 class Third(LanguageModel):
     make_block = Block
-    sees_tokens = True
+    tables = ("ffn.deep",)
 
 
 class ThirdFamily(Family):

@@ -31,7 +31,7 @@ class Backbone(LanguageModel):
     def __init__(self, network: LanguageModel) -> None:
         nn.Module.__init__(self)
         self.config, self.grad_checkpoint = network.config, network.grad_checkpoint
-        self.carried, self.sees_tokens = network.carried, network.sees_tokens
+        self.carried, self.tables = network.carried, network.tables
         self.emb, self.blocks, self.ln_out, self.head = network.emb, network.blocks, network.ln_out, network.head
 
     def forward(  # type: ignore[override]
@@ -57,14 +57,13 @@ class Backbone(LanguageModel):
         if attention_mask is not None:
             mask = attention_mask[:, -x.shape[1] :].bool()
         begins = None if position_ids is None else packed_begins(position_ids, mask)
-        seen = (input_ids,) if self.sees_tokens and input_ids is not None else ()
         if begins is not None or (attention_mask is not None and not mask.all()):
             if begins is not None and state is not None:
                 raise UserError("position_ids begin a sequence anew within a row, and state goes on; leave one out")
             keep = keep and begins is None
-            x, after = self._through_kept(x, mask, begins, state, keep, seen)
+            x, after = self._through_kept(x, mask, begins, state, keep, input_ids)
         else:
-            x, after = self.through_blocks(x, state, None, keep, seen)
+            x, after = self.through_blocks(x, state, None, keep, input_ids)
         return BackboneOutput(self.ln_out(x), after if keep else None)
 
     def _through_kept(
@@ -74,7 +73,7 @@ class Backbone(LanguageModel):
         begins: torch.Tensor | None,
         state: State | None,
         keep: bool,
-        seen: tuple[torch.Tensor, ...],
+        ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, State]:
         """Compute the blocks over the tokens of x (B, T, C) that mask (B, T) keeps, as one packed row -> x, zeros
         elsewhere, and the State after them; a row without any keeps its state. Sequences begin at each row's first
@@ -84,7 +83,8 @@ class Backbone(LanguageModel):
         if begins is not None:
             borders = torch.cat([borders, begins[mask].nonzero()[:, 0]]).unique()
         begun = None if state is None else state.selected(rows)
-        y, after = self.through_blocks(x[mask][None], begun, borders, keep, tuple(ids[mask][None] for ids in seen))
+        tokens = None if ids is None else ids[mask][None]
+        y, after = self.through_blocks(x[mask][None], begun, borders, keep, tokens)
         if keep and len(rows) < len(mask):
             before = State.zeros(self.config, 1, x.device, x.dtype).repeated(len(mask)) if state is None else state
             after = before.repeated(1).put(rows, after)  # in a copy

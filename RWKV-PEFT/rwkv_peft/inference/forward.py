@@ -75,9 +75,10 @@ def forward_of(model: LanguageModel, batch: int) -> Forward:
 
 
 def recordable(model: LanguageModel) -> bool:
-    """True for a frozen model on a GPU with a State of one size; weights in training may be gathered, moved, hooked."""
+    """True for a frozen model on a GPU with a State of one size and no Table, which main memory holds; weights in
+    training may be gathered, moved, hooked."""
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    return model.emb.weight.is_cuda and frozen and not grows(model.config)
+    return model.emb.weight.is_cuda and frozen and not grows(model.config) and not model.tables
 
 
 def speed_up(model: LanguageModel) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class Head(Linear):
 
 class Table(nn.Embedding):
     """An embedding of a block, which may be far larger than the block: once settled, it stays in the memory that its
-    file is mapped to, in the file's dtype, and only the rows of a batch's tokens go to the device."""
+    file is mapped to, in the file's dtype, and only the rows of a batch's tokens go to the device (fetched)."""
 
     def settle(self) -> None:
         """Become a buffer, which no optimizer shards and no move or cast of the model reaches."""
@@ -95,16 +95,16 @@ class Table(nn.Embedding):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Table":
         return self if "weight" in self._buffers else super()._apply(fn, recurse)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> rows (B, T, width), on the table's device and in its dtype."""
-        return super().forward(tokens.to(self.weight.device))
+    def forward(self, seen: Tensor) -> Tensor:
+        """tokens (B, T) -> rows (B, T, width) in the table's dtype; rows that were fetched stay as they are."""
+        return seen if seen.is_floating_point() else super().forward(seen)
 
 
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm and head, under RWKV-LM's parameter names. A generation gives its blocks,
-    make_block(config, layer), called as block(x, *carried, state, cu_seqlens) -> (x, *carried, its state), and
-    `carried`: the first block's inputs in place of the tensors that blocks pass on besides x. If sees_tokens is set,
-    because its blocks have embeddings of their own, the tokens (B, T) are a block's last argument.
+    make_block(config, layer), called as block(x, *carried, state, cu_seqlens, *seen) -> (x, *carried, its state);
+    `carried`: the first block's inputs in place of the tensors that blocks pass on besides x; and `tables`: the names
+    of a block's Tables. seen are the tokens (B, T) for each of these, or rows that were fetched for them.
 
     grad_checkpoint recomputes each block in the backward pass instead of keeping its activations. Parameters are empty
     until `init_weights` or `load_state_dict` fills them.
@@ -112,7 +112,7 @@ class LanguageModel(nn.Module):
 
     make_block: Callable[[Any, int], nn.Module]
     carried: tuple[None, ...] = ()
-    sees_tokens = False
+    tables: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, grad_checkpoint: bool = False) -> None:
         super().__init__()
@@ -141,8 +141,7 @@ class LanguageModel(nn.Module):
         `head` is given, head(x, weight) takes the place of the logits (see Head). A relay brings the states in place of
         `state`.
         """
-        seen = (tokens,) if self.sees_tokens else ()
-        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep, seen, relay)
+        x, after = self.through_blocks(self.emb(tokens), state, cu_seqlens, keep, tokens, relay)
         return self.head(self.ln_out(x), head), after
 
     def through_blocks(
@@ -151,19 +150,19 @@ class LanguageModel(nn.Module):
         state: State | None = None,
         cu_seqlens: Tensor | None = None,
         keep: bool = True,
-        seen: tuple[Tensor, ...] = (),
+        tokens: Tensor | None = None,
         relay: Relay | None = None,
     ) -> tuple[Tensor, State]:
-        """The part of forward between embedding and norm: x (B, T, C) -> x (B, T, C), State. seen holds the tokens if
-        blocks see them. The states of many packed sequences are large: without `keep`, each layer's is dropped at
+        """The part of forward between embedding and norm: x (B, T, C), tokens (B, T) for the Tables of blocks -> x
+        (B, T, C), State. The states of many packed sequences are large: without `keep`, each layer's is dropped at
         once."""
         carried: Sequence[Tensor | None] = self.carried
-        sequences = count_sequences(x, cu_seqlens)
+        sequences, seen = count_sequences(x, cu_seqlens), self.fetched(tokens)
         states = []
         for layer, block in enumerate(self.blocks):
             before = relay.before(layer) if relay else state[layer] if state else None
             before = before and shifts_begun(before, sequences)
-            inputs = (x, *carried, before, cu_seqlens, *seen)
+            inputs = (x, *carried, before, cu_seqlens, *seen[layer])
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -174,6 +173,25 @@ class LanguageModel(nn.Module):
                 states.append(grown(before, layer_state, cu_seqlens))
             del layer_state
         return x, State(states)
+
+    def fetched(self, tokens: Tensor | None) -> list[tuple[Tensor, ...]]:
+        """Each block's further inputs: tokens (B, T) for each of its Tables, or their rows (B, T, width) on the tokens'
+        device if the Table is settled on another. Copying tokens from a GPU waits for it, so that it is done once."""
+        if tokens is None or not self.tables:
+            return [()] * len(self.blocks)
+        copies = {tokens.device: tokens}
+
+        def seen_by(table: Table) -> Tensor:
+            home = table.weight.device if "weight" in table._buffers else tokens.device
+            if home == tokens.device:
+                return tokens
+            if home not in copies:
+                copies[home] = tokens.to(home)
+            rows: Tensor = table(copies[home])
+            return rows.to(tokens.device)
+
+        each = ([block.get_submodule(name) for name in self.tables] for block in self.blocks)
+        return [tuple(seen_by(cast(Table, table)) for table in own) for own in each]
 
     def settle(self) -> None:
         """Settle each Table that is frozen by now."""

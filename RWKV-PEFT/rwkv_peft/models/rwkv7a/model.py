@@ -31,23 +31,24 @@ class ChannelMix(rwkv7.ChannelMix):
         self.s0 = nn.Parameter(torch.empty(1, 1, F))
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, embedded: Tensor, tokens: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self, x: Tensor, embedded: Tensor, seen: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x, embedded (B, T, C), tokens (B, T), shift (B, C) or None: the token before -> (B, T, C), last token."""
+        """x, embedded (B, T, C), seen by s_emb (see Table), shift (B, C) or None: the token before -> (B, T, C), last
+        token."""
         (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
-        k = relu_square(self.key(xk)) * self.gate(x, embedded, tokens)
+        k = relu_square(self.key(xk)) * self.gate(x, embedded, seen)
         return self.value(k), last_token(x, cu_seqlens)
 
-    def gate(self, x: Tensor, embedded: Tensor, tokens: Tensor) -> Tensor:
+    def gate(self, x: Tensor, embedded: Tensor, seen: Tensor) -> Tensor:
         """x s1 M s2 + s0 (B, T, F), with each token's matrix M (D, D)."""
         D = self.s1.shape[1]
-        matrix = (self.s_emb(tokens).to(x) + self.s_emb_x(embedded)).unflatten(-1, (D, D))  # (B, T, D, D)
+        matrix = (self.s_emb(seen).to(x) + self.s_emb_x(embedded)).unflatten(-1, (D, D))  # (B, T, D, D)
         row = matmul(matmul(x, self.s1).unsqueeze(-2), matrix)  # (B, T, 1, D)
         return matmul(row.squeeze(-2), self.s2) + self.s0
 
 
 class Block(rwkv7.Block):
-    """RWKV-7's block, whose feed-forward sees the tokens and their normalized embeddings."""
+    """RWKV-7's block, with a feed-forward that sees the tokens and their normalized embeddings."""
 
     ffn: ChannelMix
 
@@ -62,16 +63,16 @@ class Block(rwkv7.Block):
         embedded: Tensor | None,
         state: LayerState | None,
         cu_seqlens: Tensor | None,
-        tokens: Tensor,
+        seen: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, LayerState]:
-        """x (B, T, C), v_first and embedded (B, T, C), None in block 0, state LayerState or None, tokens (B, T) -> x,
-        v_first, embedded, LayerState."""
+        """x (B, T, C), v_first and embedded (B, T, C), None in block 0, state LayerState or None, tokens (B, T) or
+        their rows of the table -> x, v_first, embedded, LayerState."""
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         if embedded is None:
             x = embedded = self.ln0(x)
         y, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, cu_seqlens)
         x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), embedded, tokens, ffn_shift, cu_seqlens)
+        y, ffn_shift = self.ffn(self.ln2(x), embedded, seen, ffn_shift, cu_seqlens)
         return x + y, v_first, embedded, LayerState(att_shift, wkv, ffn_shift)
 
 
@@ -80,7 +81,7 @@ class RWKV7a(LanguageModel):
 
     make_block = Block
     carried = (None, None)  # v_first and the normalized embedding, which block 0 makes
-    sees_tokens = True
+    tables = ("ffn.s_emb",)
 
 
 @torch.no_grad()

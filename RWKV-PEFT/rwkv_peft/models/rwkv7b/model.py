@@ -41,13 +41,18 @@ class Attention(nn.Module):
         self.lnq, self.lnk, self.lnv = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(C)
 
     def forward(
-        self, x: Tensor, embedded: Tensor, tokens: Tensor, before: DeepState | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        embedded: Tensor,
+        seen: tuple[Tensor, Tensor],
+        before: DeepState | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x, embedded (B, T, C), tokens (B, T) -> (B, T, C), and the fields of the state from q_shift on, of these
-        tokens alone."""
+        """x, embedded (B, T, C), seen by k_emb and v_emb (see Table) -> (B, T, C), and the fields of the state from
+        q_shift on, of these tokens alone."""
         q = self.qq(x)
-        k = matmul(matmul(x, self.k1), self.k2) * (self.k_emb(tokens).to(x) + self.k_emb_x(embedded))
-        v = torch.tanh(matmul(matmul(x, self.v1), self.v2)) * (self.v_emb(tokens).to(x) + self.v_emb_x(embedded))
+        k = matmul(matmul(x, self.k1), self.k2) * (self.k_emb(seen[0]).to(x) + self.k_emb_x(embedded))
+        v = torch.tanh(matmul(matmul(x, self.v1), self.v2)) * (self.v_emb(seen[1]).to(x) + self.v_emb_x(embedded))
         shifts = [last_token(each, cu_seqlens) for each in (q, k, v)]
         last = (None,) * 3 if before is None else (before.q_shift, before.k_shift, before.v_shift)
         amounts, norms = (self.x_q, self.x_k, self.x_v), (self.lnq, self.lnk, self.lnv)
@@ -113,16 +118,18 @@ class Block(rwkv7a.Block):
         embedded: Tensor | None,
         state: DeepState | None,
         cu_seqlens: Tensor | None,
-        tokens: Tensor,
+        of_gate: Tensor,
+        of_keys: Tensor,
+        of_values: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, DeepState]:
-        """As RWKV-7a's; the state that comes back has the keys and values of these tokens alone."""
+        """As RWKV-7a's, with inputs for three tables; the state that comes back has the keys and values of these tokens alone."""
         att_shift, wkv, ffn_shift = (None,) * 3 if state is None else state[:3]
         if embedded is None:
             x = embedded = self.ln0(x)
-        seen, own = self.qkv(x, embedded, tokens, state, cu_seqlens)
+        seen, own = self.qkv(x, embedded, (of_keys, of_values), state, cu_seqlens)
         y, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, cu_seqlens)
         x = x + y + seen
-        y, ffn_shift = self.ffn(self.ln2(x), embedded, tokens, ffn_shift, cu_seqlens)
+        y, ffn_shift = self.ffn(self.ln2(x), embedded, of_gate, ffn_shift, cu_seqlens)
         return x + y, v_first, embedded, DeepState(att_shift, wkv, ffn_shift, *own)
 
 
@@ -130,7 +137,7 @@ class RWKV7b(LanguageModel):
     """RWKV-7b language model with RWKV-LM's parameter names."""
 
     make_block = Block
-    carried, sees_tokens = rwkv7a.RWKV7a.carried, True
+    carried, tables = rwkv7a.RWKV7a.carried, ("ffn.s_emb", "qkv.k_emb", "qkv.v_emb")
 
 
 @torch.no_grad()

@@ -245,11 +245,13 @@ class Estimate:
             chunk, logits = max(1, chunk // ALIVE), TAUGHT[item]
         chunk = min(n, chunk)
         of_tables = sum(min(size * width * item, n * (width * item + PAGE)) for size, width in self.tables())
+        on_gpu = sum(n * width * item for _, width in self.tables())  # fetched before the blocks (models/parts.py)
         states = self.step.states(rows) if train.chunk_ctx else 0  # each segment hands its states on to the next
         head = 2 * SINGLE * V * C if self.trains("head") else 0  # a float32 sum, and a chunk's
         return [
             Part("embedding, rows that are read", here, min(self.unread(), n * (C * item + PAGE))),
             Part("tables, rows that are read", CPU, of_tables if self.mapped else 0),
+            Part("tables, rows on the GPU", GPU, on_gpu if here == GPU else 0, (LOSS, BACKWARD)),
             Part("activations", here, self.step.kept(rows, tokens), (LOSS, BACKWARD)),
             Part("states of the layers", here, states, (LOSS,)),
             Part("work of a block", here, self.step.work(rows, tokens), (BACKWARD,)),

@@ -108,15 +108,14 @@ def partition(model: torch.nn.Module, device: torch.device, config: Any) -> None
 
 
 def share_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """Give every rank the buffers of rank 0, by way of a device that the ranks' group takes.
+    """Give every rank rank 0's buffers on its device: initial values of layers and quantized weights, which GPUs of
+    other kinds round differently. The engine does this for parameters.
 
-    They hold initial values of layers and quantized weights, which GPUs of other kinds round differently. The engine
-    does this for parameters.
+    Others stay: frozen tables are memory of the base's file that ranks share, and writing would copy it for each.
     """
     for buffer in model.buffers():
-        shared = buffer.to(device)
-        torch.distributed.broadcast(shared, 0)
-        buffer.copy_(shared)
+        if buffer.device == device:
+            torch.distributed.broadcast(buffer, 0)
 
 
 def devices_here(run: Prepared) -> int:
