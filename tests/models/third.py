@@ -146,7 +146,7 @@ class ThirdFamily(Family):
     def learning_rate(self, key):
         return 1.0, True
 
-    def kernels(self):
+    def kernels(self, *names):
         return {"torch": None}
 
 

@@ -252,7 +252,9 @@ def test_auto_says_once_what_it_took_and_a_named_backend_never_falls_back(wkv, m
         wkv.op.backends._resolve.cache_clear()
 
 
-def test_backends_lists_every_name(wkv):
+def test_backends_lists_every_name_and_looks_at_named_ones_alone(wkv, monkeypatch):
     found = wkv.backends()
     assert tuple(found) == ("reference", "chunked", "cpu", "cuda") and found["reference"] is None
     assert all(reason is None or ";" in reason for reason in found.values())
+    monkeypatch.setattr(wkv.cpu.RECURRENCE, "unavailable", None)  # compiles if it is called
+    assert wkv.backends("cuda") == {name: found[name] for name in ("reference", "cuda")}

@@ -17,6 +17,7 @@ from rwkv_peft.checkpoints.tensors import read_safetensors, save_safetensors
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
+from rwkv_peft.ops.recurrence.cpu import CpuRecurrence
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import describe
 from rwkv_peft.training.inputs import find_inputs
@@ -129,6 +130,16 @@ def test_the_header_names_the_stage_that_adds_up_in_float32(command):
     (note,) = [line for line in said if "bfloat16" in line]
     assert f"note: {MANY} gradients a step are added up" in note
     assert note.endswith("--strategy deepspeed_stage_2 adds them up in float32")
+
+
+def test_the_header_of_a_gpus_run_compiles_no_recurrence_for_the_cpu(command, monkeypatch):
+    compiled, said = [], []
+    monkeypatch.setattr(CpuRecurrence, "unavailable", lambda self, level="": compiled.append(self.op))
+    inputs = find_inputs(parse_run(command("gpu")[2:]))
+    describe(inputs, "gpu", (), InjectReport((), 0, 1), said.append)
+    assert compiled == [] and any(line.startswith("machine ") and " gpu, " in line for line in said)
+    describe(inputs, "cpu", (), InjectReport((), 0, 1), said.append)
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("taught", (False, True))

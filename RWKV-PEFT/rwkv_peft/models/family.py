@@ -89,8 +89,9 @@ class Family(ABC, Generic[Config, Model]):
         """(factor of a parameter's learning rate, True if it may decay) by RWKV-LM's rule for this generation."""
 
     @abstractmethod
-    def kernels(self) -> Mapping[str, str | None]:
-        """Every backend's name -> None if its recurrence can run here, else the reason and the remedy."""
+    def kernels(self, *names: str) -> Mapping[str, str | None]:
+        """Each backend of some names, of all by default -> None if its recurrence can run here, else the reason and
+        the remedy."""
 
     def formless(self, what: str) -> UserError:
         """The refusal of a format in which this generation has no form. A generation has a form in other tools' formats

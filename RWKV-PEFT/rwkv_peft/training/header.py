@@ -59,7 +59,7 @@ def describe(
     if STATE in adapter.train_parts and not adapter.states_alone:
         say(f"          the states' learning rate is {train.state_lr:g} after warm-up (--state_lr)")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
-    reason = family.kernels().get(kernel, f"{family.name} has none for a {accelerator} yet")
+    reason = family.kernels(kernel).get(kernel, f"{family.name} has none for a {accelerator} yet")
     say(
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"

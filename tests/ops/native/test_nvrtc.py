@@ -2,6 +2,7 @@
 
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def installed(monkeypatch):
         return Library(VERSIONS[Path(path).name])
 
     def install(*paths):
-        monkeypatch.setattr(cuda, "_wheel_libraries", lambda: list(map(Path, paths)))
+        monkeypatch.setattr(cuda, "installed_libraries", lambda: list(map(Path, paths)))
         monkeypatch.setattr(cuda.ctypes, "CDLL", load)
 
     return install
@@ -72,6 +73,40 @@ def test_that_of_torchs_cuda_comes_first(installed, monkeypatch, of_torch, expec
     found = list(cuda.compilers())
     assert [compiler.version for compiler in found] == expected
     assert all(compiler.architectures == ["90", "100"] for compiler in found)
+
+
+LAYOUTS = {  # of PyPI's wheels, of torch's wheels that bundle CUDA, of conda
+    "site/nvidia/cu13/lib": ("libnvrtc.so.13", "libnvrtc-builtins.so.13.5"),
+    "site/torch/lib": ("libnvrtc-1a2b3c.so.12", "libnvrtc-builtins.so.12.4", "libtorch.so"),
+    "prefix/lib": ("libnvrtc.so.12", "libnvrtc-builtins.so.12.4"),
+    "prefix/targets/x86_64-linux/lib": ("libnvrtc.so.12.4.127",),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_library_is_found_where_packages_put_it(layout, tmp_path, monkeypatch):
+    folder, (library, *others) = tmp_path / layout, LAYOUTS[layout]
+    folder.mkdir(parents=True)
+    (tmp_path / "site" / "nvidia").mkdir(parents=True, exist_ok=True)
+    for name in (library, *others):
+        (folder / name).touch()
+    loaded = []
+
+    def load(path):
+        loaded.append(path)
+        if "/" not in path:
+            raise OSError(f"{path}: cannot open shared object file")
+        return Library((13, 5) if ".so.13" in path else (12, 4))
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", load)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "site" / "torch" / "__init__.py"))
+    monkeypatch.setattr(cuda.sys, "prefix", str(tmp_path / "prefix"))
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "site" / "nvidia")])
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: spec)
+    (found,) = cuda.compilers()
+    assert found.version == ("13.5" if library.endswith("13") else "12.4")
+    before = [str(folder / name) for name in others if "builtins" in name]  # NVRTC asks for it by its bare name
+    assert loaded[: len(before) + 1] == [*before, str(folder / library)]
 
 
 def test_without_any_there_is_none(installed):

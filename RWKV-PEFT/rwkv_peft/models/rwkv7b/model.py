@@ -122,7 +122,8 @@ class Block(rwkv7a.Block):
         of_keys: Tensor,
         of_values: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, DeepState]:
-        """As RWKV-7a's, with inputs for three tables; the state that comes back has the keys and values of these tokens alone."""
+        """As RWKV-7a's, with inputs for three tables; the state that comes back has the keys and values of these tokens
+        alone."""
         att_shift, wkv, ffn_shift = (None,) * 3 if state is None else state[:3]
         if embedded is None:
             x = embedded = self.ln0(x)

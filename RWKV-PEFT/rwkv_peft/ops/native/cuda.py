@@ -6,6 +6,8 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -103,14 +105,15 @@ class Nvrtc:
 
 
 def compilers() -> Iterator[Nvrtc]:
-    """Every NVRTC of this machine, from the nvidia wheels and the system, each version once.
+    """Every NVRTC of this machine, each version once: of nvidia's wheels, bundled with torch, in conda's environment,
+    of the system.
 
     Those with the major version of torch's CUDA come first: the driver runs torch, and so takes their code, but may be
     too old for a newer compiler's.
     """
-    of_torch = f".so.{(torch.version.cuda or '').partition('.')[0]}"
+    of_torch = re.compile(rf"\.so\.{(torch.version.cuda or '').partition('.')[0]}(\.|$)")
     seen = set()
-    for path in sorted([*map(str, _wheel_libraries()), *SONAMES], key=lambda path: not path.endswith(of_torch)):
+    for path in sorted([*map(str, installed_libraries()), *SONAMES], key=lambda path: not of_torch.search(path)):
         compiler = _load(path)
         if compiler is not None and compiler.version not in seen:
             seen.add(compiler.version)
@@ -121,17 +124,22 @@ def _load(path: str) -> Nvrtc | None:
     """The NVRTC at a path, or by a bare name that the system finds; None if it cannot be loaded, or is older than CUDA
     11.2 and so cannot list its architectures."""
     try:
-        for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")) if "/" in path else ():
+        for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins*.so*")) if "/" in path else ():
             ctypes.CDLL(str(builtins))  # NVRTC asks for it by its bare name
         return Nvrtc(ctypes.CDLL(path))
     except (OSError, AttributeError):
         return None
 
 
-def _wheel_libraries() -> list[Path]:
+def installed_libraries() -> list[Path]:
+    """The NVRTC libraries that come with Python packages; a torch that bundles its own may add a hash to the name."""
     spec = importlib.util.find_spec("nvidia")
-    folders = [] if spec is None else spec.submodule_search_locations or []
-    return [path for folder in folders for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.*"))]
+    wheels = [] if spec is None else spec.submodule_search_locations or []
+    places = [(Path(folder), "*/lib/libnvrtc.so.*") for folder in wheels]
+    places += [(Path(torch.__file__).parent, "lib/libnvrtc*.so*")]
+    places += [(Path(sys.prefix), pattern) for pattern in ("lib/libnvrtc.so.*", "targets/*/lib/libnvrtc.so.*")]
+    found = [path for folder, pattern in places for path in sorted(folder.glob(pattern))]
+    return [path for path in found if "builtins" not in path.name]
 
 
 def cubin(name: str, source: str, architecture: str, compiler: Nvrtc, anew: bool = False) -> bytes:

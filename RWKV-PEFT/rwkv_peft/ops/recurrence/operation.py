@@ -49,9 +49,11 @@ class Backends:
         name, _, level = chosen.partition(":")
         return self.table[name], level
 
-    def reasons(self) -> dict[str, str | None]:
-        """Every name -> None if it can be used here, else the reason and the remedy. May compile them."""
-        return {"reference": None, **{name: backend.unavailable("") for name, backend in self.table.items()}}
+    def reasons(self, *names: str) -> dict[str, str | None]:
+        """Each of some names, of all by default -> None if it can be used here, else the reason and the remedy. May
+        compile these, which takes a GPU's kernels a minute."""
+        found = {name: self.table[name].unavailable("") for name in names or self.table if name in self.table}
+        return {"reference": None, **found}
 
     @functools.cache  # noqa: B019 - a Backends lives as long as its module
     def _resolve(self, backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:

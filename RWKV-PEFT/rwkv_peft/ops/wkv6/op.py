@@ -42,6 +42,4 @@ def wkv6(
     return WKV6.compute((r, k, v, w, u), state, cu_seqlens, backend)
 
 
-def backends() -> dict[str, str | None]:
-    """Every backend's name -> None if it can be used here, else the reason and the remedy. May compile them."""
-    return WKV6.backends.reasons()
+backends = WKV6.backends.reasons

@@ -42,6 +42,4 @@ def wkv7(
     return WKV7.compute((r, w, k, v, a, b), state, cu_seqlens, backend)
 
 
-def backends() -> dict[str, str | None]:
-    """Every backend's name -> None if it can be used here, else the reason and the remedy. May compile them."""
-    return WKV7.backends.reasons()
+backends = WKV7.backends.reasons
