@@ -9,7 +9,7 @@ calls it. "step / floor" follows for a whole block on an H100 (650 TFLOP/s, 2.8 
 any waiting. A micro batch has twice as many tokens as channels, so that no activation has a matrix's shape.
 
 "at 1 x 4096" adds for one row of 4096 tokens the recurrence's passes over groups of tokens, without which few heads
-would leave most of the card idle (ops/recurrence/cuda.py), and the gap of 1.5 us between a launch and the next. Reads
+would leave most of the card idle (ops/recurrence/kernels.py), and the gap of 1.5 us between launches. Reads
 of weights, and products that are slower than 650 TFLOP/s, are still left out.
 """
 
@@ -25,11 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import family_named
+from rwkv_peft.ops import cross_entropy
 from rwkv_peft.ops.bone import cuda as bone
-from rwkv_peft.ops.cross_entropy import cross_entropy_
-from rwkv_peft.ops.cross_entropy import cuda as cross_entropy
 from rwkv_peft.ops.mix import cpu, cuda
-from rwkv_peft.ops.recurrence.cuda import RESIDENT, CudaRecurrence, choose_group
+from rwkv_peft.ops.recurrence.kernels import RESIDENT, CudaRecurrence, choose_group
 
 SHAPES = {"1.6B": (2048, 24), "7B": (4096, 32)}  # channels, layers
 METHODS = ("frozen", "bat-in", "bone", "bat-out", "lora")
@@ -185,7 +184,7 @@ def loss_passes(rows=64, vocabulary=65536):
     targets = torch.empty(rows, device="meta", dtype=torch.int64)
     counter = Counter(set())
     with patch.object(cross_entropy, "call", lambda *rest, **others: counter.kernel("loss", *rest, **others)), counter:
-        cross_entropy_(logits, targets, 1.0, 1e-4)
+        cross_entropy.cross_entropy_(logits, targets, 1.0, 1e-4)
     return sum(launch.bytes for launch in counter.launches) / real_bytes(logits)
 
 

@@ -19,11 +19,12 @@ import torch
 from common import Parser
 
 from rwkv_peft.models import family_named
+from rwkv_peft.ops import bone as bone_op
+from rwkv_peft.ops import mix
 from rwkv_peft.ops.bone import cuda as bone
-from rwkv_peft.ops.bone import op as bone_op
-from rwkv_peft.ops.mix import cpu, cuda, op, shift
-from rwkv_peft.ops.wkv6 import op as wkv6
-from rwkv_peft.ops.wkv7 import op as wkv7
+from rwkv_peft.ops.mix import cpu, cuda, functions
+from rwkv_peft.ops.wkv6 import WKV6
+from rwkv_peft.ops.wkv7 import WKV7
 
 CHANNELS = 128  # of which next to nothing is computed, and whose feed-forwards have whole tiles
 DRIVER = 3e-6  # seconds of a launch that no Python sees
@@ -41,18 +42,17 @@ def gpu_path():
     """A context in which a CPU's tensors take a GPU's code path."""
     stack = ExitStack()
     for owner, name, value in (
-        (op, "has_kernel", lambda *_: True),
-        (shift, "CpuLerp", shift.GpuLerp),
+        (mix, "has_kernel", lambda *_: True),
+        (functions, "CpuLerp", functions.GpuLerp),
         (cpu, "call", cuda.call),
         (cuda.FAMILY, "kernels", lambda _: Dropped()),
         (bone.FAMILY, "kernels", lambda _: Dropped()),
         (bone_op, "backend", lambda *_, **__: bone),
     ):
         stack.enter_context(patch.object(owner, name, value))
-    for recurrence in (wkv6.WKV6, wkv7.WKV7):
-        stack.enter_context(patch.object(recurrence.backends, "choose", lambda *_: "cuda"))
-        family = recurrence.backends.table["cuda"].family
-        stack.enter_context(patch.object(family, "kernels", lambda _: Dropped()))
+    for recurrence in (WKV6, WKV7):
+        stack.enter_context(patch.object(recurrence, "choose", lambda *_: "cuda"))
+        stack.enter_context(patch.object(recurrence.cuda.family, "kernels", lambda _: Dropped()))
     return stack
 
 

@@ -97,11 +97,11 @@ def results(name, inputs, dtype, device, kernels=True):
     leaves = [x.to(device=device, dtype=dtype, copy=True).requires_grad_(i in wanted) for i, x in enumerate(inputs)]
     with ExitStack() as stack:
         if not kernels:
-            stack.enter_context(patch.object(mix.op, "has_kernel", lambda *_: False))
-            stack.enter_context(patch.object(bone_ops.op, "backend", lambda *_, **__: None))
-            stack.enter_context(patch.object(loss_ops.op, "backend", lambda *_: None))
-            for module in (decode.cpu, decode.cuda):
-                stack.enter_context(patch.object(module.FAMILY, "takes", lambda *_: False))
+            stack.enter_context(patch.object(mix, "has_kernel", lambda *_: False))
+            stack.enter_context(patch.object(bone_ops, "backend", lambda *_, **__: None))
+            stack.enter_context(patch.object(loss_ops, "backend", lambda *_: None))
+            for family in (decode.CPU, decode.CUDA):
+                stack.enter_context(patch.object(family, "takes", lambda *_: False))
         outs = function(*leaves)
         outs = outs if isinstance(outs, tuple) else (outs,)
         if wanted:

@@ -23,20 +23,15 @@ import recurrences
 import torch
 from common import Parser
 
-from rwkv_peft.ops import decode
-from rwkv_peft.ops.bone import cuda as bone_cuda
-from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
-from rwkv_peft.ops.decode import cuda as decode_cuda
-from rwkv_peft.ops.mix import cuda as mix_cuda
+from rwkv_peft.ops import cross_entropy, decode
+from rwkv_peft.ops.bone.cuda import FAMILY as BONE
+from rwkv_peft.ops.mix.cuda import FAMILY as MIX
 from rwkv_peft.ops.native.cuda import misfit
-from rwkv_peft.ops.recurrence.cuda import CudaRecurrence
-from rwkv_peft.ops.wkv6 import cuda as wkv6_cuda
-from rwkv_peft.ops.wkv6 import wkv6
-from rwkv_peft.ops.wkv7 import cuda as wkv7_cuda
-from rwkv_peft.ops.wkv7 import wkv7
+from rwkv_peft.ops.recurrence.kernels import CudaRecurrence
+from rwkv_peft.ops.wkv6 import WKV6, wkv6
+from rwkv_peft.ops.wkv7 import WKV7, wkv7
 
-MODULES = (wkv6_cuda, wkv7_cuda, mix_cuda, bone_cuda, cross_entropy_cuda, decode_cuda)
-FAMILIES = tuple(module.FAMILY for module in MODULES)
+FAMILIES = (WKV6.cuda.family, WKV7.cuda.family, MIX, BONE, cross_entropy.CUDA, decode.CUDA)
 SHAPES = ((8, 4096, 32), (1, 4096, 64), (1, 1024, 32), (8, 1024, 8))  # B, T, H of head size 64
 CASES = tuple(
     (N, dtype, packed) for dtype in ("bfloat16", "float32") for N in (64, 128, 32) for packed in (False, True)
@@ -64,7 +59,7 @@ class Recurrence:
         return self.kernels.signature.shared
 
 
-RECURRENCES = (Recurrence(wkv6, wkv6_cuda.RECURRENCE), Recurrence(wkv7, wkv7_cuda.RECURRENCE))
+RECURRENCES = (Recurrence(wkv6, WKV6.cuda), Recurrence(wkv7, WKV7.cuda))
 
 
 def tell(**entry):

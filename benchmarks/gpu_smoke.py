@@ -27,7 +27,7 @@ from gpu_probe import FAMILIES
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.ops.native.cuda import CudaFamily
-from rwkv_peft.ops.recurrence.operation import Backends
+from rwkv_peft.ops.recurrence import Recurrence
 from rwkv_peft.training.step.steps import Whole
 
 TEXT = (
@@ -63,7 +63,7 @@ def plain_torch():
     with ExitStack() as stack:
         for owner, name, value in (
             (CudaFamily, "takes", lambda *_: False),
-            (Backends, "_resolve", lambda self, *_: "reference"),
+            (Recurrence, "_resolve", lambda self, *_: "reference"),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield

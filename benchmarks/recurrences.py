@@ -30,10 +30,8 @@ from rwkv_peft.memory import keep_freed_memory
 from rwkv_peft.ops import wkv6, wkv7
 from rwkv_peft.ops.native import cpu
 from rwkv_peft.ops.native.cpu import cpu_library
-from rwkv_peft.ops.recurrence.cpu import CpuRecurrence
+from rwkv_peft.ops.recurrence.kernels import CpuRecurrence
 from rwkv_peft.ops.recurrence.signature import Signature
-from rwkv_peft.ops.wkv6 import cpu as wkv6_cpu
-from rwkv_peft.ops.wkv7 import cpu as wkv7_cpu
 from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
 HEAD_SIZE = 64
@@ -59,8 +57,8 @@ class Subject:
 
 
 SUBJECTS = {
-    "wkv6": Subject(wkv6.wkv6, wkv6.backends, wkv6_cpu.SIGNATURE, wkv6_cpu.RECURRENCE, (-6, 1), (5, 12)),
-    "wkv7": Subject(wkv7.wkv7, wkv7.backends, wkv7_cpu.SIGNATURE, wkv7_cpu.RECURRENCE, (-6, 2), (9, 19)),
+    "wkv6": Subject(wkv6.wkv6, wkv6.backends, wkv6.SIGNATURE, wkv6.WKV6.cpu, (-6, 1), (5, 12)),
+    "wkv7": Subject(wkv7.wkv7, wkv7.backends, wkv7.SIGNATURE, wkv7.WKV7.cpu, (-6, 2), (9, 19)),
 }
 
 

@@ -51,7 +51,7 @@ MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten
 
 # What the profiler calls the operations of each part, theirs of the backward pass included.
 WORDS = (
-    ("wkv", ("wkv6", "wkv7", "WKV", "Differentiable", "_Gradients")),  # two of ops/recurrence/operation.py
+    ("wkv", ("wkv6", "wkv7", "WKV", "Differentiable")),  # the last of ops/recurrence
     ("adapter", ("_Bat", "_Bone", "_Lora", "_Linear", "KeyUpToTile", "ValueOfSquare")),
     ("loss", ("ChunkedHead",)),
     ("optimizer", ("Optimizer", "clip", "AccumulateGrad")),

@@ -1,4 +1,4 @@
-// The arguments of cross_entropy.cpp's C interface; ops/cross_entropy/cpu.py mirrors them field by field.
+// The arguments of cross_entropy.cpp's C interface; ops/cross_entropy.py mirrors them field by field.
 #pragma once
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// The arguments of decode.cpp's C interface; ops/decode/cpu.py mirrors them field by field.
+// The arguments of decode.cpp's C interface; ops/decode/__init__.py mirrors them field by field.
 #pragma once
 #include <cstdint>
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-// One structure for both directions; ops/wkv6/cpu.py mirrors it field by field. Tensors are contiguous. r k v w y and
+// For both directions; ops/recurrence/kernels.py mirrors it field by field. Tensors are contiguous. r k v w y and
 // their gradients: (tokens, heads, head_size), float or bfloat16; u, gu: (heads, head_size); states: (sequences, heads,
 // head_size, head_size), rows the key dimension; checkpoints: (tokens / 64, heads, head_size, head_size). Null: state,
 // gy and gfinal for zeros, checkpoints if no backward will follow.

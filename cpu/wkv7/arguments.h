@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-// One structure for both directions; ops/wkv7/cpu.py mirrors it field by field. Tensors are contiguous. r w k v a b y
+// For both directions; ops/recurrence/kernels.py mirrors it field by field. Tensors are contiguous. r w k v a b y
 // and their gradients: (tokens, heads, head_size), float or bfloat16; states: (sequences, heads, head_size, head_size),
 // rows the value dimension; checkpoints: (tokens / 64, heads, head_size, head_size), rows the key dimension. Null:
 // state, gy and gfinal for zeros, checkpoints if no backward will follow.

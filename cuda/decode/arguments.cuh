@@ -2,7 +2,7 @@
 #pragma once
 #include "common/device.cuh"
 
-// ops/decode/cuda.py mirrors it field by field. Elements of x and y are float32 or bf16, by the kernel's name; tensors
+// ops/decode/__init__.py mirrors it by field. Elements of x and y are float32 or bf16, by the kernel's name; tensors
 // are contiguous and aligned to 16 bytes. ops/decode/blocks.py says how words hold a matrix (out, in).
 struct DecodeArguments {
     const void* x;      // (rows, in_features)

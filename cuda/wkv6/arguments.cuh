@@ -5,7 +5,7 @@
 // Tokens between two checkpoints: the states that forward keeps so that backward need not start at token 0.
 constexpr int SEGMENT = 64;
 
-// One structure for both directions; ops/recurrence/cuda.py mirrors it field by field. Tensors are contiguous;
+// One structure for both directions; ops/recurrence/kernels.py mirrors it field by field. Tensors are contiguous;
 // "elements" are float32 or bf16, by the kernel, 16-byte aligned; a null pointer marks a tensor that the caller does
 // not have or want.
 struct Arguments {

@@ -36,7 +36,7 @@
 // those are the same rounded numbers on both sides. gw_x is -exp(w_x) times that gradient.
 //
 // Chunked kernels exist for bf16 and head size 64, which all released models have; all else goes through the plain
-// kernels, one token at a time (plain.cuh). ops/recurrence/cuda.py chooses.
+// kernels, one token at a time (plain.cuh). ops/recurrence/kernels.py chooses.
 //
 // NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/device.cuh"

@@ -9,7 +9,7 @@ constexpr int SEGMENT = 32;
 // -e^(-1/2): a decay's logarithm is this times sigmoid(w), so that no decay is below 0.545.
 constexpr float DECAY_RATE = -0.60653065971263342f;
 
-// One structure for both directions; ops/recurrence/cuda.py mirrors it field by field. Tensors are contiguous;
+// One structure for both directions; ops/recurrence/kernels.py mirrors it field by field. Tensors are contiguous;
 // "elements" are float32 or bf16, by the kernel, 16-byte aligned; states have the value dimension in rows; a null
 // pointer marks a tensor that the caller does not have or want.
 struct Arguments {

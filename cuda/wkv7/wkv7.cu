@@ -38,7 +38,7 @@
 //     sum over v of S dS + sum over s of (k V dS + b removed dS)_s
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
 // All terms that cancel are the same rounded numbers. With few heads, groups of tokens take a sequence's place
-// (groups.cuh). All else goes through the plain kernels (plain.cuh); ops/recurrence/cuda.py chooses.
+// (groups.cuh). All else goes through the plain kernels (plain.cuh); ops/recurrence/kernels.py chooses.
 //
 // NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/device.cuh"

@@ -8,6 +8,7 @@ from torch import nn
 
 from adapters.layers import merged_weight
 from rwkv_peft.adapters.groups import learning_ratios
+from rwkv_peft.adapters.methods import METHODS
 
 OUT, IN, RANK, RATE = 120, 96, 8, 1e-4
 TYPICAL = 1 / math.sqrt(IN)  # of the entries of a weight that keeps the size of its input
@@ -60,6 +61,10 @@ FORMULAS = {
     "vera": lambda weight: 2 * 0.1 / math.sqrt(IN),
     "shira": lambda weight: math.sqrt(RANK / IN),
 }
+
+
+def test_every_method_has_its_formula():
+    assert set(FORMULAS) == set(METHODS)
 
 
 @pytest.mark.parametrize("variant", FORMULAS)

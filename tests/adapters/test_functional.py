@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_peft.adapters.functions import bat_in, bat_out, bone, lora, sparse
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.adapters.product import Frozen
-from rwkv_peft.ops.bone import op as bone_op
+from rwkv_peft.ops import bone as bone_op
 
 RANK = 4
 
@@ -85,6 +85,12 @@ def run(function, x, weight, params, bias, train=("x", "params")):
     if y.requires_grad:
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype))
     return [y.detach()] + [t.grad for t in (x, weight, *params.values(), bias) if t is not None and t.requires_grad]
+
+
+def test_every_way_to_compute_is_held_to_the_merged_weight():
+    """A method's own, or that of a method here; those of dora and vera are held to the paper's and peft's gradients."""
+    held = {METHODS[variant_of(name)].apply for name in FUNCTIONS}
+    assert {name for name, method in METHODS.items() if method.apply not in held} == {"dora", "vera"}
 
 
 def assert_close(results, references, tolerance):

@@ -1,24 +1,22 @@
-"""Inputs for the wkv6 kernels, the true results in float64, and those of plain torch in low precision."""
+"""Inputs of the recurrences' kernels, the true results in float64, those of plain torch in low precision, and those of
+the CUDA kernels."""
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass, make_dataclass, replace
 from unittest.mock import patch
 
 import torch
 
-from rwkv_peft.ops.wkv6 import cuda, reference
-
-RESULTS = ("y", "final state", "gr", "gk", "gv", "gw", "gu", "gstate")
+from rwkv_peft.ops.wkv6 import WKV6
+from rwkv_peft.ops.wkv7 import WKV7
+from rwkv_peft.ops.wkv7.reference import DECAY_SCALE
 
 
 @dataclass(frozen=True)
 class Case:
-    """r k v w gy (B, T, H, N) in one dtype, u (H, N), state and gfinal (n, H, N, N) float32 or None, cu_seqlens."""
+    """Inputs by name: rows and gy (B, T, H, N) in one dtype, u (H, N), state and gfinal (n, H, N, N) float32 or
+    None."""
 
-    r: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    w: torch.Tensor
-    u: torch.Tensor
     state: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     gy: torch.Tensor
@@ -26,57 +24,59 @@ class Case:
 
     @property
     def inputs(self):
-        return self.r, self.k, self.v, self.w, self.u
+        return tuple(getattr(self, name) for name in self.names)
+
+    def mapped(self, function):
+        """The case with function(tensor) in place of each tensor."""
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return replace(self, **{name: None if x is None else function(x) for name, x in tensors.items()})
 
 
-def decays(kind, shape, generator):
-    """Raw w: "ordinary" decays, "none" (exp(-exp(w)) rounds to 1), "all" (it underflows), or a "mix" of all."""
-    ordinary = torch.rand(shape, generator=generator) * 7 - 6
-    none, everything = torch.full(shape, -20.0), torch.rand(shape, generator=generator) * 90 + 5
-    strong = torch.rand(shape, generator=generator) * 5
-    choice = torch.randint(4, shape, generator=generator)
-    mix = torch.stack([ordinary, none, everything, strong]).gather(0, choice[None])[0]
-    return {"ordinary": ordinary, "none": none, "all": everything, "mix": mix}[kind]
+def case_class(recurrence):
+    """Case with the fields of a recurrence's inputs."""
+    names = recurrence.signature.inputs
+    fields = [(name, torch.Tensor, dataclasses.field(kw_only=True)) for name in names]
+    return make_dataclass("Case", fields, bases=(Case,), frozen=True, namespace={"names": names})
 
 
-def make_case(shape, dtype, *, decay="ordinary", with_state=True, lengths=None, seed=0):
-    """A random case of a shape (B, T, H, N). `lengths`, whose sum is T, packs that many sequences into one row."""
-    B, T, H, N = shape
-    g = torch.Generator().manual_seed(seed)
-    r, k, v, gy = (0.5 * torch.randn(B, T, H, N, generator=g) for _ in range(4))
-    bounds, states = bounds_and_states(shape, lengths, with_state, g)
-    w = decays(decay, (B, T, H, N), g)
-    r, k, v, w, gy = (x.to(dtype) for x in (r, k, v, w, gy))
-    u = 0.5 * torch.randn(H, N, generator=g)
-    return Case(r, k, v, w, u, states[0], bounds, gy, states[1])
+class Cases:
+    """Random cases of a recurrence, and their results in the order of `results`: y, final state, gradients."""
 
+    def __init__(self, recurrence, draw, loop, decays):
+        """draw(shape, decay, generator) -> the inputs by name; loop: the reference in its inputs' dtype."""
+        self.recurrence, self.cuda, self.draw, self.loop, self.decays = recurrence, recurrence.cuda, draw, loop, decays
+        self.results = ("y", "final state", *recurrence.signature.gradients, "gstate")
+        self.Case = case_class(recurrence)
 
-def bounds_and_states(shape, lengths, with_state, generator):
-    """cu_seqlens, and the first states with the gradients of the last ones, or None and None."""
-    B, _, H, N = shape
-    n = B if lengths is None else len(lengths)
-    bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
-    return bounds, [s * torch.randn(n, H, N, N, generator=generator) if with_state else None for s in (0.3, 0.1)]
+    def make(self, shape, dtype, *, decay=None, with_state=True, lengths=None, seed=0, **kinds):
+        """A random case of a shape (B, T, H, N). `lengths`, whose sum is T, packs that many sequences into one row."""
+        B, T, H, N = shape
+        g = torch.Generator().manual_seed(seed)
+        gy = 0.5 * torch.randn(B, T, H, N, generator=g)
+        n = B if lengths is None else len(lengths)
+        bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+        state, gfinal = (s * torch.randn(n, H, N, N, generator=g) if with_state else None for s in (0.3, 0.1))
+        inputs = self.draw(shape, self.decays[0] if decay is None else decay, g, **kinds)
+        inputs = {name: x if name == "u" else x.to(dtype).contiguous() for name, x in inputs.items()}
+        return self.Case(state, bounds, gy.to(dtype), gfinal, **inputs)
 
+    def run(self, kernels, case, group=0):
+        """The CUDA kernels' results, without gstate if there is no state. group: the tokens of a group if time is
+        split."""
+        given = (*case.inputs, case.state, case.cu_seqlens)
+        with patch.object(self.cuda.family, "kernels", lambda device: kernels):
+            y, final, checkpoints = self.cuda.forward(*given, save=True, group=group)
+            gradients = self.cuda.backward(*given, checkpoints, case.gy, case.gfinal, group=group)
+        return (y, final, *gradients)[: None if case.state is not None else -1]
 
-def run(kernels, case, group=0, cuda=cuda):
-    """The kernels' results, in the order of RESULTS, without gstate if there is no state. group: the tokens of a group
-    if time is split; cuda: the recurrence's cuda.py."""
-    given = (*case.inputs, case.state, case.cu_seqlens)
-    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
-        y, final, checkpoints = cuda.RECURRENCE.forward(*given, save=True, group=group)
-        gradients = cuda.RECURRENCE.backward(*given, checkpoints, case.gy, case.gfinal, group=group)
-    return (y, final, *gradients)[: None if case.state is not None else -1]
+    def truth(self, case):
+        """The results in float64, by autograd through the reference."""
+        return differentiate(case, torch.float64, self.recurrence.reference)
 
-
-def truth(case):
-    """The results in float64, by autograd through the reference."""
-    return differentiate(case, torch.float64, reference.wkv6)
-
-
-def plain(case):
-    """The results of a plain torch loop that does everything in the case's dtype."""
-    return differentiate(case, case.r.dtype, reference.wkv6 if case.r.dtype == torch.float32 else _loop)
+    def plain(self, case):
+        """The results of a plain torch loop that does everything in the case's dtype."""
+        is_float = case.gy.dtype == torch.float32
+        return differentiate(case, case.gy.dtype, self.recurrence.reference if is_float else self.loop)
 
 
 def differentiate(case, dtype, forward):
@@ -93,6 +93,29 @@ def differentiate(case, dtype, forward):
     return [x.detach() for x in (y, final, *gradients)]
 
 
+def draw6(shape, decay, g):
+    """decay of the raw w: "ordinary", "none" (exp(-exp(w)) rounds to 1), "all" (it underflows), or a "mix" of all."""
+    r, k, v = (0.5 * torch.randn(shape, generator=g) for _ in range(3))
+    ordinary = torch.rand(shape, generator=g) * 7 - 6
+    none, everything = torch.full(shape, -20.0), torch.rand(shape, generator=g) * 90 + 5
+    strong, choice = torch.rand(shape, generator=g) * 5, torch.randint(4, shape, generator=g)
+    mix = torch.stack([ordinary, none, everything, strong]).gather(0, choice[None])[0]
+    w = {"ordinary": ordinary, "none": none, "all": everything, "mix": mix}[decay]
+    return dict(r=r, k=k, v=v, w=w, u=0.5 * torch.randn(shape[2:], generator=g))
+
+
+def draw7(shape, decay, g, repeated=False):
+    """a and b as the model makes them: a direction to remove, and the same times a learning rate. decay: bounds of w.
+    repeated: all tokens share one direction and a learning rate of 1, so that each removes what the one before has
+    written."""
+    low, high = DECAYS7[decay]
+    r, k, v, direction = (0.5 * torch.randn(shape, generator=g) for _ in range(4))
+    direction = torch.nn.functional.normalize(direction[:, :1].expand(shape) if repeated else direction, dim=-1)
+    rate = torch.ones(shape) if repeated else torch.rand(shape, generator=g)
+    w = low + (high - low) * torch.rand(shape, generator=g)
+    return dict(r=r, w=w, k=direction if repeated else k, v=v, a=-direction, b=direction * rate)
+
+
 def looped(step, r, state, cu_seqlens):
     """y and the final states of (t, state) -> (y of a token, state), a sequence after the other."""
     B, T, H, N = r.shape
@@ -107,7 +130,7 @@ def looped(step, r, state, cu_seqlens):
     return torch.stack(ys, dim=1), torch.cat(finals)
 
 
-def _loop(r, k, v, w, u, state, cu_seqlens):
+def loop6(r, k, v, w, u, state, cu_seqlens):
     decay = torch.exp(-torch.exp(w))
 
     def step(t, S):
@@ -117,6 +140,24 @@ def _loop(r, k, v, w, u, state, cu_seqlens):
     return looped(step, r, state, cu_seqlens)
 
 
+def loop7(r, w, k, v, a, b, state, cu_seqlens):
+    decay = torch.exp(DECAY_SCALE * torch.sigmoid(w))
+
+    def step(t, S):
+        removed = S @ a[:, t, :, :, None]  # (B, H, N, 1)
+        S = S * decay[:, t, :, None] + removed * b[:, t, :, None] + v[:, t, :, :, None] * k[:, t, :, None]
+        return (S @ r[:, t, :, :, None]).squeeze(-1), S
+
+    return looped(step, r, state, cu_seqlens)
+
+
+DECAYS7 = {"usual": (-6.0, 2.0), "none": (-40.0, -20.0), "strong": (6.0, 95.0), "mixed": (-8.0, 8.0)}
+CASES = {
+    "wkv6": Cases(WKV6, draw6, loop6, ("ordinary", "none", "all", "mix")),
+    "wkv7": Cases(WKV7, draw7, loop7, tuple(DECAYS7)),
+}
+
+
 def rms(x):
     return x.double().square().mean().sqrt().item()
 
@@ -124,19 +165,3 @@ def rms(x):
 def error(x, true):
     """Root mean square of x - true."""
     return rms(x.double() - true)
-
-
-def check_empty_ends(raised, results):
-    """Assert that empty sequences at the end of a case change no bit of the results {name: tensor} of the others, and
-    pass on their states."""
-    kept = int((raised.cu_seqlens.diff() > 0).sum())
-    case = replace(
-        raised, state=raised.state[:kept], gfinal=raised.gfinal[:kept], cu_seqlens=raised.cu_seqlens[: kept + 1]
-    )
-    found, expected = results(raised), results(case)
-    for name, x in found.items():
-        if name in ("final state", "gstate"):
-            own = raised.state if name == "final state" else raised.gfinal
-            x, handed_on = x[:kept], x[kept:]
-            assert len(handed_on) and torch.equal(handed_on, own[kept:])
-        assert torch.equal(x, expected[name]), name

@@ -1,18 +1,19 @@
-"""Results of the CUDA kernels for random inputs: a function of FAMILIES gives all results of a family's kernels on the
+"""Results of the CUDA kernels for random inputs: a function of RESULTS gives all results of a family's kernels on the
 shim. The sizes are such that every kernel has more than one tile, strip and group."""
 
 from unittest.mock import patch
 
 import torch
 
+from cuda_shim.cases import CASES
+from rwkv_peft.ops import cross_entropy as loss
+from rwkv_peft.ops import decode as decoding
 from rwkv_peft.ops.bone import cuda as bone_cuda
-from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_cuda
-from rwkv_peft.ops.decode import cuda as decode_cuda
-from rwkv_peft.ops.decode import quantize
 from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
-from rwkv_peft.ops.mix import shift
-from rwkv_peft.ops.mix.functions import KERNELS
+from rwkv_peft.ops.mix.functions import KERNELS, GpuLerp
+
+WAYS = ((64, torch.bfloat16, 0), (40, torch.float32, 0), (64, torch.bfloat16, 64))  # head size, dtype, group
 
 
 def draws(dtype, seed=0):
@@ -36,7 +37,7 @@ def mix(kernels):
         low, wide = draws(torch.bfloat16), draws(torch.float32)
         for rank in mix_cuda.LOW_RANKS:
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
-            results += differentiated(shift.GpuLerp, (0, 1, 3), *inputs)
+            results += differentiated(GpuLerp, (0, 1, 3), *inputs)
         for randn in (low, wide):
             y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
             results += differentiated(KERNELS["norm_gate"], (1, 2, 3, 4), 1e-5, y, g, weight.clone(), bias.clone())
@@ -49,7 +50,7 @@ def others(randn):
     rows, vector, stacked = (1, 70, 200), (1, 1, 200), torch.tensor([0, 1, 33, 70])
     of_heads = [randn(1, 70, 2, 20) for _ in range(4)]
     inputs = randn(*rows), randn(3, 200), randn(6, 200), randn(1, 70, 6 * 8), randn(6, 8, 200), stacked
-    results = differentiated(shift.GpuLerp, (0, 1, 2, 3, 4), *inputs)
+    results = differentiated(GpuLerp, (0, 1, 2, 3, 4), *inputs)
     results += differentiated(KERNELS["relu_square"], (1,), None, randn(*rows))
     results += differentiated(KERNELS["sigmoid_gate"], (1, 2), None, randn(*rows), randn(*rows))
     inputs = (randn(*shape) for shape in (rows, rows, rows, vector))
@@ -76,19 +77,35 @@ def bone(kernels):
 
 def cross_entropy(kernels):
     results = []
-    with patch.object(cross_entropy_cuda.FAMILY, "kernels", lambda device: kernels):
+    with patch.object(loss.CUDA, "kernels", lambda device: kernels):
         for dtype, vocabulary in ((torch.bfloat16, 9000), (torch.float32, 5001)):
             logits, targets = draws(dtype)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
-            results += [cross_entropy_cuda.losses_(logits, targets, 0.5, 0.25, True), logits]
+            results += [loss.cuda_losses_(logits, targets, 0.5, 0.25, True), logits]
     return results
 
 
 def decode(kernels):
     results = []
-    with patch.object(decode_cuda.FAMILY, "kernels", lambda device: kernels):
+    with patch.object(decoding.CUDA, "kernels", lambda device: kernels):
         for dtype in (torch.bfloat16, torch.float32):
             x, weight = draws(dtype)(16, 2208), draws(torch.float32)(33, 2208)
-            for blocks in (quantize(weight, 8), quantize(weight, 4)):
-                results += [decode_cuda.product(x[:rows], blocks) for rows in (1, 3, 16)]
-                results.append(decode_cuda.dequantized(blocks, dtype))
+            for blocks in (decoding.quantize(weight, 8), decoding.quantize(weight, 4)):
+                results += [decoding.cuda_product(x[:rows], blocks) for rows in (1, 3, 16)]
+                results.append(decoding.cuda_dequantized(blocks, dtype))
     return results
+
+
+def recurrence(op):
+    """kernels -> the results of a recurrence's cases, of WAYS."""
+
+    def run(kernels):
+        made = [(CASES[op].make((1, 129, 1, N), dtype, lengths=[81, 48]), group) for N, dtype, group in WAYS]
+        return [x for case, group in made for x in CASES[op].run(kernels, case, group)]
+
+    return run
+
+
+RESULTS = {  # by a family's name
+    **{op: recurrence(op) for op in CASES},
+    **dict(mix=mix, bone=bone, cross_entropy=cross_entropy, decode=decode),
+}

@@ -17,39 +17,11 @@ from pathlib import Path
 
 import torch
 
-from cuda_shim import cases, kernel_cases, shim, wkv7_cases
-from rwkv_peft.ops.bone.cuda import FAMILY as BONE
-from rwkv_peft.ops.cross_entropy.cuda import FAMILY as CROSS_ENTROPY
-from rwkv_peft.ops.decode.cuda import FAMILY as DECODE
-from rwkv_peft.ops.mix.cuda import FAMILY as MIX
+from cuda_shim import shim
+from cuda_shim.kernel_cases import RESULTS
+from cuda_shim.shim import FAMILIES
 from rwkv_peft.ops.native.build import source_directory
-from rwkv_peft.ops.wkv6.cuda import FAMILY as WKV6
-from rwkv_peft.ops.wkv7.cuda import FAMILY as WKV7
 
-# What runs of a recurrence: head sizes, dtypes, and the ways to run them.
-KINDS = [(64, torch.bfloat16, {}), (40, torch.float32, {})]
-KINDS += [(64, torch.bfloat16, {"group": 64})]
-LENGTHS = [81, 48]
-
-
-def recurrence(cases):
-    """kernels -> the results of a recurrence's cases, of KINDS."""
-
-    def run(kernels):
-        made = [(cases.make_case((1, 129, 1, N), dtype, lengths=LENGTHS), way) for N, dtype, way in KINDS]
-        return [x for case, way in made for x in cases.run(kernels, case, **way)]
-
-    return run
-
-
-FAMILIES = {  # a CudaFamily, and what its kernels give
-    "wkv6": (WKV6, recurrence(cases)),
-    "wkv7": (WKV7, recurrence(wkv7_cases)),
-    "mix": (MIX, kernel_cases.mix),
-    "bone": (BONE, kernel_cases.bone),
-    "cross_entropy": (CROSS_ENTROPY, kernel_cases.cross_entropy),
-    "decode": (DECODE, kernel_cases.decode),
-}
 MUTATED = re.compile(r"(__syncthreads|__syncwarp|cp_async_wait_all)\(\);")
 SECONDS = 60  # for one order's run; a mutated kernel may hang
 
@@ -92,7 +64,7 @@ def examine(sources, work, family, site):
         name, (start, end), text = site
         source = (folder / name).read_text()
         (folder / name).write_text(source[:start] + " " * (end - start) + source[end:])
-    shim.build(FAMILIES[family][0], folder, cache=folder)
+    shim.build(FAMILIES[family], folder, cache=folder)
     letters = ""
     while len(letters) < len(shim.ORDERS):
         letters += run_alone(family, folder, shim.ORDERS[len(letters) :])
@@ -119,7 +91,7 @@ def run_alone(family, folder, orders):
 
 def compare(family, folder, orders, sender):
     torch.set_num_threads(1)
-    kernels, results = FAMILIES[family]
+    kernels, results = FAMILIES[family], RESULTS[family]
     whole, mutated = shim.build(kernels), shim.build(kernels, folder, cache=folder)
     expected = results(whole)
     for order in orders:

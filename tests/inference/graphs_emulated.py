@@ -94,11 +94,11 @@ def walked(recurrence, rows):
 
 def emulate(patch):
     """Put the emulation in place of CUDA graphs, by patch(owner, name, value)."""
-    from rwkv_peft.ops.bone import op as bone
+    from rwkv_peft.ops import bone
     from rwkv_peft.ops.mix import cpu
     from rwkv_peft.ops.recurrence import signature
-    from rwkv_peft.ops.wkv6 import op as wkv6
-    from rwkv_peft.ops.wkv7 import op as wkv7
+    from rwkv_peft.ops.wkv6 import WKV6
+    from rwkv_peft.ops.wkv7 import WKV7
 
     patch(torch.cuda, "CUDAGraph", Graph)
     patch(torch.cuda, "graph", record)
@@ -109,6 +109,6 @@ def emulate(patch):
     patch(cpu.FAMILY, "takes", lambda *_: False)
     patch(bone, "backend", lambda *_, **__: None)
     patch(signature, "_has_values", lambda x: False)  # which are read of a CPU's at each call, of a GPU's once
-    for recurrence in (wkv6.WKV6, wkv7.WKV7):
-        patch(recurrence.backends, "choose", lambda *_: "reference")
+    for recurrence in (WKV6, WKV7):
+        patch(recurrence, "choose", lambda *_: "reference")
         patch(recurrence, "reference", walked(recurrence.reference, recurrence.row_count))

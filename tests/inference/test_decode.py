@@ -23,8 +23,7 @@ from rwkv_peft.inference.weights import rounded
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.models.state import State
-from rwkv_peft.ops.decode import quantize
-from rwkv_peft.ops.decode.cpu import FAMILY
+from rwkv_peft.ops.decode import CPU, quantize
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +210,7 @@ def test_a_model_computes_with_the_rounded_matrices(path, tmp_path, monkeypatch,
     assert (logits(model) - due).norm() < 0.02 * due.norm()  # activations are rounded, too
     steps = [list(generate(one, PROMPTS[:3], Sampling(temperature=0), 5)) for one in (model, plain)]
     assert steps[0] == steps[1]
-    monkeypatch.setattr(FAMILY, "unavailable", lambda: "no compiler")
+    monkeypatch.setattr(CPU, "unavailable", lambda: "no compiler")
     torch.testing.assert_close(logits(model), due, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(due, given, rtol=1e-3, atol=1e-3)
     assert re.fullmatch(rf"int{bits} blocks of 32: 0.3 -> 0.\d MB in 17 matrices", *told)

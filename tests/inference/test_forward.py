@@ -21,16 +21,15 @@ from rwkv_peft.inference.speakers import Speaker
 from rwkv_peft.inference.weights import quantize_products
 from rwkv_peft.models import FAMILIES, family_named
 from rwkv_peft.models.state import grows
+from rwkv_peft.ops import decode
 from rwkv_peft.ops.decode import MOST_ROWS
-from rwkv_peft.ops.decode import cpu as decode
-from rwkv_peft.ops.decode.cpu import FAMILY
 
 PRECISIONS = {"fp32": dict(), "bf16": dict(precision="bf16"), "int8": dict(weights="int8")}
 
 
 @pytest.fixture(scope="module", params=RECORDS)
 def path(request, tmp_path_factory):
-    if reason := FAMILY.unavailable():
+    if reason := decode.CPU.unavailable():
         pytest.skip(reason)
     family, generator = family_named(request.param), torch.Generator().manual_seed(0)
     shapes = family.shapes(family.new_dimensions(n_layer=3, n_embd=128, vocab_size=81))
@@ -167,7 +166,7 @@ def test_replayed_tokens_and_states_are_those_of_the_model(family, weights, monk
     model = make(family, 32 if weights else 16)
     if weights:
         quantize_products(model, weights, lambda text: None)
-        monkeypatch.setattr(decode.FAMILY, "takes", lambda *_: False)
+        monkeypatch.setattr(decode.CPU, "takes", lambda *_: False)
     with monkeypatch.context() as patch:
         emulate(patch.setattr)
         plain, _ = answers(model, overlap=False)

@@ -1,4 +1,4 @@
-"""RWKV-7 written out in plain torch, random checkpoints of its kind, and the laws that its models keep."""
+"""Each generation written out in plain torch, nothing shared with the package; random checkpoints."""
 
 import math
 
@@ -18,6 +18,8 @@ def random_tensors(family, first_value=True, dtype=torch.float64, **sizes):
             return (1 if key.endswith("weight") else 0) + 0.1 * random
         if key.endswith((".w0", ".a0", ".v0")):
             return 2 * random
+        if "time_" in key:  # of RWKV-6
+            return (random - 2 if key.endswith("decay") else random) * (1 if shape[:2] == (1, 1) else 0.3)
         return random / (shape[-1] ** 0.5 if len(shape) == 2 else 1)
 
     skipped = () if first_value else tuple(f"blocks.0.att.v{n}" for n in "012")
@@ -25,8 +27,8 @@ def random_tensors(family, first_value=True, dtype=torch.float64, **sizes):
     return tensors, family.config_of(tensors)
 
 
-def plain(tensors, config, tokens, scale=None, beside=None):
-    """Logits (T, V) of one sequence: section 2 of the paper, token by token, nothing shared with the package.
+def plain7(tensors, config, tokens, scale=None, beside=None):
+    """Logits (T, V) of one sequence of RWKV-7: section 2 of the paper, token by token.
     scale(layer, x (T, C)) -> (T, F) is a factor between the feed-forward's layers, if there is one; beside(layer,
     x (T, C)) -> (T, C) is what is added beside the time mix."""
     H, N, C, T = config.n_head, config.head_size, config.n_embd, len(tokens)
@@ -65,30 +67,101 @@ def plain(tensors, config, tokens, scale=None, beside=None):
     return norm(x, "ln_out") @ tensors["head.weight"].T
 
 
-def assert_plain(family, tensors, config, expected, grad_checkpoint=False):
-    """Assert that a model's logits and all gradients are those of expected(tensors, tokens)."""
-    tokens, targets = torch.arange(1, 12), torch.arange(2, 13)
-    model = family.load({key: tensor.clone() for key, tensor in tensors.items()}, config, grad_checkpoint)
-    own = {key: tensor.clone().requires_grad_() for key, tensor in tensors.items()}
-    found, due = model(tokens[None])[0][0], expected(own, tokens)
-    for logits in (found, due):
-        F.cross_entropy(logits, targets).backward()
-    torch.testing.assert_close(found, due, rtol=1e-9, atol=1e-9)
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            assert name in {f"blocks.0.att.v{n}" for n in "012"}  # which nothing uses
-        else:
-            torch.testing.assert_close(parameter.grad, own[name].grad, rtol=1e-7, atol=1e-9)
+def plain6(p, config, tokens):
+    """Logits (T, V) of one sequence of RWKV-6: the paper's equations (section 4), token by token on plain
+    vectors, from the raw state dict p."""
+    layer_norm = lambda x, weight, bias, eps=1e-5: F.layer_norm(x, x.shape, weight, bias, eps)  # noqa: E731
+    H, N = config.n_head, config.head_size
+    att_last = [torch.zeros(config.n_embd, dtype=p["emb.weight"].dtype) for _ in range(config.n_layer)]
+    ffn_last = [torch.zeros(config.n_embd, dtype=p["emb.weight"].dtype) for _ in range(config.n_layer)]
+    S = [[torch.zeros(N, N, dtype=p["emb.weight"].dtype) for _ in range(H)] for _ in range(config.n_layer)]
+    logits = []
+    for token in tokens:
+        x = layer_norm(p["emb.weight"][token], p["blocks.0.ln0.weight"], p["blocks.0.ln0.bias"])
+        for i in range(config.n_layer):
+            b, a, f = f"blocks.{i}.", f"blocks.{i}.att.", f"blocks.{i}.ffn."
+            h = layer_norm(x, p[b + "ln1.weight"], p[b + "ln1.bias"])
+            d = att_last[i] - h
+            low = torch.tanh((h + d * p[a + "time_maa_x"].flatten()) @ p[a + "time_maa_w1"]).view(5, -1)
+            mixed = {
+                name: h + d * (p[a + f"time_maa_{name}"].flatten() + low[j] @ p[a + "time_maa_w2"][j])
+                for j, name in enumerate("wkvrg")
+            }
+            att_last[i] = h
+            r, k, v = (
+                p[a + f"{long}.weight"] @ mixed[name]
+                for long, name in (("receptance", "r"), ("key", "k"), ("value", "v"))
+            )
+            g = F.silu(p[a + "gate.weight"] @ mixed["g"])
+            w = p[a + "time_decay"].flatten() + torch.tanh(mixed["w"] @ p[a + "time_decay_w1"]) @ p[a + "time_decay_w2"]
+            w = torch.exp(-torch.exp(w))
+            y = []
+            for head in range(H):
+                s = slice(head * N, (head + 1) * N)
+                kv = torch.outer(k[s], v[s])
+                y.append(r[s] @ (S[i][head] + p[a + "time_faaaa"][head][:, None] * kv))
+                S[i][head] = w[s][:, None] * S[i][head] + kv
+                y[-1] = layer_norm(y[-1], p[a + "ln_x.weight"][s], p[a + "ln_x.bias"][s], eps=64e-5)
+            x = x + p[a + "output.weight"] @ (torch.cat(y) * g)
+            h = layer_norm(x, p[b + "ln2.weight"], p[b + "ln2.bias"])
+            d = ffn_last[i] - h
+            ffn_last[i] = h
+            key = torch.relu(p[f + "key.weight"] @ (h + d * p[f + "time_maa_k"].flatten())) ** 2
+            gate = torch.sigmoid(p[f + "receptance.weight"] @ (h + d * p[f + "time_maa_r"].flatten()))
+            x = x + gate * (p[f + "value.weight"] @ key)
+        logits.append(p["head.weight"] @ layer_norm(x, p["ln_out.weight"], p["ln_out.bias"]))
+    return torch.stack(logits)
 
 
-@torch.inference_mode()
-def assert_parts_and_packed(model, tokens, cut, **close):
-    """Assert that a row is its two parts, its end their end, and its place in a packed row the whole."""
-    whole, end = model(tokens)
-    first, state = model(tokens[:, :cut])
-    rest, last = model(tokens[:, cut:], state)
-    torch.testing.assert_close(torch.cat([first, rest], 1), whole, **close)
-    torch.testing.assert_close(tuple(last[1]), tuple(end[1]), **close)
-    bounds = torch.tensor([0, cut, cut + tokens.shape[1]])
-    packed, _ = model(torch.cat([tokens[:, :cut], tokens], 1), cu_seqlens=bounds)
-    torch.testing.assert_close(packed, torch.cat([first, whole], 1), **close)
+def gate_of(tensors, tokens):
+    """The gate of RWKV-7a as RWKV-LM's demo has it: the tables summed once for the whole vocabulary, then by tokens."""
+    norm = (tensors["emb.weight"].shape[1:], tensors["blocks.0.ln0.weight"], tensors["blocks.0.ln0.bias"])
+    emb = F.layer_norm(tensors["emb.weight"], *norm)
+
+    def gate(layer, x):
+        s0, s1, s2, table, more = (
+            tensors[f"blocks.{layer}.ffn.{name}"] for name in ("s0", "s1", "s2", "s_emb.weight", "s_emb_x.weight")
+        )
+        table = table + emb @ more.T
+        rows = [x[t] @ s1 @ table[token].reshape(32, 32) for t, token in enumerate(tokens.tolist())]
+        return torch.stack(rows) @ s2 + s0.flatten()
+
+    return gate
+
+
+def attention_of(tensors, tokens):
+    """The attention of RWKV-7b as RWKV-LM's demo has it, query by query: the factors summed once for the whole
+    vocabulary, the low ranks of all tokens, and what is made of them."""
+    norm = (tensors["emb.weight"].shape[1:], tensors["blocks.0.ln0.weight"], tensors["blocks.0.ln0.bias"])
+    emb = F.layer_norm(tensors["emb.weight"], *norm)
+
+    def attention(layer, x):
+        own = lambda name: tensors[f"blocks.{layer}.qkv.{name}"]  # noqa: E731
+        table = lambda name: (own(f"{name}.weight") + emb @ own(f"{name}_x.weight").T)[tokens]  # noqa: E731
+        made = {
+            "q": x @ own("qq.weight").T,
+            "k": (x @ own("k1")) @ own("k2") * table("k_emb"),
+            "v": torch.tanh((x @ own("v1")) @ own("v2")) * table("v_emb"),
+        }
+        for name, each in made.items():
+            before = torch.cat([torch.zeros_like(each[:1]), each[:-1]])
+            mixed = each + (before - each) * own(f"x_{name}").flatten()
+            made[name] = F.layer_norm(mixed, mixed.shape[1:], own(f"ln{name}.weight"), own(f"ln{name}.bias"))
+        rows = []
+        for t, query in enumerate(made["q"]):
+            scores = 64 * torch.tanh(made["k"][: t + 1] @ query / 1024)
+            rows.append(scores.softmax(0) @ made["v"][: t + 1])
+        return torch.stack(rows)
+
+    return attention
+
+
+def plain7a(tensors, config, tokens):
+    return plain7(tensors, config, tokens, gate_of(tensors, tokens))
+
+
+def plain7b(tensors, config, tokens):
+    return plain7(tensors, config, tokens, gate_of(tensors, tokens), attention_of(tensors, tokens))
+
+
+PLAIN = {"x060": plain6, "x070": plain7, "x070a": plain7a, "x070b": plain7b}

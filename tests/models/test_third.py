@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.plain import assert_parts_and_packed
 from models.third import Third, ThirdConfig, ThirdFamily
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.shard_writer import ShardWriter
@@ -43,10 +42,6 @@ def files(tmp_path_factory):
     paths = ("--load_model", folder / "base.pth", "--data_file", folder / "data", "--proj_dir", folder / "run")
     (folder / "said").write_text(run("train", *paths, *TRAIN.split(), *SEGMENTS))
     return folder
-
-
-def test_a_whole_row_is_its_segments_and_its_place_in_a_packed_one():
-    assert_parts_and_packed(a_model().double(), torch.randint(80, (1, 12)), 5)
 
 
 def test_blocks_see_tokens():

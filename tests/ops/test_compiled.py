@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from rwkv_peft.ops.native.compiled import constant_when_compiled
+from rwkv_peft.ops.native.calls import constant_when_compiled
 
 
 def test_the_mark_is_that_of_torch():

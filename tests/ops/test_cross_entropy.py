@@ -5,43 +5,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cuda_shim import running, shim, toolchain
-from rwkv_peft.ops.cross_entropy import cpu, cross_entropy_, cuda, op
+from cuda_shim.shim import ORDERS, built, record
+from rwkv_peft.ops import cross_entropy as op
+from rwkv_peft.ops.cross_entropy import CPU, CUDA, DTYPES, cross_entropy_
 
 FORMS = ("plain", "cpu", "cuda")
 
 
-@pytest.fixture(scope="module")
-def built():
-    return running.built(cuda.FAMILY)
-
-
 @pytest.fixture
-def on_shim(request, monkeypatch):
+def on_shim(monkeypatch):
     """Send CPU tensors through the CUDA kernel; the losses that it should fill begin as NaN."""
-    if cpu.FAMILY.unavailable():
-        pytest.skip("no C++ compiler")
-    built = request.getfixturevalue("built")
-    built.set_order("ascending")
-    run = cuda.call
+    shim, run = built(CUDA), op.call
 
     def call(logits, tensors, **numbers):
         tensors["losses"].fill_(float("nan"))
         run(logits, tensors, **numbers)
 
-    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: built)
-    monkeypatch.setattr(cuda, "call", call)
-    monkeypatch.setattr(op, "backend", lambda logits: cuda if logits.dtype in cuda.DTYPES else None)
-    return built
+    monkeypatch.setattr(CUDA, "kernels", lambda device: shim)
+    monkeypatch.setattr(op, "call", call)
+    monkeypatch.setattr(op, "backend", lambda logits: op.cuda_losses_ if logits.dtype in DTYPES else None)
+    return shim
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     if request.param == "plain":
-        monkeypatch.setattr(cpu.FAMILY, "unavailable", lambda: "no compiler")
+        monkeypatch.setattr(CPU, "unavailable", lambda: "no compiler")
     elif request.param == "cuda":
         request.getfixturevalue("on_shim")
-    elif cpu.FAMILY.unavailable():
+    elif CPU.unavailable():
         pytest.skip("no C++ compiler")
     return request.param
 
@@ -73,20 +65,33 @@ def test_loss_and_gradient(form, n, V, dtype, pull):
     assert (ours_gradient.double() - gradient).norm() <= 4 * torch.finfo(dtype).eps * gradient.norm() + 1e-7
 
 
-def test_the_target_may_be_the_largest(form):
-    logits, _ = problem(6, 300)
-    targets = logits.argmax(1)
-    _, gradient = truth(logits, targets, 1.0, 0.01)
-    torch.testing.assert_close(cross_entropy_(logits, targets, 1.0, 0.01)[1], gradient.float(), rtol=1e-4, atol=1e-5)
+def largest_target(logits, targets):
+    targets[:] = logits.argmax(1)
 
 
-def test_nan_and_huge_logits(form):
+def huge_logit(logits, targets):
+    logits[1, 7], targets[1] = 1e4, 7
+
+
+def no_probability(logits, targets):
+    targets[:] = 4999
+    logits[:, :4990] = -float("inf")
+
+
+@pytest.mark.parametrize("change", [largest_target, huge_logit, no_probability])
+def test_extreme_logits(form, change):
+    logits, targets = problem(2, 5000)
+    change(logits, targets)
+    pull = 0.01 if change is largest_target else 0.0
+    loss, gradient = truth(logits, targets, 1.0, pull)
+    ours, ours_gradient = cross_entropy_(logits, targets, 1.0, pull)
+    torch.testing.assert_close((ours.double(), ours_gradient.double()), (loss, gradient), rtol=1e-5, atol=1e-6)
+
+
+def test_a_nan_comes_through(form):
     logits, targets = problem(3, 40)
-    logits[0, 5], logits[1, 7] = float("nan"), 1e4
-    targets[1] = 7
-    for row, expected in ((0, float("nan")), (1, 0.0)):
-        loss, _ = cross_entropy_(logits[row : row + 1].clone(), targets[row : row + 1], 1.0)
-        torch.testing.assert_close(loss, torch.tensor(expected), equal_nan=True)
+    logits[0, 5] = float("nan")
+    assert cross_entropy_(logits, targets, 1.0, each=True)[0].isnan().tolist() == [True, False, False]
 
 
 def test_float64_takes_the_plain_form():
@@ -98,7 +103,7 @@ def test_float64_takes_the_plain_form():
 
 @pytest.mark.parametrize("target", (-1, 40))
 def test_a_target_outside_the_vocabulary_is_refused(target):
-    if cpu.FAMILY.unavailable():
+    if CPU.unavailable():
         pytest.skip("no C++ compiler")
     with pytest.raises(IndexError, match="40 logits.*tokenizer"):
         cross_entropy_(torch.randn(2, 40), torch.tensor([0, target]), 1.0)
@@ -110,16 +115,7 @@ def test_a_target_outside_the_vocabulary_is_nan_on_a_gpu(on_shim):
     assert loss.isnan() and gradient.isfinite().all()
 
 
-def test_minus_infinity_is_no_probability(form):
-    logits, targets = problem(2, 5000)
-    targets[:] = 4999
-    logits[:, :4990] = -float("inf")
-    loss, gradient = truth(logits, targets, 1.0, 0.0)
-    ours, ours_gradient = cross_entropy_(logits, targets, 1.0)
-    torch.testing.assert_close((ours.double(), ours_gradient.double()), (loss, gradient), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("order", shim.ORDERS[1:])
+@pytest.mark.parametrize("order", ORDERS[1:])
 def test_the_order_of_threads_changes_no_bit(on_shim, order):
     logits, targets = problem(3, 5001)
     expected = cross_entropy_(logits.clone(), targets, 1.0, 0.01)
@@ -129,9 +125,9 @@ def test_the_order_of_threads_changes_no_bit(on_shim, order):
 
 
 def test_the_driver_is_asked_for_a_block_a_row(monkeypatch):
-    recorder = toolchain.record(cuda.FAMILY, monkeypatch)
+    recorder = record(CUDA, monkeypatch)
     logits, targets = problem(5, 48)
-    cuda.losses_(logits, targets, 0.5, 0.25, True)
+    op.cuda_losses_(logits, targets, 0.5, 0.25, True)
     ((sizes, stream, arguments, _),) = recorder.launches
     assert sizes[:4] == [5, 1, 1, recorder.constant] and stream == 7
     assert (arguments.vocabulary, arguments.scale, arguments.pull) == (48, 0.5, 0.25)

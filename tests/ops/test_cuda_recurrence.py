@@ -1,62 +1,130 @@
-"""Laws of every recurrence's CUDA kernels: sequences, states and gradients passed on, memory and the order of threads.
-Run on the CPU through tests/cuda_shim, and on a GPU if there is one; each family's own test compares its results with
-float64."""
+"""The recurrences' CUDA kernels against the float64 reference, and laws of them: sequences, states and gradients
+passed on, memory, the order of threads; and the operations that call them. Run on the CPU through tests/cuda_shim, and
+on a GPU if there is one."""
 
 import dataclasses
+import functools
 import math
+import re
 from contextlib import contextmanager
-from unittest.mock import patch
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cuda_shim import shim, toolchain
-from cuda_shim.cases import error, rms
-from cuda_shim.running import DEVICES, FAMILIES, runner, shim_kernels
-from rwkv_peft.ops.native.arguments import aligned
+from cuda_shim.cases import CASES, error, rms
+from cuda_shim.shim import DEVICES, ORDERS, built, record, runner
 from rwkv_peft.ops.native.build import source_directory
-from rwkv_peft.ops.recurrence.cuda import CHUNKED_SIZE
-from rwkv_peft.ops.wkv6.op import WKV6
-from rwkv_peft.ops.wkv7.op import WKV7
+from rwkv_peft.ops.recurrence import kernels as cuda
 
 pytestmark = pytest.mark.usefixtures("quiet_torch")
 
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def cuda(family):
-    """A family's cuda.py."""
-    return FAMILIES[family][0]
-
-
-@pytest.fixture(scope="module")
-def cases(family):
-    return FAMILIES[family][1]
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def run(request, family):
-    """case -> the kernels' results."""
-    return runner(family, request.param)
-
-
+LENGTHS = (1, 2, 15, 16, 17, 64, 100, 257)
+SIZES = {"wkv6": (8, 64, 128), "wkv7": (128, 8, 20, 64)}
+DTYPES = (torch.bfloat16, torch.float32)
+DECAYS7 = CASES["wkv7"].decays
+# recurrence, T, N, decays, dtype: of wkv7 every value of every parameter, in rotation, rather than every combination
+ACCURACY = [("wkv6", T, N, "ordinary") for T in LENGTHS for N in SIZES["wkv6"]]
+ACCURACY += [("wkv7", T, SIZES["wkv7"][i % 4], DECAYS7[(i // 2) % 4]) for i, T in enumerate(LENGTHS)]
+ACCURACY += [("wkv7", T, 64, DECAYS7[i % 4]) for i, T in enumerate(LENGTHS) if T not in (16, 257)]
+ACCURACY = [(*case, dtype, {}) for case in ACCURACY for dtype in DTYPES]
+ACCURACY += [
+    ("wkv6", 37, N, decay, dtype, {}) for N in SIZES["wkv6"] for decay in ("none", "all", "mix") for dtype in DTYPES
+]
+# the worst triangular system of a chunk: all tokens have one key, and nothing fades
+ACCURACY += [("wkv7", 40, N, "none", dtype, dict(repeated=True)) for N in (4, 36, 64) for dtype in DTYPES]
+PACKED = [("wkv6", N) for N in SIZES["wkv6"]] + [("wkv7", 12), ("wkv7", 64)]
+# recurrence, B, T or the lengths of packed sequences, a group's tokens, and what else makes a case. Those of wkv7 are
+# at both ends of the decays' range, and one in which nothing fades and a group removes one direction.
+SPLIT = [
+    ("wkv6", 2, 200, 64, dict(decay="mix")),
+    ("wkv6", 1, 161, 128, dict(with_state=False)),
+    ("wkv6", 1, [1, 70, 64, 3, 200, 129], 64, dict(decay="none")),
+    ("wkv6", 1, [300, 2, 17], 128, dict(decay="mix")),
+    ("wkv6", 1, [100, 150], 1024, dict(with_state=False)),
+    ("wkv7", 2, 129, 64, dict(decay="none")),
+    ("wkv7", 1, 129, 64, dict(decay="none", repeated=True)),
+    ("wkv7", 1, [1, 130, 64, 65], 64, dict(decay="mixed")),
+    ("wkv7", 1, [200], 64, dict(decay="strong")),
+    ("wkv7", 1, 129, 64, dict(with_state=False)),
+]
 # A head size, and the tokens of a group where time is split, else 0.
 WAYS = [(20, 0), (64, 0), (64, 64)]
 
 
-def chunked(cuda):
-    """The names of a family's chunked kernels."""
-    return [name for name in cuda.RECURRENCE.names if name not in cuda.RECURRENCE.plain]
+@pytest.fixture(scope="module", params=CASES)
+def op(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def cases(op):
+    return CASES[op]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def runs(request):
+    """A recurrence's name -> a function: case -> the kernels' results, on the CPU or on the GPU."""
+    return functools.cache(functools.partial(runner, device=request.param))
+
+
+@pytest.fixture(scope="module")
+def run(runs, op):
+    return runs(op)
+
+
+@pytest.fixture
+def on_shim(cases, monkeypatch):
+    """The kernels on the CPU, which the recurrence takes for its own."""
+    kernels = built(cases.cuda.family)
+    monkeypatch.setattr(cases.cuda.family, "kernels", lambda device: kernels)
+    return kernels
+
+
+def check(op, run, shape, dtype, **kinds):
+    """Every result is within twice plain torch's error in the same precision, plus some roundings of its scale. -> the
+    case
+
+    If wkv6's true gw is near zero, its scale is that of k gk, because gw is a difference of such terms.
+    """
+    cases = CASES[op]
+    case = cases.make(shape, dtype, **kinds)
+    true, plain, ours = (dict(zip(cases.results, compute(case))) for compute in (cases.truth, cases.plain, run))
+    assert ours.keys() == true.keys()
+    for name, x in ours.items():
+        assert x.shape == true[name].shape
+        scale = rms(true[name]) + (rms(case.k * true["gk"]) if (op, name) == ("wkv6", "gw") else 0.0)
+        bound = 2 * error(plain[name], true[name]) + 32 * torch.finfo(torch.float32).eps * scale
+        found = error(x, true[name])
+        assert found <= bound, f"{name}: error {found:.2e}, bound {bound:.2e}"
+    return case
+
+
+@pytest.mark.parametrize("op, T, N, decay, dtype, kinds", ACCURACY)
+def test_results_and_gradients_match_the_reference(runs, op, T, N, decay, dtype, kinds):
+    B, H = (1, 1) if T > 64 else (1 + T % 3, 1 + (T + N // 8) % 3)
+    state = T % 2 == 1 or T in (40, 64)
+    check(op, runs(op), (B, T, H, N), dtype, decay=decay, with_state=state, seed=T + N, **kinds)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp32"])
+@pytest.mark.parametrize("op, N", PACKED)
+def test_packed_sequences_are_independent(runs, op, N, dtype):
+    lengths = [1, 17, 64, 65, 3]
+    check(op, runs(op), (1, sum(lengths), 1, N), dtype, lengths=lengths, seed=N)
+
+
+@pytest.mark.parametrize("op, B, lengths, group, kinds", SPLIT)
+def test_split_time_is_as_exact_as_the_whole(runs, op, B, lengths, group, kinds):
+    packed = isinstance(lengths, list)
+    shape, kinds = (B, sum(lengths) if packed else lengths, 1, 64), kinds | dict(lengths=lengths if packed else None)
+    check(op, functools.partial(runs(op), group=group), shape, torch.bfloat16, seed=group, **kinds)
 
 
 @pytest.mark.parametrize("N, group", WAYS)
 @pytest.mark.parametrize("lengths", [(12, 0, 131), (12, 131, 0, 0)])
-def test_an_empty_sequence_hands_its_state_on(run, cuda, cases, lengths, N, group):
-    case = cases.make_case((1, 143, 2, N), torch.bfloat16, lengths=lengths)
+def test_an_empty_sequence_hands_its_state_on(run, cases, lengths, N, group):
+    case = cases.make((1, 143, 2, N), torch.bfloat16, lengths=lengths)
     y, final, *gradients, gstate = run(case, group=group)
     empty = torch.tensor(lengths) == 0
     assert torch.equal(final[empty], case.state[empty]) and torch.equal(gstate[empty], case.gfinal[empty])
@@ -70,7 +138,7 @@ def test_an_empty_sequence_hands_its_state_on(run, cuda, cases, lengths, N, grou
 
 @pytest.mark.parametrize("N", [8, 64])
 def test_no_tokens_hand_the_state_on(run, cases, N):
-    case = cases.make_case((2, 0, 2, N), torch.bfloat16)
+    case = cases.make((2, 0, 2, N), torch.bfloat16)
     y, final, *gradients, gstate = run(case)
     assert y.shape == (2, 0, 2, N) and not any(x.any() for x in gradients)
     assert torch.equal(final, case.state) and torch.equal(gstate, case.gfinal)
@@ -78,29 +146,27 @@ def test_no_tokens_hand_the_state_on(run, cases, N):
 
 @pytest.mark.parametrize("N", [12, 64])
 @pytest.mark.parametrize("at", [16, 33])
-def test_two_halves_with_the_state_carried_over_equal_the_whole(run, cuda, cases, at, N):
-    whole = cases.make_case((2, 70, 2, N), torch.bfloat16, seed=at)
+def test_two_halves_with_the_state_carried_over_equal_the_whole(run, cases, at, N):
+    whole = cases.make((2, 70, 2, N), torch.bfloat16, seed=at)
 
     def part(span, state, gfinal):
-        cut = {name: getattr(whole, name)[:, span].contiguous() for name in (*cuda.RECURRENCE.signature.rows, "gy")}
+        cut = {name: getattr(whole, name)[:, span].contiguous() for name in (*cases.cuda.signature.rows, "gy")}
         return dataclasses.replace(whole, **cut, state=state, gfinal=gfinal)
 
     middle = run(part(slice(0, at), whole.state, whole.gfinal))[1]
     second = run(part(slice(at, None), middle, whole.gfinal))
     first = run(part(slice(0, at), whole.state, second[-1]))
     join = {"final state": lambda a, b: b, "gstate": lambda a, b: a, "gu": torch.add}
-    for name, a, b, expected in zip(cases.RESULTS, first, second, run(whole), strict=True):
+    for name, a, b, expected in zip(cases.results, first, second, run(whole), strict=True):
         joined = join.get(name, lambda a, b: torch.cat([a, b], dim=1))(a, b)
         assert error(joined, expected.double()) <= 0.01 * rms(expected), name
 
 
 @pytest.mark.parametrize("N, group", WAYS)
-def test_nothing_is_read_before_it_is_written(run, cuda, cases, N, group):
+def test_nothing_is_read_before_it_is_written(run, cases, N, group):
     """Results, checkpoints and tensors between kernels begin as NaN in torch's deterministic mode, shared memory in the
     shim. One sequence has no tokens, and some places have no group."""
-    if group and N != CHUNKED_SIZE:
-        pytest.skip("time is not split at this head size")
-    case = cases.make_case((1, 135, 2, N), torch.bfloat16, lengths=[1, 0, 130, 4])
+    case = cases.make((1, 135, 2, N), torch.bfloat16, lengths=[1, 0, 130, 4])
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -113,74 +179,42 @@ def test_nothing_is_read_before_it_is_written(run, cuda, cases, N, group):
 
 
 @pytest.mark.parametrize("N", [8, 64])
-def test_without_gradients_wanted_nothing_is_kept(family, cuda, cases, N):
-    case = cases.make_case((1, 70, 1, N), torch.bfloat16)
-    kernels = shim_kernels(family)
+def test_what_is_not_wanted_is_not_computed(on_shim, cases, N):
+    """Without gradients nothing is kept for backward; no gradient of y counts as zeros."""
+    case = cases.make((1, 70, 1, N), torch.bfloat16)
     given = (*case.inputs, case.state, case.cu_seqlens)
-    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
-        y, final, checkpoints = cuda.RECURRENCE.forward(*given, save=False, group=0)
-    assert checkpoints.shape[0] == 0
-    for x, expected in zip((y, final), cases.run(kernels, case)):
-        assert torch.equal(x, expected)
-
-
-@pytest.mark.parametrize("N", [8, 64])
-def test_no_gradient_of_y_is_zeros(family, cuda, cases, N):
-    case = cases.make_case((1, 40, 1, N), torch.bfloat16)
-    kernels = shim_kernels(family)
-    given = (*case.inputs, case.state, None)
-    with patch.object(cuda.FAMILY, "kernels", lambda device: kernels):
-        checkpoints = cuda.RECURRENCE.forward(*given, save=True, group=0)[2]
-        found = cuda.RECURRENCE.backward(*given, checkpoints, None, case.gfinal, group=0)
-    expected = cases.run(kernels, dataclasses.replace(case, gy=torch.zeros_like(case.gy)))[2:]
-    for x, y in zip(found, expected, strict=True):
-        assert torch.equal(x, y)
+    y, final, checkpoints = cases.cuda.forward(*given, save=False, group=0)
+    assert checkpoints.shape[0] == 0 and all(map(torch.equal, (y, final), cases.run(on_shim, case)))
+    checkpoints = cases.cuda.forward(*given, save=True, group=0)[2]
+    found = cases.cuda.backward(*given, checkpoints, None, case.gfinal, group=0)
+    expected = cases.run(on_shim, dataclasses.replace(case, gy=torch.zeros_like(case.gy)))[2:]
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize(
     "N, dtype, group", [(64, torch.float32, 64), (20, torch.bfloat16, 64), (64, torch.bfloat16, 96)]
 )
-def test_a_group_that_the_kernels_do_not_take_is_refused(cuda, cases, N, dtype, group):
-    case = cases.make_case((1, 3, 1, N), dtype)
+def test_a_group_that_the_kernels_do_not_take_is_refused(cases, N, dtype, group):
+    case = cases.make((1, 3, 1, N), dtype)
     rule = "a multiple of 64 tokens, for torch.bfloat16 and head size .*64.*: give such, or 0"
-    for way, more in ((cuda.RECURRENCE.forward, ()), (cuda.RECURRENCE.backward, (None, case.gy, None))):
+    for way, more in ((cases.cuda.forward, ()), (cases.cuda.backward, (None, case.gy, None))):
         saving = {} if more else dict(save=True)
         with pytest.raises(ValueError, match=f"group {group} for {dtype} and head size {N}; .*{rule}"):
             way(*case.inputs, None, None, *more, group=group, **saving)
 
 
-def test_inputs_off_the_16_byte_grid(run, cases):
-    case = cases.make_case((1, 20, 1, 64), torch.bfloat16)
-    storage = torch.zeros(case.k.numel() + 1, dtype=torch.bfloat16)
-    storage[1:] = case.k.flatten()
-    shifted = dataclasses.replace(case, k=storage[1:].view(case.k.shape))
-    assert shifted.k.data_ptr() % 16 != 0
+def test_tensors_off_the_16_byte_grid(run, cases):
+    case = cases.make((1, 20, 1, 64), torch.bfloat16)
+    shifted = case.mapped(lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape))
+    assert shifted.k.data_ptr() % 16 and shifted.gfinal.data_ptr() % 16
     for x, expected in zip(run(shifted), run(case), strict=True):
         assert torch.equal(x, expected)
 
 
-def test_what_a_kernel_is_given_lies_on_its_grid(cuda, cases):
-    shifted = torch.zeros(65)[1:]
-    assert shifted.data_ptr() % 16 and aligned(shifted).data_ptr() % 16 == 0
-    inputs = {}
-
-    class Recorded:
-        @staticmethod
-        def run(name, arguments, *_):
-            inputs.update({name: getattr(arguments, name) for name in ("state", "gy", "gfinal", "r")})
-            return 0
-
-    case = cases.make_case((1, 20, 1, 8), torch.float32)
-    gfinal = torch.cat([torch.zeros(1), case.gfinal.flatten()])[1:].view(case.gfinal.shape)
-    with patch.object(cuda.FAMILY, "kernels", lambda device: Recorded):
-        cuda.RECURRENCE.backward(*case.inputs, None, None, torch.zeros(2, 1, 8, 8), None, gfinal)
-    assert gfinal.data_ptr() % 16 and inputs["gfinal"] % 16 == 0 and inputs["gy"] % 16 == 0
-
-
 @pytest.mark.parametrize("N", [8, 64])
-def test_a_nan_is_not_hidden(run, cuda, cases, N):
-    case = cases.make_case((1, 40, 1, N), torch.bfloat16)
-    for name in cuda.RECURRENCE.signature.rows:
+def test_a_nan_is_not_hidden(run, cases, N):
+    case = cases.make((1, 40, 1, N), torch.bfloat16)
+    for name in cases.cuda.signature.rows:
         poisoned = getattr(case, name).clone()
         poisoned[0, 20, 0, 7] = float("nan")
         y, final, *_ = run(dataclasses.replace(case, **{name: poisoned}))
@@ -189,24 +223,21 @@ def test_a_nan_is_not_hidden(run, cuda, cases, N):
 
 
 @pytest.mark.parametrize("N, group", WAYS)
-def test_the_order_of_the_threads_does_not_matter(family, cuda, cases, N, group):
-    if group and N != CHUNKED_SIZE:
-        pytest.skip("time is not split at this head size")
-    kernels = shim_kernels(family)
-    case = cases.make_case((1, 100, 1, N), torch.bfloat16)
-    expected = cases.run(kernels, case, group=group)
-    for order in shim.ORDERS[1:]:
-        kernels.set_order(order)
-        for x, y in zip(cases.run(kernels, case, group=group), expected, strict=True):
+def test_the_order_of_the_threads_does_not_matter(on_shim, cases, N, group):
+    case = cases.make((1, 100, 1, N), torch.bfloat16)
+    expected = cases.run(on_shim, case, group=group)
+    for order in ORDERS[1:]:
+        on_shim.set_order(order)
+        for x, y in zip(cases.run(on_shim, case, group=group), expected, strict=True):
             assert torch.equal(x, y), order
 
 
-def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkeypatch):
-    recorder = toolchain.record(cuda.FAMILY, monkeypatch)
+def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cases, monkeypatch):
+    recorder = record(cases.cuda.family, monkeypatch)
     for N in (64, 20):
-        cases.run(cuda.FAMILY.kernels(0), cases.make_case((2, 5, 3, N), torch.bfloat16))
+        cases.run(cases.cuda.family.kernels(0), cases.make((2, 5, 3, N), torch.bfloat16))
     planned = [
-        cuda.RECURRENCE.kernel(direction, N, torch.bfloat16)[1] or (recorder.constant, 1)
+        cases.cuda.kernel(direction, N, torch.bfloat16)[1] or (recorder.constant, 1)
         for N in (64, 20)
         for direction in ("forward", "backward")
     ]
@@ -216,39 +247,111 @@ def test_the_driver_is_asked_for_a_block_a_head_and_sequence(cuda, cases, monkey
         assert (arguments.sequences, arguments.length, arguments.heads) == (2, 5, 3)
 
 
+def test_groups_are_launched_in_their_order(monkeypatch):
+    recorder = record(CASES["wkv7"].cuda.family, monkeypatch)
+    case = CASES["wkv7"].make((2, 130, 3, 64), torch.bfloat16)
+    CASES["wkv7"].run(CASES["wkv7"].cuda.family.kernels(0), case, group=64)
+    groups_of, scan = 2 * 3 * 3, 2 * 3 * 4  # three groups a sequence; four blocks a head
+    assert [sizes[0] for sizes, *_ in recorder.launches] == 2 * [groups_of, scan, groups_of]  # forward, backward
+    assert all((a.group, a.groups, a.sequences, a.length) == (64, 6, 2, 130) for _, _, a, _ in recorder.launches)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_plan_names_kernels_that_there_are(family, cuda, dtype):
+def test_a_plan_names_kernels_that_there_are(cases, dtype):
     """And no more threads per block than the kernels are compiled for."""
-    source = (source_directory("cuda") / cuda.FAMILY.source).read_text(encoding="utf-8")
-    bounds = dict(toolchain.kernels_of(source))
-    assert bounds.keys() == {*chunked(cuda), *cuda.RECURRENCE.plain}
+    own = cases.cuda
+    source = (source_directory("cuda") / own.family.source).read_text(encoding="utf-8")
+    found = re.findall(r"^RECURRENCE_KERNEL\((\w+), .*?, (\d+), \w+,\s", source, re.MULTILINE)
+    bounds = {name: int(threads) for name, threads in found}
+    assert bounds.keys() == {*own.names}
     for direction in ("forward", "backward"):
         for head_size in range(4, 132, 4):
-            name, block = cuda.RECURRENCE.kernel(direction, head_size, dtype)
-            assert direction in name and (name in cuda.RECURRENCE.plain or dtype == torch.bfloat16)
-            assert block is None if name in chunked(cuda) else math.prod(block) <= bounds[name]
+            name, block = own.kernel(direction, head_size, dtype)
+            assert direction in name and (name in own.plain or dtype == torch.bfloat16)
+            assert (block is None) == (name not in own.plain) and (block is None or math.prod(block) <= bounds[name])
 
 
 @pytest.mark.parametrize(
-    "cuda_version, available, words", [(None, False, "CUDA build of torch"), ("13.0", False, "no NVIDIA GPU")]
+    "B, T, H, sequences, group",
+    [
+        (1, 4096, 64, 1, 1024),  # 256 blocks
+        (1, 1024, 32, 1, 128),
+        (1, 4000, 64, 1, 1024),
+        (2, 4096, 32, 2, 1024),
+        (1, 8192, 32, 2, 1408),  # packed; each may leave a place unused
+        (8, 4096, 32, 8, 0),  # the blocks are enough as they are
+        (1, 4096, 128, 1, 0),  # 2 groups would not pay
+        (1, 256, 12, 1, 0),  # nor would 3 as short as these
+    ],
 )
-def test_the_reason_why_it_is_unavailable(cuda, monkeypatch, cuda_version, available, words):
-    monkeypatch.setattr(torch.version, "cuda", cuda_version)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert words in cuda.FAMILY.unavailable()
+def test_time_is_split_where_that_pays(B, T, H, sequences, group, monkeypatch):
+    """By the chunked kernels on a GPU alone."""
+    resident = 264  # two blocks on each of an H100's multiprocessors
+    assert cuda.choose_group(B, T, H, sequences, resident) == group
+    assert H * cuda.places(B, T, sequences, group) <= resident
+    monkeypatch.setattr(cuda, "resident_blocks", lambda *_: resident)
+    for N, dtype, on_gpu in ((64, torch.bfloat16, True), (64, torch.float32, True), (32, torch.bfloat16, True)):
+        r = SimpleNamespace(is_cuda=on_gpu, dtype=dtype, shape=(B, T, H, N), device=torch.device("cuda", 0))
+        chunked = N == 64 and dtype == torch.bfloat16
+        assert CASES["wkv7"].cuda.group_of(r, sequences) == (group if chunked else 0)
+    planned = torch.empty(B, T, H, 64, dtype=torch.bfloat16, device="meta")
+    assert CASES["wkv7"].cuda.group_of(planned, sequences) == 0
 
 
-def test_an_old_gpu_is_named(cuda, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for name, value in dict(is_available=True, current_device=0, get_device_name="Tesla T4").items():
+@pytest.mark.parametrize("capability, on_small, blocks", [((9, 0), 1, 264), ((8, 9), 2, 264), ((8, 9), 1, 132)])
+def test_a_gpu_holds_two_blocks_a_multiprocessor_where_they_fit(monkeypatch, capability, on_small, blocks):
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert cuda.resident_blocks.__wrapped__(0, on_small) == blocks
+
+
+@pytest.mark.parametrize(
+    "lengths, dtype, N, group",
+    [
+        ([80], torch.float32, 8, 0),
+        ([20, 30], torch.float32, 8, 0),
+        ([80], torch.bfloat16, 64, 64),
+        ([20, 130], torch.bfloat16, 64, 64),
+    ],
+)
+def test_the_operation_calls_them_and_splits_time(op, cases, on_shim, monkeypatch, lengths, dtype, N, group):
+    """The operation itself, and torch's operators and derivatives below it, as on a GPU."""
+    recurrence = cases.recurrence
+    monkeypatch.setattr(recurrence, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(cases.cuda, "group_of", lambda *_: group)
+    launched, run_one = [], on_shim.run
+    monkeypatch.setattr(on_shim, "run", lambda name, *rest: launched.append(name) or run_one(name, *rest))
+
+    def compute(case):
+        leaves = [x.detach().clone().requires_grad_() for x in (*case.inputs, case.state)]
+        y, final = recurrence.compute(leaves[:-1], leaves[-1], case.cu_seqlens, "auto")
+        torch.autograd.backward([y, final], [case.gy, case.gfinal])
+        return y.detach(), final.detach(), *(x.grad for x in leaves)
+
+    bounds = lengths if len(lengths) > 1 else None
+    case = check(op, compute, (1, sum(lengths), 2, N), dtype, lengths=bounds)
+    splits = {*cases.cuda.split.names()}
+    assert splits & {*launched} == (splits if group else set())
+    given = (*case.inputs, case.state, case.cu_seqlens)
+    kept = cases.cuda.forward(*given, save=True)[2]
+    assert kept.shape[0] == cases.cuda.checkpoint_count(case.gy, case.state.shape[0])
+
+
+@pytest.mark.parametrize(
+    "version, capability, words",
+    [(None, None, "CUDA build of torch"), ("13.0", None, "no NVIDIA GPU"), ("13.0", (7, 5), "a T4 has .* 7.5")],
+)
+def test_the_reason_why_they_are_unavailable(cases, monkeypatch, version, capability, words):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    for name, value in dict(is_available=capability is not None, current_device=0, get_device_name="a T4").items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert "Tesla T4 has compute capability 7.5" in cuda.FAMILY.unavailable()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert re.search(words, cases.cuda.unavailable())
 
 
-def test_each_gpu_has_a_verdict_of_its_own(family, cuda, monkeypatch):
-    backends = {"wkv6": WKV6, "wkv7": WKV7}[family].backends
-    current = []
+@pytest.mark.filterwarnings("ignore:.*takes backend 'chunked', which is slow")
+def test_each_gpu_has_a_verdict_of_its_own(cases, monkeypatch):
+    recurrence, current = cases.recurrence, []
 
     @contextmanager
     def device(index):
@@ -257,13 +360,12 @@ def test_each_gpu_has_a_verdict_of_its_own(family, cuda, monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(cuda.FAMILY, "unavailable", lambda: None if current[-1] == 0 else "this GPU is too old")
-    backends._resolve.cache_clear()
+    monkeypatch.setattr(cases.cuda.family, "unavailable", lambda: None if current[-1] == 0 else "this GPU is too old")
+    recurrence._resolve.cache_clear()
     try:
-        assert backends.choose("auto", "cuda", 0, torch.bfloat16) == "cuda"
-        with pytest.warns(RuntimeWarning, match="this GPU is too old"):
-            assert backends.choose("auto", "cuda", 1, torch.bfloat16) != "cuda"
+        assert recurrence.choose("auto", "cuda", 0, torch.bfloat16) == "cuda"
+        assert recurrence.choose("auto", "cuda", 1, torch.bfloat16) == "chunked"
         with pytest.raises(RuntimeError, match="this GPU is too old"):
-            backends.choose("cuda", "cuda", 1, torch.bfloat16)
+            recurrence.choose("cuda", "cuda", 1, torch.bfloat16)
     finally:
-        backends._resolve.cache_clear()
+        recurrence._resolve.cache_clear()

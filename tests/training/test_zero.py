@@ -17,7 +17,7 @@ from rwkv_peft.checkpoints.tensors import read_safetensors, save_safetensors
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
-from rwkv_peft.ops.recurrence.cpu import CpuRecurrence
+from rwkv_peft.ops.recurrence.kernels import CpuRecurrence
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import describe
 from rwkv_peft.training.inputs import find_inputs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cli.errors import UserError
-from ..ops.native.compiled import constant_when_compiled
+from ..ops.native.calls import constant_when_compiled
 from ..ops.products import addmm_
 
 ROW_ELEMENTS = 1 << 22  # dequantized elements held at a time

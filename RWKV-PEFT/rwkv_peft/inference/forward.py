@@ -21,10 +21,10 @@ from ..cli.errors import told
 from ..models.layout import LayerState
 from ..models.parts import LanguageModel
 from ..models.state import State, grows
-from ..ops.decode import MOST_ROWS, Tape, product
-from ..ops.decode.cpu import FAMILY
-from ..ops.wkv6.cpu import RECURRENCE as WKV6
-from ..ops.wkv7.cpu import RECURRENCE as WKV7
+from ..ops.decode import CPU, MOST_ROWS, product
+from ..ops.decode.tape import Tape
+from ..ops.wkv6 import WKV6
+from ..ops.wkv7 import WKV7
 from .weights import Arena, FrozenLinear, linears
 
 PREFILL = 4096  # tokens of prompts read in one pass
@@ -88,7 +88,7 @@ def speed_up(model: LanguageModel) -> None:
         model.set_submodule(name, FrozenLinear(layer.weight))
     layers = (module for block in model.blocks for module in block.modules() if module is not block)
     plain = all(isinstance(module, KINDS) or list(module.children()) for module in layers)
-    if plain and model.config.version in RECORDS and FAMILY.takes(model.emb.weight[:1]):
+    if plain and model.config.version in RECORDS and CPU.takes(model.emb.weight[:1]):
         model.forward = TapedForward(model)  # type: ignore[method-assign]
 
 
@@ -236,7 +236,7 @@ def record_rwkv6(recorder: Recorder, block: Any, shifts: Tensor) -> LayerArgumen
     r, g = tape.product(xr, att.receptance.weight, "r"), tape.product(xg, att.gate.weight, "g")
     w = recorder.factors(xw, att.time_decay_w1, att.time_decay_w2, "tanh", "w")
     tape.element("", w, att.time_decay.flatten())
-    y, wkv = tape.recur(WKV6, (r, k, v, w, att.time_faaaa.float()), att.head_size)
+    y, wkv = tape.recur(WKV6.cpu, (r, k, v, w, att.time_faaaa.float()), att.head_size)
     norm, out = att.ln_x, tape.buffer("gated", y.shape[1])
     tensors = dict(y=y, g=g, weight=norm.weight, bias=norm.bias, out=out)
     tape.mix("norm_gate", tensors, eps=norm.eps, channels=y.shape[1], size=att.head_size)
@@ -271,7 +271,7 @@ def record_rwkv7(recorder: Recorder, block: Any, shifts: Tensor) -> LayerArgumen
     key, removed, written = (tape.buffer(name, x.shape[1]) for name in ("keys", "removed", "written"))
     tensors = dict(k=k, low=rate, a0=att.a0, k_k=att.k_k, k_a=att.k_a, key=key, a=removed, b=written)
     tape.mix("delta_keys", tensors, **sizes)
-    y, wkv = tape.recur(WKV7, (r, w, key, v, removed, written), att.head_size)
+    y, wkv = tape.recur(WKV7.cpu, (r, w, key, v, removed, written), att.head_size)
     norm, out = att.ln_x, tape.buffer("gated", x.shape[1])
     tensors = dict(y=y, r=r, k=key, v=v, g=g, r_k=att.r_k, weight=norm.weight, bias=norm.bias, out=out)
     tape.mix("norm_bonus_gate", tensors, eps=norm.eps, **sizes)

@@ -5,9 +5,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..config import ModelConfig
 from .family import GgufTensor
 
 CONTEXT = 1 << 20  # a recurrent model has no limit; llama.cpp's own converter writes this
+
+
+def all_settings(config: ModelConfig, *own: tuple[str, float]) -> tuple[tuple[str, float], ...]:
+    """Family.gguf_settings: those that all generations have, around a generation's own."""
+    return (
+        ("add_context_length", CONTEXT),
+        ("add_embedding_length", config.n_embd),
+        ("add_block_count", config.n_layer),
+        ("add_layer_norm_eps", 1e-5),
+        *own,
+        ("add_feed_forward_length", config.dim_ffn),
+        ("add_head_count", 0),  # there are no attention heads
+    )
 
 
 def flat(tensor: Tensor) -> Tensor:

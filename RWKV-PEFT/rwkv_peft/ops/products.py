@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .native.compiled import constant_when_compiled
+from .native.calls import constant_when_compiled
 
 HALVES = (torch.bfloat16, torch.float16)
 ELEMENTS = 1 << 22  # of a matrix that are converted at a time: 16 MiB

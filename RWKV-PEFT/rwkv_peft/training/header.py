@@ -16,9 +16,9 @@ from ..gpus import better_precision
 from ..models import family_named
 from ..models.family import Family
 from ..ops import products
-from ..ops.bone import cuda as bone_cuda
-from ..ops.cross_entropy import cuda as cross_entropy_cuda
-from ..ops.mix import cuda as mix_cuda
+from ..ops.bone.cuda import FAMILY as BONE
+from ..ops.cross_entropy import CUDA as CROSS_ENTROPY
+from ..ops.mix.cuda import FAMILY as MIX
 from .inputs import Inputs
 from .learned import doubts, rate_of
 from .step.context_parallel import in_flight, waiting
@@ -27,7 +27,7 @@ from .step.shared_prefix import saved_tokens
 from .step.zero import loses_in_sums
 
 # (operations, their CUDA kernels), besides the recurrence
-KERNELS = (("token shift, gates, norms", mix_cuda), ("bat-in, Bone's shards", bone_cuda), ("loss", cross_entropy_cuda))
+KERNELS = (("token shift, gates, norms", MIX), ("bat-in, Bone's shards", BONE), ("loss", CROSS_ENTROPY))
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
 
@@ -73,8 +73,8 @@ def describe(
     if train.compile:
         say("          blocks are compiled: the first steps take a minute or more")
     if accelerator == "gpu":
-        for what, cuda in KERNELS:
-            reason = cuda.FAMILY.unavailable()
+        for what, kernels in KERNELS:
+            reason = kernels.unavailable()
             say(f"          {what}: {'cuda' if reason is None else f'plain torch ({reason})'}")
     files = ", ".join((data.path, *data.more))
     say(f"data      {files}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")

@@ -21,7 +21,7 @@ from rwkv_peft.config import AdapterConfig, TrainConfig
 from rwkv_peft.inference import forward
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives import cross_entropy, divergence
-from rwkv_peft.ops.cross_entropy import cuda as cross_entropy_kernels
+from rwkv_peft.ops.cross_entropy import CUDA
 from rwkv_peft.tools.plan import activations, memory
 from rwkv_peft.tools.plan.activations import CPU, GPU, ITEM
 from rwkv_peft.tools.plan.memory import activations_of, count
@@ -161,7 +161,7 @@ def test_logits_take_the_bytes_that_are_counted(monkeypatch):
         assert logit_bytes(1000, dtype, device, True) == pytest.approx(memory.TAUGHT[ITEM[precision]] * 1000, rel=0.05)
     for top_p, each in zip((1.0, 0.9), memory.DRAWN):
         assert drawing_bytes(65536, top_p) == pytest.approx(each * 65536, rel=0.01)
-    monkeypatch.setattr(cross_entropy_kernels, "takes", lambda logits: False)
+    monkeypatch.setattr(CUDA, "takes", lambda logits: False)
     assert logit_bytes(1001, torch.bfloat16, "meta", False) == pytest.approx(8 * 1001, rel=0.05)
 
 

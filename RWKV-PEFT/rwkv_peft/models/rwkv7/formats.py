@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...cli.errors import UserError, short
 from ..family import GgufTensor, differences
-from ..gguf import CONTEXT, GgufTensors, flat
+from ..gguf import GgufTensors, all_settings, flat
 from .keys import LOW_RANK, SHIFTS, RWKV7Config
 
 HF_PREFIX = "model."
@@ -78,13 +78,13 @@ def hf_settings(config: RWKV7Config) -> dict[str, Any]:
 
 def gguf_tensors(base: Mapping[str, Tensor], config: RWKV7Config) -> Iterator[GgufTensor]:
     """See Family.gguf_tensors."""
-    told = GgufTensors(base)
-    entry = told.entry
-    yield from told.embedding()
+    described = GgufTensors(base)
+    entry = described.entry
+    yield from described.embedding()
     for i in range(config.n_layer):
         att, ffn, block = f"blocks.{i}.att.", f"blocks.{i}.ffn.", f"blk.{i}."
-        yield from told.norms(i)
-        yield told.stacked(f"{block}time_mix_lerp_fused.weight", [f"{att}x_{name}" for name in SHIFTS])
+        yield from described.norms(i)
+        yield described.stacked(f"{block}time_mix_lerp_fused.weight", [f"{att}x_{name}" for name in SHIFTS])
         for name in "wav":
             source = "a" if i == 0 and name == "v" else name
             yield entry(f"{block}time_mix_{name}0.weight", f"{att}{source}0", flat)
@@ -99,23 +99,18 @@ def gguf_tensors(base: Mapping[str, Tensor], config: RWKV7Config) -> Iterator[Gg
         yield entry(f"{block}channel_mix_lerp_k.weight", f"{ffn}x_k")
         for name in ("key", "value"):
             yield entry(f"{block}channel_mix_{name}.weight", f"{ffn}{name}.weight", large=True)
-    yield from told.head()
+    yield from described.head()
 
 
-def gguf_settings(config: RWKV7Config) -> tuple[tuple[str, Any], ...]:
+def gguf_settings(config: RWKV7Config) -> tuple[tuple[str, float], ...]:
     """See Family.gguf_settings."""
-    return (
-        ("add_context_length", CONTEXT),
-        ("add_embedding_length", config.n_embd),
-        ("add_block_count", config.n_layer),
-        ("add_layer_norm_eps", 1e-5),
+    return all_settings(
+        config,
         ("add_wkv_head_size", config.head_size),
         ("add_decay_lora_rank", config.decay_rank),
         ("add_iclr_lora_rank", config.iclr_rank),
         ("add_value_residual_mix_lora_rank", config.value_rank),
         ("add_gate_lora_rank", config.gate_rank),
-        ("add_feed_forward_length", config.dim_ffn),
-        ("add_head_count", 0),  # there are no attention heads
     )
 
 

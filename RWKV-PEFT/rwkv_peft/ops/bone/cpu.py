@@ -1,8 +1,8 @@
 """Products with the small square matrices of Bone's block affine forms on the CPU: builds cpu/bone on first use and
 calls it through its C interface.
 
-Takes float32 and bfloat16 tensors; if FAMILY refuses some, op.py computes in plain torch. Rows of read-only tensors
-may have gaps between them; the other tensors are contiguous.
+Takes float32 and bfloat16 tensors; __init__.py computes the others in plain torch. Rows of read-only tensors may have
+gaps between them; the other tensors are contiguous.
 """
 
 import ctypes
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ..native import cpu
-from ..native.arguments import fields, fill
 from ..native.build import BuildError
-from ..native.compiled import Operator
+from ..native.calls import Operator, fields, fill
 from ..native.cpu import CpuFamily, cpu_library
 
 # Instruction sets, fastest first: AMX, the matrix unit of recent Xeons (bfloat16), then those of every kernel.
@@ -73,9 +72,7 @@ class BoneFamily(CpuFamily):
             return str(error)
         return None if has_unit else f"this processor has no matrix unit; its best is {cpu.best_level()}"
 
-    def build(
-        self, level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[str | Path] = ()
-    ) -> ctypes.CDLL:
+    def build(self, level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[Path] = ()) -> ctypes.CDLL:
         """Build and load a level's functions, with `name` and `flags` added to its own; built anew if one of `headers`
         changes, too."""
         functions = FUNCTIONS + (AMX_FUNCTIONS if level == "amx" else ())
@@ -99,7 +96,7 @@ compute = Operator("bone_cpu", call)
 def affine(x: Tensor, bone: Tensor, level: str = "", factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """z = x + u and factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
     x, rank = _rows(x), bone.shape[-1]
-    _check_shards(x, rank, bone.shape[0])
+    assert x.shape[1] == rank * bone.shape[0]
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
     sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank, factor=factor)
     compute(f"affine:{level}", dict(x=x, bone=bone.contiguous()), dict(z=z, shift=shift), **sizes)
@@ -114,8 +111,7 @@ def affine_backward_(
     x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, or None without x.
     """
     g, x = _rows(g), None if x is None else _rows(x)
-    _check_shards(dz, bone.shape[-1], bone.shape[0])
-    _check_shards(g, bone.shape[-1])
+    assert dz.shape[1] == bone.shape[0] * bone.shape[-1] and g.shape[1] % bone.shape[-1] == 0
     d_bone = None if x is None else torch.zeros(bone.shape)
     read, written = dict(g=g, x=x, bone=bone.contiguous()), dict(d=dz, d_bone=d_bone)
     strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
@@ -140,9 +136,7 @@ def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor, level: str = "") -> T
 
 def _merge(rows: Tensor, bone: Tensor, merged: Tensor, d_bone: Tensor | None, level: str) -> None:
     rows, (count, rank, _) = rows.contiguous(), bone.shape
-    _check_shards(rows, rank)
-    if rows.shape[0] != count * rank:
-        raise ValueError(f"{rows.shape[0]} rows are not {count} blocks of {rank}")
+    assert rows.shape[0] == count * rank and rows.shape[1] % rank == 0
     read, written = dict(w=rows, bone=bone.contiguous()), dict(merged=merged, d_bone=d_bone)
     compute(f"merge:{level}", read, written, count=count, in_features=rows.shape[1], rank=rank)
 
@@ -176,11 +170,6 @@ def add_tiled_(y: Tensor, tile: Tensor, level: str = "") -> None:
 def level_flags() -> dict[str, tuple[str, ...]]:
     """The instruction sets of this machine's architecture -> the compiler's flags."""
     return {"amx": (*cpu.AVX512BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), **cpu.level_flags()}
-
-
-def _check_shards(x: Tensor, rank: int, count: int | None = None) -> None:
-    if x.shape[1] % rank or (count is not None and x.shape[1] != count * rank):
-        raise ValueError(f"rows of {x.shape[1]} are not {'shards' if count is None else f'{count} shards'} of {rank}")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..native.arguments import aligned, fields
-from ..native.compiled import Operator
+from ..native.calls import Operator, aligned, fields
 from ..native.cuda import DTYPES, CudaFamily
 
 PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..mix import cpu as mix
-from ..native.arguments import fill
-from ..recurrence.cpu import CpuRecurrence
+from ..native.calls import fill
+from ..recurrence.kernels import CpuRecurrence
+from . import CPU, MOST_ROWS, Call, ElementArguments, NormArguments, ProductArguments, given_to_product
 from .blocks import Blocks
-from .cpu import FAMILY, Call, ElementArguments, NormArguments, ProductArguments, given_to_product
-from .op import MOST_ROWS
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 KINDS = ("", "tanh", "sigmoid")  # as ElementArguments numbers them
@@ -36,7 +35,7 @@ class Tape:
         """Make all calls. Raises MemoryError if a kernel finds none for its work."""
         if self._array is None:
             self._array = (Call * len(self._calls))(*self._calls)
-        if FAMILY.library().decode_run(self._array, len(self._calls)):
+        if CPU.library().decode_run(self._array, len(self._calls)):
             raise MemoryError("decoding: a CPU kernel found no memory for its work buffers; lower the batch")
 
     def buffer(self, name: str, width: int) -> Tensor:
@@ -54,18 +53,18 @@ class Tape:
     def product_into(self, x: Tensor, weight: Tensor | Blocks, y: Tensor) -> ProductArguments:
         """product, into y (rows, out)."""
         tensors, sizes = given_to_product(x, weight, y)
-        return self._add(FAMILY.library().decode_product, ProductArguments, tensors, sizes)
+        return self._add(CPU.library().decode_product, ProductArguments, tensors, sizes)
 
     def norm(self, x: Tensor, norm: torch.nn.LayerNorm, y: Tensor, add: Tensor | None = None) -> None:
         """x += add, then y = norm(x)."""
         tensors = dict(x=x, add=add, weight=norm.weight, bias=norm.bias, y=y)
         sizes = dict(rows=self.rows, channels=x.shape[1], eps=norm.eps)
-        self._add(FAMILY.library().decode_norm, NormArguments, tensors, sizes)
+        self._add(CPU.library().decode_norm, NormArguments, tensors, sizes)
 
     def element(self, kind: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x = f(x + bias), f being one of KINDS."""
         sizes = dict(rows=self.rows, channels=x.shape[1], kind=KINDS.index(kind))
-        self._add(FAMILY.library().decode_elements, ElementArguments, dict(x=x, bias=bias), sizes)
+        self._add(CPU.library().decode_elements, ElementArguments, dict(x=x, bias=bias), sizes)
         return x
 
     def mix(self, op: str, tensors: Mapping[str, Tensor], **sizes: float) -> ctypes.Structure:

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from ..native.arguments import fields, fill
+from ..native.calls import fields, fill
 from ..native.cpu import CpuFamily
 from .operations import OPERATIONS, Operation, class_name
 

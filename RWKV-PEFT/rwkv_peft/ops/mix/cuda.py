@@ -1,4 +1,4 @@
-"""Calls cuda/mix, which nvcc or NVRTC builds on first use, on torch's stream."""
+"""Calls cuda/mix, which NVRTC builds on first use, on torch's stream."""
 
 import ctypes
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..native.arguments import aligned
+from ..native.calls import aligned
 from ..native.cuda import DTYPES, CudaFamily
 from .operations import OPERATIONS, Operation
 

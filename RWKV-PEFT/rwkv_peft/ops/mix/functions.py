@@ -1,10 +1,13 @@
-"""The mix operations' autograd Functions over cpu/mix and cuda/mix: operations.py's table of them, and their helpers.
+"""The mix operations' autograd Functions over cpu/mix and cuda/mix: operations.py's table of them, and token shift with
+interpolation, including the weights' low-rank product.
 
-Tensors are contiguous and share one dtype, float32 or bfloat16; op.py ensures that.
+Tensors are contiguous and share one dtype, float32 or bfloat16; __init__.py ensures that. On a GPU the kernels of
+cuda/mix/low_rank.cuh include the low-rank product; they serve if they take the tensors, and in backward if `up` and maa
+are also frozen. Otherwise it is a matrix product beside the kernels of cuda/mix/lerp.cuh.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -12,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..native.compiled import Operator
+from ..native.calls import Operator, differentiable_once
+from ..products import matmul
 from . import cpu, cuda
 from .operations import OPERATIONS, Operation, class_name
 
-Gradients = TypeVar("Gradients")
 Item = TypeVar("Item")
 
 
@@ -44,20 +47,6 @@ def run(function: type[Function], *arguments: Any) -> Any:
     return function.forward(_NoGradient(), *arguments)
 
 
-def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Make a backward refuse create_graph=True, which would take its result for a constant."""
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Tensor | None) -> Gradients:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the mix kernels have no second derivative; differentiate twice in float64, which takes the plain form"
-            )
-        return backward(ctx, *(None if grad is None else grad.contiguous() for grad in grads))
-
-    return checked
-
-
 def numbered(kind: str, tensors: Iterable[Item]) -> dict[str, Item]:
     """Name several tensors of a kind as layouts do: out0, out1, …"""
     return {f"{kind}{i}": x for i, x in enumerate(tensors)}
@@ -66,11 +55,6 @@ def numbered(kind: str, tensors: Iterable[Item]) -> dict[str, Item]:
 def rows_of(x: Tensor) -> dict[str, int]:
     """The sizes of x (…, C) that a kernel needs."""
     return dict(tokens=x.shape[:-1].numel(), channels=x.shape[-1])
-
-
-def room_like(x: Tensor | None) -> Tensor | None:
-    """An empty tensor like x; None for None."""
-    return None if x is None else torch.empty_like(x)
 
 
 def rounded(sums: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
@@ -116,3 +100,132 @@ def head_sizes(like: Tensor) -> dict[str, int]:
 
 
 KERNELS: Mapping[str, type[Function]] = MappingProxyType({name: _function(name, op) for name, op in OPERATIONS.items()})
+
+
+class CpuLerp(Function):
+    """x (B, T, C), last (n, C), maa (m, C), low (B, T, m K), up (m, K, C), cu_seqlens int64 -> m times (B, T, C)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        last: Tensor | None,
+        maa: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
+        outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
+        read = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens)
+        compute("lerp_forward", read, numbered("out", outs), **sizes_of(x, maa, cu_seqlens), rank=rank_of(up))
+        return outs
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
+        need_x, need_last, need_maa, need_low, need_up = ctx.needs_input_grad[:5]
+        gx = torch.empty_like(x) if need_x else None
+        glast = torch.zeros_like(last) if need_last else None
+        gmaa = torch.empty_like(maa, dtype=torch.float32) if need_maa else None
+        glow = torch.empty_like(low) if need_low else None
+        gup = torch.empty_like(up, dtype=torch.float32) if need_up else None
+        read = dict(x=x, last=last, maa=maa, low=low, up=up, cu_seqlens=cu_seqlens) | numbered("grad", grads)
+        written = dict(gx=gx, glast=glast, gmaa=gmaa, glow=glow, gup=gup)
+        compute("lerp_backward", read, written, **sizes_of(x, maa, cu_seqlens), rank=rank_of(up))
+        gmaa, gup = rounded((gmaa, gup), x.dtype)
+        return gx, glast, gmaa, glow, gup, None
+
+
+BLOCKS, MOST_GROUPS = 256, 8  # blocks that fill any GPU; the most parts of a sum over channels
+
+
+class GpuLerp(Function):
+    """x (B, T, C), last (n, C), maa (m, C), low (B, T, m K), up (m, K, C), cu_seqlens int64 -> m times (B, T, C)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        last: Tensor | None,
+        maa: Tensor,
+        low: Tensor | None,
+        up: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, last, maa, low, up, cu_seqlens)
+        outs = tuple(torch.empty_like(x) for _ in range(maa.shape[0]))
+        read = dict(x=x, maa=maa, last=last, bounds=cu_seqlens)
+        written, sizes = numbered("out", outs), sizes_of(x, maa, cu_seqlens) | dict(length=x.shape[1])
+        if has_product_inside(x, up):
+            compute("lerp_low_forward", read | dict(low=low, up=up), written, size=group_size(x), **sizes)
+        else:
+            compute("lerp_forward", read | dict(offsets=offsets(low, up)), written, **sizes)
+        return outs
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, last, maa, low, up, cu_seqlens = ctx.saved_tensors
+        gx, glast = torch.empty_like(x), None if last is None else torch.empty_like(last)
+        read = dict(maa=maa, last=last, bounds=cu_seqlens) | numbered("grad", grads)
+        written, sizes = dict(gx=gx, glast=glast), sizes_of(x, maa, cu_seqlens) | dict(length=x.shape[1])
+        trained = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+        if not trained and has_product_inside(x, up):
+            parts = low.new_empty(-(-x.shape[2] // group_size(x)), *low.shape)  # by groups of channels
+            read, written = read | dict(x=x, low=low, up=up), written | dict(glow=parts)
+            compute("lerp_low_backward", read, written, size=group_size(x), **sizes)
+            return gx, glast, None, parts.sum(0) if len(parts) > 1 else parts[0], None, None
+        goffsets = None if low is None else x.new_empty(maa.shape[0], x[..., 0].numel(), x.shape[2])
+        gmaa = torch.empty_like(maa, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        read |= dict(x=None if goffsets is None and gmaa is None else x, offsets=offsets(low, up))
+        written |= dict(goffsets=goffsets) | ({} if gmaa is None else numbered("gmaa", gmaa))
+        compute("lerp_backward", read, written, **sizes)
+        glow = gup = None
+        if goffsets is not None:
+            glow = (goffsets @ up.mT).transpose(0, 1).reshape(low.shape)
+            gup = _by_point(low, up).mT @ goffsets if ctx.needs_input_grad[4] else None
+        return gx, glast, *rounded([gmaa], x.dtype), glow, gup, None
+
+
+def rank_of(up: Tensor | None) -> int:
+    """The rank K of up (m, K, C); 0 for None."""
+    return 0 if up is None else up.shape[1]
+
+
+def has_product_inside(x: Tensor, up: Tensor | None) -> bool:
+    """True if kernels with the low-rank product inside take these, which are whole tiles."""
+    return (
+        up is not None
+        and x.dtype == torch.bfloat16
+        and up.shape[0] == cuda.LOW_POINTS
+        and up.shape[1] in cuda.LOW_RANKS
+        and x.shape[2] % cuda.LOW_CHANNELS == 0
+    )
+
+
+def group_size(x: Tensor) -> int:
+    """The number of channels of x (…, C) in one block, a multiple of LOW_CHANNELS: few enough to fill a GPU, and
+    no fewer, because each block adds a part to the sums over channels."""
+    tiles, channels = math.ceil(x[..., 0].numel() / (cuda.TILE_TOKENS - 1)), x.shape[-1]
+    groups, step = min(MOST_GROUPS, -(-BLOCKS // tiles)), cuda.LOW_CHANNELS
+    return -(-channels // (groups * step)) * step
+
+
+def offsets(low: Tensor | None, up: Tensor | None) -> Tensor | None:
+    """low_i up_i: (B, T, m K), (m, K, C) -> (m, B T, C); None if they are None."""
+    return None if low is None or up is None else matmul(_by_point(low, up), up)
+
+
+def _by_point(low: Tensor, up: Tensor) -> Tensor:
+    """low (B, T, m K) -> (m, B T, K)."""
+    m, K, _ = up.shape
+    return low.reshape(-1, m, K).transpose(0, 1)
+
+
+def sizes_of(x: Tensor, maa: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
+    """The sizes of x (B, T, C), points maa (m, C) and packed sequences that a kernel needs."""
+    B, T, C = x.shape
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return dict(tokens=B * T, channels=C, n=maa.shape[0], sequences=sequences)

@@ -1,17 +1,10 @@
 """Compile kernels' sources into libraries and other files, once: cached by content, safe when several processes build.
 
-A library's file name carries two hashes: of sources and flags, and of the compiler and its version. If either changes,
-it is built anew, so that nothing stale is loaded. Where no compiler works, a library that was made earlier of the same
-sources and flags serves.
-
-Each cached file ends in a seal, the SHA-256 of the rest: otherwise a library that a full disk or a copy has cut short
-would be loaded, and end the process when a missing page is touched. Loaders of libraries ignore bytes after the parts
-that the header names, such as the seal.
+A file's name carries a hash of its sources and flags, so that nothing stale is loaded; it appears only when it is
+whole.
 """
 
 import ctypes
-import errno
-import functools
 import hashlib
 import logging
 import os
@@ -19,7 +12,7 @@ import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +22,8 @@ from filelock import FileLock
 from ...cli.names import user_cache
 
 Declaration = tuple[Any, ...]  # a C function's: (name, result type or None, *argument types)
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+COMPILING = logging.getLogger("rwkv_peft.compiling")  # a run prints its messages
 
 
 class BuildError(RuntimeError):
@@ -36,8 +31,8 @@ class BuildError(RuntimeError):
 
 
 def load(path: str | Path, *functions: Declaration) -> ctypes.CDLL:
-    """Load the library at `path` and declare its C functions, each a Declaration, in which a structure's class stands
-    for a pointer to it. Raises BuildError if it cannot be loaded."""
+    """The library at `path` with its C functions declared; in a Declaration a structure's class stands for a pointer to
+    it. Raises BuildError if it cannot be loaded."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -47,9 +42,6 @@ def load(path: str | Path, *functions: Declaration) -> ctypes.CDLL:
         function.restype = result
         function.argtypes = [ctypes.POINTER(kind) if issubclass(kind, ctypes.Structure) else kind for kind in arguments]
     return library
-
-
-INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
 def source_directory(kind: str) -> Path:
@@ -80,8 +72,12 @@ def included_files(source: str | Path, root: str | Path) -> list[Path]:
     return sorted(found)
 
 
-COMPILING = logging.getLogger("rwkv_peft.compiling")  # says what is compiled, in words for the user
-SEAL = hashlib.sha256().digest_size  # bytes
+def content_hash(words: Iterable[str], files: Iterable[Path]) -> str:
+    """16 hex digits of the SHA-256 of some words, such as a compiler's flags, and of files' contents."""
+    digest = hashlib.sha256("\0".join(words).encode())
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def cache_directory() -> Path:
@@ -100,45 +96,35 @@ def cache_directory() -> Path:
     return folder
 
 
-def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> None:
-    """Make the file `path`, sealed, if it is missing or not whole; it appears only when it is complete. make(folder)
-    makes it in an empty folder and returns its path.
+def make_once(path: Path, name: str, make: Callable[[Path], Path]) -> Path:
+    """Make the file `path` if it is missing -> path. make(folder) makes it in an empty folder and returns its path.
 
     If several processes want a file called `name` in that cache, one makes it, and the others wait. Remains of a killed
-    process are removed. Raises OSError if the cache cannot be written.
+    process are removed. Raises BuildError if the cache cannot be written.
     """
-    if is_whole(path):
-        return
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with FileLock(path.parent / f"{name}.lock"):
-        if is_whole(path):  # another process has made it while this one waited
-            return
-        COMPILING.info("compiling %s, once for this machine", name)
-        work = path.parent / f"{name}.build"  # for the holder of the lock
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir()
-        try:
-            finished = make(work)
-            with open(finished, "ab") as file:
-                file.write(_seal(finished.read_bytes()))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(finished, path)
-        finally:
-            shutil.rmtree(work)
-
-
-def is_whole(path: Path) -> bool:
-    """True if there is a file at `path`, unchanged since it was sealed."""
-    if not path.is_file():  # reading a pipe would block
-        return False
-    content = path.read_bytes()
-    return content[-SEAL:] == _seal(content[:-SEAL])
-
-
-def _seal(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(path.parent / f"{name}.lock"):
+            if not path.is_file():  # else another process has made it while this one waited
+                COMPILING.info("compiling %s, once for this machine", name)
+                work = path.parent / f"{name}.build"  # for the holder of the lock
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                try:
+                    finished = make(work)
+                    with open(finished, "rb+") as file:
+                        os.fsync(file.fileno())
+                    os.replace(finished, path)
+                finally:
+                    shutil.rmtree(work)
+    except OSError as error:
+        raise BuildError(
+            f"cannot build {name} in {path.parent}: {error.strerror or error}; make that folder writable, or point "
+            "XDG_CACHE_HOME elsewhere"
+        ) from error
+    return path
 
 
 def find_compiler() -> str:
@@ -162,59 +148,19 @@ def compiler_knows(flags: Sequence[str]) -> bool:
 
 
 def build_library(
-    name: str, source: Path, flags: Sequence[str], headers: Sequence[str | Path] = (), cache: str | Path | None = None
+    name: str, source: Path, flags: Sequence[str], headers: Sequence[Path] = (), cache: Path | None = None
 ) -> Path:
-    """The library of `source`, compiled with flags -> its path. headers: further files that the library depends on;
-    cache: a folder, by default cache_directory(). Raises BuildError with the compiler's own words if it fails; a
-    failure leaves nothing behind."""
-    files = [source, *map(Path, headers)]
-    if missing := [str(path) for path in files if not path.is_file()]:
-        raise BuildError(f"the sources of {name} are missing: {', '.join(missing)}; reinstall, or clone the repository")
-    cache = Path(cache or cache_directory())
-    stem = f"{name}-{_digest(files, flags)}-"
-    try:
-        compiler = find_compiler()
-        library = cache / f"{stem}{_version(compiler)}.so"
-        make_once(library, name, lambda work: _make(work, [compiler, *flags, "-shared", str(source)]))
-    except BuildError:
-        kept = next(filter(is_whole, sorted(cache.glob(f"{stem}*.so"))), None)
-        if kept is None:
-            raise
-        return kept
-    except OSError as error:
-        raise BuildError(
-            f"cannot build {name} in {cache}: {error.strerror or error}; make that folder writable, or point "
-            "XDG_CACHE_HOME elsewhere"
-        ) from error
-    return library
+    """The library of `source`, compiled with flags -> its path. headers: further files that it depends on; cache: a
+    folder, by default cache_directory(). Raises BuildError with the compiler's message if that fails."""
+    # without folders (-I), so that another checkout's build serves, and a compiler's version: an older build is as good
+    words = (source.name, *(flag for flag in flags if flag[:2] != "-I"))
+    library = (cache or cache_directory()) / f"{name}-{content_hash(words, (source, *headers))}.so"
 
+    def make(work: Path) -> Path:
+        command = [find_compiler(), *flags, "-shared", str(source), "-o", "library.so"]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BuildError(f"the compiler failed:\n{done.stdout[-1000:]}{done.stderr[-4000:]}")
+        return work / "library.so"
 
-def _digest(files: Sequence[Path], flags: Sequence[str]) -> str:
-    """A hash of sources and flags, without folders (-I): another checkout's build serves."""
-    digest = hashlib.sha256("\0".join((files[0].name, *(flag for flag in flags if flag[:2] != "-I"))).encode())
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@functools.cache  # a run asks for several libraries
-def _version(compiler: str) -> str:
-    """A hash of a compiler's path and version. Raises BuildError if it does not run."""
-    try:
-        told = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"cannot run the compiler {compiler}: {error}; install a working one") from error
-    return hashlib.sha256(compiler.encode() + told).hexdigest()[:8]
-
-
-def _make(work: Path, command: Sequence[str]) -> Path:
-    """Compile in the folder `work` -> the library's path. Raises BuildError with the compiler's words, or OSError if a
-    disk is full, perhaps the one for temporary files."""
-    environment = os.environ | {"LC_ALL": "C"}  # the message that is looked for below is English
-    command = [*command, "-o", "library.so"]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, env=environment)
-    if done.returncode != 0 and "No space left on device" in done.stdout + done.stderr:
-        raise OSError(errno.ENOSPC, "the disk is full, there or in TMPDIR")
-    if done.returncode != 0:
-        raise BuildError(f"the compiler failed:\n{done.stdout[-1000:]}{done.stderr[-4000:]}")
-    return work / "library.so"
+    return make_once(library, name, make)

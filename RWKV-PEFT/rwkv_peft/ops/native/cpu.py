@@ -9,15 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import arguments
 from .build import BuildError, Declaration, build_library, compiler_knows, included_files, load, source_directory
-from .compiled import constant_when_compiled
+from .calls import constant_when_compiled, takes
 
 LEVELS = ("avx512bf16", "avx512", "avx2", "portable")  # fastest first
 AVX2_FLAGS = ("-mavx2", "-mfma")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mprefer-vector-width=512")
 AVX512BF16_FLAGS = (*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni")  # products of pairs; bfloat16 came after VNNI
-X86 = ("x86_64", "AMD64")
 
 
 @functools.cache
@@ -37,19 +35,16 @@ def is_here(level: str) -> bool:
 
 def level_flags() -> dict[str, tuple[str, ...]]:
     """The instruction sets of this machine's architecture, best first -> the compiler's flags."""
-    x86 = (
-        {"avx512bf16": AVX512BF16_FLAGS, "avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS}
-        if platform.machine() in X86
-        else {}
-    )
-    return {**x86, "portable": ()}
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"portable": ()}
+    return {"avx512bf16": AVX512BF16_FLAGS, "avx512": AVX512_FLAGS, "avx2": AVX2_FLAGS, "portable": ()}
 
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp")
 
 
 def cpu_library(
-    name: str, source: str, flags: Sequence[str], functions: Iterable[Declaration], headers: Sequence[str | Path] = ()
+    name: str, source: str, flags: Sequence[str], functions: Iterable[Declaration], headers: Sequence[Path] = ()
 ) -> ctypes.CDLL:
     """The library `name` of `source`, a path below cpu/, compiled with FLAGS and `flags`, its `functions` declared as
     in `load`; built anew if one of `headers` changes, too. Raises BuildError as build_library does."""
@@ -78,8 +73,7 @@ class CpuFamily:
 
     @functools.cache  # noqa: B019 - families live as long as their modules
     def library(self, level: str = "") -> ctypes.CDLL:
-        """The loaded library; BuildError if it cannot be built or loaded (not cached, so that a mended setup
-        works)."""
+        """The loaded library; BuildError, uncached, if it cannot be built or loaded."""
         return self.build(level or self.best_level())
 
     def build(self, level: str) -> ctypes.CDLL:
@@ -98,7 +92,7 @@ class CpuFamily:
         return None
 
     def takes(self, first: Tensor, *others: Tensor | None) -> bool:
-        """True if the kernels take these tensors (arguments.takes), and can be built here."""
+        """True if the kernels take these tensors (calls.takes), and can be built here."""
         if torch.compiler.is_compiling() and not self.in_graphs:
             return False
-        return arguments.takes(first, *others) and self.available()
+        return takes(first, *others) and self.available()

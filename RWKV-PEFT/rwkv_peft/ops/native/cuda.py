@@ -4,7 +4,6 @@ by the driver.
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import re
 import sys
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ...gpus import refusal
-from .build import SEAL, BuildError, cache_directory, included_files, make_once, source_directory
-from .compiled import constant_when_compiled
+from .build import BuildError, cache_directory, content_hash, included_files, make_once, source_directory
+from .calls import constant_when_compiled
 
 Block = tuple[int, int]  # a block's (x, y) threads
 MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -142,34 +141,22 @@ def installed_libraries() -> list[Path]:
     return [path for path in found if "builtins" not in path.name]
 
 
-def cubin(name: str, source: str, architecture: str, compiler: Nvrtc, anew: bool = False) -> bytes:
+def cubin(name: str, source: str, architecture: str, compiler: Nvrtc) -> bytes:
     """Compile `source`, a path below cuda/, by one NVRTC for one architecture ("sm_90", ...) -> the cubin's bytes.
 
-    Cached under `name` by content and by the compiler's version, because a driver may refuse a newer compiler's code;
-    anew: compile even if it is in the cache.
+    Cached under `name` by content and by the compiler's version, because a driver may refuse a newer compiler's code.
     """
     root = source_directory("cuda")
     file = root / source
-    digest = hashlib.sha256(" ".join((architecture, compiler.version, *OPTIONS)).encode())
-    for path in (file, *included_files(file, root)):
-        digest.update(path.read_bytes())
-    cached = cache_directory() / f"{name}_{architecture}-{digest.hexdigest()[:16]}.cubin"
+    key = content_hash((architecture, compiler.version, *OPTIONS), (file, *included_files(file, root)))
 
     def make(work: Path) -> Path:
-        finished = work / cached.name
+        finished = work / "kernels.cubin"
         finished.write_bytes(_compile(compiler.library, file, root, architecture))
         return finished
 
-    try:
-        if anew:
-            cached.unlink(missing_ok=True)
-        make_once(cached, f"{name}_{architecture}", make)
-        return cached.read_bytes()[:-SEAL]
-    except OSError as error:
-        raise BuildError(
-            f"cannot keep the CUDA kernels at {cached}: {error}; make that folder writable, or point XDG_CACHE_HOME "
-            "elsewhere"
-        ) from error
+    cached = cache_directory() / f"{name}_{architecture}-{key}.cubin"
+    return make_once(cached, f"{name}_{architecture}", make).read_bytes()
 
 
 def _compile(nvrtc: ctypes.CDLL, source: Path, root: Path, architecture: str) -> bytes:
@@ -223,20 +210,12 @@ class CudaFamily:
             torch.cuda.synchronize()  # makes torch's context the thread's current one
             for compiler in compilers():
                 try:
-                    return self._built(compiler, torch.cuda.get_device_capability(device))
+                    architecture = compiler.architecture_for(torch.cuda.get_device_capability(device))
+                    image = cubin(f"{self.op}_cuda", self.source, f"sm_{architecture}", compiler)
+                    return Kernels(self.names, image)
                 except BuildError as error:
                     reasons.append(f"NVRTC {compiler.version}: {error}")
         raise BuildError("\n".join(reasons) or "no NVRTC, CUDA's compiler, is here; pip install nvidia-cuda-nvrtc")
-
-    def _built(self, compiler: Nvrtc, capability: tuple[int, int]) -> Kernels:
-        """Load one NVRTC's code; compile code anew once that does not load, because the cache may hold code of another
-        release with the same version."""
-        given = f"{self.op}_cuda", self.source, f"sm_{compiler.architecture_for(capability)}", compiler
-        image = cubin(*given)
-        try:
-            return Kernels(self.names, image)
-        except BuildError:
-            return Kernels(self.names, cubin(*given, anew=True))
 
     def unavailable(self, device: int | None = None) -> str | None:
         """None if they work on a GPU, by default the current one, else the reason and the remedy."""

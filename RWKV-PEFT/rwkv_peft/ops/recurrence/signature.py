@@ -61,58 +61,41 @@ MAX_HEAD_SIZE = 128
 def check(signature: Signature, inputs: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Check the arguments -> v, which has the shape, device and dtype of the call. Raises ValueError, with the value,
     the rule and the remedy, if the arguments do not fit together."""
-    op, rows = signature.op, signature.rows
-    v = inputs[rows.index("v")]
-    shape, device = v.shape, v.device
-    if len(shape) != 4:
-        raise ValueError(f"{op}: v has shape {tuple(shape)}; it must be (B, T, H, N): view it so")
-    B, T, H, N = shape
-    for name, x in zip(rows, inputs):
-        if x.shape != shape:
-            raise ValueError(
-                f"{op}: {name} is {tuple(x.shape)} and v {tuple(shape)}; {' '.join(rows)} share one (B, T, H, N)"
-            )
-    if T == 0 or B == 0 or H == 0:
-        raise ValueError(f"{op}: v is {tuple(shape)}; B, T and H must be at least 1: skip the call for an empty batch")
-    if N % 4 or not 0 < N <= MAX_HEAD_SIZE:
+    op, v = signature.op, inputs[signature.rows.index("v")]
+    if v.dim() != 4 or 0 in v.shape:
+        raise ValueError(f"{op}: v has shape {tuple(v.shape)}; it must be (B, T, H, N), all at least 1: view it so")
+    B, T, H, N = v.shape
+    if N % 4 or N > MAX_HEAD_SIZE:
         raise ValueError(
             f"{op}: head size {N}; it must be a multiple of 4, from 4 to {MAX_HEAD_SIZE}: "
             "set head_size to one such as 64"
         )
-    count = B if cu_seqlens is None else _check_cu_seqlens(op, cu_seqlens, B, T)
-    if state is not None and state.shape != (count, H, N, N):
-        raise ValueError(
-            f"{op}: state is {tuple(state.shape)}; it must be one (N, N) a sequence and head, rows the "
-            f"{signature.state_rows} dimension: {(count, H, N, N)}; expand a shared state over the sequences"
-        )
-    for name, tensor in zip((*signature.inputs, "state", "cu_seqlens"), (*inputs, state, cu_seqlens)):
-        if tensor is None:
+    sequences = B if cu_seqlens is None else _check_cu_seqlens(op, cu_seqlens, B, T)
+    due: dict[str, tuple[int, ...] | None] = {**dict.fromkeys(signature.rows, v.shape)}
+    due |= {**dict.fromkeys(signature.shared, (H, N)), "state": (sequences, H, N, N), "cu_seqlens": None}
+    for (name, shape), x in zip(due.items(), (*inputs, state, cu_seqlens)):
+        if x is None:
             continue
-        if tensor.device != device:
+        if shape is not None and x.shape != shape:
             raise ValueError(
-                f"{op}: {name} is on {tensor.device} and v on {device}; move it with {name}.to({str(device)!r})"
+                f"{op}: {name} is {tuple(x.shape)} and v {tuple(v.shape)}, with which it must be {tuple(shape)}: "
+                "view or expand it so"
             )
-        if name != "cu_seqlens" and tensor.dtype not in DTYPES:
-            raise ValueError(f"{op}: {name} is {tensor.dtype}; it must be a float type: convert it with {name}.float()")
-    for name, x in zip(signature.shared, inputs[len(rows) :]):
-        if x.shape != shape[2:]:
-            raise ValueError(f"{op}: {name} is {tuple(x.shape)}; it must be (H, N) = {tuple(shape[2:])}: view it so")
+        if x.device != v.device or shape is not None and x.dtype not in DTYPES:
+            raise ValueError(
+                f"{op}: {name} is {x.dtype} on {x.device}, and v's device is {v.device}; convert it with "
+                f"{name}.to({str(v.device)!r}), and integers with {name}.float()"
+            )
     return v
 
 
 def _check_cu_seqlens(op: str, cu_seqlens: Tensor, B: int, T: int) -> int:
     """The number of sequences that cu_seqlens packs into the one row of T tokens."""
-    if not isinstance(cu_seqlens, Tensor):
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or B != 1:
         raise ValueError(
-            f"{op}: cu_seqlens is a {type(cu_seqlens).__name__}; give a tensor, torch.tensor([0, ..., {T}])"
+            f"{op}: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype} beside {B} rows; it must be (n + 1,) "
+            f"int32 or int64, the bounds of n sequences in one row, [0, ..., {T}]: reshape to (1, B * T, H, N)"
         )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"{op}: cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; it must be (n + 1,) int32 or int64, "
-            f"the bounds of n sequences: [0, ..., {T}]"
-        )
-    if B != 1:
-        raise ValueError(f"{op}: B is {B} with cu_seqlens; packed sequences share one row: reshape to (1, B * T, H, N)")
     if not torch.compiler.is_compiling() and _has_values(cu_seqlens):
         check_bounds(op, cu_seqlens, T)
     return len(cu_seqlens) - 1
@@ -128,7 +111,7 @@ def check_bounds(op: str, cu_seqlens: Tensor, T: int) -> None:
 
     Reading a GPU's tensor waits for the GPU, so such a tensor remembers that it passed, as long as nobody writes to it.
     """
-    if getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, T):
+    if _remembered(cu_seqlens, T) is not None:
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in zip(bounds, bounds[1:])):
@@ -147,33 +130,33 @@ def vouch(copy: Tensor, cu_seqlens: Tensor, T: int) -> None:
 
 
 def bounds_on_host(cu_seqlens: Tensor) -> list[int]:
-    """The values of a tensor that passed, without waiting for a GPU a second time. While a CUDA graph is recorded the
-    remembered values are not used, because the graph must not depend on them: reading the tensor fails, as it should.
-    """
-    known: list[int] = getattr(cu_seqlens, "_bounds", [])
-    recorded = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    if known and not recorded and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, known[-1]):
-        return known
-    return cu_seqlens.tolist()
+    """The values of a tensor, without waiting for a GPU if it passed before."""
+    known = _remembered(cu_seqlens)
+    return cu_seqlens.tolist() if known is None else known
 
 
 def as_int64(cu_seqlens: Tensor, T: int) -> Tensor:
     """cu_seqlens as the kernels take it; the copy of a tensor that passed counts as passed, too."""
     plain = cu_seqlens.to(torch.int64).contiguous()
-    converted = plain is not cu_seqlens and not torch.compiler.is_compiling()
-    if converted and getattr(cu_seqlens, "_checked_bounds", None) == _mark(cu_seqlens, T):
-        plain._checked_bounds = _mark(plain, T)  # type: ignore[attr-defined]
-        plain._bounds = getattr(cu_seqlens, "_bounds", [])  # type: ignore[attr-defined]
+    known = None if plain is cu_seqlens or torch.compiler.is_compiling() else _remembered(cu_seqlens, T)
+    if known is not None:
+        _remember(plain, known)
     return plain
 
 
 def _remember(cu_seqlens: Tensor, bounds: list[int]) -> None:
-    """Store on a GPU's tensor that it passed, and its values."""
+    """Store on a GPU's tensor its values, which passed."""
     if cu_seqlens.device.type != "cpu":
-        cu_seqlens._checked_bounds = _mark(cu_seqlens, bounds[-1])  # type: ignore[attr-defined]
-        cu_seqlens._bounds = bounds  # type: ignore[attr-defined]
+        cu_seqlens._bounds = (_version(cu_seqlens), bounds)  # type: ignore[attr-defined]
 
 
-def _mark(cu_seqlens: Tensor, T: int) -> tuple[int, int]:
-    """The mark of a tensor that passed for T tokens; it differs once the tensor has been written to."""
-    return T, 0 if cu_seqlens.is_inference() else cu_seqlens._version
+def _remembered(cu_seqlens: Tensor, T: int | None = None) -> list[int] | None:
+    """The values that _remember stored, for T tokens if it is given; None after the tensor has been written to."""
+    version, bounds = getattr(cu_seqlens, "_bounds", (None, None))
+    fits = bounds is not None and version == _version(cu_seqlens) and T in (None, bounds[-1])
+    return bounds if fits else None
+
+
+def _version(x: Tensor) -> int:
+    """A number that differs once a tensor has been written to."""
+    return 0 if x.is_inference() else x._version

@@ -143,4 +143,4 @@ def _add_sides(sides: Sides, d_r: Tensor, d_k: Tensor, into: tuple[Tensor, Tenso
     until += _before(d_k * sides.k)
 
 
-RECURRENCE = Chunked(FILLERS, _prepare, _states, _output, _gradients, lambda B: max(LEAST_CHUNKS, MOST_CHUNKS // B))
+CHUNKED = Chunked(FILLERS, _prepare, _states, _output, _gradients, lambda B: max(LEAST_CHUNKS, MOST_CHUNKS // B))

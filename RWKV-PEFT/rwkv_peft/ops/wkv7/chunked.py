@@ -107,4 +107,4 @@ def _gradients(
     return dS, (dwq * p.incl, DECAY_SCALE * sigmoids * dl, dkwi / p.incl, dv, dwa * p.excl, dbwi / p.incl)
 
 
-RECURRENCE = Chunked(FILLERS, _prepare, _states, _output, _gradients)
+CHUNKED = Chunked(FILLERS, _prepare, _states, _output, _gradients)

@@ -1,5 +1,7 @@
-"""A recurrence's CUDA kernels as its backend, which split time into groups if there are few heads: with one block each,
-most of a GPU would idle (cuda/wkv6/groups.cuh, cuda/wkv7/groups.cuh).
+"""A recurrence's kernels as its backends: cpu/OP and cuda/OP.
+
+The CUDA kernels split time into groups if there are few heads: with one block each, most of a GPU would idle
+(cuda/wkv6/groups.cuh, cuda/wkv7/groups.cuh).
 """
 
 import ctypes
@@ -11,9 +13,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native.arguments import aligned
+from ..native.calls import aligned, fields, fill
+from ..native.cpu import CpuFamily
 from ..native.cuda import Block, CudaFamily
 from .signature import Signature, sequences_of
+
+
+class CpuRecurrence:
+    """The kernel of cpu/OP."""
+
+    def __init__(self, signature: Signature, tile: int) -> None:
+        """tile: steps between two saved states, the kernel's kTile."""
+        self.op, self.inputs, self.tile = signature.op, signature.inputs, tile
+        self.gradients = (*signature.gradients, "gstate")
+        pointers = (*self.inputs, "state checkpoints y final_state gy gfinal", *self.gradients, "cu_seqlens")
+        members = {"_fields_": fields(" ".join(pointers), "sequences tokens heads head_size")}
+        # the structure of the same name in cpu/OP/arguments.h
+        self.Arguments: type[ctypes.Structure] = type("Arguments", (ctypes.Structure,), members)
+        functions = [(f"{self.op}_cpu_{way}", ctypes.c_int, self.Arguments) for way in ("forward", "backward")]
+        self.family = CpuFamily(self.op, functions)
+
+    def unavailable(self, level: str = "") -> str | None:
+        """None if the kernel works here (at `level`, or at any), else the reason and the remedy."""
+        return self.family.unavailable(level)
+
+    def checkpoint_count(self, r: Tensor, sequences: int) -> int:
+        """The states saved for backward: one at each tile's start, but a sequence's first, where the state is the
+        input."""
+        return r.shape[0] * r.shape[1] // self.tile
+
+    def forward(self, *tensors: Any, save: bool, level: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """tensors: the inputs, (B, T, H, N) in float32 or bfloat16, the shared ones in float32; state (n, H, N, N)
+        float32 or None; cu_seqlens (n + 1,) int64 or None; all contiguous -> y, final state, checkpoints (float32,
+        empty unless `save`)."""
+        *inputs, state, cu_seqlens = tensors
+        r = inputs[0]
+        B, T, H, N = r.shape
+        sequences = sequences_of(r, cu_seqlens)
+        count = self.checkpoint_count(r, sequences) if save else 0
+        final_state, checkpoints = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in (sequences, count))
+        given: dict[str, Tensor | None] = dict(zip(self.inputs, inputs), state=state, cu_seqlens=cu_seqlens)
+        y = given["y"] = torch.empty_like(r)
+        given |= dict(final_state=final_state, checkpoints=checkpoints if save else None)
+        self._call("forward", level, r, sequences, given)
+        return y, final_state, checkpoints
+
+    def backward(self, *tensors: Any, level: str = "") -> tuple[Tensor, ...]:
+        """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
+        gradients of the inputs and of the state."""
+        *inputs, state, cu_seqlens, checkpoints, gy, gfinal = tensors
+        r = inputs[0]
+        _, _, H, N = r.shape
+        sequences = sequences_of(r, cu_seqlens)
+        gradients = [torch.empty_like(x) for x in inputs]
+        gradients.append(r.new_empty(sequences, H, N, N, dtype=torch.float32))
+        given = dict(zip(self.inputs, inputs), state=state, cu_seqlens=cu_seqlens, checkpoints=checkpoints)
+        given |= dict(zip(self.gradients, gradients), gy=gy, gfinal=gfinal)
+        self._call("backward", level, r, sequences, given)
+        return tuple(gradients)
+
+    def _call(self, way: str, level: str, r: Tensor, sequences: int, given: dict[str, Tensor | None]) -> None:
+        B, T, H, N = r.shape
+        arguments = fill(self.Arguments, r, given, sequences=sequences, tokens=B * T, heads=H, head_size=N)
+        function = getattr(self.family.library(level), f"{self.op}_cpu_{way}")
+        if function(arguments) != 0:
+            raise MemoryError(
+                f"{self.op}: the CPU kernel found no memory for its work buffers; lower the batch or the threads"
+            )
+
 
 GRAIN = 64  # a group is a multiple of so many tokens, and so of the chunks and of the distance between saved states
 LEAST_TOKENS = 128  # the fewest tokens of a group; with fewer, three launches instead of one do not pay
@@ -21,13 +88,8 @@ LEAST_TOKENS = 128  # the fewest tokens of a group; with fewer, three launches i
 # the kernels themselves, and a block that shares its multiprocessor takes 1.4 times as long.
 LEAST_GROUPS = 3
 RESIDENT = 2  # blocks of a multiprocessor: while one waits, the other computes
-SMALL = (
-    (8, 6),
-    (8, 7),
-    (8, 9),
-    (12, 0),
-    (12, 1),
-)  # capabilities with 100 KB of shared memory, others have 164 KB or more
+# capabilities with 100 KB of shared memory; others have 164 KB or more
+SMALL = frozenset({(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)})
 
 
 @dataclass(frozen=True)
@@ -87,18 +149,9 @@ def resident_blocks(device: int, on_small: int) -> int:
     return properties.multi_processor_count * (on_small if small else RESIDENT)
 
 
-INTEGERS = ("sequences", "length", "heads", "head_size", "group", "groups")
+INTEGERS = "sequences length heads head_size group groups"
 CHUNKED_SIZE = 64  # the head size of the chunked kernels, which take bfloat16; plain kernels take the rest, in float32
 WAYS = ("forward", "backward")
-
-
-def structure(signature: Signature) -> type[ctypes.Structure]:
-    """The structure Arguments in cuda/OP/arguments.cuh."""
-    given = (*signature.inputs, "state", "bounds", "y", "final_state", "checkpoints", "gy", "gfinal")
-    pointers = (*given, *signature.gradients, "gstate", "parts", "transitions")
-    kinds = ((pointers, ctypes.c_void_p), (INTEGERS, ctypes.c_int))
-    fields = [(name, kind) for names, kind in kinds for name in names]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
 
 class CudaRecurrence:
@@ -117,7 +170,10 @@ class CudaRecurrence:
         kernels store two slots in the room of one."""
         self.segment, self.plain_block, self.split, self.halved = segment, plain_block, split, halved
         op, self.signature = signature.op, signature
-        self.Arguments = structure(signature)
+        given = (*signature.inputs, "state bounds y final_state checkpoints gy gfinal", *signature.gradients)
+        members = fields(" ".join((*given, "gstate parts transitions")), "", "", INTEGERS)
+        # the structure of the same name in cuda/OP/arguments.cuh
+        self.Arguments: type[ctypes.Structure] = type("Arguments", (ctypes.Structure,), {"_fields_": members})
         self.plain = tuple(f"{op}_{way}_plain_float32" for way in WAYS)
         self.names = (*(f"{op}_{way}_{CHUNKED_SIZE}" for way in WAYS), *self.plain, *split.names())
         self.family = CudaFamily(op, self.names, self.Arguments)

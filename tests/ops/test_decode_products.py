@@ -5,52 +5,46 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cuda_shim import running, toolchain
-from rwkv_peft.ops.decode import MOST_ROWS, cuda, product, quantize
-from rwkv_peft.ops.decode.cpu import FAMILY
+from cuda_shim.shim import built, record
+from rwkv_peft.ops import decode
+from rwkv_peft.ops.decode import CPU, CUDA, CUDA_ROWS, MOST_ROWS, product, quantize
 from rwkv_peft.ops.native.cpu import level_flags
 
 SHAPES = [(1, 32), (16, 64), (33, 96), (130, 1056)]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def built():
-    return running.built(cuda.FAMILY)
-
-
 @pytest.fixture
-def on_shim(built, monkeypatch):
+def on_shim(monkeypatch):
     """Send CPU tensors through the CUDA kernels; results begin as NaN, and plain products of many rows have a few
     weights at a time. -> the shim, and the names of the kernels that ran."""
-    built.set_order("ascending")
-    run, launched = cuda.call, []
+    shim, run, launched = built(CUDA), decode.call, []
 
     def call(name, x, weight, y, blocks):
         launched.append(name)
         run(name, x, weight, y.fill_(float("nan")), blocks)
 
-    monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: built)
-    monkeypatch.setattr(cuda, "call", call)
-    monkeypatch.setattr(cuda, "BAND", 1 << 15)
-    monkeypatch.setattr(cuda.FAMILY, "takes", lambda x: x.dtype in cuda.DTYPES and x.numel() > 0)
-    monkeypatch.setattr(FAMILY, "takes", lambda *_: False)
-    return built, launched
+    monkeypatch.setattr(CUDA, "kernels", lambda device: shim)
+    monkeypatch.setattr(decode, "call", call)
+    monkeypatch.setattr(decode, "CUDA_BAND", 1 << 15)
+    monkeypatch.setattr(CUDA, "takes", lambda x: x.dtype in DTYPES and x.numel() > 0)
+    monkeypatch.setattr(CPU, "takes", lambda *_: False)
+    return shim, launched
 
 
 @pytest.fixture(params=["plain", "cuda", *level_flags()])
 def level(request, monkeypatch):
     """Let `product` compute in plain torch, or by the kernels of a level or of a GPU."""
     if request.param == "plain":
-        monkeypatch.setattr(FAMILY, "unavailable", lambda: "no compiler")
+        monkeypatch.setattr(CPU, "unavailable", lambda: "no compiler")
         return request.param
     if request.param == "cuda":
         request.getfixturevalue("on_shim")
         return request.param
-    if reason := FAMILY.unavailable(request.param):
+    if reason := CPU.unavailable(request.param):
         pytest.skip(reason)
-    library = FAMILY.library(request.param)
-    monkeypatch.setattr(FAMILY, "library", lambda level="": library)
+    library = CPU.library(request.param)
+    monkeypatch.setattr(CPU, "library", lambda level="": library)
     return request.param
 
 
@@ -90,7 +84,7 @@ def test_blocks(level, bits, out, width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_product_is_the_same_bits_in_any_company(dtype):
-    if reason := FAMILY.unavailable():
+    if reason := CPU.unavailable():
         pytest.skip(reason)
     x, weight = problem(MOST_ROWS, 130, 1056, dtype)
     threads = torch.get_num_threads()
@@ -167,20 +161,20 @@ def test_blocks_need_whole_blocks():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", (8, 4))
 def test_a_gpus_rows_are_the_same_bits_in_any_company_and_order_of_threads(on_shim, dtype, bits):
-    built, launched = on_shim
-    x, weight = problem(cuda.MOST_ROWS, 33, 224, dtype)
+    shim, launched = on_shim
+    x, weight = problem(CUDA_ROWS, 33, 224, dtype)
     blocks = quantize(weight, bits)
-    together, matrix = product(x, blocks), cuda.dequantized(blocks, dtype)
+    together, matrix = product(x, blocks), decode.cuda_dequantized(blocks, dtype)
     assert torch.equal(matrix, blocks.dequantized(dtype))
-    for rows, order in ((2, "shuffled"), (5, "descending"), (cuda.MOST_ROWS, "warps descending")):
-        built.set_order(order)
+    for rows, order in ((2, "shuffled"), (5, "descending"), (CUDA_ROWS, "warps descending")):
+        shim.set_order(order)
         assert torch.equal(product(x[:rows], blocks), together[:rows])
     torch.testing.assert_close(product(x[:1], blocks), together[:1])  # by more threads
     assert {name.rpartition("_")[2] for name in launched if name.startswith("product")} == {"1", "16"}
 
 
 def test_many_rows_on_a_gpu_take_the_matrix_in_bands(on_shim):
-    x, weight = problem(cuda.MOST_ROWS + 1, 130, 1056, torch.bfloat16)
+    x, weight = problem(CUDA_ROWS + 1, 130, 1056, torch.bfloat16)
     blocks = quantize(weight, 8)
     assert torch.equal(product(x, blocks), F.linear(x, blocks.dequantized(torch.bfloat16)))
     assert on_shim[1] == ["dequantize_bfloat16_8"] * 9  # of a panel each
@@ -195,10 +189,10 @@ def test_float16_takes_the_kernels_of_float32(on_shim):
 
 
 def test_the_driver_is_asked_for_a_block_a_panel(monkeypatch):
-    recorder = toolchain.record(cuda.FAMILY, monkeypatch)
+    recorder = record(CUDA, monkeypatch)
     x, weight = problem(3, 33, 64, torch.float32)
     blocks = quantize(weight, 8)
-    y = cuda.product(x, blocks)
+    y = decode.cuda_product(x, blocks)
     ((sizes, stream, arguments, _),) = recorder.launches
     assert sizes[:4] == [3, 1, 1, recorder.constant] and stream == 7
     assert (arguments.in_features, arguments.out_features, arguments.rows) == (64, 33, 3)
