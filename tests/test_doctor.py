@@ -1,5 +1,7 @@
-"""The doctor names missing parts, gives the command that mends each, and exits with 0 only if training can run."""
+"""The doctor names missing parts and the command that mends each, and commands that suit a file."""
 
+import importlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -7,64 +9,65 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from packaging import markers
 from packaging.requirements import Requirement
 
-from rwkv_peft.tools.doctor import command, devices, packages
-from rwkv_peft.tools.doctor.packages import MISSING, NOTE, OK, Finding, check_package
+from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
+from rwkv_peft.checkpoints.base import base_of, save_model
+from rwkv_peft.cli.commands import COMMANDS, main
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.models import family_named
+from rwkv_peft.tools import doctor
+from rwkv_peft.tools.doctor import MISSING, NOTE, OK, Finding, check_package
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_every_requirement_is_bounded_and_met():
-    found = packages.requirements()
+def test_every_requirement_is_bounded_and_met_for_this_python(monkeypatch):
+    found = doctor.requirements()
     assert "torch" in [requirement.name for requirement in found]
     for requirement in found:
         assert requirement.specifier, f"{requirement.name} has no lower bound"
         assert check_package(requirement).status == OK
-
-
-def test_what_is_for_other_pythons_is_no_requirement(monkeypatch):
     own = markers.default_environment()
     for version in ("3.13", "3.14"):
         monkeypatch.setattr(markers, "default_environment", lambda version=version: own | {"python_version": version})
-        names = [requirement.name for requirement in packages.requirements()]
+        names = [requirement.name for requirement in doctor.requirements()]
         assert ("pyrwkv-tokenizer" in names) == (version == "3.13")
 
 
-def test_an_absent_package_is_missing_and_an_old_one_told_apart():
-    for text, told in (("no-such-package-at-all", ""), ("numpy>=999", ">=999 is needed")):
-        finding = check_package(Requirement(text))
-        assert finding.status == MISSING and told in finding.text
-        assert finding.remedy == "pip install -r requirements.txt" or told and finding.remedy
-
-
-def test_a_package_that_does_not_import_is_reported_in_its_own_words(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "requirement, text, remedy",
+    [
+        ("no-such-package-at-all", "not installed", "pip install -r requirements.txt"),
+        ("numpy>=999", ">=999 is needed", "pip install -r requirements.txt"),
+        ("brokenpackage", "libsomething.so", "pip install --force-reinstall 'brokenpackage'"),
+    ],
+)
+def test_a_package_that_cannot_be_used_is_missing(monkeypatch, tmp_path, requirement, text, remedy):
     (tmp_path / "brokenpackage.py").write_text("raise OSError('libsomething.so: no such file')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(packages.metadata, "version", lambda name: "1.0")
-    finding = check_package(Requirement("brokenpackage"))
-    assert finding.status == MISSING and "libsomething.so" in finding.text
-
-
-def test_a_python_outside_the_range_is_missing(monkeypatch):
-    assert packages.check_python()[0].status == OK
-    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
-    assert packages.check_python()[0].status == MISSING
+    if requirement == "brokenpackage":
+        monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")
+    finding = check_package(Requirement(requirement))
+    assert finding.status == MISSING and text in finding.text and finding.remedy == remedy
 
 
 @pytest.mark.parametrize("status, code", [(OK, 0), (NOTE, 0), (MISSING, 1)])
 def test_exit_code_says_whether_training_can_run(monkeypatch, capsys, status, code):
-    monkeypatch.setattr(command, "examine", lambda: iter([Finding("torch", status, "text", "the remedy")]))
-    assert command.main([]) == code
+    monkeypatch.setattr(doctor, "examine", lambda: iter([Finding("torch", status, "text", "the remedy")]))
+    assert doctor.main([]) == code
     printed = capsys.readouterr().out
     assert "the remedy" in printed and ("cannot run" in printed) == bool(code)
 
 
 def test_a_missing_package_does_not_end_the_report(monkeypatch):
-    monkeypatch.setattr(command, "requirements", lambda: [Requirement("torch-that-is-absent")])
-    names = [finding.name for finding in command.examine()]
-    assert {"python", "torch-that-is-absent", "compiler", "memory", "disk"} <= set(names)
+    monkeypatch.setattr(doctor, "requirements", lambda: [Requirement("torch-that-is-absent")])
+    monkeypatch.setattr(doctor, "room_at", lambda path: 7 * 2**30)
+    found = {finding.name: finding.text for finding in doctor.examine()}
+    assert {"python", "torch-that-is-absent", "compiler", "memory", "peft"} <= set(found)
+    assert found["disk"].startswith("7 GiB free in ")
 
 
 def test_without_an_environment_one_line_tells_the_command_that_makes_it(tmp_path):
@@ -83,13 +86,8 @@ def test_without_an_environment_one_line_tells_the_command_that_makes_it(tmp_pat
     assert f"install it (sh {tmp_path}/scripts/setup.sh)" in done.stdout
 
 
-def test_the_free_disk_is_that_of_plan(monkeypatch):
-    monkeypatch.setattr(devices, "room_at", lambda path: 7 * 2**30)
-    assert any(finding.text.startswith("7 GiB free in ") for finding in devices.check_memory())
-
-
 def test_this_machine_can_train(capsys):
-    assert command.main([]) == 0
+    assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert all(f"{kernel} reference" in printed for kernel in ("wkv6", "wkv7")) and "GFLOP/s" in printed
 
@@ -103,10 +101,66 @@ def test_a_gpu_on_which_nothing_computes_is_told_in_words(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.init", lambda: None)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: card)
-    monkeypatch.setattr(devices, "matmul_speed", refuse)
-    finding = list(devices.check_devices())[-1]
-    assert finding.status == MISSING and finding.text.endswith("for execution on the device")
-    assert "--accelerator cpu" in finding.remedy
-    monkeypatch.setattr(command, "check_kernels", lambda: pytest.fail("they would be tried on it"))
-    assert finding in command.examine()
-    assert "memory" in [finding.name for finding in command.examine()]
+    monkeypatch.setattr(doctor, "matmul_speed", refuse)
+    monkeypatch.setattr(doctor, "check_kernels", lambda: pytest.fail("they would be tried on it"))
+    (finding,) = (finding for finding in doctor.examine() if finding.status == MISSING)
+    assert finding.text.endswith("for execution on the device") and "--accelerator cpu" in finding.remedy
+
+
+BASE, CONVERT = "train on rows", "make it a base"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_state):
+    """A folder with files of every kind, under a name that a shell would split."""
+    folder = tmp_path_factory.mktemp("kinds") / "my files"
+    folder.mkdir()
+    state = tiny_state(dtype=torch.bfloat16, vocab_size=257)
+    save_model(folder / "base.pth", state)
+    metadata = AdapterMetadata("bone", rank=8, targets=("att.key",), base_fingerprint=base_of(state).fingerprint)
+    save_adapter(folder / "bone.safetensors", {"blocks.1.att.key.bone": torch.ones(8, 64)}, metadata)
+    save_model(folder / "state.pth", {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)})
+    for name in ("model.st", "model.gguf", "hf"):
+        main(["convert", str(folder / "base.pth"), str(folder / name)])
+    config = (family := family_named("x070a")).new_dimensions(1, 64, 257)
+    save_model(folder / "7a.pth", {key: torch.zeros(shape) for key, shape in family.shapes(config).items()})
+    torch.save(state | {"blocks.0.ffn.s_emb.weight": torch.zeros(2, 4)}, folder / "deep.pth")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, kind, purpose",
+    [
+        ("base.pth", "model, RWKV-6", BASE),
+        ("model.st", "model, RWKV-6", CONVERT),
+        ("hf", "model, RWKV-6", CONVERT),
+        ("bone.safetensors", "adapter, written by rwkv_peft", "make one model"),
+        ("7a.pth", "model, RWKV-7a (x070a)", BASE),
+        ("state.pth", "time states of 2 layers", "bring it to Ai00"),
+    ],
+)
+def test_a_file_is_named_with_the_commands_that_suit_it(folder, capsys, name, kind, purpose):
+    capsys.readouterr()
+    assert main(["doctor", "--model", str(folder / name)]) == 0
+    about, commands = capsys.readouterr().out.split("\n\n")
+    assert about.startswith("kind") and kind in about
+    assert ("convert" in commands) == (name not in ("7a.pth", "bone.safetensors"))  # for which there is no such form
+    quoted = shlex.quote(str(folder / name))
+    assert any(line.startswith(f"{purpose}  ") and quoted in line for line in commands.split("\n"))
+
+
+def test_a_file_that_no_command_takes_is_told(folder, capsys):
+    assert main(["doctor", "--model", str(folder / "deep.pth")]) == 1
+    assert capsys.readouterr().out.endswith("\nno command of rwkv-peft takes it\n")
+    with pytest.raises(UserError, match=r"absent.pth"):
+        main(["doctor", "--model", "absent.pth"])
+
+
+@pytest.mark.parametrize("kind", doctor.COMMANDS)
+def test_every_command_that_is_named_takes_its_flags(kind):
+    named = {command.name: command for command in COMMANDS}
+    for _, line in doctor.COMMANDS[kind]:
+        program, name, *argv = shlex.split(line.format("file"))
+        assert program == "rwkv-peft"
+        module, _, judge = named[name].flags.partition(":")
+        getattr(importlib.import_module(f"rwkv_peft.{module}"), judge)(argv)

@@ -135,9 +135,7 @@ COMMANDS = (
         flags="release.flags:push_flags",
         needs="hf",
     ),
-    Command(
-        "Machine", "doctor", "show what this machine can do, what is missing, and the remedy", "tools.doctor.command"
-    ),
+    Command("Machine", "doctor", "show what this machine can do, what is missing, and the remedy", "tools.doctor"),
 )
 # {a name of a command in earlier versions or another tool: ours}, whose nearest spelling is another command or none
 MEANINGS = MappingProxyType(
