@@ -14,7 +14,6 @@ from rwkv_peft.evals import flags as evals
 from rwkv_peft.inference import flags as generate
 from rwkv_peft.inference.serve import flags as serve
 from rwkv_peft.release import flags as release
-from rwkv_peft.tools import plot as comparison
 from rwkv_peft.tools.compare import flags as compare
 from rwkv_peft.tools.plan import command as plan
 from rwkv_peft.tools.study import flags as study
@@ -30,13 +29,11 @@ COMMANDS = (
     ("convert", release.CONVERT_RULES, "a.safetensors a.pth {}"),
     ("preprocess", preprocess.RULES, "rows.jsonl {}"),
     ("plan", plan.RULES, "{}"),
-    ("plot", comparison.RULES, "run x.png {}"),
     ("study", study.RULES, "--load_model b.pth --output s {}"),
     ("compare", compare.RULES, f"--output c {{}} -- {TRAIN}"),
 )
 OURS, HARNESS, CHOICES = "jsonl", "arc_easy", "choices"
 FACTS = {
-    comparison.SEVERAL: "other.png",
     evals.OTHERS: f"{OURS} {HARNESS}",
     evals.LEFT: "lambada",
     evals.OURS: OURS,
@@ -47,8 +44,6 @@ FACTS = {
 # a value of a flag for which its condition holds, if another than 3
 VALUES = {
     "--output": "x.png",
-    "--x": "tokens",
-    "--smooth": "0.5",
     "--to": "lora",
     "--think": "on",
     "--clean_turns": "0",
@@ -73,7 +68,7 @@ BY_CASE = pytest.mark.parametrize(
     "name, line, rule, subject, others", CASES, ids=[f"{case[0]} {case[3]} {case[2].others}" for case in CASES]
 )
 SWITCHES = (
-    *("--panels", "--chat", "--dry_run", "--escapes", "--ids", "--overwrite", "--skip_bad_rows"),
+    *("--chat", "--dry_run", "--escapes", "--ids", "--overwrite", "--skip_bad_rows"),
     *("--drop_duplicates", "--runtimes", "--any_base"),
 )
 

@@ -114,8 +114,7 @@ def test_help_lists_each_command_and_an_unknown_one_is_refused_with_the_nearest(
 
 
 @pytest.mark.parametrize(
-    "name, meant",
-    [("export", "convert"), ("plots", "plot --panels"), ("chat", "generate --chat"), ("version", "--version")],
+    "name, meant", [("export", "convert"), ("plots", "plot"), ("chat", "generate --chat"), ("version", "--version")]
 )
 def test_what_other_tools_call_a_command_is_told_by_its_meaning(name, meant):
     with pytest.raises(UserError, match=f"there is no command {name}; did you mean {meant}\\?"):

@@ -1,35 +1,51 @@
-"""The picture of a run, its loss curve, which train.py writes beside its metrics; the style that all pictures share."""
+"""Pictures of runs: their curves (loss.png), and the style that all pictures share."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import cycle
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .checkpoints.atomic import atomic_write
-from .checkpoints.best import LONGEST, is_record
+from .checkpoints.best import is_record
 from .checkpoints.readable import require_readable
 from .children import import_matplotlib
 from .cli.errors import UserError, told
 from .cli.names import METRICS, is_number
 from .objectives import OBJECTIVES
 
-SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
-COLORS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black", "gold")  # below the loss
-HELD_OUT = (("validation loss", "val_loss", "tab:orange"), ("retained loss", "retain_loss", "tab:green"))
-LOSSES = MappingProxyType({"loss": "loss"} | {name: label for label, name, _ in HELD_OUT})  # a record's, in words
-DRAWN = len(COLORS) - 4  # the most tasks of lm_eval, because right answers and an objective's figures need colours too
 # Okabe and Ito's colours, which people with any colour vision tell apart, without the yellow that is lost in print;
 # line styles tell them apart in grey
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
+LOSSES = MappingProxyType({"loss": "loss", "val_loss": "validation loss", "retain_loss": "retained loss"})
+NATS = "nats per {unit}"  # the axis of losses
+SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
+TASKS = 4  # of lm_eval that are drawn, at most
 AXES = ("share", "margin (nats)", "reward", "tokens", "nats")  # of the figures of objectives
 MANY = 20  # from so many values on, a noisy line is smoothed; fewer are drawn with markers
+WEIGHT = 0.9  # of the last mean in the next
 
 Series = tuple[list[int], list[float]]  # steps and values
+
+
+class Curve(NamedTuple):
+    """A value of metrics.jsonl: its name there, its label, the axis that it shares with values of its unit, and True if
+    it is noisy, so that its mean is drawn too."""
+
+    name: str
+    label: str
+    axis: str
+    noisy: bool = False
+
+
+class PlottedRun(NamedTuple):
+    """A run's label in the legend, and the records of its metrics.jsonl."""
+
+    label: str
+    records: list[dict[str, Any]]
 
 
 def new_figure(width: float, height: float, dpi: int = 150) -> Any:
@@ -66,14 +82,8 @@ def legend_text(name: str) -> str:
 
 
 def metrics_of(run: str | Path) -> Path:
-    """The metrics.jsonl of a run, which is given by its folder or by that file itself. Raises UserError if a folder's
-    is not a plain file, because reading a pipe or a device may never end."""
-    if not Path(run).is_dir():
-        return Path(run)
-    path = Path(run) / METRICS
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file, and a run writes one; move it away")
-    return path
+    """The metrics.jsonl of a run, which is given by its folder or by that file itself."""
+    return Path(run) / METRICS if Path(run).is_dir() else Path(run)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -84,12 +94,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = require_readable(path, f"{path}: no such file; a run writes it into its --proj_dir")
     records, broken = [], None
     with open(path, "rb") as file:
-        for number, line in enumerate(iter(partial(file.readline, LONGEST), b""), start=1):
+        for number, line in enumerate(file, start=1):
             if broken is not None:
                 raise broken
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # of the last line it is told by nobody
+            except (ValueError, RecursionError) as error:  # dropped if it is the last line
                 broken = UserError(f"{path}, line {number}: not JSON ({told(error)}); delete that line")
                 continue
             if not is_record(record):
@@ -107,7 +117,7 @@ def series(records: Iterable[dict[str, Any]], name: str) -> Series:
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
+def smooth(values: Iterable[float], weight: float = WEIGHT) -> list[float]:
     """The exponential moving average, without the bias of its start (Kingma and Ba 2015, section 3)."""
     result, mean, mass = [], 0.0, 0.0
     for value in values:
@@ -117,39 +127,9 @@ def smooth(values: Iterable[float], weight: float = 0.9) -> list[float]:
     return result
 
 
-def smooth_drawn(values: Sequence[float], logarithm: bool, weight: float = 0.9) -> list[float]:
-    """Smooth values as their axis shows them: on a logarithmic axis their logarithms, because a mean of the values
-    would stay far above them as they fall."""
-    if not logarithm:
-        return smooth(values, weight)
-    return [math.exp(mean) for mean in smooth(map(math.log, values), weight)]
-
-
 def wants_logarithm(values: Sequence[float]) -> bool:
-    """Return whether a linear axis would show little but the largest values."""
+    """Return True if a linear axis would show little but the largest values."""
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
-
-
-def drawn_below(records: Sequence[dict[str, Any]]) -> dict[str, Mapping[str, Series]]:
-    """{axis: {label: its series}} of the records' figures besides losses and rates: the shares of right answers (of the
-    pairs that a run learns from, its own questions, and the first few tasks of lm_eval), the margins of pairs, and the
-    rewards, lengths and entropy of drawn answers."""
-    names = dict.fromkeys(name for record in records for name in record if name.startswith("lm_eval/"))
-    tasks = [name for name in names if name.split("/")[2:3] and name.split("/")[2] in SHARES]
-    shown = {axis: drawn_figures(axis) for axis in AXES}
-    shown["share"] = {"right answers": "eval_score"} | shown["share"]
-    shown["share"] |= {legend_text(name.removeprefix("lm_eval/")): name for name in tasks[:DRAWN]}
-    found = {
-        axis: {label: points for label, name in names.items() if (points := series(records, name))[0]}
-        for axis, names in shown.items()
-    }
-    return {axis: drawn for axis, drawn in found.items() if drawn}
-
-
-def drawn_figures(axis: str) -> dict[str, str]:
-    """{label: name} of the figures of objectives that are drawn at an axis."""
-    figures = (figure for objective in OBJECTIVES.values() for figure in objective.figures)
-    return {figure.label: figure.name for figure in figures if figure.axis == axis}
 
 
 def of_files(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -160,94 +140,83 @@ def of_files(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
             yield name, loss, file
 
 
-def by_source(
-    records: Iterable[dict[str, Any]], name: str, label: str, color: str
-) -> list[tuple[str, dict[str, Any], list[int], list[float]]]:
-    """[(label, look, steps, losses)] of several data files, the records' NAME/FILE: in one colour, with lines of
-    different styles."""
-    names = dict.fromkeys(found for record in records for found, of, _ in of_files(record) if of == name)
-    return [
-        (
-            legend_text(f"{label} of {found.partition('/')[2]}"),
-            {"color": color, "linestyle": style},
-            *series(records, found),
-        )
-        for found, style in zip(names, cycle(LINE_STYLES[1:]))
-    ]
-
-
 def unit_of(records: Iterable[dict[str, Any]]) -> str:
     """The unit that a run's loss is a mean over: by the objective with the most figures in its records."""
     names = {name for record in records for name in record}
     return max(OBJECTIVES.values(), key=lambda one: sum(figure.name in names for figure in one.figures)).unit
 
 
+def curves_of(records: Sequence[dict[str, Any]]) -> list[Curve]:
+    """The curves that some records have a number for, losses first."""
+    names = dict.fromkeys(name for record in records for name in record)
+    tasks = [name for name in names if name.startswith("lm_eval/") and name.split("/")[2:3] in [[s] for s in SHARES]]
+    figures = [figure for objective in OBJECTIVES.values() for figure in objective.figures if figure.axis in AXES]
+    found = [
+        *(Curve(name, label, NATS, name == "loss") for name, label in LOSSES.items()),
+        *(Curve(name, f"{LOSSES[loss]} of {file}", NATS, loss == "loss") for name, loss, file in of_files(names)),
+        Curve("lr", "learning rate", "learning rate"),
+        Curve("grad_norm", "gradient norm", "gradient norm", noisy=True),
+        Curve("tokens_per_s", "tokens per second", "tokens per second", noisy=True),
+        Curve("eval_score", "right answers", "share"),
+        *(Curve(name, name.removeprefix("lm_eval/"), "share") for name in tasks[:TASKS]),
+        *(Curve(figure.name, figure.label, figure.axis, noisy=True) for figure in dict.fromkeys(figures)),
+    ]
+    return [curve for curve in found if series(records, curve.name)[0]]
+
+
 def plot_loss(metrics_jsonl: str | Path, output: str | Path) -> None:
-    """Draw a run's metrics.jsonl: loss (raw and smoothed), learning rate, and validation loss and retained loss if they
-    were measured, over the steps; below them drawn_below's series, if there are any. A run without a step is drawn
-    too."""
-    records = read_metrics(metrics_jsonl)
-    steps, losses = series(records, "loss")
-    below = drawn_below(records)
-    figure = new_figure(8, 4.5 + 1.5 * len(below), dpi=120)
-    grid = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[3] + [1] * len(below))
-    axes, *lower = grid[:, 0]
-    axes.set(ylabel=f"loss (nats per {unit_of(records)})")
-    colors = iter(COLORS)
-    for panel, (label, drawn) in zip(lower, below.items()):
-        draw_below(panel, label, drawn, colors)
-    figure.axes[-1].set_xlabel("step")
-    axes.grid(alpha=0.25)
-    axes.spines["top"].set_visible(False)
-    if not losses:
-        axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
-    held_out = [(label, {"color": color}, *series(records, name)) for label, name, color in HELD_OUT]
-    for label, name, color in HELD_OUT:
-        held_out += by_source(records, name, label, color)
-    sources = by_source(records, "loss", "loss", "tab:blue")
-    shown = losses + [value for *_, values in held_out + sources for value in values]
-    logarithm, few = wants_logarithm(shown), len(losses) < MANY
-    axes.plot(
-        steps,
-        losses,
-        color="tab:blue",
-        alpha=1 if few else 0.3,
-        linewidth=1,
-        marker="o" if few else None,
-        markersize=3,
-        label="loss",
-    )
-    if not few:
-        axes.plot(steps, smooth_drawn(losses, logarithm), color="tab:blue", linewidth=2, label="loss, smoothed")
-    for label, style, at, values in held_out:
-        if values:
-            axes.plot(at, values, linewidth=2, marker="o", markersize=3, label=label, **style)
-    for label, style, at, values in sources:
-        line = values if few else smooth_drawn(values, logarithm)
-        axes.plot(at, line, linewidth=1, marker="o" if few else None, markersize=3, label=label, **style)
-    for start in series(records, "retain_start")[1]:
-        axes.axhline(start, color=HELD_OUT[1][2], linewidth=1, linestyle=":")
-    if logarithm:
-        axes.set_yscale("log")
-    lr_steps, rates = series(records, "lr")
-    if rates:
-        right = axes.twinx()
-        right.plot(lr_steps, rates, color="gray", linewidth=1, linestyle="--", label="learning rate")
-        right.set_ylabel("learning rate", color="gray")
-        right.set_ylim(bottom=0)
-        right.tick_params(axis="y", colors="gray")
-        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        right.spines["top"].set_visible(False)
-    if shown:
-        figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    """Draw the curves of one run's metrics.jsonl."""
+    plot_runs([PlottedRun("", read_metrics(metrics_jsonl))], output)
+
+
+def plot_runs(runs: Sequence[PlottedRun], output: str | Path, by_tokens: bool = False) -> None:
+    """Draw runs, the loss in the first panel: of one run the curves of an axis share a panel, of several runs each
+    curve has its own, with a line for each run. x is the step, or the millions of tokens up to it."""
+    panels: dict[str, list[Curve]] = {}
+    for curve in curves_of([record for run in runs for record in run.records]) or [Curve("loss", "loss", NATS)]:
+        panels.setdefault(curve.axis if len(runs) == 1 else curve.label, []).append(curve)
+    rows = 1 + -(-(len(panels) - 1) // 2)
+    figure = new_figure(9, 1.8 + 2.4 * rows, dpi=120)
+    grid = figure.add_gridspec(rows, 2, height_ratios=[1.5, *[1] * (rows - 1)])
+    unit = " or ".join(sorted({unit_of(run.records) for run in runs}))
+    for place, curves in enumerate(panels.values(), start=1):
+        axes = figure.add_subplot(grid[0, :] if place == 1 else grid[place // 2, place % 2])
+        draw_panel(axes, curves, runs, by_tokens)
+        axis, label = curves[0].axis.format(unit=unit), curves[0].label
+        named = axis if axis.startswith(label) else f"{label} ({axis})" if len(runs) > 1 or len(curves) == 1 else axis
+        axes.set(ylabel=legend_text(named), xlabel="million tokens" if by_tokens else "step")
+        if len(runs) == 1 and len(curves) > 1:
+            axes.legend(frameon=False, fontsize="small")
+    if len(runs) > 1:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     save_figure(figure, output)
 
 
-def draw_below(axes: Any, label: str, drawn: Mapping[str, Series], colors: Iterator[str]) -> None:
-    """Draw a panel of a few series: one of MANY values is smoothed, others are drawn with markers."""
-    for name, (steps, values) in drawn.items():
-        many = len(values) >= MANY
-        marks: dict[str, Any] = {} if many else dict(marker="o", markersize=3)
-        axes.plot(steps, smooth(values) if many else values, color=next(colors), linewidth=2, label=name, **marks)
-    axes.set(ylabel=label, ylim=(0, 1.05) if label == "share" else None)
+def draw_panel(axes: Any, curves: Sequence[Curve], runs: Sequence[PlottedRun], by_tokens: bool) -> None:
+    """Draw a line for each curve and run, with the raw values behind the mean of a noisy one."""
+    lines = [(curve, run, series(run.records, curve.name)) for curve in curves for run in runs]
+    shown = [value for *_, (_, values) in lines for value in values]
+    logarithm = curves[0].axis in (NATS, "gradient norm") and wants_logarithm(shown)
+    for number, (curve, run, (steps, values)) in enumerate(lines):
+        where = tokens_at(run.records) if by_tokens else dict(zip(steps, steps))
+        x, style, many = [where[step] for step in steps], look(number), len(values) >= MANY
+        if many and curve.noisy:
+            axes.plot(x, values, color=style["color"], alpha=0.25, linewidth=0.8)
+            # on a logarithmic axis a mean of the values would stay far above them as they fall
+            values = [math.exp(mean) for mean in smooth(map(math.log, values))] if logarithm else smooth(values)
+        label = legend_text(run.label if len(runs) > 1 else curve.label)
+        axes.plot(x, values, linewidth=1.8, marker=None if many else "o", markersize=3.5, label=label, **style)
+    if not shown:
+        axes.text(0.5, 0.5, "no step recorded", transform=axes.transAxes, ha="center", va="center", color="gray")
+    elif logarithm:
+        axes.set_yscale("log")
+    elif curves[0].axis in ("share", "learning rate", "tokens per second"):
+        axes.set_ylim(bottom=0)
     plain_axes(axes)
+
+
+def tokens_at(records: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """{step, counted from 1: the millions of tokens up to it}."""
+    totals = accumulate(record.get("tokens") or 0 for record in records)
+    return {record["step"] + 1: total / 1e6 for record, total in zip(records, totals)}

@@ -146,7 +146,7 @@ MEANINGS = MappingProxyType(
         "finetune": "train",
         "infer": "generate",
         "lm_eval": "eval",
-        "plots": "plot --panels",
+        "plots": "plot",
         "run": "generate",
         "sft": "train --data_type sft",
         "tokenize": "preprocess --ids --tokenizer",
