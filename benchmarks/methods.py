@@ -3,7 +3,7 @@
     python demo/task.py finetune --documents 4000 --seed 1 --output out/finetune.jsonl
     python benchmarks/methods.py --rows out/finetune.jsonl --rank 16 --steps 200             (the demo's base and task)
     python benchmarks/methods.py --model rwkv6-tiny-1m-bf16.pth --rows gsm8k/train.jsonl --template question --utf16 \\
-        --rank 8 --rates 1e-3 3e-3 1e-2 --steps 200 --val_every 40 --jobs 2
+        --rank 8 --rates 1e-3 3e-3 1e-2 --steps 200 --val_every 40
 
 Rows are laid out as by rwkv-peft preprocess, or by --template; every token counts, and the last --held_out rows are the
 validation data. Tokens are the bytes of UTF-8 and an end token (the demo's vocabulary), or with --utf16 the bytes of

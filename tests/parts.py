@@ -50,7 +50,7 @@ PARTS = (
     ("tools/plan", ("tools/plan",), ("training",)),
     ("page", ("tools/ui",), ("train flags", "data", "web")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too
-    ("tools/compare", ("tools/compare",), ("run",)),
+    ("tools/compare", ("tools/compare",), ("run", "tools/plan")),
     ("tools/study", ("tools/study",), ("run",)),
     ("cli/commands", ("cli/commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )

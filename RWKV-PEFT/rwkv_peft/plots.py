@@ -218,5 +218,5 @@ def draw_panel(axes: Any, curves: Sequence[Curve], runs: Sequence[PlottedRun], b
 
 def tokens_at(records: Sequence[dict[str, Any]]) -> dict[int, float]:
     """{step, counted from 1: the millions of tokens up to it}."""
-    totals = accumulate(record.get("tokens") or 0 for record in records)
+    totals = accumulate(record["tokens"] if is_number(record.get("tokens")) else 0 for record in records)
     return {record["step"] + 1: total / 1e6 for record, total in zip(records, totals)}

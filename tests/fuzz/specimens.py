@@ -24,9 +24,9 @@ from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.plots import plot_loss, read_metrics, series
 from rwkv_peft.release import convert
 from rwkv_peft.release import merge as merge_command
-from rwkv_peft.tools.compare.plan import Size
 from rwkv_peft.tools.compare.report import rows_of, table
 from rwkv_peft.tools.compare.runs import read_outcome
+from rwkv_peft.tools.compare.sweep import Size
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.settings_file import expanded
@@ -118,7 +118,7 @@ def outcome_read(folder):
     """Read an outcome as the table of a comparison does."""
     outcome = read_outcome(folder / COMPARED)
     rows = rows_of(["bone"], [outcome.cell.seed], {"bone": Size(8, 0, 100)}, {outcome.cell: outcome})
-    return table(rows, outcome.cell.seed, {outcome.cell: outcome})
+    return table(rows)
 
 
 def curve_drawn(folder):

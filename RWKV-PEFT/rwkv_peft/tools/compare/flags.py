@@ -13,7 +13,7 @@ from ...config.rules import values_of
 from ...objectives import OBJECTIVES
 from ...training.flags.request import Flags
 from ...training.flags.request import parse_flags as parse_train_flags
-from .plan import grid_rate
+from .sweep import grid_rate
 
 FULL = "full"  # the method that trains the model itself
 RANKLESS = (FULL, STATE)  # the model alone gives their number of parameters
@@ -50,17 +50,16 @@ The flags after -- are train.py's, the same for all runs; the parameters of --tr
 sweeps the learning rate with the first seed, widening the sweep until its best rate is between two worse ones, and
 repeats the best one with the other seeds. A seed means the same order of the data for every method, and all runs
 validate on the same samples. Runs are processes with folders in DIR/runs; the same command continues where it stopped.
-It writes table.md, results.jsonl, and figures (.png, .svg) to DIR.
---retain_data PREFIX after -- also measures what each method forgets: the loss on that data and its change, at the end
-and at the lowest validation loss that all methods reach.
+It writes table.md, results.jsonl and comparison.png to DIR, and after Ctrl-C the results so far.
+--retain_data PREFIX after -- also measures the loss on that data and its change: how much each method forgets.
 """
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The settings of a comparison. rates are numbers of the grid (plan.py), () for three around Bone's automatic
-    rate; rank is that of the first method; train are the flags of train.py that all runs share; lr_final is a share of
-    each run's rate; budget is in minutes, 0 for no limit."""
+    """The settings of a comparison. rates are numbers of the grid (sweep.py), () for three around Bone's automatic
+    rate; rank is the first method's; train are the flags of train.py that all runs share; lr_final is a share of
+    each run's rate."""
 
     output: str
     methods: tuple[str, ...]
@@ -70,8 +69,6 @@ class Comparison:
     steps: int
     val_every: int
     lr_final: float
-    jobs: int
-    budget: float
     train: tuple[str, ...]
 
 
@@ -81,9 +78,10 @@ def build_parser() -> Parser:
         usage="rwkv-peft compare --output DIR [flags] -- [flags of train.py]",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        synonyms={"--budget_minutes": "`timeout -s INT 10h rwkv-peft compare …`, which also reports"},
     )
     add = parser.add_argument
-    add("--output", required=True, metavar="DIR", help="folder of the runs, the table and the figures")
+    add("--output", required=True, metavar="DIR", help="folder of the runs, the table and the picture")
     add(
         "--methods",
         nargs="+",
@@ -124,16 +122,6 @@ def build_parser() -> Parser:
         metavar="SHARE",
         help="learning rate at the end of a run, as a share of its rate (default 0.1)",
     )
-    add("--jobs", type=positive, default=1, help="runs side by side (default 1)")
-    add(
-        "--budget_minutes",
-        dest="budget",
-        type=not_negative,
-        default=0.0,
-        metavar="M",
-        help="after so many minutes stop, start no run that would not end before, and report the results so far "
-        "(default 0: no limit)",
-    )
     parser.tell(RULES)
     return parser
 
@@ -167,7 +155,7 @@ def parse_flags(argv: list[str]) -> Comparison:
 
 
 def given(comparison: Comparison, flags: Flags) -> Given:
-    """Collect what RULES judge: the comparison's methods, and the flags of train.py that all runs share."""
+    """The values for RULES: the comparison's methods, and the flags of train.py that all runs share."""
     parts = any(word.split("=")[0] == "--train_parts" for word in comparison.train)
     own = {PROG: True, "methods": comparison.methods, "train_parts": parts}
     values = values_of(flags.train, flags.objective) | own

@@ -1,12 +1,16 @@
-"""The order of runs: a sweep of learning rates for each method, over a grid, then the other seeds at its best rate;
-and the size of a method."""
+"""The runs of a comparison: methods of matched sizes, and their order, a sweep of learning rates for each method over a
+grid, then the other seeds at its best rate."""
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ...cli.errors import UserError
 from ...cli.parser import above_zero
+from ...config import AdapterConfig
+from ..plan.activations import METHODS
 
 DIGITS = (1, 3)  # of each decade
 LOWEST, HIGHEST = -16, 2  # 1e-8 and 1e1: a sweep does not go beyond them
@@ -35,18 +39,48 @@ def grid_rate(text: str) -> int:
 
 
 class Size(NamedTuple):
-    """A method's rank (0: none, for the whole model or its states), its mini_rank (0: none), the parameters that it
-    trains with them, and those that --train_parts trains beside it."""
+    """A method's rank (0: none, for the whole model or its states), its mini_rank (0: none), and the number of
+    parameters that train."""
 
     rank: int
     mini_rank: int
-    parameters: int
-    beside: int = 0
+    trained: int
 
-    @property
-    def trained(self) -> int:
-        """All parameters that train."""
-        return self.parameters + self.beside
+
+Layers = Counter[tuple[int, int]]  # {(out_features, in_features): number of layers}
+
+
+def settings_of(method: str, rank: int, mini_rank: int) -> AdapterConfig:
+    """The AdapterConfig of a method's size; the rank is its first setting, under any name."""
+    sizes: dict[str, Any] = dict(zip(METHODS[method].sizes, (rank, mini_rank)))
+    return AdapterConfig(**sizes)
+
+
+def parameter_count(method: str, rank: int, mini_rank: int, layers: Layers) -> int:
+    """The number of parameters that a method trains on layers."""
+    settings = settings_of(method, rank, mini_rank)
+    return sum(number * METHODS[method].trains(settings, *layer) for layer, number in layers.items())
+
+
+def matched_size(method: str, wanted: int, layers: Layers) -> tuple[int, int]:
+    """The (rank, mini_rank) with the number of parameters nearest to `wanted`; among equally near ones those that are
+    nearest to each other, or without a mini_rank the lowest rank. Raises UserError if no rank fits."""
+    outs = math.gcd(*(out_features for out_features, _ in layers))
+    has_mini = "mini_rank" in METHODS[method].sizes
+    found = [
+        (rank, mini)
+        for rank in range(1, max(map(max, layers)) + 1)
+        for mini in ([width for width in range(1, outs + 1) if outs % width == 0] if has_mini else [0])
+        if all(METHODS[method].fits(settings_of(method, rank, mini), *layer) for layer in layers)
+    ]
+    if not found:
+        raise UserError(f"no rank of {method} fits every layer of this model; leave it out of --methods")
+
+    def distance(size: tuple[int, int]) -> tuple[int, int]:
+        rank, mini = size
+        return abs(parameter_count(method, rank, mini, layers) - wanted), abs(rank - mini)
+
+    return min(found, key=distance)
 
 
 class Cell(NamedTuple):
