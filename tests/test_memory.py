@@ -51,14 +51,9 @@ def groups(tmp_path, monkeypatch):
     return write
 
 
-def version_2(limit, used, cached=0):
+def limits(limit, used, cached=0):
     stat = f"anon {used - cached}\ninactive_file {cached}\ninactive_anon 5"
     return {"memory.max": str(limit), "memory.current": str(used), "memory.stat": stat}
-
-
-def version_1(limit, used, cached=0):
-    stat = f"inactive_file 1\ntotal_inactive_file {cached}"
-    return {"memory.limit_in_bytes": str(limit), "memory.usage_in_bytes": str(used), "memory.stat": stat}
 
 
 def at(folder, files):
@@ -68,10 +63,9 @@ def at(folder, files):
 @pytest.mark.parametrize(
     "own, files",
     [
-        ("0::/", version_2(64 * MIB, 40 * MIB, 8 * MIB)),  # a container, which sees its own group as the top
-        ("0::/job", at("job/", version_2("max", MIB)) | version_2(64 * MIB, 40 * MIB, 8 * MIB)),  # the one above limits
-        ("0::/job/step", at("job/", version_2(64 * MIB, 40 * MIB, 8 * MIB)) | version_2(128 * MIB, MIB)),
-        ("4:cpu,memory:/docker/a1\n0::/", at("memory/", version_1(64 * MIB, 40 * MIB, 8 * MIB))),
+        ("0::/", limits(64 * MIB, 40 * MIB, 8 * MIB)),  # a container, which sees its own group as the top
+        ("0::/job", at("job/", limits("max", MIB)) | limits(64 * MIB, 40 * MIB, 8 * MIB)),  # the one above limits
+        ("0::/job/step", at("job/", limits(64 * MIB, 40 * MIB, 8 * MIB)) | limits(128 * MIB, MIB)),
     ],
 )
 def test_a_containers_limit_is_its_main_memory(groups, own, files):
@@ -81,18 +75,13 @@ def test_a_containers_limit_is_its_main_memory(groups, own, files):
 
 def test_no_limit_leaves_the_machines_memory(groups):
     machine = memory.main_memory()[0]
-    for own, files in (
-        ("0::/", {}),
-        ("0::/", version_2("max", MIB)),
-        ("3:memory:/", at("memory/", version_1(2**63 - 4096, MIB))),
-        ("2:cpu:/", at("memory/", version_1(64 * MIB, MIB))),  # of a tree that says nothing of this process
-    ):
+    for own, files in (("0::/", {}), ("0::/", limits("max", MIB)), ("3:memory:/", {})):
         groups(own, files)
         assert memory.main_memory()[0] == machine > 64 * MIB
 
 
-def test_a_plan_counts_what_a_container_may_use(groups, capsys):
+def test_a_plan_counts_the_memory_that_a_container_may_use(groups, capsys):
     words = ["--n_layer", "2", "--n_embd", "64", "--bone_r", "16", "--vocab_size", "257", "--accelerator", "cpu"]
     assert plan(words) == 0 and "main memory of" in capsys.readouterr().out
-    groups("0::/", version_2(512 * MIB, MIB))
+    groups("0::/", limits(512 * MIB, MIB))
     assert plan(words) == 1 and "does not fit" in capsys.readouterr().out

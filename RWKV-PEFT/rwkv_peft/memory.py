@@ -10,18 +10,12 @@ from pathlib import Path
 # glibc's names for mallopt (malloc.h), and the largest value that it takes.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST = 2**31 - 1
-# Linux's list of the control groups of this process, and their folders: containers and batch systems limit it by them.
+# Linux's list of the control groups of this process, and their folder: containers and batch systems limit it by them.
 OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# For version 2 and version 1 of control groups: the files with a group's limit and use, and the name in its memory.stat
-# of the cached pages of files that the system takes back first.
-GROUP_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the memory that tensors free, for the next tensors; -> whether that could be set.
+    """Let the process keep the memory that tensors free, for the next tensors; -> True if that could be set.
 
     By default glibc returns large blocks to the system when they are freed, so that every temporary of every step gets
     fresh pages, which the kernel clears one by one: that costs more than elementwise work itself. With this setting
@@ -47,24 +41,14 @@ def main_memory() -> tuple[int, int]:
 
 
 def group_limits() -> Iterator[tuple[int, int]]:
-    """Yield (limit, bytes left of it) for each control group of this process that limits memory."""
-    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
-        _, controllers, name = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = GROUPS / "memory" if controllers else GROUPS  # version 1 has a tree for each controller
-        place = top / name.lstrip("/")  # a container may not see it: there its own group is the top
-        for folder in (place, *place.parents):
-            if folder.is_relative_to(top):
-                yield from _limit_of(folder)
-
-
-def _limit_of(folder: Path) -> Iterator[tuple[int, int]]:
-    for limit, used, cached in GROUP_FILES:
-        try:
-            told, use, stat = ((folder / name).read_text().strip() for name in (limit, used, "memory.stat"))
-        except OSError:  # no such group, or not of this version
-            continue
-        if told.isdigit():  # else "max"
-            pages = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
-            yield int(told), max(0, int(told) - int(use) + (int(pages[1]) if pages else 0))
+    """Yield (limit, bytes left of it) for each control group (version 2) of this process that limits memory."""
+    own = re.search("^0::/(.*)$", OWN_GROUPS.read_text(), re.MULTILINE) if OWN_GROUPS.is_file() else None
+    if own is None:
+        return
+    place = GROUPS / own[1]
+    for folder in (place, *place.parents):  # a container may not see its place: there its own group is the top
+        limit = folder / "memory.max"
+        if folder.is_relative_to(GROUPS) and limit.is_file() and (most := limit.read_text().strip()).isdigit():
+            used = int((folder / "memory.current").read_text())
+            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            yield int(most), max(0, int(most) - used + (int(cached[1]) if cached else 0))
