@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from common import Parser
 
 from rwkv_peft.models import family_named
-from rwkv_peft.tools.plan.command import largest_rows, parse_flags, planned, usable
+from rwkv_peft.tools.plan.command import estimate_of, largest_rows, parse_flags, usable
 from rwkv_peft.tools.plan.memory import CPU, GPU, Estimate, peak, written
 from rwkv_peft.training.step.context_parallel import in_flight, waiting
 
@@ -42,7 +42,7 @@ def config_of(size, trains):
     """The RunConfig of a size."""
     layers, channels = SIZES[size]
     words = f"--model_version x070 --n_layer {layers} --n_embd {channels} --vocab_size 65536 --grad_cp 1"
-    return planned(parse_flags([*words.split(), *TRAINS[trains].split()])).config
+    return estimate_of(parse_flags([*words.split(), *TRAINS[trains].split()]), GPU).config
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,19 @@ from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.objectives.cross_entropy import L2WRAP
 from rwkv_peft.objectives.divergence import Divergence, of_logits
 from rwkv_peft.ops.cross_entropy import cross_entropy_
-from rwkv_peft.tools.plan.memory import Counts
+from rwkv_peft.tools.plan.command import estimate_of, parse_flags
+from rwkv_peft.tools.plan.memory import GPU, Counts
 from rwkv_peft.training.step.zero import live_parameters
 
+NEW = ("--n_layer", "4", "--n_embd", "64", "--vocab_size", "80", "--dim_ffn", "256", "--ctx_len", "128")
 LOGITS = 64  # rows of logits that are made to find the bytes of one
 DRAWN = 2  # the same of drawing, which computes with them
 VOCABULARY = 64  # of the rehearsed model; only logit_bytes takes the true one
+
+
+def estimate(*flags, accelerator=GPU):
+    """The plan of a small new model."""
+    return estimate_of(parse_flags([*NEW, *flags]), accelerator)
 
 
 # Operations that are not computed. Products of matrices: their values do not matter, and so no weight is read. The

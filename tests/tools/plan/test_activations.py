@@ -28,8 +28,7 @@ from rwkv_peft.tools.plan.memory import activations_of, count
 from rwkv_peft.training.saving import checkpoints, products
 from rwkv_peft.training.step import shared_prefix, zero
 from tools.plan import rehearsal
-from tools.plan.estimates import NEW, estimate
-from tools.plan.rehearsal import Tracker, drawing_bytes, logit_bytes, step_bytes
+from tools.plan.rehearsal import NEW, Tracker, drawing_bytes, estimate, logit_bytes, step_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {family.version: family for family in FAMILIES}

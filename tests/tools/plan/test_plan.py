@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from rwkv_peft.tools.plan.command import (
     memory_size,
     parse_flags,
 )
-from rwkv_peft.tools.plan.memory import CPU, GPU, OPTIMIZER, peak
+from rwkv_peft.tools.plan.memory import CPU, GPU, OPTIMIZER, peak, saved_epochs, written
 from rwkv_peft.training.flags.request import request_of
-from tools.plan.estimates import NEW, estimate
+from tools.plan.rehearsal import NEW, estimate
 
 
 def size(parts, name):
@@ -234,3 +235,34 @@ def test_segments_bound_what_a_row_takes_and_tuned_states_count():
     states = told.counts.trains - estimate("--head_size", "16").counts.trains
     assert states == 4 * 4 * 16 * 16  # layers, heads and their matrices
     assert size(told.parts(1, 64), "gradients, summed over segments") == 4 * told.counts.trains
+
+
+def test_files_are_counted_with_their_copies():
+    told = estimate("--epoch_count", "6", "--epoch_save", "2", "--val_data", "x", "--merge_on_save")
+    adapter, merged, checkpoints = written(told)
+    assert adapter.copies == merged.copies == 3 + 1  # three epochs, of which the newest is one, and the best
+    assert adapter.size == 2 * told.counts.own and merged.size == 2 * (told.counts.total - told.counts.own)
+    assert checkpoints.size == OPTIMIZER["adamw"] * told.counts.trains
+    assert written(estimate("--retain_data", "x")) == written(estimate()) != written(estimate("--val_data", "x"))
+    told = estimate("--train_parts", "state")
+    adapter, states, _ = written(told)
+    assert states.name.startswith("state.pth") and states.copies == adapter.copies
+    assert states.size == 2 * (told.counts.trains - estimate().counts.trains)
+    for first, last, save in product(range(3), range(7), range(4)):
+        train = SimpleNamespace(epoch_begin=first, epoch_count=last, epoch_save=save)
+        assert saved_epochs(train) == sum(n == last or save > 0 and n % save == 0 for n in range(first + 1, last + 1))
+
+
+@pytest.mark.parametrize(
+    "flags, adapters, checkpoints, name",
+    [
+        ("", 6, 3, "checkpoints"),  # two stay while the third is written
+        ("--keep_checkpoints 1", 2, 2, "checkpoints"),
+        ("--keep_checkpoints 0", 6, 6, "checkpoints"),
+        ("--save_every 7", 6 + 3, 3, "checkpoints"),  # no checkpoint need be of an epoch
+        ("--keep_checkpoints 0 --save_minutes 5", 12, 6, "checkpoints, or more"),
+    ],
+)
+def test_copies_that_stay_of_a_run_are_counted(flags, adapters, checkpoints, name):
+    files = written(estimate("--epoch_count", "6", *flags.split()))
+    assert [file.copies for file in files] == [adapters, checkpoints] and files[-1].name == name

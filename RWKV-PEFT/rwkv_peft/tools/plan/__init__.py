@@ -1,1 +1,1 @@
-"""Estimates of a run's memory and disk before it begins: by part and device, what fits, and which flags save most."""
+"""Estimates of a run's memory and disk before it begins, and the flags that save most."""

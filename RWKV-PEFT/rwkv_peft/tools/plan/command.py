@@ -8,7 +8,8 @@ refuse a mistake in train.py's words, and for a teacher that is put together of 
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -45,6 +46,9 @@ SPARE = 0.95  # share of a GPU's memory to plan with, because the allocator leav
 TOKENS = 64  # the step in which contexts are tried
 LARGEST = 1 << 24  # numbers of rows, and multiples of TOKENS, are tried below it
 NAMES = ((GPU, "GPU"), (CPU, "main memory"))
+Planned = tuple[
+    RunConfig, Counter[str], ModelConfig | None
+]  # settings, bytes of the base by dtype, the teacher's model
 COLUMN = 38  # width of a line's first column: the longest flag and its value
 MOMENTS = "while drawing", "at the loss", "in the backward pass", "in the update"
 
@@ -97,77 +101,70 @@ def main(argv: list[str]) -> int:
     """argv -> 0 if the run fits, 1 if it does not. Raises UserError as train.py does, and for --accelerator gpu
     without a GPU to plan for."""
     flags = parse_flags(argv)
-    memory, notes = memory_of(flags)
+    memory = memory_of(flags)
     estimate = estimate_of(flags, GPU if GPU in memory else CPU)
     config = estimate.config
     if estimate.file and config.data.of_rows:
         find_tokenizer(config.data.tokenizer, config.model.vocab_size)
-    notes = [f"          {note}" for note in notes]
-    lines = (head(estimate), notes, [""], table(estimate, memory), [""], advice(estimate, memory), [""], disk(estimate))
+    lines = (head(estimate), [""], table(estimate, memory), [""], advice(estimate, memory), [""], disk(estimate))
     for line in (line for some in lines for line in some):
         print(line)
     return 0 if fits(estimate, memory) else 1
 
 
-def memory_of(flags: Flags) -> tuple[dict[str, int], list[str]]:
-    """{device: bytes of its memory, 0 if unknown} for a machine with a GPU of --gpu, or for this one, and notes on its
-    GPU. Raises UserError if --accelerator is "gpu" and this machine has none."""
-    train = flags.train
+def memory_of(flags: Flags) -> dict[str, int]:
+    """{device: bytes of its memory, 0 if unknown} for a machine with a GPU of --gpu, or for this one. Raises UserError
+    if --accelerator is "gpu" and this machine has none."""
     if flags.args.gpu is not None:
-        return {GPU: flags.args.gpu, CPU: 0}, []
-    memory, notes = {CPU: main_memory()[0]}, []
-    if train.accelerator != CPU and has_gpu():
+        return {GPU: flags.args.gpu, CPU: 0}
+    memory = {CPU: main_memory()[0]}
+    if flags.train.accelerator != CPU and has_gpu():
         import torch
 
-        from ...gpus import better_precision, count_gpus
+        from ...gpus import count_gpus
 
         if count_gpus("name the memory of a GPU with --gpu 24GiB"):
             memory[GPU] = torch.cuda.get_device_properties(0).total_memory
-            notes = [note] if (note := better_precision(train.precision, GPU)) else []
-    if train.accelerator == GPU and GPU not in memory:
+    if flags.train.accelerator == GPU and GPU not in memory:
         raise UserError(
             "--accelerator gpu: this machine has no GPU to plan for; name the memory of one with --gpu 24GiB"
         )
-    if train.precision == "fp16" and GPU not in memory:
-        notes.append("note: CPUs compute fp16 slowly; --precision bf16 takes as much memory")
-    return memory, notes
+    return memory
 
 
 def has_gpu() -> bool:
-    """Return True if the machine has devices of GPUs; torch decides if it can use them."""
+    """Return True if there are devices of GPUs, usable by torch or not."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or any(Path(name).exists() for name in ("/dev/dxg", "/dev/kfd"))
 
 
-class Planned(NamedTuple):
-    """A run to plan. config is its settings, file the bytes of the base's tensors (0: there is none), dtypes theirs;
-    teacher is the dimensions of the model that it learns from, or None."""
+def estimate_of(flags: Flags, accelerator: str) -> Estimate:
+    """The Estimate of a run, by headers alone if they show a run that train.py takes. Without a base, an adapter's base
+    is assumed to have the dtype of the training; a new model is made in memory. Raises UserError for a run that
+    train.py refuses, in its words."""
+    config, sizes, teacher = of_headers(flags) or of_request(flags)
+    if teacher is None and TEACHER in config.objective.needs:
+        teacher = config.model  # which teaches itself
+    mapped = set(sizes) <= {config.train.precision} if sizes else config.adapter.method != NONE
+    return Estimate(config, accelerator, sum(sizes.values()), mapped, teacher, frozenset(sizes))
 
-    config: RunConfig
-    file: int
-    dtypes: frozenset[str]
-    teacher: ModelConfig | None
 
-
-def planned(flags: Flags) -> Planned:
-    """Flags -> Planned, by headers alone if they show a run that train.py takes. Raises UserError for any other, in
-    train.py's words."""
-    found = planned_by_headers(flags)
-    if found is not None:
-        return found
+def of_request(flags: Flags) -> Planned:
+    """The Planned of a run, by opening its base and teacher. Raises UserError as train.py does."""
     request = request_of(flags)
     tensors = {} if request.base is None else request.base.tensors
-    file, dtypes = sum(tensor.nbytes for tensor in tensors.values()), {str(tensor.dtype) for tensor in tensors.values()}
-    teacher = None if request.teacher is None else request.teacher.config
-    return Planned(request.config, file, frozenset(DTYPES[dtype] for dtype in dtypes), teacher)
+    sizes = Counter[str]()
+    for tensor in tensors.values():
+        sizes[DTYPES[str(tensor.dtype)]] += tensor.nbytes
+    return request.config, sizes, None if request.teacher is None else request.teacher.config
 
 
-def planned_by_headers(flags: Flags) -> Planned | None:
-    """Planned by the headers of base and teacher; None if they do not show that the settings fit."""
+def of_headers(flags: Flags) -> Planned | None:
+    """The Planned of a run, by the headers of base and teacher; None if they do not show that the settings fit."""
     args, adapter, data, train, objective = flags[:5]
     if objective.stored:
         return None
-    header = read_header(args.load_model) if args.load_model else {}
-    model = dimensions_of(header or {}) if args.load_model else new_dimensions(args)
+    header = (read_header(args.load_model) if args.load_model else None) or {}
+    model = dimensions_of(header) if args.load_model else new_dimensions(args)
     base: Any = SimpleNamespace(config=model)
     if model is None or any(check_base(args, base)):
         return None
@@ -181,9 +178,10 @@ def planned_by_headers(flags: Flags) -> Planned | None:
     teacher = dimensions_of(read_header(objective.teacher) or {}) if objective.teacher else None
     if objective.teacher and (teacher is None or teacher.vocab_size != model.vocab_size):
         return None
-    config = RunConfig(model, adapter, data, train, objective, flags.given)
-    tensors = (header or {}).values()
-    return Planned(config, sum(each.nbytes for each in tensors), frozenset(each.dtype for each in tensors), teacher)
+    sizes = Counter[str]()
+    for tensor in header.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    return RunConfig(model, adapter, data, train, objective, flags.given), sizes, teacher
 
 
 def new_dimensions(args: argparse.Namespace) -> ModelConfig | None:
@@ -222,16 +220,6 @@ def adapts(adapter: AdapterConfig, model: ModelConfig) -> bool:
     return all(found.values()) and all(
         len(shape) == 2 and method.fits(adapter, *shape) for each in found.values() for shape in each
     )
-
-
-def estimate_of(flags: Flags, accelerator: str) -> Estimate:
-    """Make the Estimate of a run. Without a base, an adapter's base is assumed to have the dtype of the training; a
-    new model is made in memory."""
-    config, file, dtypes, teacher = planned(flags)
-    if teacher is None and TEACHER in config.objective.needs:
-        teacher = config.model  # which teaches itself
-    mapped = dtypes <= {config.train.precision} if file else config.adapter.method != NONE
-    return Estimate(config, accelerator, file, mapped, teacher, dtypes)
 
 
 def usable(device: str, total: int) -> int:
@@ -374,7 +362,7 @@ def table(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
         if device not in memory:
             continue
         size = memory[device]
-        yield f"{name}{f' of {gib(size)}' if size else ''}, each process" + moments(parts, device)
+        yield f"{name}{f' of {gib(size)}' if size else ''}, each process"
         for part in parts:
             if part.device == device:
                 yield f"  {part.name:{COLUMN - 2}}{gib(part.size):>12}{when(part)}"
@@ -382,14 +370,6 @@ def table(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
         yield f"  {'peak':{COLUMN - 2}}{gib(total):>12}{verdict(estimate, device, total, size)}"
     if pages := estimate.file_pages():
         yield f"also, pages of the base's file, {gib(pages)}, which the system takes back when memory is short"
-
-
-def moments(parts: Iterable[Part], device: str) -> str:
-    """Name the moment of a step that is the peak; "" if all moments are equal."""
-    here = [part for part in parts if part.device == device]
-    totals = [sum(part.size for part in here if moment in part.when) for moment in ALWAYS]
-    same = len(set(totals)) == 1
-    return "" if same else f"; most of it {MOMENTS[totals.index(max(totals))]}"
 
 
 def when(part: Part) -> str:

@@ -350,52 +350,31 @@ def written(estimate: Estimate) -> list[Written]:
     train, save = config.train, config.train.save_dtype
     parameters = counts.total - counts.own
     model = estimate.file if estimate.file and save not in ITEM else parameters * ITEM.get(save, item)
-    checkpoints, all_told = checkpoint_count(train)
+    epochs, keep = saved_epochs(train), KEPT if train.keep_checkpoints is None else train.keep_checkpoints
+    between = bool(train.save_every or train.save_minutes)
+    checkpoints = keep + 1 if keep else epochs  # the next is written before an old one goes
+    labelled = min(epochs, keep + 1) if train.keep_checkpoints else epochs
+    labelled += bool(train.val_data or train.val_split)  # the best; the newest is one of the epochs
+    copies = labelled + between * checkpoints  # unless it was saved between them
     checkpoint = optimizer_size(train.optim, counts.trains, counts.matrices)
-    epochs = epoch_count(train)
-    held = checkpoints - epochs if train.keep_checkpoints == 0 else checkpoints  # with trained tensors of their own
     if not config.adapter.whole_model:
         name, size = "adapter.safetensors, and one an epoch", (counts.trains + counts.constants) * item
     else:
         name, size = "rwkv.pth, and one an epoch", model
-        dtypes = {save} if save in ITEM else estimate.dtypes
-        if not dtypes <= {"fp32", train.precision}:  # then each checkpoint has weights of its own
-            held, checkpoint = 0, checkpoint + parameters * item
-    labelled = epochs + bool(train.val_data or train.val_split)  # the best; the newest is one of them,
-    between = bool(train.save_every or train.save_minutes)  # unless it was saved between epochs
-    files = [Written(name, size, labelled + between * max(1, held))]
+        if not ({save} if save in ITEM else estimate.dtypes) <= {"fp32", train.precision}:
+            copies, checkpoint = labelled + between, checkpoint + parameters * item  # each has weights of its own
+    files = [Written(name, size, copies)]
     if STATE in config.adapter.train_parts:
         states = config.model.n_layer * math.prod(wkv_shape(config.model)) * item
         files.append(Written("state.pth, and one an epoch", states, labelled + between))
     if train.merge_on_save:
         files.append(Written("merged.pth, and one an epoch", model, labelled + between))
-    return [*files, Written("checkpoints" if all_told else "checkpoints, or more", checkpoint, checkpoints)]
-
-
-def checkpoint_count(train: TrainConfig) -> tuple[int, bool]:
-    """(the most checkpoints at once, whether that is sure): those that are kept and the next, or all if all are kept.
-    In that case there may be more: --save_minutes adds some, and so does --save_every in a pass over the data of an
-    unknown number of steps."""
-    keep = KEPT if train.keep_checkpoints is None else train.keep_checkpoints
-    if keep:
-        return keep + 1, True
-    every, steps = train.save_every, train.epoch_steps
-    more = multiples(train.epoch_begin * steps, train.epoch_count * steps, every)
-    return saved_epochs(train) + more, not train.save_minutes and bool(steps or not every)
-
-
-def epoch_count(train: TrainConfig) -> int:
-    """The number of epochs that have files at once."""
-    saved, keep = saved_epochs(train), train.keep_checkpoints
-    return min(saved, keep + 1) if keep else saved  # an old one goes when the next is there
+    more = between and not keep
+    return [*files, Written("checkpoints, or more" if more else "checkpoints", checkpoint, checkpoints)]
 
 
 def saved_epochs(train: TrainConfig) -> int:
     """The number of epochs that are saved, the last included."""
     first, last, every = train.epoch_begin, train.epoch_count, train.epoch_save
-    return multiples(first, last, every) + bool(last > first and (not every or last % every))
-
-
-def multiples(first: int, last: int, step: int) -> int:
-    """The number of multiples of `step` above `first` and up to `last`; none of 0."""
-    return last // step - first // step if step and last > first else 0
+    regular = last // every - first // every if every and last > first else 0
+    return regular + bool(last > first and (not every or last % every))
