@@ -1,1 +1,1 @@
-"""`rwkv-peft study`: a model asks and answers questions about a document, and learns to answer without it."""
+"""`rwkv-peft study`: train a model to answer questions about a document without reading it."""

@@ -4,6 +4,9 @@ questions are, with the text before them and without; flags.py has the usage."""
 import json
 import signal
 import sys
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +19,15 @@ from ...checkpoints.readable import require_readable
 from ...cli.errors import UserError
 from ...cli.names import MODEL
 from ...cli.parser import counted
+from ...data.chat import TURN_END, stops_of
 from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
-from ...evals.questions import last_answer
+from ...evals.questions import GREEDY, last_answer, sample
 from ...evals.scoring import score
 from ...gpus import resolve_accelerator
 from ...inference.forward import prefill
 from ...inference.loading import Subject
+from ...inference.settings import Sampling
 from ...models.parts import LanguageModel
 from ...training.flags.request import Request, parse_run
 from ...training.inputs import VALIDATION, find_samples
@@ -30,10 +35,14 @@ from ...training.model import adapt, build_model, own_device
 from ...training.run import check, run, silent
 from ...training.step.teacher import make_teacher
 from .flags import Study, parse_flags
-from .questions import cut, generate_rows, read_document
 
 FIGURES = "study.json"
-BATCH = 16  # questions that are scored at once
+SCORED = 16  # questions that are scored at once
+BATCH = 32  # completions that are sampled at once
+SEEDS = 1 << 24  # more than the questions of any document
+MOST = 1 << 24  # bytes of a document
+BORDERS = ("\n\n", "\n", ". ", " ")  # where to cut, the best places first
+CHARACTERS = 64  # of a token, at most, when a part is cut
 LEAST = 0.01  # of the gain by the text, that counts as learned
 ALONE, BEHIND = 0, 1  # the documents of a sample: a question with its answer, and the same behind its context
 
@@ -94,7 +103,8 @@ def learn(study: Study) -> int:
 
 def reader_of(request: Request, base: Base) -> Subject:
     """A base ready to generate, in the run's precision and on its device."""
-    return subject_of(request, make_teacher(base, request.config, device_of(request)))
+    device = own_device(resolve_accelerator(request.config.train), 0)
+    return subject_of(request, make_teacher(base, request.config, device))
 
 
 def learner_of(request: Request, base: Base) -> Subject:
@@ -102,13 +112,9 @@ def learner_of(request: Request, base: Base) -> Subject:
     config, folder = request.config, Path(request.config.train.proj_dir)
     if config.adapter.whole_model:
         return reader_of(request, open_base(folder / MODEL))
-    model, device = build_model(config, base.family, base), device_of(request)
+    model, device = build_model(config, base.family, base), own_device(resolve_accelerator(config.train), 0)
     adapt(model, config.adapter, request.layers, base.family, base, dict, folder, device)
     return subject_of(request, model.requires_grad_(False).eval().to(device))
-
-
-def device_of(request: Request) -> torch.device:
-    return own_device(resolve_accelerator(request.config.train), 0)
 
 
 def subject_of(request: Request, model: LanguageModel) -> Subject:
@@ -139,13 +145,97 @@ def write_questions(study: Study, text: str, reader: Subject) -> None:
     print(f"wrote {counted(len(rows), 'question')} to {study.path}", flush=True)
 
 
+def generate_rows(reader: Subject, parts: Sequence[str], study: Study) -> list[dict[str, str]]:
+    """Generate questions on the parts of a document, with answers -> rows of --data_type contexts. Questions that
+    repeat an earlier one of their part, and texts without words or end, are left out; their numbers are printed."""
+    rows, left_out = list[dict[str, str]](), Counter[str]()
+    for place, part in enumerate(parts):
+        _, state = prefill(reader.model, [reader.tokenizer.encode(part + TURN_END)], reader.start)
+        behind = reader._replace(start=state)
+        seed = study.seed * SEEDS + place * study.questions
+        sampling = Sampling(temperature=study.temperature, top_p=study.top_p, seed=seed)
+        found = answered(behind, study, generate_questions(behind, study, sampling, left_out), left_out)
+        rows += [{"context": part, **row} for row in found]
+        print(f"part {place + 1} of {len(parts)}: {len(found)} questions", flush=True)
+    for what, number in left_out.items():
+        print(f"left out: {number} {what}", flush=True)
+    return rows
+
+
+def generate_questions(reader: Subject, study: Study, sampling: Sampling, left_out: Counter[str]) -> list[str]:
+    """Sample the questions of a model that has read a part, without those left out."""
+    prompt = reader.tokenizer.encode(study.ask)
+    stops = (*stops_of(study.ask), *study.stop, "\n")
+    found: dict[str, None] = {}
+    prompts = dict.fromkeys(range(study.questions), prompt)  # one list, which is read once
+    stopped, most = dict.fromkeys(prompts, stops), study.question_tokens
+    for question in sorted(sample(reader, prompts, stopped, sampling, most, BATCH)):
+        text = question.text.strip()
+        if question.end == "length" or not text:
+            left_out["questions without end or words"] += 1
+        elif text in found:
+            left_out["questions that were asked before"] += 1
+        else:
+            found[text] = None
+    return list(found)
+
+
+def answered(reader: Subject, study: Study, questions: Sequence[str], left_out: Counter[str]) -> list[dict[str, str]]:
+    """Answer questions greedily by a model that has read their part -> rows without their context."""
+    layout = study.answer or "User: {question}\n\nAssistant:"
+    prompts = [layout.replace("{question}", question) for question in questions]
+    stops = {place: (*stops_of(prompt), *study.stop) for place, prompt in enumerate(prompts)}
+    tokens = dict(enumerate(map(reader.tokenizer.encode, prompts)))
+    rows = []
+    for answer in sorted(sample(reader, tokens, stops, GREEDY, study.answer_tokens, BATCH)):
+        if answer.end == "length" or not answer.text.strip():
+            left_out["answers without end or words"] += 1
+        elif study.answer:
+            end = study.stop[0] if study.stop and answer.end == "stop" else ""
+            rows.append({"prompt": prompts[answer.number], "completion": answer.text + end})
+        else:
+            rows.append({"question": questions[answer.number], "answer": answer.text.strip()})
+    return rows
+
+
+def read_document(path: str) -> str:
+    """Read the text of a document. Raises UserError for one that cannot be read, is too long, or holds no words."""
+    missing = f"{path}: no such file; the first word names the document, which is a text"
+    file = require_readable(path, missing)
+    if (size := file.stat().st_size) > MOST:
+        raise UserError(f"{path} has {size:,} bytes, and a document {MOST:,} at most; study it in several pieces")
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start:,}); a document is a text: convert it") from error
+    if not text.strip():
+        raise UserError(f"{path} holds no words, so that there is nothing to learn; name another document")
+    return text
+
+
+def cut(text: str, most: int, length: Callable[[str], int]) -> list[str]:
+    """Cut a text into parts of a length of `most`, at the ends of paragraphs, or else of lines, sentences and words, if
+    there is one behind the first quarter of the part."""
+    parts = []
+    while text := text.strip():
+        window = min(len(text), most * CHARACTERS)
+        end = max(1, bisect_right(range(window + 1), most, key=lambda end: length(text[:end])) - 1)
+        if end < len(text):
+            reach = {border: end + len(border) - len(border.strip()) for border in BORDERS}  # parts lose their spaces
+            places = (text.rfind(border, 0, reach[border]) + len(border) for border in BORDERS)
+            end = next((place for place in places if place > max(1, end // 4)), end)
+        parts.append(text[:end].strip())
+        text = text[end:]
+    return parts
+
+
 def likelihood(subject: Subject, samples: Samples, document: int) -> Likelihood:
     """The Likelihood of the answers in one document (ALONE, BEHIND) of samples; each context is read once."""
     logprob, right, tokens, number = 0.0, 0, 0, 0
     for context, pairs in answers_by_context(samples, document, subject.tokenizer.end_id).items():
         start = prefill(subject.model, [list(context)], subject.start)[1] if context else subject.start
-        for first in range(0, len(pairs), BATCH):
-            prompts, answers = zip(*pairs[first : first + BATCH])
+        for first in range(0, len(pairs), SCORED):
+            prompts, answers = zip(*pairs[first : first + SCORED])
             for [found] in score(subject.model, prompts, [[answer] for answer in answers], start):
                 logprob += found.logprob
                 right += found.greedy

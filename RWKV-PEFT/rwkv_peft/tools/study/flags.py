@@ -1,4 +1,4 @@
-"""The flags of `rwkv-peft study`, its own and those of train.py, judged before torch is imported."""
+"""The flags of `rwkv-peft study`, its own and those of train.py, checked before torch is imported."""
 
 import argparse
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ training the command tells how likely the answers to the held-out questions are,
 @dataclass(frozen=True)
 class Study:
     """The settings of the command. words are the flags of train.py; rows is a file of questions that exist already, ""
-    if they are to be drawn from `document`, to which stop, ask and answer belong: texts that end a question or an
-    answer, that the model goes on from to ask, and to answer ("" for a chat)."""
+    if they are to be sampled from `document`. stop, ask and answer are texts: ends of a question or an answer, and the
+    prompts for a question and for an answer ("" for a chat)."""
 
     document: str
     rows: str

@@ -8,9 +8,8 @@ import pytest
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.checkpoints.state_file import read_states
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.tools.study.command import Likelihood, verdict
+from rwkv_peft.tools.study.command import MOST, Likelihood, cut, read_document, verdict
 from rwkv_peft.tools.study.flags import ASK, parse_flags
-from rwkv_peft.tools.study.questions import MOST, cut, read_document
 from training.runs import ROOT, finish, start
 from warm import CHILDREN
 
