@@ -22,14 +22,14 @@ def python_command(module: str, *arguments: str | Path) -> list[str]:
 
 
 def guard_children() -> None:
-    """Keep the current folder off the path of every Python that this process starts, those of other packages too:
+    """Keep the current folder off the path of every Python that this process or another package starts:
     Python 3.11 and later read this variable."""
     os.environ["PYTHONSAFEPATH"] = "1"
 
 
 @contextmanager
 def elsewhere() -> Iterator[None]:
-    """For a moment the current folder is this package's: for what other packages read or start in the current one."""
+    """For a moment the current folder is this package's, so that other packages read nothing in the user's."""
     here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))  # it may have lost its name, or not be readable
     try:
         os.chdir(os.path.dirname(os.path.abspath(__file__)))

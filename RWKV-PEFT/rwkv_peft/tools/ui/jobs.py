@@ -1,5 +1,9 @@
-"""The commands that the page starts: each is a process of its own, with a folder for its output and exit code. Among
-them are servers of models for chats, `rwkv-peft serve` on ports of their own, so that a model that fails or is closed
+"""The commands that the page starts: each has a folder for its output and exit code, and a process that outlives the
+page's server and records how the command ended:
+
+    python -m rwkv_peft.tools.ui.jobs FOLDER COMMAND argument…
+
+Among them are servers of models for chats, `rwkv-peft serve` on ports of their own. A model that fails or is closed
 ends nothing else, and frees its memory.
 """
 
@@ -12,21 +16,24 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from ...checkpoints.lock import holder
+from ...checkpoints.atomic import write_text
+from ...checkpoints.lock import hold, holder
 from ...checkpoints.readable import within
 from ...children import python_command
 from ...cli.errors import UserError, visible
 from ...cli.names import is_whole
 from .files import hidden, is_plain, objects, read
-from .job import COMMAND, EXIT, LOCK, OUTPUT
 
+OUTPUT, EXIT, LOCK, COMMAND = "output.txt", "exit", ".lock", "command.json"
 HELD = 50  # jobs that are remembered
 NUMBER = re.compile("[0-9]{1,15}")
 LATEST = 1e18  # seconds since 1970: when a job began, and a float holds it
@@ -54,7 +61,7 @@ class Jobs:
         (folder / COMMAND).write_text(json.dumps({"words": list(words), "began": time.time()}))
         with open(folder / OUTPUT, "ab") as output:
             self.own[folder.name] = process = subprocess.Popen(
-                python_command("rwkv_peft.tools.ui.job", folder, *words),
+                python_command("rwkv_peft.tools.ui.jobs", folder, *words),
                 cwd=self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -216,3 +223,34 @@ def ask(jobs: Jobs, name: str, path: str, body: bytes | None = None) -> tuple[in
                 yield piece
 
     return response.status, response.getheader("Content-Type", "application/json"), pieces()
+
+
+def main(argv: list[str]) -> int:
+    """Run the command of a job; signals to this process go to it, so that those of Ctrl-C end a run after its step."""
+    folder, words = Path(argv[0]), argv[1:]
+    process: subprocess.Popen[bytes] | None = None
+    came, early = list[int](), list[int]()  # signals, and those before the command began
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if process is None:
+            early.append(number)
+        else:
+            process.send_signal(number)
+
+    signal.signal(signal.SIGINT, forward)
+    signal.signal(signal.SIGTERM, forward)
+    with hold(folder / LOCK), open(folder / OUTPUT, "ab") as output:
+        command = python_command("rwkv_peft", *words)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        for number in early:
+            process.send_signal(number)
+        code = process.wait()
+        if came and code == 1:  # Python itself had not begun, and says no more
+            code = -came[-1]
+        write_text(folder / EXIT, str(code if code >= 0 else 128 - code))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
