@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = {version: ROOT / "demo" / f"rwkv{version[2]}-demo.pth" for version in ("x060", "x070")}
 VERSIONS = tuple(DEMO)
+NO_GPU, OUT_OF_MEMORY, NOT_HERE = 2, 3, 4  # exit codes of the programs of gpu_check.py, which have told more
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +35,39 @@ class Parser(argparse.ArgumentParser):
                 if not action.option_strings and action.nargs is None:
                     action.nargs = "?"
         return super().parse_known_args(args, namespace)
+
+
+def tell(**entry):
+    """Print a result as a line with a JSON object, in one write, because threads print at once."""
+    sys.stdout.write(json.dumps(entry) + "\n")
+    sys.stdout.flush()
+
+
+def peak_gib(device):
+    """{"peak_gib"} of torch's allocator on a GPU since reset_peak, nothing on a CPU."""
+    import torch
+
+    return {} if device == "cpu" else {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+
+
+def reset_peak(device):
+    import torch
+
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def without_room(work, **entry):
+    """The exit code of work(), or OUT_OF_MEMORY of a GPU, printed with `entry`, so that the rest may go on."""
+    import torch
+
+    try:
+        return work() or 0
+    except torch.cuda.OutOfMemoryError as error:
+        tell(**entry, out_of_memory=str(error).splitlines()[0])
+    torch.cuda.empty_cache()
+    return OUT_OF_MEMORY
 
 
 def split(argv):

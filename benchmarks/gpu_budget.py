@@ -1,6 +1,8 @@
-"""Counts, without a GPU, a block's launches and bytes on a GPU's code path, outside its large matrix products.
+"""Counts, without a GPU, a block's launches and bytes on a GPU's code path, outside its large matrix products, and
+measures the time that they take on the processor that drives the GPU.
 
-    python benchmarks/gpu_budget.py [--generations x060 x070] [--verbose]
+    python benchmarks/gpu_budget.py [--generations x060 x070] [--methods frozen bat-in …]
+    python benchmarks/gpu_budget.py --host [--rounds 200]
 
 A block runs forward and backward on meta tensors, in bfloat16; each of torch's operations that computes something is
 one launch, and its bytes are those of its inputs (expanded ones at their real size) and outputs. A unit is one read or
@@ -11,24 +13,33 @@ any waiting. A micro batch has twice as many tokens as channels, so that no acti
 "at 1 x 4096" adds for one row of 4096 tokens the recurrence's passes over groups of tokens, without which few heads
 would leave most of the card idle (ops/recurrence/kernels.py), and the gap of 1.5 us between launches. Reads
 of weights, and products that are slower than 650 TFLOP/s, are still left out.
+
+With --host a block runs over one token of 128 channels, and our kernels' launches are prepared and then dropped: next
+to nothing is computed, and the time is that of Python, torch and launches before a GPU can begin (the least of all
+rounds, so that other work on the machine counts little). "host" includes some 3 us that a driver takes for each launch;
+"GPU" is a block's time on an H100 by the count above, at the size and tokens of each column. A block takes the greater.
 """
 
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
-from common import Parser
+from common import Parser, head, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import family_named
-from rwkv_peft.ops import cross_entropy
+from rwkv_peft.ops import bone as bone_op
+from rwkv_peft.ops import cross_entropy, mix
 from rwkv_peft.ops.bone import cuda as bone
-from rwkv_peft.ops.mix import cpu, cuda
+from rwkv_peft.ops.mix import cpu, cuda, functions
 from rwkv_peft.ops.recurrence.kernels import RESIDENT, CudaRecurrence, choose_group
+from rwkv_peft.ops.wkv6 import WKV6
+from rwkv_peft.ops.wkv7 import WKV7
 
 SHAPES = {"1.6B": (2048, 24), "7B": (4096, 32)}  # channels, layers
 METHODS = ("frozen", "bat-in", "bone", "bat-out", "lora")
@@ -38,6 +49,9 @@ GAP = 1.5e-6  # seconds between two launches of a queue that does not run dry; 1
 ROW, MULTIPROCESSORS, HEAD_SIZE = 4096, 132, 64
 PASSES = {"x060": 6, "x070": 10}  # rows (T, C) that the passes over groups read, forward and backward
 STATES = 8  # how often these, and the scan between, write or read the groups' states, float32; RWKV-7's transitions too
+CHANNELS = 128  # of a block on the host, of which next to nothing is computed; its feed-forwards have whole tiles
+DRIVER = 3e-6  # seconds of a launch that no Python sees
+TOKENS = (256, 1024, 4096)
 # operations that only look at a tensor in another way, or allocate
 FREE = {
     *"view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias as_strided".split(),
@@ -188,34 +202,102 @@ def loss_passes(rows=64, vocabulary=65536):
     return sum(launch.bytes for launch in counter.launches) / real_bytes(logits)
 
 
+# --- on the processor that drives a GPU
+
+
+class Dropped:
+    """Kernels whose launches are dropped."""
+
+    def run(self, *arguments):
+        return 0
+
+
+def gpu_path():
+    """A context in which a CPU's tensors take a GPU's code path."""
+    stack = ExitStack()
+    for owner, name, value in (
+        (mix, "has_kernel", lambda *_: True),
+        (functions, "CpuLerp", functions.GpuLerp),
+        (cpu, "call", cuda.call),
+        (cuda.FAMILY, "kernels", lambda _: Dropped()),
+        (bone.FAMILY, "kernels", lambda _: Dropped()),
+        (bone_op, "backend", lambda *_, **__: bone),
+    ):
+        stack.enter_context(patch.object(owner, name, value))
+    for recurrence in (WKV6, WKV7):
+        stack.enter_context(patch.object(recurrence, "choose", lambda *_: "cuda"))
+        stack.enter_context(patch.object(recurrence.cuda.family, "kernels", lambda _: Dropped()))
+    return stack
+
+
+def host_seconds(family, method, rounds):
+    """The least processor time of a block's forward and backward: block 1 of two."""
+    torch.manual_seed(0)
+    model = family.build(family.new_dimensions(2, CHANNELS, 256)).to(torch.bfloat16)
+    adapt(model, method, 16, family)
+    block, trained = model.blocks[1], [p for p in model.blocks[1].parameters() if p.requires_grad]
+    times = []
+    with gpu_path():
+        inputs = handed_on(model, torch.zeros(1, 1, CHANNELS, dtype=torch.bfloat16))
+        grads = [torch.zeros_like(x) for x in inputs]  # as what it hands on is
+        for _ in range(rounds):
+            start = time.process_time()
+            torch.autograd.backward(block(*inputs)[:-1], grads)
+            times.append(time.process_time() - start)
+            for tensor in (*inputs, *trained):
+                tensor.grad = None
+    return min(times)
+
+
+def gpu_seconds(family, method, size, tokens):
+    """A block's seconds on an H100 that waits for nothing: its floor, and the bytes outside it."""
+    channels = SHAPES[size][0]
+    found = figures(family, channels, 2 * channels, method)
+    return found["seconds"] * tokens / (2 * channels)
+
+
+# --- tables
+
+
 def main(argv=None):
-    parser = Parser(__doc__, generations=("x070",), methods=("frozen",))
+    parser = Parser(__doc__, generations=("x070",), methods=("frozen",), rounds=1)
     parser.add_argument("--generations", nargs="+", default=("x060", "x070"))
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--verbose", action="store_true", help="each launch of the first shape")
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--host", action="store_true", help="the time on the processor that drives a GPU")
+    parser.add_argument("--rounds", type=int, default=200, help="of --host")
     args = parser.parse_args(argv)
-    head = "| generation | method | launches | "
-    print(head + " | ".join(f"units, {s} | step / floor, {s} | at 1 x {ROW}" for s in SHAPES) + " |")
-    print("|---|---|---|" + "---|---|---|" * len(SHAPES))
-    for version in args.generations:
-        family = family_named(version)
-        for method in args.methods:
-            found = [figures(family, channels, 2 * channels, method) for channels, _ in SHAPES.values()]
-            cells = " | ".join(f"{one['units']:.0f} | {one['ratio']:.2f} | {one['one_row']:.2f}" for one in found)
-            print(f"| {family.name} | {method} | {found[0]['launches']} | {cells} |", flush=True)
-            if args.verbose:
-                show(family, method)
-    print(f"\nThe loss reads or writes the logits {loss_passes():.1f} times.")
+    if args.host or args.quick:
+        on_host(args)
+    if not args.host:
+        counted(args)
     return 0
 
 
-def show(family, method):
-    """Print each launch that is no large product, with its units."""
-    channels = next(iter(SHAPES.values()))[0]
-    tokens = 2 * channels
-    for launch in count(family, channels, tokens, method)[0]:
-        if not launch.is_large:
-            print(f"    {launch.name:<32} {launch.bytes / (2 * tokens * channels):7.2f} {launch.shapes}")
+def counted(args):
+    """Print the table of counts."""
+    columns = [f"{figure}, {size}" for size in SHAPES for figure in ("units", "step / floor", f"at 1 x {ROW}")]
+    head("generation", "method", "launches", *columns)
+    for version in args.generations:
+        family = family_named(version)
+        for method in args.methods or METHODS:
+            found = [figures(family, channels, 2 * channels, method) for channels, _ in SHAPES.values()]
+            cells = (f"{one['units']:.0f} | {one['ratio']:.2f} | {one['one_row']:.2f}" for one in found)
+            row(family.name, method, found[0]["launches"], *cells)
+    print(f"\nThe loss reads or writes the logits {loss_passes():.1f} times.")
+
+
+def on_host(args):
+    """Print the table of times on the host, beside the GPU's."""
+    torch.set_num_threads(1)
+    columns = [(size, tokens) for size in SHAPES for tokens in TOKENS]
+    head("generation", "method", "launches", "host, us", *(f"GPU, {size}, {tokens}" for size, tokens in columns))
+    for version in args.generations:
+        family = family_named(version)
+        for method in args.methods or ("frozen", "bat-in", "lora"):
+            launches = len(count(family, 2048, 4096, method)[0])
+            host = host_seconds(family, method, args.rounds) + DRIVER * launches
+            cells = (f"{1e6 * gpu_seconds(family, method, *column):.0f}" for column in columns)
+            row(family.name, method, launches, f"{1e6 * host:.0f}", *cells)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """Runs the checks of a GPU machine, the most important first, each in a process of its own and with a time limit.
 
-    sh scripts/gpu_check.sh [--offline] [--wheels FOLDER] [--full] [--minutes 10] [--only STEP …]
+    sh scripts/gpu_check.sh [--offline] [--minutes 10] [--only STEP …] [--full] [--list]
 
-A step (gpu_check_steps.py) prints its results, a JSON object in each line. Each is written at once, with the step's
-name, to results.jsonl, and everything else to check.log, so that results stay if the machine is taken away. A step that
-fails, hangs, runs out of memory or lacks a program stops no other. A summary at the end lists what was measured, what
-failed and what was left out, in the order of importance, even if the check itself is stopped. Needs only Python.
+A step (STEPS) prints its results: JSON objects, and rows of tables, one in each line. Each is written at once, with the
+step's name, to results.jsonl, and everything else to check.log, so that results stay if the machine is taken away. A
+step that fails, hangs, runs out of memory or lacks a program stops no other. A summary at the end lists what was
+measured, what failed and what was left out, in the order of importance, even if the check itself is stopped. --list
+prints the steps with the seconds that each should take. --quick runs all of them on a CPU, with tiny sizes. Needs only
+Python.
 """
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +20,142 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import invalidate_caches
+from importlib.util import find_spec
 from pathlib import Path
 
-from common import Parser
-from gpu_check_steps import NOT_HERE, OUT_OF_MEMORY, ROOT, steps
+from common import NO_GPU, NOT_HERE, OUT_OF_MEMORY, ROOT, Parser, head, row
 
-NO_GPU = 2  # the exit code of the first step where there is none
-LEAST = 5  # seconds that a step is begun with
+LEAST, LONGER = 5, 4  # seconds that a step is begun with; how many times as long as expected it may take
 SHOWN = 400  # characters of a result that are printed
 PASSED, FAILED, LEFT_OUT = "measured", "failed", "left out"
+ENGINE = ("deepspeed", "lightning", "safetensors", "numpy", "tqdm")
+SUITE = "test suite"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Commands that run one after the other and should take so many seconds, if their programs and modules are
+    installed. A word of a command that ends in .py is a program of this folder; --quick leaves out the flags `sizes`,
+    and of a `full` step only --full asks."""
+
+    name: str
+    seconds: int
+    commands: tuple
+    modules: tuple = ()
+    programs: tuple = ()
+    sizes: tuple = ()
+    full: bool = False
+
+    def missing(self):
+        """The programs and modules that this machine lacks."""
+        invalidate_caches()  # a step installs modules
+        programs = [name for name in self.programs if shutil.which(name) is None]
+        return programs + [name for name in ("torch", *self.modules) if find_spec(name) is None]
+
+    def named(self, words):
+        """True if its name, or the kind that it begins with, is one of the words: "step" means all training steps."""
+        return self.name in words or self.name.split()[0] in words
+
+
+def of_models(part, seconds, modules=()):
+    """The Steps of a part of gpu_models.py, one for each generation."""
+    return tuple(
+        Step(f"{part} {version}", seconds, (("gpu_models.py", part, version),), modules) for version in ("x070", "x060")
+    )
+
+
+def engine(case, seconds, *modules, **others):
+    """The Step of a case of gpu_engine.py."""
+    name = f"engine {case}" if case.startswith("x0") else case
+    return Step(name, seconds, (("gpu_engine.py", case, "--folder", "{folder}"),), (*ENGINE, *modules), **others)
+
+
+def sanitizing(name, kernels, program, tools=("memcheck",), **others):
+    """The Step that runs a family's kernels under some of compute-sanitizer's tools, which watch no others. Each tensor
+    has memory of its own, so that an access outside it is seen."""
+    watched = ("compute-sanitizer", "--error-exitcode", "1", "--kernel-name", f"kns={kernels}")
+    commands = tuple(
+        ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched, "--tool", tool, sys.executable, *program)
+        for tool in tools
+    )
+    return Step(name, 40, commands, programs=("compute-sanitizer",), **others)
+
+
+def small_smoke(version):
+    return "gpu_models.py", "smoke", version, "--methods", "bat-in", "--tokens", "200", "--repeats", "1"
+
+
+ALL_TOOLS = ("memcheck", "racecheck", "synccheck")
+MORE_ROWS = (
+    ("none", "--rows", "1x1024"),
+    ("bat-in", "--rows", "8x4096"),
+    ("bat-in", "--dtype", "fp32", "--rows", "1x1024"),
+)
+BESIDE = ("--accelerator", "gpu", "--dtypes", "bf16", "--channels", "1024", "--layers", "12")
+SERVED = ("--layers", "12", "--channels", "1024", "--clients", "1", "64", "--rounds", "1")
+STEPS = (
+    # If these fail, nothing else is worth its time.
+    Step("card", 10, (("gpu_kernels.py", "card"),)),
+    Step("build", 45, (("gpu_kernels.py", "build"),)),
+    *of_models("smoke", 20),
+    # People train these.
+    *(
+        Step(f"step {version} {method}", 12, (("gpu_models.py", "step", version, "--methods", method),))
+        for version in ("x070", "x060")
+        for method in ("bat-in", "bone", "lora")
+    ),
+    engine("x070", 40),
+    engine("x060", 40),
+    Step("engine beside a bare loop", 20, (("trainer.py", "--methods", "bat-in"),), ENGINE, sizes=BESIDE),
+    engine("two GPUs", 35),
+    engine("a rank that raises", 20),
+    engine("stage 3", 20),
+    Step("above 2^31", 15, (("gpu_kernels.py", "above"),)),
+    engine("RWKV-7a", 15),
+    engine("host memory", 20),
+    *of_models("decode", 20, ("numpy",)),
+    Step("serve", 20, (("serve.py", "--alone"),), ("numpy", "fastapi", "uvicorn"), sizes=SERVED),
+    engine("compile", 30),
+    engine("nf4", 15, "bitsandbytes"),
+    sanitizing("memcheck", "wkv7", small_smoke("x070")),
+    engine("large", 35),
+    # The rest takes longer.
+    Step("every operation", 60, (("gpu_kernels.py", "check"),), full=True),
+    Step("kernels", 30, (("gpu_kernels.py", "time"),), full=True),
+    *(engine(case, 20, full=True) for case in ("grad_cp", "infctx", "fp32", "stage 2 offload", "stage 3 offload")),
+    engine("int8", 20, "bitsandbytes", full=True),
+    *(
+        Step(
+            f"more {version} {' '.join(flags)}",
+            15,
+            (("gpu_models.py", "step", version, "--methods", *flags),),
+            full=True,
+        )
+        for version in ("x070", "x060")
+        for flags in MORE_ROWS
+    ),
+    *(
+        sanitizing(f"sanitizer {name}", name, small_smoke(f"x0{name[3]}0"), ALL_TOOLS, full=True)
+        for name in ("wkv7", "wkv6")
+    ),
+    *(
+        sanitizing(f"sanitizer {name}", name, ("gpu_kernels.py", "check", "--repeats", "1"), ALL_TOOLS, full=True)
+        for name in ("mix", "bone", "cross_entropy", "decode")
+    ),
+    Step(SUITE, 1800, (("-m", "pytest", "-q", "tests", "--accelerator", "gpu"),), ("pytest", *ENGINE), full=True),
+)
+# Unless --offline, this installs what the steps behind it lack.
+PACKAGES = Step("packages", 20, (("sh", str(ROOT / "scripts" / "setup.sh"), "test"),))
+BEFORE = "serve"
+
+
+def command_of(step, words, folder, quick):
+    """The command of some words of a step: of a program of this folder, of a flag of Python, or of another program."""
+    known = {"{folder}": str(folder), **{path.name: str(path) for path in (ROOT / "benchmarks").glob("*.py")}}
+    python = [sys.executable] if words[0] in known or words[0] == "-m" else []
+    return [*python, *(known.get(word, word) for word in words), *(["--quick"] if quick else step.sizes)]
 
 
 class Results:
@@ -40,123 +170,147 @@ class Results:
         os.fsync(self._file.fileno())
 
 
-def run(step, seconds, log, results):
-    """Run a Step for at most so many seconds -> (PASSED, FAILED or LEFT_OUT, why, the last command's exit code)."""
-    until, code = time.monotonic() + seconds, 0
-    for command in step.commands:
-        log.write(f"{step.name}: $ {' '.join(command)}\n")
-        log.flush()
-        code = run_command(command, until - time.monotonic(), step.name, log, results)
-        if code is None:
-            return FAILED, f"stopped after {seconds:.0f} s", code
-        if code == NOT_HERE:
-            return LEFT_OUT, "this machine cannot", code
-        if code == OUT_OF_MEMORY:
-            return FAILED, "out of memory", code
-        if code != 0:
-            return FAILED, f"exit code {code}", code
-    return PASSED, "", code
+class Check:
+    """Runs steps in a folder, which takes their bases and runs; outcomes: {name: (PASSED, FAILED or LEFT_OUT, why)}."""
+
+    def __init__(self, folder, log, results, quick=False):
+        self.folder, self.log, self.results, self.quick = folder, log, results, quick
+        self.outcomes = {}
+
+    def run_all(self, steps, minutes):
+        """Run Steps -> an exit code."""
+        began = time.monotonic()
+        for step in steps:
+            left = 60 * minutes - (time.monotonic() - began)
+            start, code = time.monotonic(), 0
+            if missing := step.missing():
+                kind, why = LEFT_OUT, f"no {', '.join(missing)}"
+            elif left < LEAST:
+                kind, why = LEFT_OUT, f"{minutes:g} minutes are over"
+            else:
+                print(f"{step.name} …", flush=True)
+                self.outcomes[step.name] = FAILED, "interrupted"
+                kind, why, code = self.run(step, left if self.quick else min(LONGER * step.seconds, left))
+            self.outcomes[step.name] = kind, why
+            seconds = round(time.monotonic() - start, 1)
+            self.results.add(step=step.name, outcome=kind, why=why, seconds=seconds, expected=step.seconds)
+            print(f"{step.name:<28} {seconds:7.1f} s  {kind}{': ' * bool(why)}{why}", flush=True)
+            if step.name == "card" and (code == NO_GPU or missing):
+                print("run this on a machine with an NVIDIA GPU and a CUDA build of torch")
+                return NO_GPU
+        return int(any(kind == FAILED for kind, _ in self.outcomes.values()))
+
+    def run(self, step, seconds):
+        """Run a Step for at most so many seconds -> (PASSED, FAILED or LEFT_OUT, why, the last command's exit code)."""
+        until, code = time.monotonic() + seconds, 0
+        for words in step.commands:
+            command = command_of(step, words, self.folder, self.quick)
+            print(f"{step.name}: $ {' '.join(command)}", file=self.log, flush=True)
+            code, last = self.run_command(command, until - time.monotonic(), step.name)
+            if code is None:
+                return FAILED, f"stopped after {seconds:.0f} s", code
+            if code == NOT_HERE:
+                return LEFT_OUT, "this machine cannot", code
+            if code == OUT_OF_MEMORY:
+                return FAILED, "out of memory", code
+            if code != 0:
+                return FAILED, f"exit code {code}{', ' * bool(last)}{last}", code
+        return PASSED, "", code
+
+    def run_command(self, command, seconds, name):
+        """(the exit code of one command, None if its time ran out; the last line that begins with "error: ")."""
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
+        late, last = threading.Event(), ""
+
+        def end():
+            late.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer = threading.Timer(max(seconds, 0), end)
+        timer.start()
+        try:
+            for line in process.stdout:
+                self.log.write(line)
+                self.log.flush()
+                last = line.strip() if line.startswith("error: ") else last
+                if (entry := result_of(line)) is not None:
+                    self.results.add(step=name, **entry)
+                    print(f"    {line.rstrip()[:SHOWN]}", flush=True)
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            timer.cancel()
+        return None if late.is_set() else code, last
 
 
-def run_command(command, seconds, name, log, results):
-    """The exit code of one command, None if its time ran out."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    late = threading.Event()
-
-    def end():
-        late.set()
-        os.killpg(process.pid, signal.SIGKILL)
-
-    timer = threading.Timer(max(seconds, 0), end)
-    timer.start()
+def result_of(line):
+    """The result that a line is: its JSON object, {"row": text} of a table; or None."""
+    if line.startswith("| "):
+        return {"row": line.strip()}
     try:
-        for line in process.stdout:
-            log.write(line)
-            log.flush()
-            if (entry := as_object(line)) is not None:
-                results.add(step=name, **entry)
-                print(f"    {line.rstrip()[:SHOWN]}", flush=True)
-        code = process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    finally:
-        timer.cancel()
-    return None if late.is_set() else code
-
-
-def as_object(line):
-    """A line's JSON object, or None."""
-    if not line.startswith("{"):
-        return None
-    try:
-        return json.loads(line)
+        return json.loads(line) if line.startswith("{") else None
     except ValueError:
         return None
 
 
-def check(chosen, minutes, log, results, outcomes):
-    """Run the Steps, and put {name: (PASSED, FAILED or LEFT_OUT, why)} into `outcomes` -> an exit code."""
-    began, bad = time.monotonic(), False
-    for step in chosen:
-        suite = step.name == "suite"
-        left = 60 * minutes - (time.monotonic() - began)
-        start, code = time.monotonic(), 0
-        if missing := step.missing():
-            kind, why = LEFT_OUT, f"no {', '.join(missing)}"
-        elif left < LEAST and not suite:
-            kind, why = LEFT_OUT, f"{minutes:g} minutes are over"
-        else:
-            print(f"{step.name} …", flush=True)
-            outcomes[step.name] = FAILED, "interrupted"
-            kind, why, code = run(step, step.seconds if suite else min(step.seconds, left), log, results)
-        outcomes[step.name] = kind, why
-        seconds = round(time.monotonic() - start, 1)
-        results.add(step=step.name, outcome=kind, why=why, seconds=seconds)
-        print(f"{step.name:<24} {seconds:7.1f} s  {kind}{': ' * bool(why)}{why}", flush=True)
-        if step.name == "card" and (code == NO_GPU or missing):
-            print("run this on a machine with an NVIDIA GPU and a CUDA build of torch")
-            return NO_GPU
-        bad |= kind == FAILED
-    return int(bad)
+def table(steps):
+    """Print the steps with their expected seconds and what they need."""
+    head("step", "seconds", "needs besides torch")
+    for step in steps:
+        needs = [*step.programs, *(("requirements.txt",) if set(ENGINE) <= set(step.modules) else ())]
+        needs += [name for name in step.modules if name not in ENGINE or "requirements.txt" not in needs]
+        row(step.name, step.seconds, ", ".join(needs))
+    row("in all", sum(step.seconds for step in steps), "")
 
 
-def summary(chosen, outcomes):
+def summary(steps, outcomes):
     """Lines with the outcome of each Step, by kind and in the order of importance."""
     for kind in (PASSED, FAILED, LEFT_OUT):
-        names = [step.name for step in chosen if outcomes.get(step.name, (LEFT_OUT,))[0] == kind]
-        yield f"{kind}: {len(names)} of {len(chosen)}"
+        names = [step.name for step in steps if outcomes.get(step.name, (LEFT_OUT,))[0] == kind]
+        yield f"{kind}: {len(names)} of {len(steps)}"
         for name in names:
             why = outcomes.get(name, (LEFT_OUT, "the check was stopped"))[1]
             yield f"    {name}{': ' * bool(why)}{why}"
 
 
+def chosen(args, parser):
+    """The Steps that the flags ask for, in order."""
+    known = [step for step in STEPS if not step.full or args.full or (args.only and step.named(args.only))]
+    if not (args.offline or args.quick):
+        known.insert([step.name for step in known].index(BEFORE), PACKAGES)
+    if unknown := [word for word in args.only or () if not any(step.named([word]) for step in known)]:
+        parser.error(f"--only {' '.join(unknown)}: the steps are {', '.join(step.name for step in STEPS)}")
+    return [step for step in known if not args.only or step.named(args.only)]
+
+
 def main(argv=None):
-    parser = Parser(__doc__, only=("card",), minutes=1, output=None)
+    parser = Parser(__doc__, minutes=60, output=None)
     parser.add_argument("--offline", action="store_true", help="the python at hand, nothing installed")
-    parser.add_argument("--wheels", metavar="FOLDER", help="where wheels are installed from")
-    parser.add_argument("--full", action="store_true", help="the whole test suite as well")
-    parser.add_argument("--minutes", type=float, default=10, help="no step but --full's goes on after so many")
+    parser.add_argument("--full", action="store_true", help="more steps and the whole test suite, however long")
+    parser.add_argument("--minutes", type=float, default=10, help="no step goes on after so many, but with --full")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "gpu_check", metavar="FOLDER")
     parser.add_argument("--only", nargs="+", metavar="STEP", help='these alone, or those of a kind, such as "engine"')
+    parser.add_argument("--list", action="store_true", help="the steps and their expected seconds")
     args = parser.parse_args(argv)
+    steps = chosen(args, parser)
+    table(steps)
+    if args.list:
+        return 0
     with ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_check-")))  # bases, runs, drivers
-        known = steps(work, args.full, offline=args.offline or bool(args.wheels))
-        if unknown := [word for word in args.only or () if not any(step.named([word]) for step in known)]:
-            parser.error(f"--only {' '.join(unknown)}: the steps are {', '.join(step.name for step in known)}")
-        chosen = [step for step in known if not args.only or step.named(args.only)]
-        args.output = args.output or work / "results"
-        args.output.mkdir(parents=True, exist_ok=True)
-        log = stack.enter_context(open(args.output / "check.log", "w", encoding="utf-8"))
-        results, outcomes = Results(args.output), {}
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the summary is told
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_check-")))  # bases and runs
+        output = args.output or work / "results"
+        output.mkdir(parents=True, exist_ok=True)
+        log = stack.enter_context(open(output / "check.log", "w", encoding="utf-8"))
+        check = Check(work, log, Results(output), args.quick)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the summary is printed
         try:
-            return check(chosen, args.minutes, log, results, outcomes)
+            return check.run_all(steps, float("inf") if args.full else args.minutes)
         finally:
-            print(*summary(chosen, outcomes), f"results.jsonl and check.log: {args.output}", sep="\n", flush=True)
+            lines = summary(steps, check.outcomes)
+            print(*lines, f"results.jsonl and check.log: {output}", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,157 +1,345 @@
-"""A short run of the whole trainer on a GPU (DeepSpeed, Lightning, data, saving), of one generation or of one setting.
+"""Short runs of the whole trainer on a GPU (DeepSpeed, Lightning, data, saving): one JSON object a run.
 
-    python benchmarks/gpu_engine.py CASE --folder out/gpu_check [--part resume]
+    python benchmarks/gpu_engine.py CASE [--folder out/gpu_check/engine]
 
-The cases x070 and x060 train the demo's base for 10 steps; --part resume then goes on for 10 more, and --part merge
-merges and checks the merged model. A setting of gpu_check_steps.py trains 10 steps of the RWKV-7 demo under it. "large"
-is 6 steps of 4096 tokens of a random RWKV-7 of 1.6 G parameters. One JSON object a run: its losses, tokens a second,
-the memory that it took and the plan's, and in "waits" the lines at which training_step and backward waited for the GPU.
-Exit code 4 if the machine lacks what the setting needs.
+x070 and x060 train the demo's base for 10 steps, go on for 10 more, merge and check. A name of SETTINGS trains 10 steps
+of the RWKV-7 demo under these flags. "compile" also trains them without --compile, and compares losses and times. "two
+GPUs" begin with an empty cache of kernels. In "a rank that raises" rank 1 of two raises at step 3; both have to end
+within 15 s, with its message. RWKV-7a is a small random model of that generation; "host memory" trains all of a random
+model, and compares main memory in its last step with the most after it; "large" takes 6 steps of 4096 tokens of 1.6 G
+parameters.
+
+Each run is a process of its own, because the engine keeps global state. It reports losses, tokens a second, the peak of
+memory beside the plan's, and in "waits" the lines at which training_step and backward waited for the GPU. Exit code 1
+if something is wrong, 4 if the machine lacks a GPU that the case needs.
 """
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-from common import Parser
-from gpu_check_steps import DEMO, GENERATIONS, NOT_HERE, ROOT, SETTINGS
-from gpu_models import SHAPE, VOCABULARY, peak_gib, random_model, reset_peak, tell, without_room
+from common import DEMO, NOT_HERE, ROOT, VERSIONS, Parser, tell, write_tokens
 
-from rwkv_peft.cli import commands
-from rwkv_peft.cli.errors import exit_on_user_error
-from rwkv_peft.data.shard_writer import ShardWriter
+ONE_LINE = ("--bone_mode", "bat-in", "--bone_r", "32", "--micro_bsz", "8")
+STAGES = ("stage_2", "stage_3", "stage_2_offload", "stage_3_offload")
+SETTINGS = {  # flags of train.py
+    **{kind.replace("_", " "): ("--strategy", f"deepspeed_{kind}") for kind in STAGES},
+    "grad_cp": ("--grad_cp", "1"),
+    "nf4": ("--quant", "nf4"),
+    "int8": ("--quant", "int8"),
+    "fp32": ("--precision", "fp32"),
+    "infctx": ("--train_type", "infctx", "--chunk_ctx", "64"),
+    "compile": ("--compile",),
+    "two GPUs": ("--devices", "2", "--strategy", "deepspeed_stage_2"),
+}
+SECONDS, RAISES_AT = 15, 3  # in which all ranks end once one raises, at this step
+AGREE = 0.02  # the largest difference of compiled losses, relative
+WRONG = "of gpu_check, on purpose"
 
-SHORT = ("--bone_mode", "bat-in", "--bone_r", "32", "--ctx_len", "256", "--micro_bsz", "8")
-STEPS = ("--epoch_steps", "10", "--epoch_count")
+
+class Case:
+    """A case's folder, device and sizes, and the runs that it starts."""
+
+    def __init__(self, name, args):
+        self.name, self.args = name, args
+        self.folder = args.folder / name.replace(" ", "-")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cpu = args.device == "cpu"
+
+    def data(self):
+        """The demo's task as token files, made once for all cases."""
+        data = self.args.folder / "data"
+        if not data.with_suffix(".idx").exists():
+            rows = data.with_suffix(".jsonl")
+            python(ROOT / "demo" / "task.py", "finetune", "--documents", self.args.documents, "--output", rows)
+            self.command("preprocess", rows, "--tokenizer", "bytes", "--output", data)
+        return data
+
+    def command(self, *words):
+        """Run a command of rwkv-peft."""
+        python(ROOT / "RWKV-PEFT" / "rwkv_peft" / "children.py", "rwkv_peft", *words)
+
+    def random_base(self, version, shape):
+        """The file of a random model of "channels x feed-forward channels x layers", written once."""
+        path = self.folder / "base.pth"
+        if not path.exists():
+            make = "import sys; sys.path.insert(0, sys.argv[1]); from gpu_engine import write; write(*sys.argv[2:])"
+            python("-c", make, ROOT / "benchmarks", path, version, shape, self.args.vocab, self.args.device)
+        return path
+
+    def flags(self, base, data, run, *more):
+        device = ("--accelerator", "cpu", "--precision", "fp32") if self.cpu else ("--accelerator", "gpu")
+        steps = ("--ctx_len", self.args.ctx_len, "--epoch_steps", self.args.steps, "--epoch_count", 1)
+        words = ("--load_model", base, "--data_file", data, "--proj_dir", self.folder / run, *device, *steps, *more)
+        return [*map(str, words)]
+
+    def train(self, run="run", base=None, data=None, flags=(), waits=True, say=True):
+        """Train -> the result, printed if `say`."""
+        words = self.flags(base or DEMO["x070"], data or self.data(), run, *flags)
+        measured = self.folder / run / "measured.json"
+        began = time.monotonic()
+        python(__file__, "--train", json.dumps({"file": str(measured), "waits": waits and not self.cpu}), *words)
+        seconds = time.monotonic() - began
+        lines = [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in lines]
+        rates = sorted(line["tokens_per_s"] for line in lines)
+        found = dict(engine=self.name, run=run, seconds=round(seconds, 1), losses=losses)
+        found |= dict(tokens_per_s=rates[len(rates) // 2], planned_gib=planned_gib(words))
+        found |= json.loads(measured.read_text()) if measured.exists() else {}
+        if say:
+            tell(**found | {"steps": len(losses), "losses": [losses[0], losses[-1]]})
+        if not all(loss == loss and loss < losses[0] + 1 for loss in losses):  # which NaN is not
+            raise SystemExit(f"the losses of {self.name} are {losses}")
+        return found
 
 
-def command(*argv):
-    """Run a command of the package in this process; SystemExit if it fails."""
-    if code := commands.main([*map(str, argv)]):
-        raise SystemExit(code)
+def python(*words, **how):
+    """Run a program with this folder's package; SystemExit with its exit code if it fails."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, **how)
+    if done.returncode:
+        raise SystemExit(done.returncode)
 
 
-def data_of(folder):
-    """The demo's task as token files, made once."""
-    data = folder / "data"
-    if not data.with_suffix(".idx").exists():
-        task = ("finetune", "--documents", "400", "--output", str(folder / "data.jsonl"))
-        subprocess.run([sys.executable, str(ROOT / "demo" / "task.py"), *task], check=True)
-        command("preprocess", folder / "data.jsonl", "--tokenizer", "bytes", "--output", data)
-    return data
+def write(path, version, shape, vocabulary, device):
+    """Write a random model in bfloat16, made on a device."""
+    import torch
+    from gpu_models import random_model
+
+    tensors = random_model(version, shape, int(vocabulary), device)[2]
+    torch.save({name: x.cpu() for name, x in tensors.items()}, path)
 
 
 def planned_gib(flags):
     """The plan's peak for a run's flags, without CUDA's context."""
     from rwkv_peft.tools.plan.command import estimate_of, parse_flags
-    from rwkv_peft.tools.plan.memory import CONTEXT, GPU, peak
+    from rwkv_peft.tools.plan.memory import CONTEXT, CPU, GPU, peak
 
-    estimate = estimate_of(parse_flags([*map(str, flags)]), GPU)
-    return round((peak(estimate.parts(), GPU) - CONTEXT) / 2**30, 2)
+    device = CPU if "cpu" in flags else GPU
+    estimate = estimate_of(parse_flags([word for word in flags if word != "--resume"]), device)
+    return round((peak(estimate.parts(), device) - (CONTEXT if device == GPU else 0)) / 2**30, 2)
 
 
-def listening():
-    """Let training_step, and the hook before backward's result is read, report where they wait for the GPU."""
+# --- the cases
+
+
+def generation(case):
+    """Train, go on, merge and check."""
+    base, adapter, merged = DEMO[case.name], case.folder / "run" / "adapter.safetensors", case.folder / "merged.pth"
+    case.train(base=base, flags=ONE_LINE)
+    case.train(base=base, flags=(*ONE_LINE, "--epoch_count", 2, "--resume"))
+    files = ("--base_model", base, "--bone_checkpoint", adapter)
+    case.command("merge", *files, "--output", merged)
+    case.command("check", *files, "--merged", merged)
+    tell(engine=case.name, merged_and_checked=True)
+
+
+def setting(case):
+    case.train(flags=(*ONE_LINE, *SETTINGS[case.name]))
+
+
+def compiled(case):
+    """Train with --compile and without."""
+    if case.cpu:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # which would compile for a minute
+    plain = case.train("plain", flags=ONE_LINE, say=False)
+    ours = case.train("compiled", flags=(*ONE_LINE, "--compile"), waits=False)
+    apart = max(abs(a / b - 1) for a, b in zip(ours["losses"], plain["losses"]))
+    tokens = 8 * case.args.ctx_len
+    ms = {found["run"]: round(1e3 * tokens / found["tokens_per_s"], 2) for found in (plain, ours)}
+    tell(engine=case.name, ms_a_step=ms, losses_apart=apart, agree=apart <= AGREE)
+    return int(apart > AGREE)
+
+
+def two_gpus(case):
+    """Train on two GPUs, whose kernels nobody has built."""
+    with tempfile.TemporaryDirectory() as cache:
+        if not case.cpu:
+            os.environ["XDG_CACHE_HOME"] = cache
+        case.train(flags=(*ONE_LINE, *SETTINGS[case.name]), waits=False)
+
+
+def a_rank_that_raises(case):
+    """Let a rank raise -> 1 unless all ranks end in time, with its message."""
+    moment = case.folder / "raised"
+    words = case.flags(DEMO["x070"], case.data(), "run", *ONE_LINE, *SETTINGS["two GPUs"])
+    command = [sys.executable, __file__, "--train", json.dumps({"raises": str(moment)}), *words]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ended = time.time()
+    print(done.stdout)
+    seconds, told = ended - float(moment.read_text()), WRONG in done.stdout
+    tell(engine=case.name, exit_code=done.returncode, ended_within_s=round(seconds, 1), told=told)
+    return int(not (done.returncode and told and seconds <= SECONDS))
+
+
+def rwkv7a(case):
+    """Train a generation whose layers look tokens up in frozen tables."""
+    shape = case.args.shape if case.cpu else "1024x3584x12"
+    case.train(base=case.random_base("x070a", shape), flags=("--bone_mode", "bat-in", "--bone_r", "32"))
+
+
+def host_memory(case):
+    """Train all of a model, and look at main memory at the end."""
+    shape = case.args.shape if case.cpu else "1024x3584x24"
+    found = case.train(base=case.random_base("x070", shape), flags=("--peft", "none", "--epoch_save", "0"))
+    (case.folder / "base.pth").unlink()
+    grown, size = found["host_gib_after"] - found["host_gib_in_last_step"], found["optimizer_gib"]
+    tell(engine=case.name, grown_gib=round(grown, 2), optimizer_gib=size)
+    return int(grown > 0.5 + 0.5 * size)
+
+
+def large(case):
+    """A few steps of long rows of a large model."""
+    data = case.folder / "data"
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.randint(1, case.args.vocab, (20, case.args.long + 904), generator=generator).tolist()
+    write_tokens(data, case.args.vocab, documents)
+    flags = ("--ctx_len", case.args.long, "--bone_mode", "bat-in", "--bone_r", "32", "--epoch_save", "0")
+    case.train(base=case.random_base("x070", case.args.shape), data=data, flags=(*flags, "--epoch_steps", 6))
+    (case.folder / "base.pth").unlink()
+
+
+CASES = {
+    **dict.fromkeys(VERSIONS, generation),
+    **dict.fromkeys(SETTINGS, setting),
+    "compile": compiled,
+    "two GPUs": two_gpus,
+    "a rank that raises": a_rank_that_raises,
+    "RWKV-7a": rwkv7a,
+    "host memory": host_memory,
+    "large": large,
+}
+OF_TWO = ("two GPUs", "a rank that raises")
+
+
+# --- within the process that trains
+
+
+def measured(settings, argv):
+    """Train by train.py's flags, measured or with a rank that raises -> an exit code."""
+    from rwkv_peft.cli import commands
+    from rwkv_peft.training.ranks import group
+
+    # ranks look for modules there alone
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    group.python_command = lambda package, name, *argv: [
+        sys.executable, __file__, "--train", json.dumps(settings), *argv
+    ]  # fmt: skip
+    result = {}
+    with ExitStack() as stack:
+        if "raises" in settings:
+            let_rank_raise(Path(settings["raises"]))
+        else:
+            look(result, settings["waits"], stack)
+        sys.argv = ["train.py", *argv]
+        try:
+            code = commands.run("train")
+        except SystemExit as end:
+            code = end.code
+    if "optimizer_gib" in result and os.environ.get("RANK", "0") == "0":  # no launcher of ranks
+        result["host_gib_after"] = memory_of_process("VmHWM")
+        waits = {f"{each.filename}:{each.lineno}" for each in result.pop("caught") if "synchroniz" in str(each.message)}
+        Path(settings["file"]).write_text(json.dumps(result | ({"waits": sorted(waits)} if settings["waits"] else {})))
+    return code
+
+
+def look(result, waits, stack):
+    """Record the memory of the last step into `result`, and have training_step and backward warn where they wait."""
+    import torch
+
     from rwkv_peft.training.step.lit import Lit
 
-    step, after = Lit.training_step, Lit.on_after_backward
+    result["caught"] = stack.enter_context(warnings.catch_warnings(record=waits)) or []
+    if waits:
+        warnings.simplefilter("always")
+    step, after, end = Lit.training_step, Lit.on_after_backward, Lit.on_train_batch_end
 
     @functools.wraps(step)
     def training_step(self, *arguments):
-        torch.cuda.set_sync_debug_mode("warn")
+        if waits:
+            torch.cuda.set_sync_debug_mode("warn")
         return step(self, *arguments)
 
     @functools.wraps(after)
     def on_after_backward(self):
-        torch.cuda.set_sync_debug_mode("default")  # it reads the loss
+        if waits:
+            torch.cuda.set_sync_debug_mode("default")  # it reads the loss
         return after(self)
 
-    Lit.training_step, Lit.on_after_backward = training_step, on_after_backward
+    @functools.wraps(end)
+    def on_train_batch_end(self, *arguments):
+        end(self, *arguments)
+        result["host_gib_in_last_step"] = memory_of_process("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        states = [x for state in self.trainer.optimizers[0].state.values() for x in state.values()]
+        result["optimizer_gib"] = round(sum(x.nbytes for x in states if torch.is_tensor(x)) / 2**30, 4)
+        if torch.cuda.is_initialized():
+            result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
-
-def train(case, base, data, run, device, *flags):
-    """Train, and print the result."""
-    listened = device != "cpu" and "--compile" not in flags
-    accelerator = ("--accelerator", "cpu" if device == "cpu" else "gpu")
-    given = ("--load_model", base, "--data_file", data, "--proj_dir", run, *accelerator, *flags)
-    reset_peak(device)
-    with warnings.catch_warnings(record=listened) as caught:
-        if listened:
-            listening()
-            warnings.simplefilter("always")
-        command("train", *given)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines]
-    waits = sorted({f"{one.filename}:{one.lineno}" for one in caught or () if "synchroniz" in str(one.message)})
-    tell(
-        engine=case,
-        steps=len(lines),
-        losses=[losses[0], losses[-1]],
-        tokens_per_s=sorted(line["tokens_per_s"] for line in lines)[len(lines) // 2],
-        planned_gib=planned_gib([x for x in given if x != "--resume"]),
-        **peak_gib(device),
-        **({"waits": waits} if listened else {}),
+    Lit.training_step, Lit.on_after_backward, Lit.on_train_batch_end = (
+        training_step,
+        on_after_backward,
+        on_train_batch_end,
     )
-    if not all(loss == loss and loss < losses[0] + 1 for loss in losses):
-        raise SystemExit(f"the losses of {case} are {losses}")
 
 
-def generation(version, part, folder, device):
-    """A part of training, resuming, merging and checking on the demo's base of a generation."""
-    base, run = DEMO[version], folder / version
-    if part == "merge":
-        merged = ("--base_model", base, "--bone_checkpoint", run / "adapter.safetensors")
-        command("merge", *merged, "--output", folder / f"{version}.pth")
-        command("check", *merged, "--merged", folder / f"{version}.pth")
-        tell(engine=version, merged_and_checked=True)
-        return
-    flags = (2, "--resume") if part == "resume" else (1,)
-    train(version, base, data_of(folder), run, device, *SHORT, *STEPS, *flags)
+def memory_of_process(name):
+    """VmRSS, or VmHWM (its peak), of this process in GiB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return round(int(line.split()[1]) / 2**20, 3)
 
 
-def large(folder, device, shape=SHAPE):
-    """A few steps of 4096 tokens of a large random model, whose file is removed again."""
-    base, data = folder / "large.pth", folder / "large"
-    torch.save({name: x.cpu() for name, x in random_model("x070", shape, VOCABULARY, device)[2].items()}, base)
-    with ShardWriter(data, vocab_size=VOCABULARY) as writer:
-        for document in torch.randint(1, VOCABULARY, (20, 5000), generator=torch.Generator().manual_seed(0)):
-            writer.add(document.tolist())
-    try:
-        flags = ("--ctx_len", "4096", "--bone_mode", "bat-in", "--epoch_steps", "6", "--epoch_save", "0")
-        train("large", base, data, folder / "run-large", device, *flags)
-    finally:
-        base.unlink()
+def let_rank_raise(moment):
+    """Let rank 1 raise at RAISES_AT, and write when."""
+    from rwkv_peft.training.step.lit import Lit
+
+    begin = Lit.on_train_batch_start
+
+    def on_train_batch_start(self, *batch):
+        if os.environ.get("RANK") == "1" and self.step == RAISES_AT:
+            moment.write_text(str(time.time()))
+            raise RuntimeError(WRONG)
+        return begin(self, *batch)
+
+    Lit.on_train_batch_start = on_train_batch_start
 
 
-def setting(case, folder, device):
-    """Ten steps under a setting."""
-    if case == "two GPUs" and torch.cuda.device_count() < 2:
-        tell(engine=case, skipped="one GPU is here")
-        return NOT_HERE
-    run = folder / case.replace(" ", "-")
-    train(case, DEMO["x070"], data_of(folder), run, device, *SHORT, *STEPS, 1, *SETTINGS[case])
-    return 0
+QUICK = dict(case="x070", device="cpu", ctx_len=128, steps=5, documents=60, long=64, shape="64x224x2", vocab=257)
 
 
 def main(argv=None):
-    parser = Parser(__doc__, case="x070", device="cpu", folder=None)
-    parser.add_argument("case", choices=(*GENERATIONS, "large", *SETTINGS))
-    parser.add_argument("--part", choices=("train", "resume", "merge"), default="train", help="of a generation's case")
-    parser.add_argument("--folder", type=Path, required=True, help="its folder engine/ takes data and runs")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--train"]:
+        return measured(json.loads(argv[1]), argv[2:])
+    parser = Parser(__doc__, **QUICK)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--folder", type=Path, help="what takes data and runs; a temporary one")
+    parser.add_argument("--ctx_len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--long", type=int, default=4096, help="tokens of large's rows")
+    parser.add_argument("--shape", default="2048x7168x24", help="channels, feed-forward channels, layers of large")
+    parser.add_argument("--vocab", type=int, default=65536)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args(argv)
-    folder = (args.folder or Path(tempfile.mkdtemp())).resolve() / "engine"
-    folder.mkdir(parents=True, exist_ok=True)
-    if args.case in SETTINGS:
-        return without_room(lambda: setting(args.case, folder, args.device), engine=args.case)
-    work = functools.partial(generation, args.case, args.part) if args.case in GENERATIONS else large
-    return without_room(lambda: work(folder, args.device), engine=args.case)
+    if args.case in OF_TWO and args.device == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < 2:
+            tell(engine=args.case, skipped="one GPU is here")
+            return NOT_HERE
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = (args.folder or Path(folder)).resolve()
+        return CASES[args.case](Case(args.case, args)) or 0
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    sys.exit(main())

@@ -72,9 +72,7 @@ def main():
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processor_time", action="store_true", help="instead of the clock's, on a busy machine")
-    parser.add_argument("--profile", type=int, default=0, metavar="N", help="the N operations that take most of a step")
     parser.add_argument("--instructions", nargs="+", choices=INSTRUCTIONS, help="compare bf16 with fp32 on these")
     parser.add_argument("--as_told", metavar="NAME", help="print the rows of --instructions NAME of this process")
     args = parser.parse_args()
@@ -83,12 +81,10 @@ def main():
     # the profiler's library takes its settings from the environment alone; at any other it prints a line a session
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     torch.set_num_threads(1 if args.as_told else args.threads)
-    if args.device == "cpu":
-        keep_freed_memory()  # as the trainer does
+    keep_freed_memory()  # as the trainer does
     if args.as_told:
         return print_ratios(args)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
-    print(f"torch {torch.__version__}, {where}, rank {args.rank}, median of {args.rounds} rounds")
+    print(f"torch {torch.__version__}, CPU, {args.threads} thread(s), rank {args.rank}, median of {args.rounds} rounds")
     for shape in args.shapes:
         C, F_, L = map(int, shape.split("x"))
         for version, dtype in itertools.product(args.models, args.dtypes):
@@ -129,7 +125,7 @@ def print_ratios(args):
 
 def table(family, config, dtype, args):
     """Print one table: a row for each method."""
-    kind = {"device": args.device, "dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
+    kind = {"device": "cpu", "dtype": torch.float32 if dtype == "fp32" else torch.bfloat16}
     print(
         f"\n{family.name}, C {config.n_embd}, F {config.dim_ffn}, {config.n_layer} layers, "
         f"vocabulary {config.vocab_size}, {args.batch} x {args.tokens} tokens, {dtype}\n"
@@ -142,7 +138,7 @@ def table(family, config, dtype, args):
     times = {name: [] for name in steps}
     for round_ in range(args.rounds + 1):  # the first warms up
         for name, step in steps.items():
-            seconds = timed(step, args.device, clock)
+            seconds = timed(step, "cpu", clock)
             if round_:
                 times[name].append(seconds)
     floor = times.pop("floor")
@@ -158,27 +154,6 @@ def table(family, config, dtype, args):
             + " |",
             flush=True,
         )
-    for method in args.methods if args.profile else ():
-        print(f"\n{method}{peak_of(steps[method], args.device)}:\n{longest(steps[method], args)}", flush=True)
-
-
-def peak_of(step, device):
-    """ ", peak N GiB" of a GPU's memory during a step."""
-    if device != "cuda":
-        return ""
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-
-
-def longest(step, args):
-    """The profiler's table of the operations, on a GPU its kernels, that take most of a step."""
-    activities, key = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
-    if args.device == "cuda":
-        activities, key = [*activities, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
-    with torch.profiler.profile(activities=activities) as profile:
-        timed(step, args.device, time.perf_counter)
-    return profile.key_averages().table(sort_by=key, row_limit=args.profile, max_name_column_width=60)
 
 
 def random_weights(family, config, kind):
@@ -232,12 +207,12 @@ def make_step(family, config, weights, method, kind, args):
         for parameter in trained:
             nn.init.normal_(parameter, std=1e-3)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-5, fused=True)
-    tokens = torch.randint(config.vocab_size, (args.batch, args.tokens + 1), device=args.device)
+    tokens = torch.randint(config.vocab_size, (args.batch, args.tokens + 1), device=kind["device"])
     head = partial(
         linear_cross_entropy,
         targets=tokens[:, 1:],
         count=args.batch * args.tokens,
-        counted=torch.arange(args.batch * args.tokens, device=args.device),
+        counted=torch.arange(args.batch * args.tokens, device=kind["device"]),
     )
 
     def step():

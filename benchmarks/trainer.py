@@ -1,21 +1,18 @@
 """The time that train.py takes besides the step itself: Lightning, DeepSpeed, callbacks, logging and the data.
 
-    python benchmarks/trainer.py [--methods bat-in none] [--dtypes fp32] [--rounds 20] [--profile 30]
+    python benchmarks/trainer.py [--methods bat-in none] [--dtypes fp32] [--rounds 20] [--accelerator gpu]
 
-An RWKV-6 of 23 M parameters trains on rows of 512 tokens on the CPU through train.py's own code. After each whole step
-of it, the same model takes a step in a bare loop in the same process: forward, loss, backward, clipping and AdamW, on
-the same batch. The two take turns, so that a machine's drift affects both. Times are processor time, over all threads
-of the process; their medians and the median of the ratios within a round are printed. The first steps, in which kernels
-load and buffers are made, do not count, nor the last one, which saves. --profile prints the functions that take most of
-the trainer's time, by Python's profiler, which slows the trainer.
+An RWKV-6 of 23 M parameters trains on rows of 512 tokens through train.py's own code. After each whole step of it, the
+same model takes a step in a bare loop in the same process: forward, loss, backward, clipping and AdamW, on the same
+batch. The two take turns, so that a machine's drift affects both. Times are processor time, over all threads of the
+process, on a GPU the clock's until all is computed; their medians and the median of the ratios within a round are
+printed. The first steps, in which kernels load and buffers are made, do not count, nor the last one, which saves.
 """
 
 import argparse
 import contextlib
 import copy
-import cProfile
 import io
-import pstats
 import statistics
 import subprocess
 import sys
@@ -32,7 +29,7 @@ from rwkv_peft.training import run
 from rwkv_peft.training.engine import callbacks
 from rwkv_peft.training.step.steps import Whole
 
-CHANNELS, VOCABULARY, TOKENS = 384, 8192, 512
+VOCABULARY, TOKENS = 8192, 512
 WARM_UP = 3
 METHODS = {"bat-in": ("--bone_r", "64"), "none": ("--peft", "none")}
 
@@ -40,28 +37,32 @@ METHODS = {"bat-in": ("--bone_r", "64"), "none": ("--peft", "none")}
 class Turns:
     """Takes a step of the bare loop after each of the trainer's; times, (trainer, bare) of each round."""
 
-    def __init__(self, profile):
-        self.profile, self.times, self.began = profile, [], None
+    def __init__(self, on_gpu):
+        self.on_gpu, self.times, self.began, self.optimizer = on_gpu, [], None, None
+
+    def clock(self):
+        if not self.on_gpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def make(self, model):
-        """The bare loop's model and optimizer, before the engine has taken the model over."""
+        """The bare loop's model, before the engine has taken the model over."""
         self.model = copy.deepcopy(model)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=2e-5, fused=True)
 
     def after_a_step(self, batch):
-        if self.profile is not None:
-            self.profile.disable()
-        now = time.process_time()
+        now = self.clock()
         self.step(batch)
-        bare = time.process_time() - now
+        bare = self.clock() - now
         if self.began is not None:
             self.times.append((now - self.began, bare))
-        if self.profile is not None and len(self.times) >= WARM_UP:
-            self.profile.enable()
-        self.began = time.process_time()
+        self.began = self.clock()
 
     def step(self, batch):
+        if self.optimizer is None:  # at the first step
+            self.model.to(batch["tokens"].device)
+            self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizer = torch.optim.AdamW(parameter_groups(self.model), lr=2e-5, fused=True)
         loss = Whole().loss(self.model, batch, max(1, batch["step_count"]))
         loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -71,7 +72,7 @@ class Turns:
 
 def measure(method, dtype, args):
     """Print the line of one method."""
-    turns = Turns(cProfile.Profile() if args.profile else None)
+    turns = Turns(args.accelerator == "gpu")
     fit, ended = run.fit, callbacks.RunCallback.on_train_batch_end
 
     def fit_beside(prepared, say):
@@ -84,7 +85,8 @@ def measure(method, dtype, args):
 
     run.fit, callbacks.RunCallback.on_train_batch_end = fit_beside, on_train_batch_end
     with tempfile.TemporaryDirectory() as folder:
-        argv = [*inputs(Path(folder), args.layers), *METHODS[method], "--precision", dtype, "--accelerator", "cpu"]
+        argv = [*inputs(Path(folder), args), *METHODS[method], "--precision", dtype]
+        argv += ["--accelerator", args.accelerator]
         argv += ["--ctx_len", str(TOKENS), "--epoch_steps", str(args.rounds + WARM_UP + 2), "--epoch_save", "0"]
         with contextlib.redirect_stdout(io.StringIO()) as said:
             code = run.main(argv)
@@ -93,27 +95,25 @@ def measure(method, dtype, args):
     mine, bare = zip(*turns.times[WARM_UP:-1])  # the last one saves
     ratio = statistics.median(a / b for a, b in zip(mine, bare))
     row(method, dtype, *(f"{1e3 * statistics.median(times):.0f}" for times in (bare, mine)), f"{ratio:.3f}")
-    if turns.profile is not None:
-        turns.profile.disable()
-        pstats.Stats(turns.profile).sort_stats("tottime").print_stats(args.profile)
 
 
-def inputs(folder, layers):
+def inputs(folder, args):
     """Write a model and data there -> their flags."""
-    write_model(folder / "base.pth", "x060", layers, CHANNELS, VOCABULARY)
+    write_model(folder / "base.pth", "x060", args.layers, args.channels, VOCABULARY)
     write_tokens(folder / "data", VOCABULARY, torch.randint(1, VOCABULARY, (20, 2 * TOKENS)).tolist())
     names = {"load_model": "base.pth", "data_file": "data", "proj_dir": "out"}
     return [f"--{flag}={folder / name}" for flag, name in names.items()]
 
 
 def main():
-    parser = Parser(__doc__, methods=("bat-in",), rounds=1, layers=1)
+    parser = Parser(__doc__, methods=("bat-in",), rounds=1, layers=1, channels=128)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32",))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--channels", type=int, default=384)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--profile", type=int, default=0, metavar="N")
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -122,7 +122,8 @@ def main():
     head("method", "dtype", "bare loop, ms", "train.py, ms", "ratio")
     for method in args.methods:  # each in a process of its own: the engine keeps global state
         for dtype in args.dtypes:
-            numbers = (f"--{name}={getattr(args, name)}" for name in ("rounds", "layers", "threads", "profile"))
+            names = ("rounds", "layers", "channels", "accelerator", "threads")
+            numbers = (f"--{name}={getattr(args, name)}" for name in names)
             subprocess.run([sys.executable, __file__, "--one", method, dtype, *numbers], check=True)
 
 

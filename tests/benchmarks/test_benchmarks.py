@@ -10,9 +10,8 @@ from programs import ROOT
 from training.runs import finish, start
 
 FOLDER = ROOT / "benchmarks"
-SHARED = ("common", "gpu_check_steps", "gpu_models")  # no programs of their own
-PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
-WITHOUT_A_GPU = {"gpu_check": 2, "gpu_probe": 2, "gpu_smoke": 1}  # exit codes of those that need one
+ELSEWHERE = {"common", "gpu_check", "gpu_kernels", "gpu_models", "gpu_engine"}  # no program; run by test_gpu_check.py
+PROGRAMS = sorted({path.stem for path in FOLDER.glob("*.py")} - ELSEWHERE)
 ARGUMENTS = {"bits": ("{folder}/bits.json",)}
 NEEDS = {"hf": "trl", "hf_trainers": "trl", "grpo": "trl", "generate": "xllamacpp", "data": "rwkv"}
 
@@ -25,13 +24,13 @@ def test_its_smallest_run_ends_well(name, tmp_path, warm_python, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     words = [word.format(folder=tmp_path) for word in ARGUMENTS.get(name, ())]
     process = start([sys.executable, str(FOLDER / f"{name}.py"), *words, "--quick"], CUDA_VISIBLE_DEVICES="")
-    out, _ = finish(process, WITHOUT_A_GPU.get(name, 0))
+    out, _ = finish(process, 0)
     assert out.strip() and not os.listdir(FOLDER).count("out")
     if name == "faults":  # each attack that is tried hits
         assert all(int(hit) or not int(tried) for tried, hit in re.findall(r"\| (\d+) \| (\d+) \| 0 \|", out))
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", sorted({*PROGRAMS, *ELSEWHERE} - {"common"}))
 def test_its_head_has_its_command(name):
     head = (FOLDER / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
     assert f"benchmarks/{name}.py" in head or f"scripts/{name}.sh" in head
