@@ -27,70 +27,58 @@ if [ -z "${LOAD_MODEL:-}${DATA_FILE:-}" ]; then # a base that answers in words i
     set -- --dataload pad --loss_mask file --ctx_len 256 --micro_bsz 8 --lr_init 5e-3 --lr_final 1e-4 \
         --warmup_steps 10 "$@"
 fi
+: "${LOAD_MODEL:?is to name the base (.pth), since DATA_FILE is given}"
+: "${DATA_FILE:?is to name rows or a .bin/.idx pair, since LOAD_MODEL is given}"
+: "${PROJ_DIR:=out/bone}" "${TOKENIZER:=world}" "${BONE_MODE:=bat-in}" "${BONE_R:=64}" "${PRECISION:=bf16}"
+: "${STRATEGY:=deepspeed_stage_1}" "${DEVICES:=1}" "${NUM_NODES:=1}" "${ACCELERATOR:=auto}"
 
-load_model="${LOAD_MODEL:?is to name the base (.pth), since DATA_FILE is given}"
-data_file="${DATA_FILE:?is to name rows or a .bin/.idx pair, since LOAD_MODEL is given}"
-proj_dir="${PROJ_DIR:-out/bone}"
-tokenizer="${TOKENIZER:-world}"
-bone_mode="${BONE_MODE:-bat-in}"
-bone_r="${BONE_R:-64}"
-precision="${PRECISION:-bf16}"
-strategy="${STRATEGY:-deepspeed_stage_1}"
-devices="${DEVICES:-1}"
-num_nodes="${NUM_NODES:-1}"
-accelerator="${ACCELERATOR:-auto}"
-
-data_file="${data_file%.bin}" data_file="${data_file%.idx}"
-if [ -e "$data_file" ] && [ ! -e "$data_file.idx" ]; then tokens="$proj_dir/data"; fi
+DATA_FILE="${DATA_FILE%.bin}" DATA_FILE="${DATA_FILE%.idx}"
+if [ -e "$DATA_FILE" ] && [ ! -e "$DATA_FILE.idx" ]; then tokens="$PROJ_DIR/data"; fi
 case " $*" in *" --load_model"* | *" --data_file"* | *" --proj_dir"*)
     fail "give the paths before this command, as LOAD_MODEL=… DATA_FILE=… PROJ_DIR=…" ;;
 esac
-case " $*" in *" --data_type"*) tokens="" && set -- --tokenizer "$tokenizer" "$@" ;; esac
-case " $*" in *" --peft"* | *_config*) ;; *) set -- --bone_mode "$bone_mode" --bone_r "$bone_r" "$@" ;; esac
-
-train() {
-    python "$root/train.py" --load_model "$load_model" --data_file "${tokens:-$data_file}" --proj_dir "$proj_dir" \
-        --precision "$precision" --strategy "$strategy" --devices "$devices" --num_nodes "$num_nodes" \
-        --accelerator "$accelerator" "$@"
-}
-train "$@" --check_flags >/dev/null # what is wrong in them is told now, and not after minutes
+case " $*" in *" --data_type"*) tokens="" && set -- --tokenizer "$TOKENIZER" "$@" ;; esac
+case " $*" in *" --peft"* | *_config*) ;; *) set -- --bone_mode "$BONE_MODE" --bone_r "$BONE_R" "$@" ;; esac
+set -- --load_model "$LOAD_MODEL" --data_file "${tokens:-$DATA_FILE}" --proj_dir "$PROJ_DIR" --precision "$PRECISION" \
+    --strategy "$STRATEGY" --devices "$DEVICES" --num_nodes "$NUM_NODES" --accelerator "$ACCELERATOR" "$@"
+python "$root/train.py" "$@" --check_flags >/dev/null # a mistake in them is reported now, not after minutes
 
 if [ -n "$demo" ]; then
     step "before: held-out questions, the base model"
-    mkdir -p "$proj_dir"
-    python "$root/demo/task.py" finetune --documents 4000 --seed 1 --output "$data_file"
-    python "$root/demo/task.py" heldout --documents 200 --seed 2 --output "$proj_dir/heldout.jsonl"
-    python "$root/demo/evaluate.py" --model "$load_model" --questions "$proj_dir/heldout.jsonl"
+    mkdir -p "$PROJ_DIR"
+    python "$root/demo/task.py" finetune --documents 4000 --seed 1 --output "$DATA_FILE"
+    python "$root/demo/task.py" heldout --documents 200 --seed 2 --output "$PROJ_DIR/heldout.jsonl"
+    python "$root/demo/evaluate.py" --model "$LOAD_MODEL" --questions "$PROJ_DIR/heldout.jsonl"
 fi
 if [ -n "$tokens" ]; then
-    step "1. data: $data_file -> $tokens.bin, $tokens.idx"
-    [ "$num_nodes" = 1 ] || fail "several nodes would write these files; write them once, by rwkv-peft preprocess"
-    mkdir -p "$proj_dir"
-    [ -e "$proj_dir/config.json" ] && again="" || again=--overwrite # such as those of another tokenizer
-    rwkv-peft preprocess "$data_file" --tokenizer "$tokenizer" --output "$tokens" ${again:+"$again"}
+    step "1. data: $DATA_FILE -> $tokens.bin, $tokens.idx"
+    [ "$NUM_NODES" = 1 ] || fail "several nodes would write these files; write them once, by rwkv-peft preprocess"
+    mkdir -p "$PROJ_DIR"
+    [ -e "$PROJ_DIR/config.json" ] && again="" || again=--overwrite # such as those of another tokenizer
+    rwkv-peft preprocess "$DATA_FILE" --tokenizer "$TOKENIZER" --output "$tokens" ${again:+"$again"}
 fi
 
 step "2. train"
-train "$@"
-if [ "${NODE_RANK:-0}" != 0 ] || [ -e "$proj_dir/rwkv.pth" ]; then exit 0; fi # with --peft none that is the model
+python "$root/train.py" "$@"
+if [ "${NODE_RANK:-0}" != 0 ] || [ -e "$PROJ_DIR/rwkv.pth" ]; then exit 0; fi # with --peft none that is the model
 
-step "3. merge: base + adapter -> $proj_dir/merged.pth"
-python "$root/merge_bone.py" --base_model "$load_model" --bone_checkpoint "$proj_dir" --output "$proj_dir/merged.pth"
+step "3. merge: base + adapter -> $PROJ_DIR/merged.pth"
+python "$root/merge_bone.py" --base_model "$LOAD_MODEL" --bone_checkpoint "$PROJ_DIR" --output "$PROJ_DIR/merged.pth"
 
 if [ "${CHECK:-1}" != 0 ]; then
     step "4. check: the merged file in the rwkv package"
-    rwkv-peft check --base_model "$load_model" --bone_checkpoint "$proj_dir" --merged "$proj_dir/merged.pth"
+    rwkv-peft check --base_model "$LOAD_MODEL" --bone_checkpoint "$PROJ_DIR" --merged "$PROJ_DIR/merged.pth"
 fi
 if [ -n "$demo" ]; then
     step "after: the same questions, the merged model in the rwkv package"
-    python "$root/demo/evaluate.py" --model "$proj_dir/merged.pth" --questions "$proj_dir/heldout.jsonl" \
+    python "$root/demo/evaluate.py" --model "$PROJ_DIR/merged.pth" --questions "$PROJ_DIR/heldout.jsonl" \
         --runtime rwkv --at_least 0.9
 fi
 
-step "done: $proj_dir has the adapter, merged.pth and loss.png; in a new shell: $activate"
+step "done: $PROJ_DIR has the adapter, merged.pth and loss.png; in a new shell: $activate"
 if [ -n "$demo" ]; then
-    say "rwkv-peft generate --model '$proj_dir/merged.pth' --temperature 0 --escapes --stop '\\n' \\" \
+    say "rwkv-peft generate --model '$PROJ_DIR/merged.pth' --temperature 0 --escapes --stop '\\n' \\" \
         "    --prompt 'Two birds sing. Sue has 9 purple dolls.\\nQ: What is there, as JSON?\\nA:'"
 else
-    rwkv-peft doctor --model "$proj_dir/merged.pth" # names the commands that suit it
+    rwkv-peft doctor --model "$PROJ_DIR/merged.pth" # names the commands that suit it
 fi

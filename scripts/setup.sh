@@ -3,9 +3,9 @@
 #   sh scripts/setup.sh [EXTRA…]   sets up, with some of pyproject.toml's extras: sh scripts/setup.sh serve hf
 #   needs=serve; . setup.sh        from another script of this folder: also sets `root`, `python` and `activate`
 #
-# An active environment (venv, conda) is taken, and left alone if it has all that is required; otherwise it is .venv
-# beside this repository's files. uv installs from where pip is configured to, and chooses torch's build by the driver.
-# TORCH=cpu, cu126, … names another one (uv's --torch-backend), TORCH=pip the package index's, on Linux one with CUDA.
+# An active environment (venv, conda) is taken, otherwise .venv beside this repository's files. uv installs from where
+# pip is configured to, and chooses torch's build by the driver. TORCH=cpu, cu126, … names another one (uv's
+# --torch-backend), TORCH=pip the package index's, on Linux one with CUDA.
 
 say() { printf '%s\n' "$@"; }
 
@@ -19,12 +19,10 @@ supported() { "$1" -I -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:
 make_environment() {  # by the first Python that can
     [ ! -e "$environment" ] || fail "$environment has no Python 3.10 to 3.14 that runs; deactivate or delete it"
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
-        supported "$candidate" || continue
-        if "$candidate" -I -m venv "$environment"; then return 0; fi
+        if supported "$candidate" && "$candidate" -I -m venv "$environment"; then return; fi
         rm -rf "$environment"
     done
-    fail "no Python 3.10 to 3.14 makes an environment here; install one (apt install python3 python3-venv), or" \
-        "activate an environment that has one"
+    fail "no Python 3.10 to 3.14 makes an environment here; install one (apt install python3 python3-venv)"
 }
 
 take_pip_settings() {  # as uv's, unless those are set
@@ -35,37 +33,31 @@ take_pip_settings() {  # as uv's, unless those are set
         [ "$pair" != find-links=UV_FIND_LINKS ] || value="$(say "$value" | tr -s ' ' ,)"
         [ -z "$value" ] || printenv "${pair#*=}" >/dev/null || export "${pair#*=}=$value"
     done
-    export UV_INDEX_STRATEGY="${UV_INDEX_STRATEGY:-unsafe-best-match}" # as pip, which takes the best of all indexes
+    export UV_INDEX_STRATEGY=unsafe-best-match # as pip, which takes the best of all indexes
 }
 
 choose_torch() {  # -> build: a --torch-backend, or nothing for the torch that is there or in the package index
     build="${TORCH:-auto}"
     if [ "$build" = pip ] || { [ "$build" = auto ] && uv pip show --quiet --python "$python" torch 2>/dev/null; }; then
         build=""
-    # CUDA 13 has no code for cards below 7.5, whatever the driver.
     elif [ "$build" = auto ] && nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>/dev/null |
         awk -F '[., ]+' '10 * $1 + $2 < 75 && $3 >= 525 { old = 1 } END { exit !old }'; then
-        build=cu126
-        say "setup: torch's build cu126 is taken, which has code for this GPU"
+        build=cu126 # CUDA 13 has no code for cards below 7.5, whatever the driver
     fi
-    if [ -n "$build" ] && ! told="$(UV_HTTP_RETRIES=1 UV_HTTP_TIMEOUT=5 UV_HTTP_CONNECT_TIMEOUT=5 \
-        uv pip install --quiet --dry-run --python "$python" --torch-backend "$build" torch 2>&1)"; then
-        [ -z "${TORCH:-}" ] || fail "TORCH=$TORCH: $told"
-        say "setup: the package index's torch is taken, since its own builds cannot be had: $(say "$told" | tail -n 1)"
+    if [ -n "$build" ] && ! UV_HTTP_RETRIES=1 UV_HTTP_TIMEOUT=5 UV_HTTP_CONNECT_TIMEOUT=5 \
+        uv pip install --quiet --dry-run --python "$python" --torch-backend "$build" torch; then
+        [ -z "${TORCH:-}" ] || fail "TORCH=$TORCH: see above"
+        say "setup: the package index's torch is taken, since its own builds cannot be had"
         build=""
     fi
 }
 
 put_in() {  # this package with $extras into the environment, while no other set-up of this folder does
-    if command -v flock >/dev/null && ! flock -n 8; then
-        say "setup: another one goes on here, and is waited for"
-        flock 8
-    fi
+    flock 8 2>/dev/null
     supported "$python" || make_environment
     say "setup: installing into $environment"
     cd "$root" || exit
-    "$python" -I -m pip --version >/dev/null 2>&1 || "$python" -I -m ensurepip >/dev/null 2>&1
-    if [ -x "$environment/bin/uv" ] || sed -n '/^uv==/,/[^\\]$/p' requirements.lock |
+    if sed -n '/^uv==/,/[^\\]$/p' requirements.lock |
         "$python" -I -m pip install --quiet --no-deps --require-hashes --requirement /dev/stdin ||
         command -v uv >/dev/null; then
         take_pip_settings
@@ -80,18 +72,17 @@ put_in() {  # this package with $extras into the environment, while no other set
 }
 
 serves() {  # has the environment this folder's package with $extras, installed since its requirements changed?
-    "$python" -I -c 'import importlib.util as i, sys; sys.exit(i.find_spec("rwkv_peft").origin != sys.argv[1])' \
-        "$root/RWKV-PEFT/rwkv_peft/__init__.py" && [ -z "${TORCH:-}" ] &&
-        [ ! "$root/pyproject.toml" -nt "$environment/bin/rwkv-peft" ] &&
+    [ -z "${TORCH:-}" ] && [ ! "$root/pyproject.toml" -nt "$environment/bin/rwkv-peft" ] &&
         [ ! "$root/requirements.txt" -nt "$environment/bin/rwkv-peft" ] &&
-        uv pip install --quiet --offline --no-index --python "$python" "rwkv-peft$extras"
+        uv pip install --quiet --offline --no-index --python "$python" "rwkv-peft$extras" &&
+        "$python" -I -c 'import importlib.util as i, sys; sys.exit(i.find_spec("rwkv_peft").origin != sys.argv[1])' \
+            "$root/RWKV-PEFT/rwkv_peft/__init__.py"
 }
 
 root="$(cd "$(dirname "$0")/.." && pwd)"
 environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$root/.venv}}"
 python="$environment/bin/python"
-PATH="$environment/bin:$PATH"
-export PATH
+export PATH="$environment/bin:$PATH"
 case "$0" in *setup.sh) needs="$*" ;; esac
 extras="$(say "${needs:-}" | sed '/./ !d; s/ /,/g; s/.*/[&]/')"
 serves 2>/dev/null || (put_in) 8<"$root" || exit 1

@@ -159,8 +159,8 @@ def test_paths_as_flags_are_refused_with_the_variables(stand_in, tmp_path, flag)
     assert done.returncode == 1 and "LOAD_MODEL=… DATA_FILE=… PROJ_DIR=…" in done.stderr and "==" not in done.stdout
 
 
-def test_half_of_a_users_input_is_refused(tmp_path):
-    done = script({"LOAD_MODEL": str(tmp_path / "base.pth")})
+def test_half_of_a_users_input_is_refused(tmp_path, warm_environment):
+    done = script(warm_environment | {"LOAD_MODEL": str(tmp_path / "base.pth")})
     assert done.returncode != 0 and "DATA_FILE: is to name rows" in done.stderr
 
 
@@ -237,6 +237,7 @@ def test_the_demo_starts_anew_unless_it_resumes(tmp_path, flags, generation, fol
     assert checkpoint.exists() == bool(flags)
 
 
-def test_the_body_alone_says_what_to_run():
-    done = subprocess.run(["sh", str(ROOT / "scripts" / "bone.sh")], text=True, capture_output=True)
+def test_the_body_alone_says_what_to_run(warm_environment):
+    command = ["sh", str(ROOT / "scripts" / "bone.sh")]
+    done = subprocess.run(command, env=os.environ | warm_environment, text=True, capture_output=True)
     assert done.returncode != 0 and "bone_rwkv6.sh and bone_rwkv7.sh" in done.stderr

@@ -128,13 +128,13 @@ def test_without_uv_pip_installs_the_locks_versions(machine):
     "cards, present, variables, build, told",
     [
         ("", "", {}, "auto", ""),
-        ("", "unreachable", {}, "", "torch is taken, since its own builds cannot be had:   cause: no such host"),
+        ("", "unreachable", {}, "", "torch is taken, since its own builds cannot be had"),
         ("", "torch", {}, "", ""),
         ("", "", {"TORCH": "pip"}, "", ""),
         ("", "torch", {"TORCH": "cpu"}, "cpu", ""),
-        ("7.0, 580.65.06", "", {}, "cu126", "build cu126 is taken, which has code for this GPU"),
+        ("7.0, 580.65.06", "", {}, "cu126", ""),
         ("7.0, 580.65.06", "torch", {}, "", ""),
-        ("9.0, 580.65.06\n6.1, 580.65.06", "", {}, "cu126", "cu126"),
+        ("9.0, 580.65.06\n6.1, 580.65.06", "", {}, "cu126", ""),
         ("7.0, 470.82.01", "", {}, "auto", ""),  # whose driver has no CUDA 12
         ("7.5, 580.65.06", "", {}, "auto", ""),
         ("12.0, 580.65.06", "", {}, "auto", ""),
@@ -157,7 +157,7 @@ def test_a_build_of_torch_that_is_named_and_cannot_be_had_is_an_error(machine):
     add_python(machine / "bin")
     (machine / "unreachable").touch()
     done = setup(machine, TORCH="cu999")
-    assert done.returncode == 1 and "TORCH=cu999: error" in done.stderr and not calls(machine)
+    assert done.returncode == 1 and "TORCH=cu999: see above" in done.stderr and not calls(machine)
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_a_build_of_torch_that_is_named_and_cannot_be_had_is_an_error(machine):
         ("install.extra-index-url='\\nhttps://a\\nhttps://b'", {}, {"UV_INDEX": "https://a https://b"}),
         ("global.find-links='/b'\nglobal.no-index='1'", {}, {"UV_FIND_LINKS": "/b", "UV_NO_INDEX": "1"}),
         (":env:.find-links='/a /c'\nglobal.find-links='/b'", {}, {"UV_FIND_LINKS": "/a,/c"}),
-        ("global.constraint='/a.txt'", {}, {"UV_CONSTRAINT": "/a.txt requirements.lock"}),
         ("global.index-url='a'", {"UV_DEFAULT_INDEX": "b"}, {"UV_DEFAULT_INDEX": "b"}),
-        ("global.timeout='5'", {}, {"UV_CONSTRAINT": " requirements.lock"}),
+        ("global.constraint='/a.txt'", {}, {"UV_CONSTRAINT": "/a.txt requirements.lock"}),
+        ("global.timeout='5'", {}, {}),
     ],
 )
 def test_uv_installs_from_where_pip_is_configured_to(machine, config, variables, expected):
@@ -188,7 +188,6 @@ def test_setups_that_begin_at_once_make_one_environment(machine):
     told = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], told
     assert (machine / "repo/.venv/bin/rwkv-peft").exists() and not any(err for _, err in told)
-    assert sum("is waited for" in out for out, _ in told) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -203,7 +202,7 @@ def test_a_setup_that_was_ended_holds_up_no_other(machine, number):
     process.communicate(timeout=60)
     (machine / "long").unlink()
     done = setup(machine)
-    assert process.returncode != 0 == done.returncode and "waited for" not in done.stdout
+    assert process.returncode != 0 == done.returncode
 
 
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
