@@ -43,7 +43,7 @@ PARTS = (
     ("train flags", ("training/flags", "training/ranks/world", "training/rates"), ("saving",)),
     ("ranks", ("training/ranks",), ("measuring",)),
     ("measuring", ("training/measuring", "training/learned", "training/inputs"), ("train flags", "evals")),
-    ("rollouts", ("training/rollout",), ("step", "inference", "rewards")),
+    ("rollouts", ("training/rollout", "training/turns"), ("step", "inference", "rewards")),
     ("engine", ("training/engine",), ("measuring", "rollouts", "inspect")),
     ("training", ("training",), ("engine",)),
     ("run", ("training/run",), ("training", "ranks", "evals", "rewards")),

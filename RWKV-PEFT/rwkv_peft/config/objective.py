@@ -71,9 +71,10 @@ class Objective(ABC):
       methods compared
     - pace: its learning rate over that of next tokens, if none is given
     - figures: the numbers that it reports, the first also in the progress bar
-    - teacher: the file of the model whose word it asks for, if it needs a TEACHER and the model is not its own;
-      stored: a file of that word in place of the model; store: the file to write it to
-    - reward, weights: what judges answers, and what each is multiplied by (() for 1), if it needs REWARDS
+    - teacher: the file of the model that it learns from, if it needs a TEACHER and the model is not its own; stored: a
+      file of that model's log-probabilities in its place; store: the file to write them to
+    - reward, weights: what judges answers, and what each is multiplied by (() for 1), if it needs REWARDS;
+      environments: the classes whose conversations they are, () for answers without tools
     """
 
     name: str = field(default="", init=False)  # of the class; a field, so that the files of a run tell it
@@ -92,6 +93,7 @@ class Objective(ABC):
     store = ""
     reward = tuple[str, ...]()
     weights = tuple[float, ...]()
+    environments = tuple[str, ...]()
 
     @property
     def of_preferences(self) -> bool:

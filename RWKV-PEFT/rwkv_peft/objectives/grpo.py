@@ -66,7 +66,7 @@ class GRPO(Draws):
     step began to learn from it, which are computed in another order. gap_max is the largest of a step."""
 
     name = "grpo"
-    text = "completions that the model samples itself, scored by --reward"
+    text = "completions that the model samples itself, scored by --reward or by an --environment"
     rows = ("prompts",)
     unit = "prompt"
     pace = 0.3
@@ -77,7 +77,15 @@ class GRPO(Draws):
         ("--train_type infctx", "an answer is drawn and learned as a whole", "leave it out"),
     )
     rules = (
-        Rule("--objective grpo", NEEDS, "--reward", "that judges the answers", "name a task, or FILE.py:FUNCTION"),
+        Rule(
+            "--objective grpo",
+            NEEDS,
+            "--reward, --environment",
+            "that judges the answers",
+            "name a task, or FILE.py:FUNCTION",
+        ),
+        Rule("--max_turns, --turn_tokens", NEEDS, "--environment", "it is about conversations with tools"),
+        Rule("--reward_weights", NEEDS, "--reward", "it is a factor for each"),
         Rule("--objective grpo", EXCLUDES, "--num_generations 1", "an answer is compared with others to its prompt"),
         *(Rule("--kl_beta", EXCLUDES, *exclusion) for exclusion in OF_BASE),
     )
@@ -96,6 +104,21 @@ class GRPO(Draws):
     )
     weights: tuple[float, ...] = setting(
         (), "a factor for each --reward (default: 1)", flag="reward_weights", type=finite, metavar="N"
+    )
+    environments: tuple[str, ...] = setting(
+        (),
+        "prompts: hold conversations with tools: a class in the form of trl's environment_factory, as FILE.py:CLASS or "
+        "module:CLASS, whose public methods are the tools, and whose get_reward, if it has one, scores a conversation; "
+        "of several, as NAME=FILE.py:CLASS, a row's field environment names its own",
+        flag="environment",
+        metavar="CLASS",
+    )
+    max_turns: int = setting(8, "the most answers in a conversation with tools", type=positive)
+    turn_tokens: int | None = setting(
+        None,
+        "the most tokens of an answer in a conversation; --max_completion_length counts all behind the prompt, results "
+        "included (default: as many as that)",
+        type=positive,
     )
     iterations: int = setting(
         1,
@@ -193,7 +216,8 @@ class GRPO(Draws):
         low, high = self.bounds
         kl = f", and {self.kl_beta:g} times the distance from the base" if self.asks_base else ""
         bonus = f", less {self.entropy_bonus:g} times the entropy" if self.entropy_bonus else ""
-        return f"{self.form}: {self.text} ({', '.join(self.reward)}), ratios from {low:g} to {high:g}{kl}{bonus}"
+        judged = ", ".join((*self.reward, *self.environments))
+        return f"{self.form}: {self.text} ({judged}), ratios from {low:g} to {high:g}{kl}{bonus}"
 
     def problems(self, train: TrainConfig) -> Iterator[str]:
         if repeated := [word for word in self.reward if self.reward.count(word) > 1]:

@@ -34,15 +34,20 @@ from .step.compiling import uncompiled
 from .step.plan import Plan
 from .step.shared_prefix import share_prefixes
 from .step.steps import Batch, Whole, add_gradients, to_device, trainable, with_gradients
+from .turns import Episode, EpisodeSampler
 
 SEEDS = 1 << 44  # more than the completions that any run samples: no two seeds of a run share a draw
 LARGEST = ("gap_max",)  # figures that are maxima; the others are means
+SCORE = "environment"  # the name of the reward that get_reward is
 FLAT = 10  # steps in a row without spread of rewards, after which a run says so
 
 
 class Rollout(NamedTuple):
-    """A completion: the tokens of its prompt, its own, with the one that ends it, their log-probabilities and
-    entropies, its text, and its end: "end" (of the document), "stop" or "length"."""
+    """A completion: the tokens of its prompt, those behind it, with the one that ends it, the log-probabilities and
+    entropies of those that the model sampled, its text, and its end: "end" (of the document), "stop" or "length".
+
+    Of a conversation with tools, `own` says which tokens the model sampled ([]: all), text is the last answer, turns
+    are all texts behind the prompt by role, and score is its environment's."""
 
     prompt: list[int]
     tokens: list[int]
@@ -50,6 +55,17 @@ class Rollout(NamedTuple):
     entropies: list[float]
     text: str
     end: str
+    own: list[bool] = []
+    turns: list[dict[str, str]] = []
+    score: float | None = None
+
+    @classmethod
+    def of(cls, episode: Episode) -> "Rollout":
+        """The Rollout of an episode."""
+        own, turns = episode.own, episode.turns
+        text = next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant"), "")
+        measures = episode.logprobs, episode.entropies
+        return cls(episode.prompt, episode.tokens, *measures, text, episode.end, own, turns, episode.score)
 
     @property
     def cut(self) -> bool:
@@ -118,15 +134,34 @@ def sample_rollouts(
     return [[found[number * times + place] for place in range(times)] for number in prompts]
 
 
+def sample_episodes(
+    model: LanguageModel,
+    settings: RolloutSettings,
+    episodes: EpisodeSampler,
+    rows: Mapping[int, Mapping[str, Any]],
+    times: int,
+) -> list[list[Rollout]]:
+    """Hold `times` conversations of each row, {number: row}, with adapters on -> their Rollouts."""
+    trains = model.training
+    model.eval()
+    with uncompiled(settings.compiles):
+        groups = episodes.sample(Subject(model, model.tuned_states(), settings.tokenizer), rows, times)
+    model.train(trains)
+    return [list(map(Rollout.of, group)) for group in groups]
+
+
 def packed(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
     """A batch of whole rows, each a prompt with a completion, as collate_packed makes it; with the completions' lengths
     (answers,) and the log-probabilities by which they were sampled (n,)."""
     documents = []
     for rollout in rollouts:
         tokens = torch.tensor([*rollout.prompt, *rollout.tokens])
-        documents.append((tokens, torch.arange(1, len(tokens)) >= len(rollout.prompt)))
+        counts = torch.arange(1, len(tokens)) >= len(rollout.prompt)
+        if rollout.own:
+            counts[len(rollout.prompt) - 1 :] = torch.tensor(rollout.own)
+        documents.append((tokens, counts))
     return collate_packed(documents) | {
-        "lengths": torch.tensor([len(rollout.tokens) for rollout in rollouts]),
+        "lengths": torch.tensor([len(rollout.logprobs) for rollout in rollouts]),
         "sampled": torch.tensor([logprob for rollout in rollouts for logprob in rollout.logprobs]),
     }
 
@@ -149,9 +184,11 @@ class RolloutStep(Whole):
         teacher: nn.Module | None,
         times: int,
         plan: PromptPlan,
+        episodes: EpisodeSampler | None = None,
     ) -> None:
         super().__init__(objective, teacher=teacher)
         self.settings, self.rewards, self.times, self.plan = settings, rewards, times, plan
+        self.episodes = episodes
         self.ready: dict[int, dict[str, Any]] = {}  # batches by the number of their first prompt
         self.records: list[dict[str, Any]] = []
         self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
@@ -188,18 +225,25 @@ class RolloutStep(Whole):
         """Sample `times` rollouts of each of these samples -> (the rollouts, their rewards, the seconds of both)."""
         assert isinstance(model, LanguageModel)
         began = time.perf_counter()
-        groups = sample_rollouts(model, self.settings, {number: samples.prompt(number) for number in numbers}, times)
+        if self.episodes is None:
+            prompts = {number: samples.prompt(number) for number in numbers}
+            groups = sample_rollouts(model, self.settings, prompts, times)
+        else:
+            rows = {number: samples.row(number) for number in numbers}
+            groups = sample_episodes(model, self.settings, self.episodes, rows, times)
         rollouts = [rollout for group in groups for rollout in group]
         sampled, judged = time.perf_counter(), Judged([], {})
         if self.rewards is not None:
-            prompts = [self.settings.tokenizer.decode(rollout.prompt) for rollout in rollouts]
-            rows = [row for number in numbers for row in [samples.row(number)] * times]
-            judged = self.rewards.judge(prompts, [rollout.text for rollout in rollouts], rows)
+            texts = [self.settings.tokenizer.decode(rollout.prompt) for rollout in rollouts]
+            owners = [row for number in numbers for row in [samples.row(number)] * times]
+            judged = self.rewards.judge(texts, [rollout.text for rollout in rollouts], owners)
+        if self.episodes is not None and self.episodes.environments.scoring:
+            judged = with_scores(judged, [rollout.score for rollout in rollouts])
         return rollouts, judged, {"draw_s": sampled - began, "judge_s": time.perf_counter() - sampled}
 
     def counted(self, rollouts: Sequence[Rollout]) -> float:
         """The number of tokens of rollouts that count in the loss."""
-        return sum(len(rollout.tokens) * self.objective.share(rollout.cut) for rollout in rollouts)
+        return sum(len(rollout.logprobs) * self.objective.share(rollout.cut) for rollout in rollouts)
 
     def batch_of(
         self, rollouts: Sequence[Rollout], times: int, advantages: torch.Tensor, mean: float, device: torch.device
@@ -244,7 +288,7 @@ class RolloutStep(Whole):
         rollouts, judged = list[Rollout](), Judged([], {})
         if numbers:
             rollouts, judged, _ = self.judged_rollouts(model, samples, numbers, 1)
-        if self.rewards is not None:
+        if self.rewards is not None or self.episodes is not None:
             reward = torch.tensor(sum(total or 0.0 for total in judged.total), device=device)
             self.measures = {"reward": reward}
             return -reward
@@ -279,15 +323,26 @@ class RolloutStep(Whole):
                 "prompt": self.settings.tokenizer.decode(rollout.prompt),
                 "completion": rollout.text,
                 "end": rollout.end,
-                "length": len(rollout.tokens),
+                "length": len(rollout.logprobs),
                 "entropy": math.fsum(rollout.entropies) / len(rollout.entropies),
             }
+            record |= {"turns": rollout.turns} if rollout.turns else {}
             if judged.total:
                 record["reward"] = judged.total[place]
                 record["rewards"] = {name: values[place] for name, values in judged.each.items()}
                 record["advantage"] = advantages[place]
             records.append(record)
         return records
+
+
+def with_scores(judged: Judged, scores: list[float | None]) -> Judged:
+    """Add the scores of environments to a Judged, with weight 1."""
+    if not judged.total:
+        return Judged(scores, {SCORE: scores})
+    total = [
+        one if other is None else other if one is None else one + other for one, other in zip(judged.total, scores)
+    ]
+    return Judged(total, {**judged.each, SCORE: scores})
 
 
 def part_slices(rows: int, times: int, most: int) -> list[slice]:

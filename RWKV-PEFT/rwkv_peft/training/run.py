@@ -30,7 +30,7 @@ from ..data.samples import Samples
 from ..data.sources import refuse_hub_name
 from ..gpus import resolve_accelerator
 from ..plots import plot_loss
-from ..rewards import Rewards
+from ..rewards import Environments, Judges, Rewards
 from .engine.fit import fit
 from .engine.prepared import Prepared
 from .engine.progress import printing_compilations
@@ -140,7 +140,7 @@ def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[.
     for base in filter(None, (inputs.base, inputs.teacher)):
         base.require_finite()
     asked = find_questions(inputs, show_progress=leads)
-    with judging(config, samples) as rewards:
+    with judging(config, samples) as judges:
         if request.world.size > 1:
             ranks.agree(shared_values(inputs, asked), inputs.folder)
         train, accumulate = config.train, config.train.accumulate_grad_batches
@@ -152,7 +152,7 @@ def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[.
             describe(inputs, accelerator, batches.notes, report, say)
             make_way(inputs, report.trainable, say)
         teacher = None if inputs.teacher is None else make_teacher(inputs.teacher, config, device)
-        return fit(Prepared(inputs, asked, model, report.trainable, teacher, rewards, accelerator, request.world), say)
+        return fit(Prepared(inputs, asked, model, report.trainable, teacher, judges, accelerator, request.world), say)
 
 
 def require_more_to_train(inputs: Inputs, leads: bool) -> str:
@@ -171,18 +171,28 @@ def require_more_to_train(inputs: Inputs, leads: bool) -> str:
 
 
 @contextmanager
-def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Rewards | None]:
-    """Within, have the Rewards of a run, None if its objective needs none. Raises UserError for rewards that cannot be
-    opened, and for a row of its data that lacks a field that they read."""
+def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Judges]:
+    """Within, have the Judges of a run. Raises UserError for rewards and environments that cannot be opened, for a row
+    of its data that lacks a field that they read, and for an environment without a score beside no reward."""
     objective = config.objective
     if REWARDS not in objective.needs:
-        yield None
+        yield Judges()
         return
-    with Rewards.open(objective.reward, objective.weights) as rewards:
+    with ExitStack() as opened:
+        rewards = environments = None
+        if objective.reward:
+            rewards = opened.enter_context(Rewards.open(objective.reward, objective.weights))
+        if objective.environments:
+            environments = opened.enter_context(Environments.open(objective.environments))
+            if rewards is None and not environments.scoring:
+                raise UserError("--environment: its class has no get_reward, and there is no --reward; add one of them")
         for samples in data:
             assert isinstance(samples, PromptSamples)
-            rewards.check_rows(map(json.loads, samples.rows))
-        yield rewards
+            if rewards is not None:
+                rewards.check_rows(map(json.loads, samples.rows))
+            if environments is not None:
+                environments.check_rows(map(json.loads, samples.rows))
+        yield Judges(rewards, environments)
 
 
 def make_way(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...models.parts import LanguageModel
-from ...rewards import Rewards
+from ...rewards import Judges
 from ..inputs import Inputs
 from ..measuring import BeforeAfter, Examiner, Questions, Validator
 from ..ranks.world import World
@@ -28,13 +28,14 @@ class Prepared:
         model: LanguageModel,
         trainable: int,
         teacher: LanguageModel | None,
-        rewards: Rewards | None,
+        judges: Judges,
         accelerator: str,
         world: World,
     ) -> None:
         config, plan = inputs.config, inputs.plan
         self.inputs, self.model, self.trainable, self.teacher = inputs, model, trainable, teacher
-        self.rewards, self.accelerator, self.world, self.leads = rewards, accelerator, world, world.rank == 0
+        self.rewards, self.environments = judges
+        self.accelerator, self.world, self.leads = accelerator, world, world.rank == 0
         self.config, self.plan, self.samples = config, plan, inputs.samples
         self.saver = Saver(inputs.folder, config, plan, inputs.identity, inputs.base)
         self.folder, train, anew = inputs.folder, config.train, inputs.state is None

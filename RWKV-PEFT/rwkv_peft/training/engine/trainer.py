@@ -30,9 +30,11 @@ from ...adapters.methods import method_of
 from ...cli.names import STATE
 from ...data.batches import TrainBatch, TrainBatches
 from ...data.recorded import find_tokenizer
+from ...data.sources import settings_of
 from ...models import family_named
 from ...models.layout import TIME_STATE
 from ...objectives.draws import Draws
+from ...objectives.grpo import GRPO
 from ...objectives.next_token import NextToken
 from ..rollout import PromptPlan, RolloutSettings, RolloutStep
 from ..step.context_parallel import Line, SharedRows
@@ -40,6 +42,7 @@ from ..step.lit import Lit
 from ..step.segments import Segments
 from ..step.shared_prefix import Contexts, saved_tokens
 from ..step.steps import Step, Whole
+from ..turns import EpisodeSampler, TurnSettings
 from .callbacks import RunCallback
 from .prepared import Prepared
 from .strategy import devices_here, make_strategy
@@ -77,7 +80,13 @@ def rollout_step(run: Prepared) -> Step:
         config, objective, find_tokenizer(None, config.model.vocab_size, run.samples.vocabulary)
     )
     prompts = PromptPlan(data.micro_bsz, data.micro_bsz * run.world.size, config.train.accumulate_grad_batches)
-    return RolloutStep(objective, settings, run.rewards, run.teacher, data.num_generations, prompts)
+    episodes = None
+    if run.environments is not None and isinstance(objective, GRPO):
+        longest, turn_tokens = data.max_completion_length, objective.turn_tokens or data.max_completion_length
+        limits = objective.max_turns, turn_tokens, longest
+        turns = TurnSettings(settings.sampling, *limits, settings.stop, settings.batch)
+        episodes = EpisodeSampler(run.environments, turns, settings_of(data), data.ctx_len)
+    return RolloutStep(objective, settings, run.rewards, run.teacher, data.num_generations, prompts, episodes)
 
 
 class RunBatches:

@@ -1,0 +1,213 @@
+"""Environments of conversations over several turns: their tools, their conversations, each in a process of its own
+(environment_child.py), with a limit of time for each request."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.reduction import send_handle
+from typing import Any, NamedTuple
+
+from ..children import python_command
+from ..cli.errors import UserError, field_names
+from ..data.tools import ToolCall
+
+SECONDS = 60.0  # that a tool, a reset or a score may take
+LOADING = 60.0  # seconds that the classes' files may take to load
+FIELD = "environment"  # of a row, the name of its environment if there are several
+
+
+class FailedRequest(NamedTuple):
+    """The message of a request that failed."""
+
+    message: str
+
+
+class Environment(NamedTuple):
+    """An environment: the schemas of its tools, the fields of a row that reset takes, and True if it scores
+    conversations."""
+
+    tools: list[dict[str, Any]]
+    required: list[str]
+    scores: bool
+
+
+class Place:
+    """A process that holds one conversation at a time of an environment; `lost` is the reason if it is gone."""
+
+    def __init__(self, name: str, pipe: "Connection[Any, Any]") -> None:
+        self.name, self.pipe, self.lost = name, pipe, ""
+        self.process = 0
+
+    def end(self, reason: str) -> None:
+        """End the process, and those that a tool started."""
+        self.lost = reason
+        self.pipe.close()
+        with suppress(ProcessLookupError, PermissionError):
+            if self.process:
+                os.killpg(self.process, signal.SIGKILL)
+
+
+class Environments:
+    """The environments of a run, by the words of --environment; use `Environments.open`."""
+
+    def __init__(self, specs: Sequence[str], timeout: float) -> None:
+        names = [spec.partition("=")[0] if "=" in spec else "" for spec in specs]
+        words = [spec if name else f"={spec}" for name, spec in zip(names, specs)]
+        self.timeout = timeout
+        self.pipe, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                python_command("rwkv_peft.rewards.environment_child", str(theirs.fileno()), *words),
+                stdin=subprocess.PIPE,  # the processes end when this one does, which closes it
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self.known: dict[str, Environment] = {}
+        self.free: dict[str, list[Place]] = {}
+        self.places: list[Place] = []
+
+    @classmethod
+    @contextmanager
+    def open(cls, specs: Sequence[str], *, timeout: float = SECONDS) -> "Iterator[Environments]":
+        """Within, have the Environments. Raises UserError for mistakes in a word, and in the class that it names."""
+        found = cls(specs, timeout)
+        try:
+            if not found.pipe.poll(LOADING):
+                raise UserError(f"--environment {' '.join(specs)}: loading takes longer than {LOADING:g} seconds")
+            try:
+                kind, content = found.pipe.recv()
+            except (EOFError, ConnectionResetError):
+                kind, content = "failed", f"--environment {' '.join(specs)}: its file ends the process that loads it"
+            if kind == "failed":
+                raise UserError(content)
+            found.known = {name: Environment(*each) for name, each in content.items()}
+            yield found
+        finally:
+            found.stop()
+
+    @property
+    def scoring(self) -> bool:
+        """True if one of them scores conversations."""
+        return any(each.scores for each in self.known.values())
+
+    def of_row(self, row: Mapping[str, Any]) -> str:
+        """The name of a row's environment. Raises UserError if the row names none of several, or lacks what reset
+        takes."""
+        name = "" if "" in self.known else row.get(FIELD)
+        if name not in self.known:
+            raise UserError(
+                f"its {FIELD} is {name!r}, and there is {', '.join(self.known)} (--environment); name one in the row"
+            )
+        if missing := [each for each in self.known[name].required if each not in row]:
+            raise UserError(
+                f"reset of its environment takes {', '.join(missing)}, and the row has the fields {field_names(row)}; "
+                "add the field, or give the parameter a default"
+            )
+        return str(name)
+
+    def check_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raise UserError for the first row that no environment takes, with its number from 1."""
+        for number, row in enumerate(rows, 1):
+            try:
+                self.of_row(row)
+            except UserError as error:
+                raise UserError(f"--environment: row {number}: {error}") from None
+
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Place], list[str]]:
+        """Begin a conversation of each row -> their places, and the texts that the prompts end with. Raises UserError
+        if a reset fails."""
+        places = [self.place(self.of_row(row)) for row in rows]
+        fields = [{name: value for name, value in row.items() if name != FIELD or "" in self.known} for row in rows]
+        texts = self.replies(places, [("reset", each) for each in fields])
+        for row, found in zip(rows, texts):
+            if isinstance(found, FailedRequest):
+                quoted = " ".join(str(dict(row)).split())[:200]
+                raise UserError(f"--environment: reset({quoted}): {found.message}; mend the class")
+        return places, [str(text) for text in texts]
+
+    def call(self, places: Sequence[Place], calls: Sequence[ToolCall]) -> list[str]:
+        """The results of a call at each place, as texts. A tool that takes too long, or ends its process, ends the
+        conversation there, and its result says so."""
+        found = self.replies(places, [("call", (call.name, call.arguments)) for call in calls])
+        return [f"error: {each.message}" if isinstance(each, FailedRequest) else each for each in found]
+
+    def scores(self, places: Sequence[Place]) -> list[float | None]:
+        """The scores of finished conversations; None without get_reward, and where the process is lost. Raises
+        UserError if get_reward fails."""
+        scored = [place for place in places if self.known[place.name].scores and not place.lost]
+        found = dict(zip(scored, self.replies(scored, [("score", None)] * len(scored))))
+        for each in found.values():
+            if isinstance(each, FailedRequest):
+                raise UserError(f"--environment: get_reward: {each.message}; mend it, or return None")
+        return [found.get(place) for place in places]
+
+    def release(self, places: Sequence[Place]) -> None:
+        """Keep the processes of finished conversations for others."""
+        for place in places:
+            if not place.lost:
+                self.free[place.name].append(place)
+
+    def place(self, name: str) -> Place:
+        """A place of an environment that holds no conversation, a new one if none is free."""
+        if free := self.free.setdefault(name, []):
+            return free.pop()
+        self.places = [place for place in self.places if not place.lost]
+        ours, theirs = Pipe()
+        with theirs:
+            self.pipe.send(name)
+            send_handle(self.pipe, theirs.fileno(), self.process.pid)
+        place = Place(name, ours)
+        self.places.append(place)
+        return place
+
+    def replies(self, places: Sequence[Place], requests: Sequence[tuple[str, Any]]) -> list[Any]:
+        """Send a request to each place at once -> the replies; a FailedRequest for one that failed, took too long or
+        ended, whose place is lost then."""
+        found: dict[Place, Any] = {}
+        for place, request in zip(places, requests, strict=True):
+            if place.lost:
+                found[place] = FailedRequest(place.lost)
+                continue
+            with suppress(BrokenPipeError, ConnectionResetError):  # the reply shows it
+                place.pipe.send(request)
+        deadline = time.monotonic() + self.timeout
+        while waiting := [place for place in places if place not in found]:
+            ready = wait([place.pipe for place in waiting], max(0.0, deadline - time.monotonic()))
+            for place in waiting:
+                if place.pipe in ready:
+                    self.receive(place, found)
+                elif not ready:
+                    place.end(f"it takes longer than {self.timeout:g} seconds, and its conversation is lost")
+                    found[place] = FailedRequest(place.lost)
+        return [found[place] for place in places]
+
+    def receive(self, place: Place, found: dict[Place, Any]) -> None:
+        """Take a message of a place: its process's number, or a reply."""
+        try:
+            message = place.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            place.end("its process ended, and its conversation is lost")
+            found[place] = FailedRequest(place.lost)
+            return
+        if isinstance(message, int):
+            place.process = message
+            return
+        kind, content = message
+        found[place] = content if kind == "done" else FailedRequest(content)
+
+    def stop(self) -> None:
+        """End all processes."""
+        for place in self.places:
+            place.end("the run is over")
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.pipe.close()
+        assert self.process.stdin is not None
+        self.process.stdin.close()

@@ -1,0 +1,244 @@
+"""Conversations over several turns with tools, sampled together: one state a conversation.
+
+At each turn the answers of all conversations that go on are sampled in one batch; then their calls of tools are run,
+and the results read in one batch. Every token is read once: the State after a turn is cached, and the next turn goes on
+from it. The first turn of several conversations of a prompt reads it once.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..cli.errors import UserError
+from ..data.chat import TURN_END, ChatLayout, stops_of
+from ..data.encoding import EncodeSettings, encoder
+from ..data.layouts import ANSWERS, CHATS
+from ..data.tokenizer import Tokenizer
+from ..data.tools import ToolCall, parse_calls
+from ..inference.batch import DAMAGED
+from ..inference.decode import damaged_error
+from ..inference.engine import Engine
+from ..inference.loading import Subject
+from ..inference.requests import Completion, GenerationRequest, Logprobs, PrefixCache
+from ..inference.settings import Sampling
+from ..inference.speakers import Speaker
+from ..inference.text import Continuation
+from ..models.state import State
+from ..rewards.environments import Environments, Place
+
+TOOL, ANSWER = f"{TURN_END}Tool:", f"{TURN_END}Assistant:"
+UNCALLED = ToolCall("", {})  # of an answer that hands over to a tool and holds no call
+MALFORMED = 'error: no call was found; answer <tool_call>{"name": …, "arguments": {…}}</tool_call>'
+CACHED = 3  # states of each conversation: after its prompt or results, after its answer, and one that is made
+
+
+@dataclass(eq=False)
+class Episode:
+    """A conversation of the prompt with this number, in its own environment: the tokens of the prompt and those behind
+    it, of which `own` are the model's, with their log-probabilities and entropies. turns are its texts by role; end is
+    "end" (of the document), "stop", "length", "turns" or "lost" at last, and score its environment's, if it has one."""
+
+    number: int
+    prompt: list[int]
+    place: Place
+    draws: random.Random
+    tokens: list[int] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    turns: list[dict[str, str]] = field(default_factory=list)
+    answers: int = 0
+    end: str = ""
+    score: float | None = None
+
+    def add(self, tokens: Sequence[int], own: bool) -> None:
+        self.tokens += tokens
+        self.own += [own] * len(tokens)
+
+
+class Turn:
+    """The listener for one answer of a conversation, of at most `longest` tokens."""
+
+    def __init__(self, conversation: Episode, tokenizer: Tokenizer, stops: Sequence[str], longest: int) -> None:
+        self.conversation, self.longest = conversation, longest
+        self.text = Continuation({}, tokenizer, stops)
+        self.measures: list[tuple[float, float]] = []
+        self.damaged = False
+
+    def cancelled(self) -> str:
+        return ""
+
+    def on_token(self, token: int, logprobs: Logprobs | None) -> str:
+        assert logprobs is not None  # the sampling is measured
+        self.measures.append((logprobs.logprob, logprobs.entropy))
+        return self.text.feed(token)
+
+    def on_end(self, reason: str) -> None:
+        self.damaged = reason == DAMAGED
+        self.text.finish(reason)
+
+
+class TurnSettings(NamedTuple):
+    """At most `turns` answers of a conversation, `turn_tokens` tokens in each, and `longest` tokens behind the prompt,
+    results included; `batch` answers are sampled at a time, each up to a text of `stop` or of a known layout."""
+
+    sampling: Sampling
+    turns: int
+    turn_tokens: int
+    longest: int
+    stop: tuple[str, ...]
+    batch: int
+
+
+def converse(
+    subject: Subject, environments: Environments, conversations: Sequence[Episode], settings: TurnSettings
+) -> None:
+    """Hold conversations that have begun up to their ends. Raises UserError for logits that are not finite."""
+    model, start, tokenizer = subject
+    weight, vocab_size = model.emb.weight, model.config.vocab_size
+    cached = State.zeros(model.config, 1, "meta", weight.dtype).nbytes + 4 * vocab_size
+    longest = max((len(each.prompt) for each in conversations), default=0) + settings.longest
+    cache = PrefixCache(CACHED * len(conversations) * (cached + 4 * longest))
+    engine = Engine(min(tokenizer.vocab_size, vocab_size), settings.batch, cache, overlap=weight.is_cuda)
+    speaker = Speaker("", model, start)
+    going = list(conversations)
+    while going:
+        turns = [turn_of(each, tokenizer, settings) for each in going]
+        for tokens, several in alike(turns):
+            engine.add(GenerationRequest(speaker, tokens, [completion_of(turn, settings.sampling) for turn in several]))
+        while engine.busy:
+            engine.step()
+        if damaged := [turn for turn in turns if turn.damaged]:
+            raise damaged_error(model, damaged[0].conversation.number, len(damaged[0].text.tokens), len(damaged) - 1)
+        calling = [(turn.conversation, calls) for turn in turns if (calls := answered(turn, tokenizer, settings))]
+        for conversation, results in zip([each for each, _ in calling], results_of(environments, calling)):
+            hand_back(conversation, results, tokenizer, settings)
+        going = [each for each in going if not each.end]
+
+
+class EpisodeSampler:
+    """Samples episodes of rows in their environments: `encode` has the settings by which rows become prompts, which
+    have `room` tokens with those behind them."""
+
+    def __init__(self, environments: Environments, settings: TurnSettings, encode: EncodeSettings, room: int) -> None:
+        self.environments, self.settings, self.encode, self.room = environments, settings, encode, room
+
+    def sample(self, subject: Subject, rows: Mapping[int, Mapping[str, Any]], times: int) -> list[list[Episode]]:
+        """Hold `times` episodes of each row, {number: row}. The draws of an episode depend on the run's seed, the row's
+        number and its own alone."""
+        due = [(number * times + place, row) for number, row in rows.items() for place in range(times)]
+        places, texts = self.environments.begin([row for _, row in due])
+        episodes = [
+            Episode(key, self.prompt(row, place, text), place, random.Random(self.settings.sampling.seed + key))
+            for (key, row), place, text in zip(due, places, texts)
+        ]
+        converse(subject, self.environments, episodes, self.settings)
+        for episode, score in zip(episodes, self.environments.scores(places)):
+            episode.score = score
+        self.environments.release(places)
+        return [episodes[first : first + times] for first in range(0, len(episodes), times)]
+
+    def prompt(self, row: Mapping[str, Any], place: Place, text: str) -> list[int]:
+        """The tokens of a row's prompt, with the tools of its environment, and a text at the end of the last user's
+        turn."""
+        tools = self.environments.known[place.name].tools
+        own = encoder(self.encode)
+        (segments,) = own.documents(with_observation(row, text) | {"tools": tools})
+        tokens = [token for words, _ in segments for token in own.tokenizer.encode(words)]
+        if len(tokens) + self.settings.longest > self.room:
+            raise UserError(
+                f"a prompt has {len(tokens):,} tokens with its tools, and --ctx_len {self.room:,} less "
+                f"--max_completion_length {self.settings.longest:,} is the most; raise the first, or lower the second"
+            )
+        return tokens
+
+
+def with_observation(row: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A row with a text at the end of its last user's turn, or of its question."""
+    found = dict(row)
+    name = next((name for name in (*CHATS, "prompt") if isinstance(row.get(name), list)), "")
+    if not text:
+        return found
+    if name:
+        turns = [dict(turn) for turn in row[name]]
+        last = next((turn for turn in reversed(turns) if turn.get("role", turn.get("from")) in ("user", "human")), None)
+        if last is None:
+            raise UserError("a row has no turn of a user, which the text that its environment's reset returns goes on")
+        last["content" if "role" in last else "value"] += text
+        found[name] = turns
+        return found
+    question = next((name for name in ANSWERS if isinstance(row.get(name), str)), "")
+    return found | {question: row[question] + text} if question else found | {"question": text}
+
+
+def turn_of(conversation: Episode, tokenizer: Tokenizer, settings: TurnSettings) -> Turn:
+    """The next answer of a conversation."""
+    stops = (*stops_of(tokenizer.decode(conversation.prompt)), *settings.stop)
+    longest = min(settings.turn_tokens, settings.longest - len(conversation.tokens))
+    return Turn(conversation, tokenizer, stops, longest)
+
+
+def alike(turns: Sequence[Turn]) -> list[tuple[list[int], list[Turn]]]:
+    """Group the turns that go on from the same tokens, which are read once."""
+    found: dict[tuple[int, ...], list[Turn]] = {}
+    for turn in turns:
+        found.setdefault((*turn.conversation.prompt, *turn.conversation.tokens), []).append(turn)
+    return [(list(tokens), several) for tokens, several in found.items()]
+
+
+def completion_of(turn: Turn, sampling: Sampling) -> Completion:
+    """The engine's request for an answer; its random numbers go on over the conversation's turns."""
+    return Completion(sampling, turn.longest, turn, draws=turn.conversation.draws)
+
+
+def answered(turn: Turn, tokenizer: Tokenizer, settings: TurnSettings) -> list[ToolCall]:
+    """Add an answer to its conversation -> its calls, [] if the conversation ends with it.
+
+    An answer hands over to a tool by the name of that speaker, or by a call. If another speaker's name follows a call,
+    it is left out, so that the results can follow."""
+    conversation, text = turn.conversation, turn.text
+    words, calls = parse_calls(text.text)
+    hands_over = text.end == "stop" and tokenizer.decode(text.tokens).startswith(text.text + TOOL)
+    tokens = text.tokens if hands_over or not calls or text.end != "stop" else text.shown_tokens()
+    kept = len(tokens) if tokens == text.tokens[: len(tokens)] else len(text.tokens)
+    conversation.add(text.tokens[:kept], own=True)
+    logprobs, entropies = zip(*turn.measures[:kept]) if kept else ((), ())
+    conversation.logprobs += logprobs
+    conversation.entropies += entropies
+    conversation.turns.append({"role": "assistant", "content": text.text.strip()})
+    conversation.answers += 1
+    if text.end != "stop" or not (calls or hands_over):
+        conversation.end = text.end
+    elif conversation.answers == settings.turns:
+        conversation.end = "turns"
+    return [] if conversation.end else calls or [UNCALLED]
+
+
+def results_of(environments: Environments, calling: Sequence[tuple[Episode, Sequence[ToolCall]]]) -> list[list[str]]:
+    """Run the calls of each conversation, one after the other, side by side with those of the others -> results."""
+    results: list[list[str]] = [[] for _ in calling]
+    for number in range(max((len(calls) for _, calls in calling), default=0)):
+        due = [place for place, (_, calls) in enumerate(calling) if number < len(calls)]
+        called = [at for at in due if calling[at][1][number] is not UNCALLED]
+        found = environments.call([calling[at][0].place for at in called], [calling[at][1][number] for at in called])
+        texts = dict(zip(called, found))
+        for at in due:
+            results[at].append(texts.get(at, MALFORMED))
+    return results
+
+
+def hand_back(conversation: Episode, results: Sequence[str], tokenizer: Tokenizer, settings: TurnSettings) -> None:
+    """Add the results of an answer's calls to its conversation, and the opening of the next answer. A conversation ends
+    if they leave it no room, or if its environment is lost."""
+    cleaned = [ChatLayout().cleaned(result) for result in results]
+    conversation.turns += [{"role": "tool", "content": result} for result in cleaned]
+    before = tokenizer.decode(conversation.tokens[-16:])
+    text = "".join(f"{TOOL} {result}" for result in cleaned) + ANSWER
+    tokens = tokenizer.encode(text.removeprefix(TOOL) if before.endswith(TOOL) else text)
+    if conversation.place.lost:
+        conversation.end = "lost"
+    elif len(conversation.tokens) + len(tokens) >= settings.longest:
+        conversation.end = "length"
+    else:
+        conversation.add(tokens, own=False)

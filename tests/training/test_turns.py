@@ -1,0 +1,211 @@
+"""Conversations with tools: their tokens are those of the same turns in training data, each read once."""
+
+import json
+import random
+import shutil
+import sys
+
+import pytest
+import torch
+
+from families import DISTINCT, shaken
+from rwkv_peft.checkpoints.base import save_model
+from rwkv_peft.data.chat import ChatLayout
+from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.inference.loading import Subject
+from rwkv_peft.inference.settings import Sampling
+from rwkv_peft.rewards.environments import Environments
+from rwkv_peft.training import turns
+from rwkv_peft.training.turns import Episode, TurnSettings, converse
+from training.runs import ROOT, finish, start
+
+ENVIRONMENT = """
+class Shop:
+    def reset(self, goods):
+        self.goods = goods
+
+    def price(self, name: str) -> int:
+        "Look a price up."
+        return self.goods[name]
+"""
+TEA = '<tool_call>\n{"name": "price", "arguments": {"name": "tea"}}\n</tool_call>'
+BAD = "<tool_call>\nprice tea\n</tool_call>"
+END = "\0"
+# the words of each conversation's answers, with what ends them
+SCRIPTS = (
+    (f" {TEA}\n\nTool:", f" 3{END}"),
+    (f" {TEA}\n{TEA}\n\nTool:", f" {TEA}\n\nUser:", " 6\n\nUser:"),
+    (f" {BAD}\n\nTool:", f" No.{END}"),
+    (f" It is 3.{END}",),
+    (f" {TEA}{END}",),
+    (f" {TEA}\n\nTool:",) * 3,
+)
+ENDS = ("end", "stop", "end", "end", "end", "turns")
+SETTINGS = TurnSettings(Sampling(temperature=1.0, top_p=1.0, measured=True), 3, 200, 800, (), 4)
+
+
+class Script:
+    """A constraint that allows one text."""
+
+    def __init__(self, text):
+        self.tokens = BytesTokenizer().encode(text.removesuffix(END)) + [0] * text.endswith(END)
+
+    def allowed(self):
+        return torch.arange(257) == self.tokens[0]
+
+    def accept(self, token):
+        return token == self.tokens.pop(0)
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """held(family, settings) -> (the model, the conversations by SCRIPTS, the engine that read them)."""
+    (tmp_path / "shop.py").write_text(ENVIRONMENT)
+    made, engines = turns.completion_of, []
+
+    def scripted(turn, sampling):
+        completion = made(turn, sampling)
+        completion.constraint = Script(SCRIPTS[turn.conversation.number][turn.conversation.answers])
+        return completion
+
+    class Engine(turns.Engine):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            engines.append(self)
+
+    monkeypatch.setattr(turns, "completion_of", scripted)
+    monkeypatch.setattr(turns, "Engine", Engine)
+
+    def hold(family, settings=SETTINGS):
+        model = shaken(family, vocab_size=257).float().eval()
+        prompt = BytesTokenizer().encode("".join(ChatLayout().question("What is tea?")))
+        with Environments.open([f"{tmp_path}/shop.py:Shop"]) as environments:
+            places, _ = environments.begin([{"goods": {"tea": 3}}] * len(SCRIPTS))
+            conversations = [
+                Episode(number, prompt, place, random.Random(number)) for number, place in enumerate(places)
+            ]
+            converse(Subject(model, None, BytesTokenizer()), environments, conversations, settings)
+        return model, conversations, engines[-1]
+
+    return hold
+
+
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
+def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_once(held, family):
+    model, conversations, engine = held(family)
+    assert tuple(each.end for each in conversations) == ENDS
+    for each in conversations[:4]:
+        text = BytesTokenizer().decode([*each.prompt, *each.tokens])
+        messages = [{"role": "user", "content": "What is tea?"}, *each.turns]
+        segments = ChatLayout().chat(messages)
+        assert text.removesuffix("\n\nUser:") == "".join(words for words, _ in segments)
+        counts = [counted for words, counted in segments for _ in words.encode()]
+        due = counts[len(each.prompt) :]
+        # where an answer ended with another speaker than Tool, the opening of the results is not the model's
+        own = each.own[: len(due)]
+        assert own == due or each.number == 1
+    second = BytesTokenizer().decode(conversations[1].tokens)
+    assert second.count("Tool: 3") == 3 and "User:\n" not in second and "User: T" not in second
+    assert "error: no call was found" in conversations[2].turns[1]["content"]
+    tokens = [torch.tensor([[*each.prompt, *each.tokens]]) for each in conversations]
+    for each, whole in zip(conversations, tokens):
+        logits = model(whole[:, :-1])[0][0].log_softmax(-1)
+        found = logits.gather(-1, whole[0, 1:, None])[len(each.prompt) - 1 :, 0]
+        own = torch.tensor(each.own)
+        assert own.sum() == len(each.logprobs) == len(each.entropies)
+        torch.testing.assert_close(found[own], torch.tensor(each.logprobs), rtol=1e-4, atol=1e-4)
+    prompt = len(conversations[0].prompt)
+    handed = sum(each.own.count(False) + each.answers - 1 for each in conversations)  # and the last token of an answer
+    left_out = len("\n\nUser:") - 1
+    assert prompt + handed <= engine.read <= prompt + handed + len(TEA) + 2 + left_out
+
+
+@pytest.mark.parametrize("most, turn", [(60, 200), (800, 20)])
+def test_a_conversation_without_room_is_cut(held, most, turn):
+    _, conversations, _ = held(DISTINCT[1], SETTINGS._replace(longest=most, turn_tokens=turn))
+    assert max(len(each.tokens) for each in conversations) <= most
+    assert conversations[0].end == conversations[1].end == "length" and conversations[3].end == "end"
+
+
+RUN = """
+class Shop:
+    def reset(self, query, **row):
+        self.called = 0
+        return " Really?" if query == "0" else None
+
+    def price(self, name: str) -> int:
+        "Look a price up."
+        self.called += 1
+        return 3
+
+    def get_reward(self):
+        return float(self.called)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_state):
+    folder = tmp_path_factory.mktemp("turns")
+    save_model(folder / "base.pth", tiny_state(vocab_size=257))
+    rows = [{"query": str(number), "other": number} for number in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "shop.py").write_text(RUN)
+    return folder
+
+
+def words_of(files, name, *more):
+    words = ["--load_model", files / "base.pth", "--data_file", files / "rows.jsonl", "--data_type", "prompts"]
+    words += ["--tokenizer", "bytes", "--ctx_len", 400, "--max_completion_length", 40, "--num_generations", 3]
+    words += ["--precision", "fp32", "--accelerator", "cpu", "--bone_r", 16, "--lr_init", "1e-3", "--micro_bsz", 2]
+    words += ["--answer_rows", 0, "--epoch_steps", 2, "--epoch_count", 1, "--proj_dir", files / name, *more]
+    return list(map(str, words))
+
+
+def trained(files, name, *more, code=0):
+    return finish(start([sys.executable, str(ROOT / "train.py"), *words_of(files, name, *more)]), code)
+
+
+def test_a_run_learns_from_conversations_and_goes_on_with_the_same_bits(files):
+    environment = ("--environment", f"{files}/shop.py:Shop", "--turn_tokens", "12")
+    trained(files, "whole", *environment, "--reward", "match:.*a.*")
+    records = [json.loads(line) for line in (files / "whole" / "answers.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * 2 * 3
+    for record in records:
+        assert record["prompt"].startswith("System: <tools>\n") and '"name": "price"' in record["prompt"]
+        really = record["row"] == 0
+        assert record["prompt"].endswith(f"User: {record['row']}{' Really?' * really}\n\nAssistant:")
+        assert set(record["rewards"]) == {"match", "environment"}
+        assert record["reward"] == sum(record["rewards"].values())
+        assert record["turns"][-1]["content"] == record["completion"] and record["length"] <= 12
+    line = json.loads((files / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["gap"] < 1e-4 and {"reward/match", "reward/environment"} <= line.keys()
+    trained(files, "parts", *environment, "--reward", "match:.*a.*", "--save_every", "1")
+    shutil.rmtree(max(files.glob("parts/checkpoints/step-*")))
+    trained(files, "parts", *environment, "--reward", "match:.*a.*", "--save_every", "1", "--resume")
+    first, again = ((files / name / "adapter.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert first == again
+
+
+@pytest.mark.parametrize(
+    "change, more, words",
+    [
+        (
+            ("        return float(self.called)", "        return 'much'"),
+            (),
+            "get_reward: it returned 'much', no number",
+        ),
+        (("def get_reward", "def _get_reward"), (), "its class has no get_reward, and there is no --reward"),
+        (("query, **row", "query, price, **row"), (), "row 1: reset of its environment takes price, and the row has"),
+        (("name: str", "name"), (), "the parameter name of the tool price has no type"),
+        (
+            ('return " Really?" if query == "0" else None', 'return " Really?" * 40'),
+            (),
+            "raise the first, or lower the second",
+        ),
+        (("", ""), ("--max_turns", "0"), "--max_turns: 0 is below 1"),
+    ],
+)
+def test_what_no_conversation_can_begin_with_is_told(files, change, more, words, tmp_path):
+    (tmp_path / "shop.py").write_text(RUN.replace(*change))
+    _, error = trained(files, tmp_path.name, "--environment", f"{tmp_path}/shop.py:Shop", *more, code=2)
+    assert words in error and error.count("\n") <= 2, error
