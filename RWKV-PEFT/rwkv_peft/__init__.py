@@ -29,7 +29,7 @@ __all__ = [
     "save_adapter",
     "tokenizer",
 ]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 HOMES = (
     ("api.adapters", ("add_adapter", "merge", "save_adapter")),
     ("api.model", ("Model", "Piece", "load", "tokenizer")),
