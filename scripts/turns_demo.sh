@@ -1,10 +1,10 @@
 # Learns to use a tool from rewards alone, on two CPU cores in some ten minutes: sh scripts/turns_demo.sh [--flags]
 #
 # What is in somebody's box only a tool knows (demo/lookup.py), so that one turn answers no question. A supervised start
-# shows the bundled RWKV-7 how to call the tool, and then mostly chats that guess: it asks in some 6 of 100 answers that it
-# samples, and never greedily. From there on it holds eight conversations with each prompt itself, and a right last answer,
-# letter by letter, earns 1. At the end the merged model asks the tool, and answers at least 95 % of 200 held-out
-# questions. --flags go to the last run; docs/guides/rewards.md describes them.
+# shows the bundled RWKV-7 how to call the tool, and then mostly chats that guess: it asks in some 6 of 100 answers that
+# it samples, and never greedily. From there on it holds eight conversations with each prompt itself, and a right last
+# answer, letter by letter, earns 1. At the end the merged model asks the tool, and answers at least 95 % of 200
+# held-out questions. --flags go to the last run; docs/guides/rewards.md describes them.
 set -eu
 case " $* " in
 *" -h "* | *" --help "*) exec sed -n '/^set -eu/q; s/^# \{0,1\}//p' "$0" ;;

@@ -11,11 +11,12 @@ shift
 [ $# -gt 0 ] || set -- 0.19 0.20 0.21
 [ -d "$environment" ] || "${PYTHON:-python3}" -m venv "$environment"
 environment="$(cd "$environment" && pwd)"
+zero_3=tests/hf/test_finetune.py::test_the_command_under_accelerates_zero_3_trains_and_merges_as_it_does_alone
 cd "$root"
 for version in "$@"; do
     "$environment/bin/python" -m pip install --quiet 'torch>=2.6,<3' 'transformers==4.57.*' "peft==$version.*" \
         'trl>=1.11,<2' datasets accelerate safetensors numpy bitsandbytes pytest
     echo "peft $version:"
     PYTHONPATH=RWKV-PEFT "$environment/bin/python" -m pytest --quiet -p no:cacheprovider --disable-warnings \
-        --deselect tests/hf/test_finetune.py::test_the_command_under_accelerates_zero_3_trains_and_merges_as_it_does_alone tests/hf
+        --deselect "$zero_3" tests/hf
 done
