@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,16 +128,28 @@ def how_to_go_on(folder: Path) -> str:
 def telling_refusals(folder: Path) -> Iterator[None]:
     """Turn the error of a disk that refuses, or of a run's folder that is gone, into a UserError with how_to_go_on.
 
-    It surrounds all writers into the folder, also the loggers of other libraries.
+    It surrounds all writers into the folder, also the loggers of other libraries. A logger's thread passes its error on
+    to the next call, so its own traceback is not printed.
     """
+
+    def refused(error: BaseException | None) -> bool:
+        return isinstance(error, OSError) and (error.errno in REFUSALS or not folder.is_dir())
+
+    def print_others(thread: threading.ExceptHookArgs) -> None:
+        if not refused(thread.exc_value):
+            hook(thread)
+
+    hook, threading.excepthook = threading.excepthook, print_others
     try:
         yield
     except CannotWrite as error:
         raise UserError(f"{error}; {how_to_go_on(folder)}") from error
     except OSError as error:
-        if error.errno not in REFUSALS and folder.is_dir():
+        if not refused(error):
             raise
         raise UserError(f"cannot write in {folder}: {str(error.strerror).lower()}; {how_to_go_on(folder)}") from error
+    finally:
+        threading.excepthook = hook
 
 
 def is_of_connection(error: BaseException) -> bool:
