@@ -44,7 +44,7 @@ def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed)
     assert first == second
     shutil.copytree(files / "mixed", files / "mixed-otherwise")
     _, err = train("mixed-otherwise", *mixed, "--data_mix", "0.5", "0.5", "--epoch_count", "3", "--resume", code=2)
-    assert "has data {'mix': [0.25, 0.75]}, this command {'mix': [0.5, 0.5]} and data whose tokens and " in err
+    assert "has data {'mix': [0.25, 0.75]" in err and "this command {'mix': [0.5, 0.5]" in err
 
 
 @pytest.mark.parametrize(

@@ -291,9 +291,9 @@ def model(files, train):
         turns[1] = (question, f"<think>\n{thinking}\n</think>\n{answer}")
         words = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
         rows.append(json.dumps({"messages": words}))
-    (files / "chats.jsonl").write_text("\n".join(rows))
+    (files / "chats.jsonl").write_text("\n".join(8 * rows))
     argv = [str(files / "chats.jsonl"), "--output", str(files / "chats"), "--tokenizer", "bytes", "--think", "on"]
-    assert commands.main(["preprocess", *argv, "--repeat", "8"]) == 0
+    assert commands.main(["preprocess", *argv]) == 0
     data = ("--data_file", str(files / "chats"), "--dataload", "pad", "--ctx_len", "128", "--micro_bsz", "4")
     steps = ("--epoch_steps", "4", "--epoch_count", "25", "--precision", "fp32")
     train("chats", "--load_model", "", "--generation", "7", "--peft", "none", *NEW, *data, *RATES, *steps)
