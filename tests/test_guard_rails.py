@@ -62,7 +62,6 @@ SAME = {
     "eval": "model adapter state output",
     "serve": "model adapter state",
     "study": "model output",
-    "inspect": "model output",
     "convert": "model",
     "doctor": "model",
     "compare": "output",

@@ -206,7 +206,8 @@ def test_an_adapter_on_an_adapter_is_merged_after_it(base, tmp_path, model):
     rp.add_adapter(second, "lora", rank=4)
     train(second)
     rp.save_adapter(second, tmp_path / "b.safetensors")
-    rp.merge(base, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], tmp_path / "m.pth")
+    rp.merge(base, tmp_path / "a.safetensors", tmp_path / "a.pth")
+    rp.merge(tmp_path / "a.pth", tmp_path / "b.safetensors", tmp_path / "m.pth")
     tokens = torch.arange(1, 9)[None]
     merged = rp.load(tmp_path / "m.pth", device="cpu")
     torch.testing.assert_close(merged(tokens)[0], second(tokens)[0], rtol=1e-4, atol=1e-4)

@@ -341,6 +341,6 @@ def test_ctrl_c_and_a_reader_that_leaves_end_the_process_cleanly(model, warm_pyt
         assert process.stdout.read(4)
     left.stdout.close()
     interrupted.send_signal(signal.SIGINT)
-    assert (left.wait(timeout=60), left.stderr.read()) == (0, b"")
+    assert (left.wait(timeout=60), left.stderr.read()) == (141, b"")
     _, error = interrupted.communicate(timeout=60)
     assert (interrupted.returncode, error.decode().strip()) == (130, "interrupted")
