@@ -34,6 +34,21 @@ def chat(*contents, **fields):
     return {"messages": [*turns[:-1], turns[-1] | fields]}
 
 
+def talk(*turns, **more):
+    """A row of turns, each a role and its content."""
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
+
+
+def shared(*turns):
+    """The same in ShareGPT's form."""
+    return {"conversations": [{"from": role, "value": words} for role, words in turns]}
+
+
+def valued(text, kind="text"):
+    """A part of a turn in rows of LLaMA-Factory v1."""
+    return {"type": kind, "value": text}
+
+
 def marked(parts):
     """The text of segments, with [[ ]] around each part that counts."""
     runs = groupby(parts, key=lambda part: part[1])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data.documents import chat, texts
+from data.documents import chat, shared, talk, texts, valued
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.chat import ChatLayout
+from rwkv_peft.data.chat import THINKING, ChatLayout
 from rwkv_peft.data.fields import texts_in
 from rwkv_peft.data.layouts import TEMPLATES, RowLayout
 from rwkv_peft.data.sources import build_samples
@@ -99,8 +99,8 @@ def test_a_prompt_as_it_stands_has_no_place_for_a_system_text(preprocess):
 @pytest.mark.parametrize(
     "row, name",
     [
-        ({"query": "Hi?", "response": "Yo", "history": [["A", "B"]]}, "history"),
-        ({"instruction": "Hi?", "output": "Yo", "history": [["A", "B"]]}, "history"),
+        ({"prompt": "Hi?", "completion": "Yo", "history": [["A", "B"]]}, "history"),
+        (chat("Hi?", "Yo") | {"history": [["A", "B"]]}, "history"),
         ({"prompt": "Hi?", "completion": "Yo", "tools": [{"name": "weather"}]}, "tools"),
         ({"prompt": "Hi?", "completion": "Yo", "functions": "[1]"}, "functions"),
         ({"query": "Hi?", "response": "Yo", "tool_calls": "[1]"}, "tool_calls"),
@@ -159,14 +159,6 @@ def test_the_documented_layouts_are_those_of_the_code():
     assert f"```\n{text[:-2]}<end>]]\n```" in page
 
 
-def talk(*turns, **more):
-    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
-
-
-def shared(*turns):
-    return {"conversations": [{"from": role, "value": value} for role, value in turns]}
-
-
 def part(text, kind="text"):
     return {"type": kind, "text": text}
 
@@ -198,7 +190,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
     "row, message",
     [
         (talk(("user", [part("See"), IMAGE]), ("assistant", "Yo")), "has the type 'image_url', and an RWKV model"),
-        (talk(("user", [{"type": "text"}])), "has the type 'text'"),
+        (talk(("user", [{"type": "text"}])), "of the type 'text', has the fields type; it needs a text"),
+        (talk(("user", "Hi"), ("assistant", [valued("f", "tool_call")])), "a call of a tool is a text that is not"),
+        (talk(("user", [valued("hm", "reasoning"), valued("x.png", "image_url")])), "has the type 'image_url'"),
+        ({"query": "Hi?", "response": "Yo", "history": [["A"]]}, "field 'history' holds .*; it takes a list of"),
         (talk(("user", [7])), "a part of a turn's content is int"),
         (talk(("user", [part([])])), "field 'text' holds list, not text"),
         (talk(("user", "Hi"), ("assistant", None)), "field 'content' of a turn is null; give it the turn's words"),
@@ -349,6 +344,7 @@ def notes(output):
         ({**QA, "reasoning": "R"}, (), "reasoning"),
         ({**QA, "reasoning": "R"}, ("--think", "off"), ""),
         ({"messages": [USER, GOOD | {"thinking": "T"}]}, (), "thinking"),
+        (chat("Q", [{"type": "reasoning", "value": "T"}, "A"]), (), "reasoning_content"),
         ({"messages": [{"role": "system", "content": "S"}, *TURNS], "system": "T"}, (), "system"),
         ({"messages": TURNS, "system": "T"}, (), ""),
         ({"messages": TURNS, "prompt": "Q", "tags": []}, (), ""),
@@ -367,7 +363,7 @@ def test_texts_that_are_not_read_are_named_in_one_note(preprocess, capsys, row, 
     if names:
         told = ", ".join(f"{name} (2 rows)" for name in names.split())
         assert found[0].startswith(f"note: not read: {told}; preprocess --template lays out any field")
-        assert ("--think" in found[0]) == (names in ("reasoning", "thinking"))
+        assert ("--think" in found[0]) == (names in THINKING)
 
 
 @pytest.mark.parametrize(

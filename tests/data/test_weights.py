@@ -32,7 +32,15 @@ def test_segments_are_laid_out_as_they_stand(preprocess):
 
 
 @pytest.mark.parametrize(
-    "off", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}, {"training": False}, {"loss": False}]
+    "off",
+    [
+        {"weight": 0},
+        {"train": False},
+        {"weight": 0.0, "train": True},
+        {"training": False},
+        {"loss": False},
+        {"loss_weight": 0.0},
+    ],
 )
 def test_a_turn_that_does_not_count_leaves_the_same_text(off):
     whole = RowLayout().segments(turns(("Q", {}), ("A", {"weight": 1}), ("R", {"weight": 0}), ("B", {"train": True})))
@@ -54,6 +62,8 @@ def test_a_turn_that_does_not_count_leaves_the_same_text(off):
         (turns(("Q", {}), ("A", {"train": "yes"})), "field 'train' of a turn holds 'yes'"),
         (turns(("Q", {}), ("A", {"train_detail": [{"begin_offset": 0}]})), "field 'train_detail' of a turn is not"),
         (turns(("Q", {}), ("A", {"masked": True})), "field 'masked' of a turn is not followed; .* rows of segments"),
+        (turns(("Q", {}), ("A", {}), ("R", {}), ("B", {"loss_weight": 2})), "answers of a row .* loss_weight 1 and 2;"),
+        (turns(("Q", {}), ("A", {"loss_weight": -1})), "field 'loss_weight' holds -1; a row's weight in the loss is"),
         ({"text": "a", "weight": -1}, "field 'weight' holds -1; a row's weight in the loss is a number from 0 on"),
         ({"text": "a", "weight": "much"}, "field 'weight' holds 'much'; a row's"),
         ({"text": "a", "weight": True}, "field 'weight' holds True; a row's"),
@@ -118,6 +128,21 @@ def test_weights_stay_with_their_documents(preprocess):
     dataset = preprocess(rows)
     assert len(dataset) == 5
     assert all(ord(text[0]) - 97 == weight for (text, _), weight in zip(texts(dataset), dataset.weights))
+
+
+def test_answers_share_a_loss_weight(preprocess):
+    weights = [
+        ({}, {}),
+        ({"loss_weight": 1.0}, {}),
+        ({"loss_weight": 0.5},) * 2,
+        ({"loss_weight": 0}, {"loss_weight": 3}),
+    ]
+    rows = [
+        turns(("Q", {"loss_weight": 9}), (f"{n}", one), ("R", {}), ("B", two)) for n, (one, two) in enumerate(weights)
+    ]
+    dataset = preprocess([*rows, rows[2] | {"weight": 4}])
+    found = dict.fromkeys(counted.split("\n")[0] for _, counted in texts(dataset))
+    assert list(dataset.weights) == [1, 1, 0.5, 3, 2] and list(found) == [" 0", " 1", " 2", " B"]
 
 
 def test_a_template_reads_only_what_it_names(preprocess, tmp_path):

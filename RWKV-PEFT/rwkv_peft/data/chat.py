@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..cli.errors import UserError, field_names, quoted, short
-from .fields import NOTHING, field, refuse_media
-from .tools import called, calls_text, listed, ordered
+from .fields import CALLS, NOTHING, field, refuse_media
+from .tools import called, calls_text, listed, ordered, parsed
 
 Segment = tuple[str, bool]  # a text, and True if it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
@@ -43,7 +43,8 @@ SPEAKERS = MappingProxyType(  # the role of a turn -> the speaker's name in RWKV
     }
 )
 TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of a content that are texts
-TRAIN, WEIGHT = "train", "weight"
+REASONING, CALL = "reasoning", "tool_call"  # types of further parts in rows of LLaMA-Factory v1
+TRAIN, WEIGHT, LOSS_WEIGHT = "train", "weight", "loss_weight"
 SWITCHES = (WEIGHT, TRAIN, "training", "loss")  # fields of a turn that switch it off in the loss, by tools' names
 PARTLY = ("train_detail", "mask", "masked")  # fields that do so for parts of a turn, which is not supported
 # (texts that may open the turn behind an answer, the text that opens the answer)
@@ -72,7 +73,7 @@ class ChatLayout:
             raise UserError("messages must be a list of turns, each with role and content (or from and value)")
         parts: list[Segment] = []
         before = ""  # the speaker of the turn before
-        for turn in ordered(turns):
+        for turn in ordered(list(map(without_parts, turns))):
             if not isinstance(turn, dict):
                 raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
             speaker, words = self.spoken(turn)
@@ -158,6 +159,21 @@ def speaker_of(role: str) -> str:
     return SPEAKERS[role.lower()]
 
 
+def without_parts(turn: Any) -> Any:
+    """A turn with its parts of reasoning and its calls, in rows of LLaMA-Factory v1, as fields of their own."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if not isinstance(content, list):
+        return turn
+    found: dict[str, list[Any]] = {"text": [], REASONING: [], CALL: []}
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        found[kind if kind in (REASONING, CALL) else "text"].append(part)
+    thinking = "".join(map(part_text, found[REASONING]))
+    calls = [parsed(part_text(part), "a call of a tool") for part in found[CALL]]
+    fields = {THINKING[0]: thinking, CALLS[0]: calls}
+    return turn | {"content": found["text"]} | {name: value for name, value in fields.items() if value}
+
+
 def words_of(turn: Mapping[str, Any], name: str) -> str:
     """The words in a turn's field: a text, or a list of parts with texts to join."""
     content = turn[name]
@@ -173,17 +189,23 @@ def part_text(part: object) -> str:
     if not isinstance(part, dict):
         raise UserError(f"a part of a turn's content is {type(part).__name__}, not a text or an object with a type")
     kind = part.get("type", TEXT_PARTS[0])
-    if kind not in TEXT_PARTS or "text" not in part:
+    if kind not in (*TEXT_PARTS, REASONING, CALL):
         raise UserError(
             f"a part of a turn's content has the type {short(str(kind))!r}, and an RWKV model reads only texts "
             '({"type": "text", "text": …}); leave such rows out, or write that part out as text'
         )
-    return field(part, "text")
+    name = next((name for name in ("text", "value") if name in part), None)
+    if name is None:
+        raise UserError(
+            f"a part of a turn's content, of the type {kind!r}, has the fields {field_names(part)}; it needs a text "
+            "(or a value, as in LLaMA-Factory's rows)"
+        )
+    return field(part, name)
 
 
 def is_learned(turn: Mapping[str, Any]) -> bool:
-    """True if an answer counts: no field of SWITCHES is 0 or false. Raises UserError for other values, because only
-    whole rows have other weights, and for a field of PARTLY."""
+    """True if an answer counts: no field of SWITCHES is 0 or false, nor its loss_weight 0. Raises UserError for other
+    values, because only whole rows have other weights, and for a field of PARTLY."""
     for name in PARTLY:
         if turn.get(name) not in (*NOTHING, False):
             raise UserError(
@@ -199,7 +221,7 @@ def is_learned(turn: Mapping[str, Any]) -> bool:
             )
         if found is not None and not found:
             return False
-    return True
+    return turn.get(LOSS_WEIGHT) != 0
 
 
 def opens_thinking(parts: Sequence[Segment]) -> bool:

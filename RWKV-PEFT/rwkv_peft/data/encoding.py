@@ -16,9 +16,31 @@ from typing import Any
 from ..cli.errors import UserError, in_line, quoted
 from ..cli.parser import counted
 from .binidx import UNDESIRABLE, dtype_code
-from .chat import SPEAKERS, THINKING, TURN_END, WEIGHT, Segment, opening_within, opens_thinking
+from .chat import (
+    LOSS_WEIGHT,
+    SPEAKERS,
+    THINKING,
+    TURN_END,
+    WEIGHT,
+    Segment,
+    opening_within,
+    opens_thinking,
+    without_parts,
+)
 from .fields import LISTS, UnknownForm, unread
-from .layouts import ANSWER, ANSWERS, CHATS, FOREIGN_MARKS, SIDES, TURNS, RowLayout, Template, label_of, refuse_compared
+from .layouts import (
+    ANSWER,
+    ANSWERS,
+    CHATS,
+    FOREIGN_MARKS,
+    SIDES,
+    TURNS,
+    RowLayout,
+    Template,
+    label_of,
+    loss_weight_of,
+    refuse_compared,
+)
 from .rows import CSV_ENDINGS, TO_UTF_8
 from .tokenizer import load_tokenizer
 from .tools import LISTING, as_list
@@ -274,7 +296,7 @@ class Encoder:
             read.update((*ANSWERS.values(), ANSWER))  # which a reward reads
         if think:
             read.update(THINKING)
-        turns = [turn for name in TURNS for turn in as_list(row.get(name)) if isinstance(turn, dict)]
+        turns = [without_parts(turn) for name in TURNS for turn in as_list(row.get(name)) if isinstance(turn, dict)]
         thought = [name for name in THINKING if not think and any(turn.get(name) for turn in turns)]
         return list(dict.fromkeys([*unread(row, laid_out, read), *thought]))
 
@@ -313,21 +335,23 @@ def parse(item: object) -> Any:
 
 
 def weight_of(row: object, kind: str) -> float:
-    """The weight of a row in the loss, 1 if it has none. Raises UserError for anything but a number from 0 on, and for
-    kinds of rows without weights."""
-    found = row.get(WEIGHT) if isinstance(row, dict) else None
-    if found is None or found == "":
-        return 1.0
-    try:
-        weight = float(found)
-    except (TypeError, ValueError, OverflowError):
-        weight = math.nan
-    said, rename = f"field {WEIGHT!r} holds {quoted(found)}", "rename the field if it means something else"
-    if isinstance(found, bool) or not 0 <= weight < math.inf:
-        raise UserError(f"{said}; a row's weight in the loss is a number from 0 on; {rename}")
-    if weight != 1 and kind not in LEARNED:
-        raise UserError(f"{said}, and only rows of --data_type sft weigh in the loss; leave it out, or {rename}")
-    return weight
+    """The weight of a row in the loss, times the loss_weight of its answers; 1 if it has neither. Raises UserError for
+    anything but numbers from 0 on, and for kinds of rows without weights."""
+    fields, product = row if isinstance(row, dict) else {}, 1.0
+    for name, found in ((WEIGHT, fields.get(WEIGHT)), (LOSS_WEIGHT, loss_weight_of(fields))):
+        if found is None or found == "":
+            continue
+        try:
+            weight = float(found)
+        except (TypeError, ValueError, OverflowError):
+            weight = math.nan
+        said, rename = f"field {name!r} holds {quoted(found)}", "rename the field if it means something else"
+        if isinstance(found, bool) or not 0 <= weight < math.inf:
+            raise UserError(f"{said}; a row's weight in the loss is a number from 0 on; {rename}")
+        if weight != 1 and kind not in LEARNED:
+            raise UserError(f"{said}, and only rows of --data_type sft weigh in the loss; leave it out, or {rename}")
+        product *= weight
+    return product
 
 
 def has_prompt_and_answer(document: Sequence[Segment]) -> bool:

@@ -14,9 +14,10 @@ from typing import Any
 from ..checkpoints.readable import read_short, require_readable
 from ..cli.errors import UserError, field_names, quoted
 from ..cli.names import SYSTEM_FIELDS
-from .chat import TRAIN, TURN_END, ChatLayout, Segment, opening_within, speaker_of
+from .chat import LOSS_WEIGHT, THINKING, TRAIN, TURN_END, ChatLayout, Segment, opening_within, speaker_of
 from .fields import (
     LISTS,
+    NOTHING,
     Row,
     UnknownForm,
     field,
@@ -28,7 +29,7 @@ from .fields import (
     unknown,
     without,
 )
-from .tools import parsed, tools_text
+from .tools import as_list, parsed, tools_text
 
 FORMS = (
     "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "
@@ -54,7 +55,8 @@ CONTEXTS = (
 )
 CHATS = ("messages", "conversations")
 TURNS = (*CHATS, "conversation", "prompt")  # fields that may hold turns
-CONTEXT, LABEL, COMPLETION, ANSWER = "context", "label", "completion", "answer"
+CONTEXT, COMPLETION, ANSWER, HISTORY = "context", "completion", "answer", "history"
+LABELLED = ("label", "kto_tag")  # fields of a label; the second is LLaMA-Factory's
 # the field of a question -> the field of its answer
 ANSWERS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
 # the fields of the forms in which only answers count
@@ -91,7 +93,7 @@ class RowLayout(ChatLayout):
 
     def segments(self, row: object) -> list[Segment]:
         """The segments of a row of text, which counts, or of questions and answers; then only answers count."""
-        row = require_object(row, ", ".join(self.fields) or FORMS)
+        row = self.unrolled(require_object(row, ", ".join(self.fields) or FORMS))
         if self.fields:
             return self.named(row, *self.fields)
         if "text" in row and not self.think:
@@ -140,6 +142,25 @@ class RowLayout(ChatLayout):
             return [(field(row, "prompt"), False), (field(row, COMPLETION), True)]
         raise unknown(row, f"known are {FORMS}")
 
+    def unrolled(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its history of questions and answers, and its own question and answer, as turns."""
+        question = next((name for name in ANSWERS if name in row and name != "prompt"), "")
+        answer = ANSWERS.get(question, "")
+        if self.fields or row.get(HISTORY) in NOTHING or any(name in row for name in ("text", *CHATS)):
+            return row
+        if not question or not (answer in row or sides_of(row)):
+            return row
+        exchanges = parsed(row[HISTORY], f"field {HISTORY!r}")
+        if not isinstance(exchanges, list) or not all(isinstance(one, list) and len(one) == 2 for one in exchanges):
+            raise UserError(f"field {HISTORY!r} holds {quoted(exchanges)}; it takes a list of [question, answer]")
+        more = field(row, "input") if question == "instruction" and row.get("input") else ""
+        last = ("\n".join(filter(None, (field(row, question), more))), row.get(answer))
+        turns: list[dict[str, Any]] = []
+        for asked, answered in (*exchanges, last):
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        turns[-1] |= {name: row[name] for name in THINKING if name in row}
+        return without(row, HISTORY, question, answer) | {"messages": turns if answer in row else turns[:-1]}
+
     def named(self, row: dict[str, Any], *names: str) -> list[Segment]:
         """The segments of a row's text or turns, in the field names[0], or of a prompt and its answer, in two."""
         for name in names:
@@ -182,7 +203,7 @@ class RowLayout(ChatLayout):
 
     def pair(self, row: object) -> list[list[Segment]]:
         """The segments of a row's better and of its worse answer, each behind the prompt."""
-        row = require_object(row, PAIRS)
+        row = self.unrolled(require_object(row, PAIRS))
         if self.fields:
             prompt, *names = self.fields
             return [self.named(row, prompt, name) for name in names]
@@ -208,7 +229,8 @@ class RowLayout(ChatLayout):
 
     def labelled(self, row: object) -> list[Segment]:
         """The segments of a prompt and a labelled answer; of a chat only the last answer counts."""
-        row, label = require_object(row, LABELS), label_field(self.fields)
+        row = self.unrolled(require_object(row, LABELS))
+        label = label_field(row, self.fields)
         if label not in row:
             raise unknown(row, f"labelled rows have {LABELS}; rows without a label are for --data_type sft")
         if self.fields:
@@ -229,7 +251,7 @@ class RowLayout(ChatLayout):
     def opened(self, row: object) -> list[Segment]:
         """The segments of a row's prompt, up to the opening of its answer; none counts. think "on" opens every answer
         with a thinking. Raises UserError for an empty prompt."""
-        row, words = require_object(row, PROMPTS), STAND_IN[self.think]
+        row, words = self.unrolled(require_object(row, PROMPTS)), STAND_IN[self.think]
         turns = None if self.fields else turns_before(row)
         question = next((name for name in ANSWERS if name in row), "")
         if self.fields:
@@ -251,7 +273,7 @@ class RowLayout(ChatLayout):
         """Two documents of a row: its context, which does not count, and its question and answer, which the student
         reads alone. Raises UserError if one of the three has no words."""
         name = self.fields[0] if self.fields else CONTEXT
-        row = require_field(require_object(row, CONTEXTS), name)
+        row = self.unrolled(require_field(require_object(row, CONTEXTS), name))
         rest = without(row, name, "text")
         question = next((key for key in ANSWERS if key in rest), "")
         answer = ANSWERS.get(question, "")
@@ -389,14 +411,32 @@ def sides_of(row: Row) -> tuple[str, str] | None:
     return next((sides for sides in SIDES if sides[0] in row and sides[1] in row), None)
 
 
-def label_field(fields: Sequence[str]) -> str:
-    """The field of the label, among a RowLayout's fields."""
-    return fields[2] if fields else LABEL
+def loss_weight_of(row: Row) -> Any:
+    """The loss_weight of the answers in a row that count, None if none has one. Raises UserError if they differ; it is
+    1 beside others if a turn has none."""
+    found = list[Any]()
+    for value in row.values():
+        turns = [turn for turn in as_list(value) if isinstance(turn, dict)]
+        if any(turn.get(LOSS_WEIGHT) is not None for turn in turns):
+            weights = [1 if turn.get(LOSS_WEIGHT) is None else turn[LOSS_WEIGHT] for turn in turns if is_answer(turn)]
+            found += [weight for weight in weights if weight != 0]
+    first, *others = found or [None]
+    if other := next((weight for weight in others if weight != first), None):
+        raise UserError(
+            f"answers of a row have the loss_weight {quoted(first)} and {quoted(other)}; the answers of a row count "
+            "alike, or with 0 not at all; make a row of each weight"
+        )
+    return first
+
+
+def label_field(row: Row, fields: Sequence[str]) -> str:
+    """The field of a row's label, among a RowLayout's fields."""
+    return fields[2] if fields else next((name for name in LABELLED if name in row), LABELLED[0])
 
 
 def label_of(row: Row, fields: Sequence[str]) -> bool:
     """The label of a row. Raises UserError for anything but true and false."""
-    name = label_field(fields)
+    name = label_field(row, fields)
     value = row[name]
     if not isinstance(value, bool):
         raise UserError(
@@ -409,9 +449,9 @@ def label_of(row: Row, fields: Sequence[str]) -> bool:
 def refuse_compared(row: Row, named: bool = False) -> None:
     """Raise UserError for a row with a label, and for a pair unless its fields are `named`: training on every answer
     alike would learn the bad ones as good ones."""
-    if isinstance(row.get(LABEL), bool):
+    if isinstance(label := row.get(label_field(row, ())), bool):
         raise UserError(
-            f"a row has the {LABEL} {str(row[LABEL]).lower()}, and here every answer is learned as a good one; "
+            f"a row has the label {str(label).lower()}, and here every answer is learned as a good one; "
             "train.py --data_type labels learns from both kinds; rename the field if it means something else"
         )
     sides = sides_of(row)
