@@ -84,6 +84,25 @@ def test_each_row_is_laid_out_by_what_it_holds_and_both_are_counted(preprocess, 
     assert made == preprocess([thinking], "--think", "on") + preprocess([plain, empty], "--think", "off")
 
 
+@pytest.mark.parametrize(
+    "tokens, words", [(127, " (think a bit)"), (128, " (think)"), (1024, " (think)"), (1025, " (think a lot)")]
+)
+def test_a_thinking_is_labelled_by_its_length(tokens, words):
+    labelled = encoder(EncodeSettings("bytes", think="on", think_labels=True)).documents
+    thought, row = f"<think>{'h' * tokens}</think>A", {"role": "tool", "content": "3"}
+    due = f"User: Q{words}\n\nAssistant: <think[[>{'h' * tokens}</think>\nA"
+    assert marked(labelled({"query": "Q", "response": thought})[0]) == f"{due}]]"
+    assert labelled({"query": f"Q{words}", "response": thought}) == labelled({"query": "Q", "response": thought})
+    turns = chat("Q", thought, "R", "B", "S", thought)["messages"]
+    once = (
+        f"{due}\n\nUser:]] R\n\nAssistant:[[ B\n\nUser:]] S{words}\n\nAssistant: <think[[>{'h' * tokens}</think>\nA]]"
+    )
+    assert marked(labelled({"messages": turns})[0]) == once
+    result = marked(labelled({"messages": [*turns, row, turns[-1]]})[0]).partition("Tool:]]")[2]
+    assert result.startswith(" 3\n\nAssistant: <think[[>h"), "a turn of a tool gets none"
+    assert labelled(chat("Q", "A")) == encoder(EncodeSettings("bytes", think="on")).documents(chat("Q", "A"))
+
+
 def test_a_run_that_reads_rows_tells_both_too(tmp_path):
     rows = [chat("Q", "<think>hm</think>A"), chat("Q", "A")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -105,6 +105,12 @@ class DataConfig:
         "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
     )
+    think_labels: bool = setting(
+        False,
+        "end each user's turn before a thinking with RWKV-7 G1's words for its length: (think a bit) below 128 tokens, "
+        "(think a lot) above 1,024, (think) between",
+        type=switch,
+    )
     clean_turns: bool = setting(
         True,
         "remove blank lines from what is not the assistant's in a chat, as RWKV-7 G1 was trained, because a blank line "

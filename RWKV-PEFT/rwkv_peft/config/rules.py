@@ -81,6 +81,8 @@ RULES = (
         "it reads one document at a time",
         "take --dataload pad, which batches",
     ),
+    Rule("--think_labels 1", NEEDS, "--sft_think on", "it labels the thinking that this lays out", "add it"),
+    Rule("--think_labels 1", NEEDS, "--data_type sft", "other answers share a prompt, or are drawn", OUT),
     Rule("--stream", NEEDS, "--data_type sft", "it reads rows of answers or of text", "take that, or leave it out"),
     Rule("--stream", EXCLUDES, SEVERAL, "how many tokens one holds is not known before", "put the files in one folder"),
     Rule("--stream", EXCLUDES, "--val_split", "it does not know its samples before", "give --val_data"),

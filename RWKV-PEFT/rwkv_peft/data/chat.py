@@ -8,6 +8,7 @@ A turn begins behind TURN_END with a speaker's name. Texts of a system, a user o
 cleaned, as in G1's training, so that none of them forges a turn of somebody else.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ Segment = tuple[str, bool]  # a text, and True if it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 # --think -> the text that a prompt adds to "Assistant:"
 OPENINGS = MappingProxyType({"on": " <think", "off": " <think></think"})
+# the end of a user's turn, by which RWKV-7 G1's prompts set the length of a thinking, and the most tokens of one
+LENGTHS = ((" (think a bit)", 127), (" (think)", 1024), (" (think a lot)", math.inf))
 EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of the thinking, if the answer's words have none
 ONLY_CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form

@@ -17,7 +17,9 @@ from ..cli.errors import UserError, in_line, quoted
 from ..cli.parser import counted
 from .binidx import UNDESIRABLE, dtype_code
 from .chat import (
+    LENGTHS,
     LOSS_WEIGHT,
+    OPENINGS,
     SPEAKERS,
     THINKING,
     TURN_END,
@@ -91,6 +93,7 @@ class EncodeSettings:
     - command: the kind of rows, a key of NAMED: "preprocess" and "train" read texts, questions and answers; "pairs"
       makes two documents of a row, its better and its worse answer, "labels" an answer with its label, "prompts" a
       prompt, and "contexts" its context, and its question and answer, which are never shortened
+    - think_labels: with think "on", end a user's turn with the words for the length of the thinking behind it
     """
 
     tokenizer: str = "world"
@@ -103,6 +106,7 @@ class EncodeSettings:
     max_tokens: int = 0
     too_long: str = "left"
     command: str = "preprocess"
+    think_labels: bool = False
 
 
 class BadRows:
@@ -192,8 +196,21 @@ class Encoder:
             return [self.template.segments(row)]
         found = self._laid_out(row, self.layout)
         if self.layout.think != "on" or all(map(opens_thinking, self.answering(found))):
-            return found
+            return list(map(self.with_lengths, found)) if self.settings.think_labels else found
         return self._laid_out(row, replace(self.layout, think="off"))
+
+    def with_lengths(self, document: list[Segment]) -> list[Segment]:
+        """The document with one of LENGTHS at the end of each user's turn before a thinking, unless it is there."""
+        texts, words = [text for text, _ in document], tuple(word for word, _ in LENGTHS)
+        for place, (text, counts) in enumerate(document):
+            turn = place if text.startswith("User:") else place - 1  # an answer's opening may be a segment of its own
+            if counts or not text.endswith(OPENINGS["on"]) or (turn < place and texts[turn - 1] != "User:"):
+                continue
+            asked, end, opening = texts[turn].rpartition(TURN_END)
+            tokens = len(self.tokenizer.encode(texts[place + 1][1:].partition("</think>")[0]))
+            if not asked.endswith(words):
+                texts[turn] = asked + next(word for word, most in LENGTHS if tokens <= most) + end + opening
+        return [(text, counts) for text, (_, counts) in zip(texts, document)]
 
     def _laid_out(self, row: object, layout: RowLayout) -> Documents:
         own = LAYOUTS.get(self.kind)

@@ -210,6 +210,7 @@ def settings_of(config: DataConfig) -> EncodeSettings:
         config.tokenizer,
         fields=config.sft_field,
         think=config.sft_think,
+        think_labels=config.think_labels,
         clean_turns=config.clean_turns,
         skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
