@@ -66,12 +66,14 @@ def test_top_p_equals_its_definition_on_a_large_vocabulary(scale, top_p):
         (logits_of(0.1, 0.2, 0.3, 0.4), dict(top_k=2, top_p=1.0), (0, 0, 3 / 7, 4 / 7)),
         (logits_of(0.1, 0.2, 0.3, 0.4), dict(top_k=9, top_p=1.0), (0.1, 0.2, 0.3, 0.4)),
         (logits_of(0.1, 0.2, 0.3, 0.4), dict(top_k=2, top_p=0.5), (0, 0, 0, 1)),  # top_p among the tokens of top_k
+        (logits_of(0.1, 0.2, 0.3, 0.4), dict(min_p=0.6, top_p=1.0), (0, 0, 3 / 7, 4 / 7)),
+        (logits_of(0.1, 0.2, 0.3, 0.4), dict(min_p=0.6, top_k=3, top_p=0.5), (0, 0, 3 / 7, 4 / 7)),
         (logits_of(0.1, 0.2, 0.3, 0.4), dict(temperature=0.5, top_p=1.0), (1 / 30, 4 / 30, 9 / 30, 16 / 30)),
         (logits_of(0.01, 0.04, 0.09, 0.16), dict(temperature=2.0, top_p=1.0), (0.1, 0.2, 0.3, 0.4)),
         (torch.tensor([[1e4, 1e4 - 1, -1e4]]), dict(temperature=1e-30, top_p=1.0), (1, 0, 0)),  # no overflow
     ],
 )
-def test_top_k_and_temperature(logits, settings, expected):
+def test_top_k_min_p_and_temperature(logits, settings, expected):
     found = distribution(logits, **settings)
     torch.testing.assert_close(found[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
@@ -82,6 +84,8 @@ def test_top_k_and_temperature(logits, settings, expected):
         {"temperature": 1e-30},
         {"presence_penalty": 1e30, "frequency_penalty": -1e30},
         {"presence_penalty": -1e30, "temperature": 1e-30},
+        {"repetition_penalty": 1e-30, "presence_penalty": 1e30},
+        {"repetition_penalty": 1e30, "min_p": 1},
     ],
 )
 def test_the_most_extreme_settings_still_draw_a_token(settings):
@@ -95,6 +99,8 @@ def test_penalties_lower_generated_tokens_and_their_counts_decay():
         count(counts, torch.tensor([token]), 1.0)
     logits = penalize(torch.zeros(1, 4), counts, Sampling(presence_penalty=0.5, frequency_penalty=0.25))
     assert logits.tolist() == [[0, -1.0, 0, -0.75]]
+    logits = penalize(torch.tensor([[2.0, 2, -2, -2]]), counts, Sampling(repetition_penalty=2, presence_penalty=0.5))
+    assert logits.tolist() == [[2.0, 0.5, -2, -4.5]]
     counts = torch.zeros(2, 3)
     count(counts, torch.tensor([0, 2]), 0.5)
     count(counts, torch.tensor([1, 2]), 0.5)
@@ -145,6 +151,8 @@ def test_no_draw_reads_a_number_of_the_device_and_sorting_all_draws_the_same(set
         ({"frequency_penalty": -1e39}, "frequency_penalty -1e"),
         ({"top_p": 1.5}, "top_p 1.5"),
         ({"top_k": -2}, "top_k -2"),
+        ({"min_p": -0.1}, "min_p -0.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0"),
         ({"penalty_decay": 2}, "penalty_decay 2"),
     ],
 )

@@ -138,6 +138,9 @@ class ModelBatch:
 def sample_slots(slots: Sequence[Slot], logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Sample a token for each slot, all by one sampling: logits (n, V) -> (3, n) float64: the tokens, and their
     log-probabilities and entropies if the sampling is measured, else 0."""
+    if sampling.logit_bias:
+        biased, values = (on_device(numbers, logits.device) for numbers in zip(*sampling.logit_bias))
+        logits = logits.index_add(1, biased, values.to(logits).expand(len(slots), -1))
     if sampling.penalizes:
         zeros = logits.new_zeros(1, logits.shape[1])
         counts = torch.cat([zeros if slot.counts is None else slot.counts for slot in slots])

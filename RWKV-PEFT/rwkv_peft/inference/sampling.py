@@ -1,7 +1,7 @@
-"""Sample tokens from logits: penalties, temperature, top-k, top-p and the draw, as functions over a batch.
+"""Sample tokens from logits: penalties, temperature, top-k, top-p, min-p and the draw, as functions over a batch.
 
 Shapes: n sequences, V tokens in the vocabulary, k candidates. Top-p is nucleus sampling (Holtzman et al. 2019,
-arXiv 1904.09751).
+arXiv 1904.09751), the repetition penalty CTRL's (Keskar et al. 2019, arXiv 1909.05858).
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,10 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor | Sequence[float], sampl
 
 
 def penalize(logits: torch.Tensor, counts: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Subtract from logits (n, V) the penalties for counts (n, V), float32, of the tokens generated before."""
+    """Apply to logits (n, V) the penalties for counts (n, V), float32, of the tokens generated before."""
+    if sampling.repetition_penalty != 1:
+        factor = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+        logits = torch.where(counts > 0, logits * factor, logits)
     return logits - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
 
 
@@ -49,7 +52,7 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
     """Choose the tokens to draw from: logits (n, V) -> weights (n, k) float64, proportional to the probabilities, and
     their tokens (n, k) int64.
 
-    A token that top-k or top-p leaves out has weight 0 or is not among the k.
+    A token that top-k, top-p or min-p leaves out has weight 0 or is not among the k.
     """
     logits = logits.float()
     if sampling.temperature != 1:
@@ -67,6 +70,8 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
         kept = before < sampling.top_p
         kept[:, 0] = True
         weights = weights * kept
+    if sampling.min_p:
+        weights = weights * (weights >= sampling.min_p * weights.amax(-1, keepdim=True))
     return weights, tokens
 
 
