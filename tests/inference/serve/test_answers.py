@@ -113,6 +113,19 @@ def test_thinking_is_opened_as_generate_opens_it(client, server, models):
     assert told == "<think" + "".join(session.answer(ChatLayout("on").question("Hi"), stops_of("Assistant:"), 9))
 
 
+def test_a_last_turn_of_the_assistant_is_continued(client, models):
+    begun = [*HI, {"role": "assistant", "content": "Well,"}]
+    answer = client.chat.completions.create(model="base", messages=begun, max_tokens=12, temperature=0)
+    due = texts(models, "base", ["User: Hi\n\nAssistant: Well,"], GREEDY, 12)
+    assert [answer.choices[0].message.content] == due
+
+
+def test_a_bias_is_added_to_the_logits_of_its_token(client):
+    bias = {str(TOKENIZER.encode("A")[0]): 100}
+    answer = client.completions.create(model="base", prompt="x", max_tokens=3, logit_bias=bias, top_p=0.5)
+    assert answer.choices[0].text == "AAA"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_an_answer_is_held_to_its_schema(client, seed):
     city = {"oneOf": [{"type": "string", "maxLength": 2}, {"type": "string", "minLength": 3, "maxLength": 5}]}
@@ -311,6 +324,14 @@ def test_a_stream_tells_words_at_once_and_calls_at_the_end(text, width):
     assert not any("tool_calls" in part["delta"] for part in parts[:-1])
     if words and width == 1:
         assert len(parts) > 5
+
+
+def test_a_forced_call_that_a_limit_cuts_leaves_no_text():
+    for end in range(CALL.index("\n</")):
+        part = CompletionPart(0, CALL[:end], (), "length")
+        message = ChatResponse("m", BytesTokenizer(), False, True, True).choice(part)["message"]
+        delta = ChatResponse("m", BytesTokenizer(), False, True, True).delta(part, True)["delta"]
+        assert message["content"] == delta["content"] == "" and "tool_calls" not in message | delta
 
 
 def test_without_tools_an_answer_is_its_text():

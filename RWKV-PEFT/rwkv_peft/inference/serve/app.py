@@ -5,10 +5,11 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -53,8 +54,11 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
         await asyncio.to_thread(service.thread.stop)
 
     app = new_app("rwkv-peft serve", lifespan)
-    add_routes(app, service)
-    add_token_routes(app, service)
+    routes = APIRouter()
+    add_routes(routes, service)
+    add_token_routes(routes, service)
+    app.include_router(routes, prefix="/v1")
+    app.include_router(routes, include_in_schema=False)  # for clients that are given the address without /v1
     if args.allow_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -66,7 +70,7 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
     return Guard(app, gate, service.metrics.count_status)
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: APIRouter, service: Service) -> None:
     catalog, loading = service.catalog, asyncio.Lock()
 
     @app.get("/health")
@@ -77,36 +81,44 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(service.engine, service.open))
 
-    @app.get("/v1/models")
+    @app.get("/props")
+    async def props() -> dict[str, Any]:
+        """The properties that llama.cpp's web client reads first."""
+        generation = {"n_ctx": service.limits.prompt, "params": asdict(service.defaults)}
+        media = {"vision": False, "audio": False}
+        name = catalog.base_speaker.name
+        return {"default_generation_settings": generation, "model_path": name, "modalities": media}
+
+    @app.get("/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [catalog.listing(name) for name in [*catalog.speakers]]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         return catalog.listing(name)
 
-    @app.post("/v1/adapters")
+    @app.post("/adapters")
     async def load(body: LoadBody) -> dict[str, Any]:
         async with loading:
             await asyncio.to_thread(catalog.load, body.name, body.file, body.kind)
         return catalog.listing(body.name)
 
-    @app.delete("/v1/adapters/{name}")
+    @app.delete("/adapters/{name}")
     async def drop(name: str) -> dict[str, Any]:
         for speaker in catalog.drop(name):
             service.thread.call(partial(service.engine.forget, speaker))
         return {"id": name, "object": "model", "deleted": True}
 
-    @app.post("/v1/completions")
+    @app.post("/completions")
     async def complete(body: CompletionBody, http: Request) -> Response:
         return await answer(service, body, http)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/chat/completions")
     async def chat(body: ChatBody, http: Request) -> Response:
         return await answer(service, body, http)
 
 
-def add_token_routes(app: FastAPI, service: Service) -> None:
+def add_token_routes(app: APIRouter, service: Service) -> None:
     """Routes for clients that score texts, such as the lm-evaluation-harness, and tokenize as the model does."""
     tokenizer = service.catalog.tokenizer
 

@@ -50,8 +50,12 @@ class Catalog:
             raise RequestError(404, message, "model", "model_not_found")
         return self.speakers[name]
 
-    def speaker(self, name: str, state: str | None) -> Speaker:
-        """The speaker of a name, from the start of another that is a state. Raises RequestError for unknown ones."""
+    def speaker(self, name: str | None, state: str | None) -> Speaker:
+        """The speaker of a name, or the only one, from the start of another that is a state. Raises RequestError for
+        unknown ones."""
+        if name is None and len(self.speakers) > 1:
+            raise RequestError(400, f"model: name one of {', '.join(self.speakers)}", "model")
+        name = name or self.base_speaker.name
         speaker = self[name]
         if state is None:
             return speaker

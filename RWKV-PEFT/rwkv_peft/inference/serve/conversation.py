@@ -144,9 +144,6 @@ class CompletionStream:
         return LATE if time.monotonic() > self.conversation.deadline else ""
 
     def on_token(self, token: int, logprobs: Logprobs | None) -> str:
-        if self.opening:
-            self.conversation.put(CompletionPart(self.number, self.opening, ()))
-            self.opening = ""
         self.conversation.sampled += 1
         end = self.text.feed(token)
         self._put((Token(token, logprobs),))
@@ -159,6 +156,6 @@ class CompletionStream:
     def _put(self, tokens: tuple[Token, ...], end: str = "") -> None:
         text = self.text.text
         lead = self.lead.match(text)
-        new = text[max(self.put, lead.end() if lead else 0) :]
-        self.put = len(text)
+        new = self.opening + text[max(self.put, lead.end() if lead else 0) :]
+        self.opening, self.put = "", len(text)
         self.conversation.put(CompletionPart(self.number, new, tokens, end))

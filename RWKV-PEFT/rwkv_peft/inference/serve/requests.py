@@ -1,5 +1,5 @@
 """The bodies of requests: OpenAI's fields and a few of ours, and the prompts in them. A field that is not here is
-refused, not ignored.
+refused, not ignored, unless its value changes no answer.
 
 `state`, `top_k`, `penalty_decay` and `think` are ours. `None` stands for a field that was left out; so does null in a
 body, whatever the field.
@@ -7,14 +7,15 @@ body, whatever the field.
 
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ...cli.errors import UserError
-from ...data.chat import OPENINGS, stops_of
+from ...data.chat import OPENINGS, SPEAKERS, stops_of
 from ...data.layouts import RowLayout
 from ...data.tokenizer import Tokenizer
 from ..prompts import encode
@@ -27,11 +28,58 @@ LONG = 16  # characters for each token of a prompt: longer texts are refused bef
 LEADS = MappingProxyType(
     {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
 )
+# other servers' name of a field -> ours
+ALIASES = MappingProxyType(
+    {
+        **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "max_tokens"),
+        **dict.fromkeys(("rep_pen", "repeat_penalty"), "repetition_penalty"),
+        "sampler_seed": "seed",
+        "stopping_strings": "stop",
+    }
+)
+# fields without effect on an answer here: of OpenAI, llama.cpp, SillyTavern and RWKV-Runner; some of them belong to a
+# field of OFF
+NO_EFFECT = frozenset(
+    "metadata parallel_tool_calls prompt_cache_key safety_identifier service_tier store user "
+    "cache_prompt reasoning_control return_progress sse_ping_interval timings_per_token "
+    "add_bos_token api_server api_type include_reasoning num_ctx skip_special_tokens truncation_length "
+    "adaptive_decay dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers dynatemp_exponent min_keep "
+    "mirostat_eta mirostat_tau negative_prompt rep_pen_slope smoothing_curve xtc_threshold "
+    "presystem".split()
+)
+# fields that are not supported, or only at other values -> the values at which they are off
+OFF: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        name: values
+        for names, values in (
+            ("dry_multiplier dynatemp_range epsilon_cutoff eta_cutoff max_tokens_second min_length min_tokens", (0,)),
+            ("mirostat mirostat_mode no_repeat_ngram_size penalty_alpha skew smoothing_factor top_a", (0,)),
+            ("xtc_probability", (0,)),
+            ("best_of dynatemp_high dynatemp_low guidance_scale num_beams tfs tfs_z typ_p typical typical_p", (1,)),
+            ("backend_sampling ban_eos_token dynamic_temperature ignore_eos legacy_api", (False,)),
+            ("banned_strings custom_token_bans grammar grammar_string model suffix", ("", [])),
+            ("nsigma rep_pen_range repeat_last_n repetition_penalty_range top_n_sigma", (0, -1)),
+            ("adaptive_target", (-0.01, -1)),
+            ("reasoning_format", ("auto", "none")),
+            ("seed", (-1,)),
+            ("user_name", ("User",)),
+            ("assistant_name", ("Assistant",)),
+        )
+        for name in names.split()
+    }
+)
 
 Whole = Annotated[int, Field(strict=True)]
 Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Tokens = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True)]  # one message for a million mistakes
+Most = Annotated[Whole, Field(ge=-1)]  # tokens of a completion, -1 for as many as there may be
+Value = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Bias = Annotated[
+    dict[Annotated[int, Field(ge=0)], Value],
+    Field(max_length=4096),
+    AfterValidator(lambda bias: tuple(sorted(bias.items()))),
+]
 Several = Field(fail_fast=True, max_length=4096)  # prompts, more than a batch has places
 
 
@@ -83,28 +131,37 @@ class StreamOptions(RequestBody):
 
 
 class GenerationBody(RequestBody):
-    """The fields of all requests for completions. Those from `user` on are accepted and have no effect."""
+    """The fields of all requests for completions."""
 
-    model: str
+    model: str | None = None
     state: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_tokens: Most | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: Seed | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Whole | None = None
+    min_p: float | None = None
+    logit_bias: Bias | None = None
+    repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     penalty_decay: float | None = None
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_foreign_fields(cls, body: Any) -> Any:
+        """Rename the fields of ALIASES, drop the fields of NO_EFFECT, and of OFF at the values there."""
+        if not isinstance(body, dict):
+            return body
+        body = {name: value for name, value in body.items() if value is not None}
+        for alias, name in ALIASES.items():
+            if alias in body and body.setdefault(name, body[alias]) == body[alias]:
+                del body[alias]
+        return {name: value for name, value in body.items() if name not in NO_EFFECT and value not in OFF.get(name, ())}
 
     @property
     def times(self) -> int:
@@ -124,6 +181,15 @@ class GenerationBody(RequestBody):
     def opening(self) -> str:
         """The part of the prompt that the client gets as the beginning of the answer."""
         return ""
+
+    @property
+    def max_tokens_asked(self) -> int:
+        """The most tokens of a completion, -1 for as many as there may be."""
+        raise NotImplementedError
+
+    def longest(self, limits: Limits) -> int:
+        """The most tokens of a completion within limits."""
+        return self.max_tokens_asked if 0 <= self.max_tokens_asked <= limits.tokens else limits.tokens
 
     @property
     def includes_usage(self) -> bool:
@@ -165,9 +231,9 @@ class CompletionBody(GenerationBody):
         """The number of most probable tokens to report with each token; None without log-probabilities."""
         return self.logprobs
 
-    def longest(self, limits: Limits) -> int:
-        """The most tokens of a completion, within limits or not."""
-        return self.max_tokens or 16
+    @property
+    def max_tokens_asked(self) -> int:
+        return 16 if self.max_tokens is None else self.max_tokens
 
     def prompt_count(self) -> int:
         return len(self.texts)
@@ -192,13 +258,12 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_completion_tokens: Most | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
-    parallel_tool_calls: Any = None
     think: Literal["on", "off"] | None = None
 
     @property
@@ -211,7 +276,7 @@ class ChatBody(GenerationBody):
 
     @property
     def lead(self) -> re.Pattern[str]:
-        return LEADS[self.think or ""]
+        return LEADS[None if self.prefilled else self.think or ""]
 
     @property
     def opening(self) -> str:
@@ -227,20 +292,33 @@ class ChatBody(GenerationBody):
         """True if an answer has to be a call of a tool."""
         return self.tool_choice not in (None, "auto", "none")
 
-    def longest(self, limits: Limits) -> int:
-        return self.max_completion_tokens or self.max_tokens or limits.tokens
+    @property
+    def max_tokens_asked(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or -1
+
+    @property
+    def prefilled(self) -> bool:
+        """True if the last message is the beginning of the answer."""
+        last = self.messages[-1]
+        speaker = SPEAKERS.get(str(last.get("role")).lower())
+        return speaker == "Assistant" and bool(last.get("content")) and not last.get("tool_calls")
 
     def prompt_count(self) -> int:
         return 1
 
     def encode(self, tokenizer: Tokenizer, limits: Limits) -> list[Prompt]:
-        """The messages in the layout of chat data up to the opening of the answer, each part tokenized by itself."""
+        """The messages in the layout of chat data up to the opening of the answer, or to its beginning if that is the
+        last one, each part tokenized by itself."""
         if (parts := len(self.messages) + len(self.tools or ())) > limits.prompt:
             raise limits.too_long(f"{parts:,} messages and tools")
+        if self.prefilled and self.think:
+            raise RequestError(400, "think: the last message has begun the answer already; leave think out", "think")
         try:
-            turns = [*self.messages, {"role": "assistant", "content": ""}]
+            turns = self.messages if self.prefilled else [*self.messages, {"role": "assistant", "content": ""}]
             row = {"messages": turns, "tools": self.tools if self.calls else None}
-            texts = [text for text, _ in RowLayout(clean=limits.clean).segments(row)[:-1]]
+            texts = [text for text, _ in RowLayout(clean=limits.clean).segments(row)]
+            if not self.prefilled:
+                texts.pop()
             texts[-1] += OPENINGS.get(self.think or "", "")
             limits.check_length(*texts)
             encoded = [tokenizer.encode(text) for text in texts]
@@ -257,10 +335,9 @@ def prompts_within(body: CompletionBody | ChatBody, tokenizer: Tokenizer, limits
     are tokenized."""
     if (count := body.prompt_count() * body.times) > limits.completions:
         raise RequestError(400, f"{count} answers in one request, and {limits.completions} may be: ask for fewer")
+    if body.logit_bias and max(dict(body.logit_bias)) >= limits.vocabulary:
+        raise RequestError(400, f"logit_bias: tokens from 0 to {limits.vocabulary - 1} are due", "logit_bias")
     prompts = body.encode(tokenizer, limits)
-    if (longest := body.longest(limits)) > limits.tokens:
-        message = f"max_tokens {longest:,}: an answer has at most {limits.tokens:,} here"
-        raise RequestError(400, message, "max_tokens")
     for prompt in prompts:
         if len(prompt.tokens) > limits.prompt:
             raise limits.too_long(f"{len(prompt.tokens):,} tokens")

@@ -94,17 +94,19 @@ class Response:
 
 
 class ChatResponse(Response):
-    """With `calls`, answers may call tools, and calls are reported apart from the text."""
+    """With `calls`, answers may call tools, and calls are reported apart from the text. With `forced`, a text without a
+    call is one that a limit has cut, and not reported."""
 
     prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool, calls: bool) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool, calls: bool, forced: bool = False) -> None:
         super().__init__(model, tokenizer, logprobs)
-        self.calls = calls
+        self.calls, self.forced = calls, forced
         self.streams: dict[int, CallStream] = defaultdict(CallStream)
 
     def choice(self, part: CompletionPart) -> Fields:
         text, calls = parse_calls(part.text) if self.calls else (part.text, [])
+        text = "" if self.forced and not calls else text
         message: Fields = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": call_fields(calls)}
@@ -117,7 +119,7 @@ class ChatResponse(Response):
             part = part._replace(text=stream.feed(part.text))
             if part.end:
                 rest, calls = stream.finish()
-                part = part._replace(text=part.text + rest)
+                part = part._replace(text="" if self.forced and not calls else part.text + rest)
         if self.is_empty(part):
             return None
         delta: Fields = ({"role": "assistant"} if first else {}) | {"content": part.text}

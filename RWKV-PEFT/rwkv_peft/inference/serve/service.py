@@ -144,9 +144,17 @@ class Service:
         count = len(prompts) * body.times
         if self.open + count > self.places:
             raise RequestError(429, "all places are taken; try again later", code="rate_limit_exceeded")
+        if schema is not None and isinstance(body, ChatBody) and body.prefilled:
+            message = "messages: the last one begins an answer that is held to a form; leave it out"
+            raise RequestError(400, message, "messages")
         head = speaker.name, self.catalog.tokenizer, body.top_logprobs_due is not None
         response: Response
-        response = ChatResponse(*head, body.calls) if isinstance(body, ChatBody) else CompletionResponse(*head)
+        if isinstance(body, ChatBody):
+            response = ChatResponse(*head, body.calls, body.must_call)
+        else:
+            response = CompletionResponse(*head)
+        if (longest := body.longest(self.limits)) != body.max_tokens_asked:
+            response.head["max_tokens"] = longest
         conversation = Conversation(
             response, count, self.seconds, self.metrics.count_first_token, self._ended, body.includes_usage
         )
@@ -159,7 +167,11 @@ class Service:
             raise RequestError(400, str(error), "stop") from error
         self.open += count
         for request in conversation.requests:
-            self.thread.call(partial(self.engine.add, request))
+            if longest:
+                self.thread.call(partial(self.engine.add, request))
+            else:
+                for completion in request.completions:
+                    completion.listener.on_end("length")
         return conversation
 
     async def read(self, size: int, function: Callable[..., Read], *arguments: Any) -> Read:

@@ -88,7 +88,7 @@ class Gate:
     key: str | None
     most: int
     patience: float
-    open: Sequence[str] = ("/health",)  # monitors of a process have no key
+    open: Sequence[str] = ("/health", "/v1/health")  # monitors of a process have no key
     cookie: str = ""
     raw: Mapping[str, int] = field(default_factory=dict)
 
@@ -249,6 +249,9 @@ def new_app(title: str, lifespan: Any = None) -> FastAPI:
 
 async def respond(http: Request, error: Exception) -> Response:
     found = request_error(error)
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        routes = ", ".join(sorted(http.app.openapi()["paths"]))
+        found = RequestError(404, f"there is no {short(http.url.path)} here; there are {routes}")
     return Body(found.body, found.status, found.headers)
 
 

@@ -1,0 +1,133 @@
+"""Requests as well-known clients send them are answered, and a value that would change the answer is refused."""
+
+import json
+
+import pytest
+from serving import Server
+
+from rwkv_peft.inference.serve.requests import ALIASES, NO_EFFECT, OFF, ChatBody, CompletionBody
+
+MOST = 8  # tokens of an answer
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+PENALTIES = {"presence_penalty": 0, "frequency_penalty": 0}
+# the fields that these clients send, as the sources in docs/guides/serving.md make them
+BODIES = {
+    "SillyTavern, Chat Completion, Custom": (
+        CHAT,
+        {"messages": TURNS, "model": "", "temperature": 1, "max_tokens": 300, "stream": True, "top_p": 1, **PENALTIES}
+        | {"top_k": 0, "stop": [], "logit_bias": {}, "n": 1, "logprobs": None, "top_logprobs": None},
+    ),
+    "SillyTavern, Chat Completion, a continued answer": (
+        CHAT,
+        {"messages": [*TURNS, {"role": "assistant", "content": "Well,"}], "model": "base", "max_tokens": 300},
+    ),
+    "SillyTavern, Text Completion, Generic": (
+        TEXT,
+        {"prompt": "User: Hi\n\nAssistant:", "model": "", "max_new_tokens": 350, "max_tokens": 350, "n_predict": 350}
+        | {"num_predict": 350, "temperature": 1, "top_p": 1, "typical_p": 1, "typical": 1, "sampler_seed": -1}
+        | {"seed": -1, "min_p": 0.1, "repetition_penalty": 1.1, "rep_pen": 1.1, "repeat_penalty": 1.1, "top_k": 0}
+        | {"rep_pen_range": 0, "repetition_penalty_range": 0, "repeat_last_n": 0, "rep_pen_slope": 1, "skew": 0}
+        | {"min_tokens": 0, "add_bos_token": True, "smoothing_factor": 0, "smoothing_curve": 1, "dry_multiplier": 0}
+        | {"dry_allowed_length": 2, "dry_base": 1.75, "dry_sequence_breakers": '["\\n", ":"]', "dry_penalty_last_n": 0}
+        | {"max_tokens_second": 0, "stopping_strings": ["\nUser:"], "stop": ["\nUser:"], "truncation_length": 2048}
+        | {"num_ctx": 2048, "ban_eos_token": False, "ignore_eos": False, "skip_special_tokens": True, "top_a": 0}
+        | {"include_reasoning": True, "tfs": 1, "mirostat_mode": 0, "mirostat": 0, "mirostat_tau": 5}
+        | {"mirostat_eta": 0.1, "custom_token_bans": "", "banned_strings": [], "api_type": "generic"}
+        | {"api_server": "http://127.0.0.1:8000", "xtc_threshold": 0.1, "xtc_probability": 0, "nsigma": 0}
+        | {"top_n_sigma": 0, "min_keep": 0, "adaptive_target": -0.01, "adaptive_decay": 0.9, "guidance_scale": 1}
+        | {"negative_prompt": "", "stream": True, **PENALTIES},
+    ),
+    "Open WebUI": (
+        CHAT,
+        {"stream": True, "model": "base", "messages": TURNS, "stream_options": {"include_usage": True}}
+        | {"temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "max_tokens": 128, "seed": 3, "stop": ["\n\n"]}
+        | {"logit_bias": {"10": -100}, "response_format": {"type": "text"}},
+    ),
+    "Open WebUI, a title": (CHAT, {"model": "base", "messages": TURNS, "stream": False, "max_tokens": 1000}),
+    "llama.cpp": (
+        CHAT,
+        {"messages": TURNS, "stream": True, "return_progress": True, "reasoning_format": "auto", "temperature": 0.8}
+        | {"max_tokens": -1, "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+        | {"xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1, "repeat_last_n": -1, "repeat_penalty": 1.1}
+        | {"dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1}
+        | {"backend_sampling": False, "timings_per_token": True, "sse_ping_interval": 1, **PENALTIES},
+    ),
+    "RWKV-Runner, a chat": (
+        CHAT,
+        {"messages": TURNS, "stream": True, "model": "base", "max_tokens": 1000, "temperature": 1, "top_p": 0.3}
+        | {"tools": [TOOL], "penalty_decay": 0.996, "user_name": "User", "assistant_name": "Assistant"}
+        | {"presystem": True, **PENALTIES},
+    ),
+    "RWKV-Runner, a text": (
+        TEXT,
+        {"prompt": "Once", "stream": True, "model": "base", "max_tokens": 500, "temperature": 1, "top_p": 0.3}
+        | {"presence_penalty": 0.4, "frequency_penalty": 0.4, "stop": "\n\nUser"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(files):
+    """A server of one model, with short answers."""
+    running = Server("--model", files / "base.pth", "--max_tokens", MOST)
+    yield running
+    running.stop()
+
+
+def answers(server, path, body):
+    """The objects of a response: one, or a stream's."""
+    status, _, found = server.send("POST", path, body)
+    assert status == 200, found
+    if isinstance(found, dict):
+        return [found]
+    assert found.endswith("data: [DONE]\n\n")
+    return [json.loads(line.removeprefix("data: ")) for line in found.splitlines() if line.startswith("data: {")]
+
+
+def text_of(objects):
+    choices = [choice for found in objects for choice in found["choices"]]
+    parts = [choice.get("delta") or choice.get("message") or {"content": choice["text"]} for choice in choices]
+    return "".join(part["content"] or "" for part in parts)
+
+
+@pytest.mark.parametrize("client", BODIES)
+def test_a_clients_request_is_answered_as_without_its_own_fields(alone, client):
+    path, body = BODIES[client]
+    form = ChatBody if path == CHAT else CompletionBody
+    seeded = {**body, "seed": 7} | ({"sampler_seed": 7} if "sampler_seed" in body else {})
+    plain = {ALIASES.get(name, name): value for name, value in seeded.items()}
+    plain = {name: value for name, value in plain.items() if name in form.model_fields}
+    found = answers(alone, path, seeded)
+    assert answers(alone, path, body) and text_of(found) == text_of(answers(alone, path, plain))
+    assert {each["max_tokens"] for each in found} == {MOST}
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_value_that_would_change_the_answer_is_refused(alone, path):
+    body = {"messages": TURNS} if path == CHAT else {"prompt": "x"}
+    for name in OFF:
+        status, _, found = alone.send("POST", path, {**body, name: 0.5})
+        assert status == 400 and found["error"]["param"] == name
+    assert not NO_EFFECT & OFF.keys() and not (NO_EFFECT | ALIASES.keys()) & ChatBody.model_fields.keys()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "path, asked, tokens",
+    [(CHAT, -1, MOST), (CHAT, 0, MOST), (CHAT, 10**7, MOST), (CHAT, 5, 5), (TEXT, -1, MOST), (TEXT, 10**7, MOST)]
+    + [(TEXT, 3, 3), (TEXT, 0, 0)],
+)
+def test_a_limit_beyond_the_servers_is_cut_and_reported(alone, path, asked, tokens, stream):
+    body = {"messages": TURNS} if path == CHAT else {"prompt": "Once", "echo": True}
+    body |= {"max_tokens": asked, "stream": stream, "stream_options": {"include_usage": True}}
+    found = answers(alone, path, body)
+    assert found[-1]["usage"]["completion_tokens"] == tokens
+    assert [each.get("max_tokens") for each in found] == [None if tokens == asked else MOST] * len(found)
+    assert path == CHAT or text_of(found).startswith("Once") and (tokens or text_of(found) == "Once")
+
+
+@pytest.mark.parametrize("path", ["/health", "/models", "/props", "/models/base"])
+def test_routes_answer_with_and_without_v1(alone, path):
+    assert alone.send("GET", path)[0] == alone.send("GET", f"/v1{path}")[0] == 200
