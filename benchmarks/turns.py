@@ -21,10 +21,10 @@ import torch
 from common import VERSIONS, Parser, head, new_model, row
 
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.environments.environments import Environments
 from rwkv_peft.inference.loading import Subject
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.objectives.grpo import GRPO
-from rwkv_peft.rewards.environments import Environments
 from rwkv_peft.training import turns
 from rwkv_peft.training.rollout import Rollout, packed
 from rwkv_peft.training.step.shared_prefix import share_prefixes

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")]
 
-from rwkv_peft.rewards.tool_schemas import tool_schema  # noqa: E402
+from rwkv_peft.environments.tool_schemas import tool_schema  # noqa: E402
 from task import COLORS, COUNTS, HELD_OUT, ITEMS, NAMES  # noqa: E402
 
 CHATS = ("calls", "guesses")
@@ -73,9 +73,9 @@ def ask(path, questions, at_least):
     """Ask a model the questions of a file, greedily, with the tool; -> 0, or 1 if a smaller share is right."""
     from rwkv_peft.data.encoding import EncodeSettings
     from rwkv_peft.data.tokenizer import BytesTokenizer
+    from rwkv_peft.environments.environments import Environments
     from rwkv_peft.inference.loading import Subject, load_model
     from rwkv_peft.inference.settings import Sampling
-    from rwkv_peft.rewards import Environments
     from rwkv_peft.training.turns import EpisodeSampler, TurnSettings
 
     rows = [json.loads(line) for line in Path(questions).read_text("utf-8").splitlines()]

@@ -27,12 +27,13 @@ PARTS = (
     ("merge", ("release",), ("bases", "adapter files")),
     ("convert", ("release/convert", "release/formats", "release/lora", "release/vocabulary"), ("merge", "data")),
     ("check", ("release/check", "release/runtimes"), ("convert", "merge")),
-    ("inference", ("inference",), ("merge", "data")),
+    ("environments", ("environments",), ("data",)),
+    ("inference", ("inference",), ("merge", "data", "environments")),
     ("web", ("inference/serve/web",), ("base",)),  # of any server
     ("inference/serve", ("inference/serve",), ("inference", "web")),
     ("python", ("api",), ("inference", "check")),  # what `import rwkv_peft as rp` offers
     ("evals", ("evals",), ("inference",)),
-    ("rewards", ("rewards",), ("evals",)),
+    ("rewards", ("rewards",), ("evals", "environments")),
     ("hf", ("hf",), ("inference", "convert")),
     ("plots", ("plots", "tools/plot"), ("containers", "objectives")),
     ("inspect", ("release/inspect", "release/push"), ("convert", "merge")),

@@ -40,7 +40,7 @@ case "$1" in
 -m) shift && set -- '{children}' "$@" ;;
 -* | "") exec '{python}' "$@" ;;
 esac
-case "${{2-}}" in rwkv_peft.rewards.*child) exec '{python}' "$@" ;; esac
+case "${{2-}}" in rwkv_peft.*.child) exec '{python}' "$@" ;; esac
 exec '{python}' -IS '{warm}' ask '{socket}' "$@"
 """
 

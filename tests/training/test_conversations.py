@@ -12,9 +12,9 @@ from families import DISTINCT, shaken
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.data.chat import ChatLayout
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.environments.environments import Environments
 from rwkv_peft.inference.loading import Subject
 from rwkv_peft.inference.settings import Sampling
-from rwkv_peft.rewards.environments import Environments
 from rwkv_peft.training import turns
 from rwkv_peft.training.turns import Episode, TurnSettings, converse
 from training.runs import ROOT, finish, start

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from .environments import Environments
+from ..environments.environments import Environments
 from .rewards import Judged, Rewards
 
-__all__ = ["Environments", "Judged", "Judges", "Rewards"]
+__all__ = ["Judged", "Judges", "Rewards"]
 
 
 class Judges(NamedTuple):

@@ -17,14 +17,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from numbers import Real
 from typing import Any
 
 from ..children import when_parent_ends
-from ..cli.errors import UserError, quoted
-from .judges import Answer, FunctionReward, Reward, raised, reward_of
-
-LARGEST = 1e15  # reward: sums and squares of larger ones overflow
+from ..cli.errors import UserError
+from ..environments.user_code import end_all, number_in, raised
+from .judges import Answer, FunctionReward, Reward, reward_of
 
 
 class Bench:
@@ -89,22 +87,6 @@ class Bench:
         self.pipe.send(reply)
 
 
-def number_in(value: Any) -> float | None:
-    """A reward as a float, None for None. Raises UserError if it is no number, or beyond LARGEST."""
-    if value is None:
-        return None
-    with suppress(Exception):  # a value of numpy or torch; a list of several has no item
-        value = value.item() if hasattr(value, "item") else value
-    if not isinstance(value, Real):
-        raise UserError(f"it returned {quoted(value)}, no number; return a number, or None for what it does not judge")
-    with suppress(OverflowError):
-        if abs(float(value)) <= LARGEST:
-            return float(value)
-    raise UserError(
-        f"it returned {quoted(value)}; return a finite number (up to {LARGEST:g}), or None for what it does not judge"
-    )
-
-
 def main(argv: list[str]) -> None:
     """Serve the parent until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
@@ -118,11 +100,6 @@ def main(argv: list[str]) -> None:
             kind, work = pipe.recv()
             bench.serve(bench.check if kind == "check" else bench.judge, work)
     end_all()
-
-
-def end_all() -> None:
-    """End this process, and those that functions started."""
-    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,16 @@ import importlib.util
 import inspect
 import json
 import re
-import sys
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from ..checkpoints.readable import reading, require_readable
 from ..cli.errors import UserError, field_names, short, told
 from ..cli.installing import how_to_install
+from ..environments.user_code import load
 from ..evals.rows import Exact, Fields, choices_of, right_of, text_of
 from .numbers import (
     final_answer,
@@ -247,32 +246,6 @@ class FunctionReward(Reward):
                 "that it does not judge"
             )
         return found
-
-
-def load(file: str) -> ModuleType:
-    """Run a Python file as a module. It can import the files beside it, after everything that is installed, so that
-    none of them stands in for a package. Raises UserError if the file raises."""
-    path = Path(file).absolute()
-    sys.path.append(str(path.parent))
-    spec = importlib.util.spec_from_file_location(f"reward of {path.stem}", path)
-    assert spec is not None and spec.loader is not None  # because the name ends with .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look for it there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"the file cannot be loaded: {raised(error, file)}; mend it") from error
-    return module
-
-
-def raised(error: BaseException, file: str) -> str:
-    """An exception of a user's file in one line, with the last line of the file that led to it."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).name == Path(file).name
-    ]
-    return told(error, named=True) + (f" ({file}, line {lines[-1]})" if lines else "")
 
 
 RIGHT = MappingProxyType({reward.task: reward for reward in (Number, Formula, Text)})

@@ -28,9 +28,10 @@ from ..data.recorded import find_tokenizer
 from ..data.report import show_samples
 from ..data.samples import Samples
 from ..data.sources import refuse_hub_name
+from ..environments.environments import Environments
 from ..gpus import resolve_accelerator
 from ..plots import plot_loss
-from ..rewards import Environments, Judges, Rewards
+from ..rewards import Judges, Rewards
 from .engine.fit import fit
 from .engine.prepared import Prepared
 from .engine.progress import printing_compilations

@@ -16,6 +16,7 @@ from ..data.encoding import EncodeSettings, encoder
 from ..data.layouts import ANSWERS, CHATS
 from ..data.tokenizer import Tokenizer
 from ..data.tools import ToolCall, parse_calls
+from ..environments.environments import Environments, Place
 from ..inference.batch import DAMAGED
 from ..inference.decode import damaged_error
 from ..inference.engine import Engine
@@ -25,7 +26,6 @@ from ..inference.settings import Sampling
 from ..inference.speakers import Speaker
 from ..inference.text import Continuation
 from ..models.state import State
-from ..rewards.environments import Environments, Place
 
 TOOL, ANSWER = f"{TURN_END}Tool:", f"{TURN_END}Assistant:"
 UNCALLED = ToolCall("", {})  # of an answer that hands over to a tool and holds no call

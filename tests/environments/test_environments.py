@@ -5,7 +5,7 @@ import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tools import ToolCall
-from rwkv_peft.rewards.environments import Environments
+from rwkv_peft.environments.environments import Environments
 
 SHOP = '''
 import os, subprocess, sys, time
@@ -151,7 +151,7 @@ MISTAKES = [
 @pytest.mark.parametrize("text, words", MISTAKES)
 def test_an_environment_that_cannot_serve_is_refused_before_work(tmp_path, text, words, monkeypatch):
     (tmp_path / "env.py").write_text(text)
-    monkeypatch.setattr("rwkv_peft.rewards.environments.LOADING", 8)
+    monkeypatch.setattr("rwkv_peft.environments.environments.LOADING", 8)
     told = pytest.raises(UserError, match="--environment .*env.py:Env: ")
     with told as refusal, Environments.open([f"{tmp_path}/env.py:Env"]):
         pass

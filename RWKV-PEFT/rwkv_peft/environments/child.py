@@ -1,7 +1,7 @@
 """The processes of environments: one that loads their classes, and a fork of it for each conversation, so that a tool
 that hangs or dies takes no other conversation with it.
 
-    rwkv_peft.rewards.environment_child FD NAME=SPEC…      FD is its end of a pipe, SPEC FILE.py:CLASS or module:CLASS
+    rwkv_peft.environments.child FD NAME=SPEC…      FD is its end of a pipe, SPEC FILE.py:CLASS or module:CLASS
 
 It replies ("done", {name: [tools, parameters of reset, True if it scores]}) or ("failed", message). Each request is
 then the name of an environment and the end of another pipe. A fork serves one conversation after the other there:
@@ -30,9 +30,8 @@ from typing import Any
 from ..checkpoints.readable import require_readable
 from ..children import when_parent_ends
 from ..cli.errors import UserError, told
-from .child import end_all, number_in
-from .judges import load, raised
 from .tool_schemas import RESET, SCORE, methods_of, tool_schema
+from .user_code import end_all, load, number_in, raised
 
 LONGEST = 20_000  # characters of a result: a model that reads more learns nothing from it
 
@@ -137,7 +136,7 @@ def main(argv: list[str]) -> None:
             environments[name] = open_class(spec)
             reply[name] = description(environments[name])
         except UserError as error:
-            pipe.send(("failed", f"--environment {spec}: {error}"))
+            pipe.send(("failed", f"{spec}: {error}"))
             return
     pipe.send(("done", reply))
     files = dict(each.split("=", 1) for each in argv[1:])

@@ -1,5 +1,5 @@
 """Environments of conversations over several turns: their tools, their conversations, each in a process of its own
-(environment_child.py), with a limit of time for each request."""
+(child.py), with a limit of time for each request."""
 
 import os
 import signal
@@ -52,16 +52,16 @@ class Place:
 
 
 class Environments:
-    """The environments of a run, by the words of --environment; use `Environments.open`."""
+    """Environments by the words of a flag, which messages name; use `Environments.open`."""
 
-    def __init__(self, specs: Sequence[str], timeout: float) -> None:
+    def __init__(self, specs: Sequence[str], timeout: float, flag: str) -> None:
         names = [spec.partition("=")[0] if "=" in spec else "" for spec in specs]
         words = [spec if name else f"={spec}" for name, spec in zip(names, specs)]
-        self.timeout = timeout
+        self.timeout, self.flag = timeout, flag
         self.pipe, theirs = Pipe()
         with theirs:
             self.process = subprocess.Popen(
-                python_command("rwkv_peft.rewards.environment_child", str(theirs.fileno()), *words),
+                python_command("rwkv_peft.environments.child", str(theirs.fileno()), *words),
                 stdin=subprocess.PIPE,  # the processes end when this one does, which closes it
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -74,18 +74,20 @@ class Environments:
 
     @classmethod
     @contextmanager
-    def open(cls, specs: Sequence[str], *, timeout: float = SECONDS) -> "Iterator[Environments]":
+    def open(
+        cls, specs: Sequence[str], *, timeout: float = SECONDS, flag: str = "--environment"
+    ) -> "Iterator[Environments]":
         """Within, have the Environments. Raises UserError for mistakes in a word, and in the class that it names."""
-        found = cls(specs, timeout)
+        found = cls(specs, timeout, flag)
         try:
             if not found.pipe.poll(LOADING):
-                raise UserError(f"--environment {' '.join(specs)}: loading takes longer than {LOADING:g} seconds")
+                raise UserError(f"{flag} {' '.join(specs)}: loading takes longer than {LOADING:g} seconds")
             try:
                 kind, content = found.pipe.recv()
             except (EOFError, ConnectionResetError):
-                kind, content = "failed", f"--environment {' '.join(specs)}: its file ends the process that loads it"
+                kind, content = "failed", f"{' '.join(specs)}: its file ends the process that loads it"
             if kind == "failed":
-                raise UserError(content)
+                raise UserError(f"{flag} {content}")
             found.known = {name: Environment(*each) for name, each in content.items()}
             yield found
         finally:
@@ -128,7 +130,7 @@ class Environments:
         for row, found in zip(rows, texts):
             if isinstance(found, FailedRequest):
                 quoted = " ".join(str(dict(row)).split())[:200]
-                raise UserError(f"--environment: reset({quoted}): {found.message}; mend the class")
+                raise UserError(f"{self.flag}: reset({quoted}): {found.message}; mend the class")
         return places, [str(text) for text in texts]
 
     def call(self, places: Sequence[Place], calls: Sequence[ToolCall]) -> list[str]:
