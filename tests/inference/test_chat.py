@@ -19,6 +19,7 @@ from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.tools import ToolCall, calls_text, parse_calls
+from rwkv_peft.environments.environments import Environments
 from rwkv_peft.inference import chat as chat_module
 from rwkv_peft.inference import engine
 
@@ -187,7 +188,79 @@ def test_a_call_that_was_only_thought_of_is_none(chat):
     assert error.count("(call 1 of 1: ") == 1 and str(ToolCall(**PARIS)) in error
 
 
-TOOLS = ["--chat", "--tools", "tools.json"]
+SHOP = """
+import os
+
+class Shop:
+    def reset(self):
+        self.looked = 0
+        return " (tea?)"
+
+    def price(self, name: str) -> int:
+        'Look a price up.'
+        self.looked += 1
+        return {"tea": 3}[name] * self.looked
+
+    def leave(self) -> None:
+        'Leave.'
+        os._exit(3)
+"""
+
+
+def call_of(tool, **arguments):
+    return calls_text({"name": tool, "arguments": arguments})
+
+
+@pytest.fixture
+def shop(tmp_path):
+    path = tmp_path / "shop.py"
+    path.write_text(SHOP)
+    with Environments.open([f"{path}:Shop"]) as environments:
+        return f"{path}:Shop", environments.known[""].tools
+
+
+def test_calls_of_a_class_are_run_and_each_token_is_read_once(chat, model, shop, monkeypatch):
+    spec, tools = shop
+    read, plain = [], engine.prefill
+
+    def counting(model, prompts, start=None):
+        read.append(len(prompts[0]))
+        return plain(model, prompts, start)
+
+    for module in (engine, chat_module):
+        monkeypatch.setattr(module, "prefill", counting)
+    tea, steal = call_of("price", name="tea"), call_of("steal")
+    first = [f" {tea}\n\nTool:", f" Hm. {tea}\n{steal}\n\nTool:", " 6\n\nUser:", " Bye\n\nUser:"]
+    lines, says = ["Hi", "So?", "/reset", "Hi"], [*first, f" {tea}\n\nTool:", " 3\n\nUser:"]
+    _, error, logits = chat(lines, "--tools", spec, says=says)
+    turns = [("user", "Hi (tea?)"), ("assistant", tea), ("tool", "3"), ("assistant", f"Hm. {tea}\n{steal}")]
+    turns += [("tool", "6"), ("tool", "error: there is no tool steal; there is leave, price"), EMPTY]
+    row = {"messages": [{"role": role, "content": words} for role, words in turns], "tools": tools}
+    tokens = [token for text, _ in RowLayout().segments(row)[:-1] for token in tokens_of(text)]
+    torch.testing.assert_close(logits[len(says[0] + says[1])], after(model, tokens), rtol=1e-4, atol=1e-4)
+    assert error.count("; its result: 3)") == 2 and f"{ToolCall('steal', {})}; its result: error:" in error
+    results = "Tool: 6\n\nTool: error: there is no tool steal; there is leave, price"
+    given = ["Tool: 3", results, "User: So?"]
+    assert read[1:4] == [len(f"{words}\n\nAssistant:") for words in given]
+    assert read[4:] == read[:2]  # after /reset, in an environment that is reset
+
+
+def test_answers_in_a_row_that_call_tools_are_limited(chat, shop):
+    lines, says = ["Hi", "/tool 9"], [f" {call_of('price', name='tea')}\n\nTool:"] * chat_module.IN_A_ROW
+    out, error, _ = chat(lines, "--tools", shop[0], says=[*says, " 9\n\nUser:"])
+    assert out.count("Assistant:") == chat_module.IN_A_ROW + 1 and error.count("its result: ") == 7
+    assert error.count("/tool TEXT is its result)") == 1
+
+
+def test_a_tool_that_ends_its_process_ends_no_chat(chat, shop):
+    says = [f" {call_of('leave')}\n\nTool:", f" {call_of('price', name='tea')}\n\nTool:", " No\n\nUser:"]
+    says += [f" {call_of('price', name='tea')}\n\nTool:", " 3\n\nUser:"]
+    _, error, _ = chat(["Hi", "/reset", "Hi"], "--tools", shop[0], says=says)
+    lost = "its result: error: its process ended, and its conversation is lost)"
+    assert error.count(lost) == 2 and error.count("its result: 3)") == 1
+
+
+TOOLS, TOOLS_OF = ["--chat", "--tools", "tools.json"], ["--chat", "--tools", "tools.py:Shop"]
 
 
 @pytest.mark.parametrize(
@@ -199,12 +272,20 @@ TOOLS = ["--chat", "--tools", "tools.json"]
         (TOOLS, "x", "--tools tools.json: the list of tools is a text that is not JSON"),
         (TOOLS, "[]", "--tools tools.json lists no tool"),
         (TOOLS, None, "--tools tools.json: No such file or directory; check the name"),
+        (
+            TOOLS_OF,
+            SHOP.replace("(self):", "(self, goods):"),
+            "--tools tools.py:Shop: its reset takes goods, and a chat",
+        ),
+        (TOOLS_OF, SHOP.replace("self.looked = 0", "1 / 0"), r"--tools: reset\(\{\}\): it raised ZeroDivisionError"),
+        (TOOLS_OF, "", "--tools tools.py:Shop: tools.py has no class Shop"),
+        (TOOLS_OF, None, "--tools tools.py:Shop: no such file"),
     ],
 )
 def test_mistakes_in_flags_of_a_chat_are_named(model, tmp_path, monkeypatch, flags, content, message):
     monkeypatch.chdir(tmp_path)
     if content is not None:
-        (tmp_path / "tools.json").write_text(content)
+        (tmp_path / flags[-1].partition(":")[0]).write_text(content)
     with pytest.raises(UserError, match=message):
         commands.main(["generate", "--model", str(model), *flags])
 

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -18,13 +18,15 @@ from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError, short
 from ..data.chat import TURN_END, ChatLayout
 from ..data.tokenizer import Tokenizer
-from ..data.tools import parse_calls
+from ..data.tools import ToolCall, parse_calls, tools_text
+from ..environments.environments import Environments, Place
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .decode import GeneratedToken, TokenCollector, damaged_error
 from .engine import Engine
 from .forward import prefill
 from .loading import save_state_file
+from .prompts import read_tools
 from .requests import Completion, GenerationRequest
 from .settings import Sampling
 from .speakers import Speaker
@@ -35,6 +37,7 @@ HELP = (
     "ends it; Ctrl-C ends an answer, twice the chat"
 )
 CODE = 130  # the exit code after Ctrl-C
+IN_A_ROW = 8  # answers to a line, of which all but the last call tools
 
 
 class Session:
@@ -124,11 +127,56 @@ class Session:
             yield rest
 
 
+class ChatTools:
+    """The tools of a chat: `text` lists them (tools_text). With an environment, an instance of a class with the tools
+    as methods, calls are run there; without, the user gives their results."""
+
+    def __init__(self, text: str, environments: Environments | None = None) -> None:
+        self.text, self.environments = text, environments
+        self.place: Place | None = None
+        self.opening = ""  # the end of the first question, which the environment's reset returned
+        self.begin()
+
+    @classmethod
+    @contextmanager
+    def open(cls, value: str | None) -> "Iterator[ChatTools]":
+        """Within, have the ChatTools of --tools: a file of JSON, FILE.py:CLASS or module:CLASS. Raises UserError for
+        tools that cannot be read, and for a class that cannot serve a chat."""
+        if not value or ":" not in value or os.path.exists(value):
+            yield cls(read_tools(value) if value else "")
+            return
+        with Environments.open([value], flag="--tools") as environments:
+            (found,) = environments.known.values()
+            if found.required:
+                raise UserError(
+                    f"--tools {value}: its reset takes {', '.join(found.required)}, and a chat has no row with such "
+                    "fields; give each parameter a default"
+                )
+            yield cls(tools_text(found.tools), environments)
+
+    def begin(self) -> None:
+        """Begin a conversation in the environment, if there is one."""
+        if self.environments is None:
+            return
+        self.environments.release([self.place] if self.place else [])
+        (self.place,), (self.opening,) = self.environments.begin([{}])
+
+    def run(self, calls: Sequence[ToolCall]) -> list[str]:
+        """Run calls, one after the other -> their results, [] without an environment."""
+        if self.environments is None or self.place is None:
+            return []
+        try:
+            return [self.environments.call([self.place], [call])[0] for call in calls]
+        except KeyboardInterrupt:
+            self.place.end("its conversation was interrupted, and is lost")
+            raise
+
+
 class ChatLoop:
     """The loop of a chat over a Session.
 
     stops end an answer; convert(line) is applied to each line; inputs are the (flag, path) pairs that /save must not
-    overwrite, except --state, because a session may go on in its own file. system and tools (tools_text) come before
+    overwrite, except --state, because a session may go on in its own file. system and the list of tools come before
     the first turn, also after /reset. If an answer calls tools, as many results are due before the next one.
     """
 
@@ -140,8 +188,8 @@ class ChatLoop:
         convert: Callable[[str], str],
         inputs: Sequence[tuple[str, str | None]],
         layout: ChatLayout,
-        system: str = "",
-        tools: str = "",
+        system: str,
+        tools: ChatTools,
     ) -> None:
         self.session, self.stops, self.max_tokens, self.convert = session, stops, max_tokens, convert
         self.inputs = [(flag, path) for flag, path in inputs if flag != "--state"]
@@ -177,8 +225,10 @@ class ChatLoop:
                 remark(f"error: {error}")
 
     def answer(self, words: str) -> None:
-        first = (self.system, self.tools) if self.session.begins else ("", "")
-        self.reply(self.layout.question(words, *first))
+        if self.session.begins:
+            self.reply(self.layout.question(words + self.tools.opening, self.system, self.tools.text))
+        else:
+            self.reply(self.layout.question(words))
 
     def take_result(self, text: str) -> None:
         """Collect the result of a call, and answer once all are there."""
@@ -186,11 +236,27 @@ class ChatLoop:
         if len(self.results) < self.awaited:
             remark(f"(call {len(self.results) + 1} of {self.awaited}: its result?)")
             return
-        turns = [("tool", result) for result in self.results]
-        self.reply(self.layout.prompt(turns))
+        self.reply(self.after_tools(self.results))
+
+    def after_tools(self, results: Sequence[str]) -> list[str]:
+        """The texts of calls' results and of the opening of the answer to them."""
+        return self.layout.prompt([("tool", result) for result in results])
 
     def reply(self, texts: Sequence[str]) -> None:
-        """Print the answer to texts, and the calls in it."""
+        """Print the answer to texts. If it calls tools that can be run, print and read their results, and go on, for
+        IN_A_ROW answers at most."""
+        for left in reversed(range(IN_A_ROW)):
+            calls = self.next_answer(texts)
+            results = self.tools.run(calls) if left else []
+            for number, call in enumerate(calls, start=1):
+                rest = f"its result: {results[number - 1]}" if results else "/tool TEXT is its result"
+                remark(f"(call {number} of {len(calls)}: {call}; {rest})")
+            if not results:
+                return
+            texts = self.after_tools(results)
+
+    def next_answer(self, texts: Sequence[str]) -> list[ToolCall]:
+        """Print the answer to texts -> its calls."""
         self.results, shown = [], list[str]()
         show(texts[-1])
         try:
@@ -202,10 +268,9 @@ class ChatLoop:
         opening = texts[-1].partition(":")[2]  # of a thinking, in which nothing is called
         _, calls = parse_calls(opening + "".join(shown))
         self.awaited = max(1, len(calls))
-        for number, call in enumerate(calls, start=1):
-            remark(f"(call {number} of {len(calls)}: {call}; /tool TEXT is its result)")
         if self.session.cut:
             remark(f"(cut off after --max_tokens {self.max_tokens})")
+        return calls
 
     def command(self, name: str, argument: str = "") -> bool:
         """Run a line that begins with / -> False if it ends the chat."""
@@ -214,6 +279,7 @@ class ChatLoop:
             return False
         if name == "/reset":
             self.session.reset()
+            self.tools.begin()
             self.awaited, self.results = 1, []
             remark("the chat is forgotten")
         elif name == "/tool" and argument and not self.session.begins:

@@ -13,12 +13,12 @@ from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..data.chat import ChatLayout, stops_of
 from ..data.recorded import clean_beside, note_on_chats
-from .chat import ChatLoop, Session, remark, show
+from .chat import ChatLoop, ChatTools, Session, remark, show
 from .decode import complete
 from .flags import note_escapes, parse_flags, unescaped
 from .forward import prefill
 from .loading import Subject, load_subject, resolve_device, save_state_file
-from .prompts import encode, read_prompt_file, read_tools
+from .prompts import encode, read_prompt_file
 from .settings import Sampling
 from .text import Continuation
 
@@ -39,14 +39,14 @@ def run(args: Namespace, sampling: Sampling) -> int:
     check_outputs(args)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack a character
+    if args.chat:
+        with ChatTools.open(args.tools) as tools:
+            return chat(args, load_subject(args, remark), sampling, tools)
     given, file = args.prompt or (), args.prompt_file
     rows = [{"prompt": text} for text in given] if file is None else read_prompt_file(file)
-    tools = read_tools(args.tools) if args.tools else ""
     if args.save_state and len(rows) > 1:
         raise UserError(f"--save_state keeps the state after one prompt, and there are {len(rows)}; give one")
     subject = load_subject(args, remark)
-    if args.chat:
-        return chat(args, subject, sampling, tools)
     tokenizer = subject.tokenizer
     prompts = [encode(tokenizer, row["prompt"], number) for number, row in enumerate(rows)]
     streams = len(rows) == 1 and not args.output
@@ -79,7 +79,7 @@ def run(args: Namespace, sampling: Sampling) -> int:
     return 0
 
 
-def chat(args: Namespace, subject: Subject, sampling: Sampling, tools: str) -> int:
+def chat(args: Namespace, subject: Subject, sampling: Sampling, tools: ChatTools) -> int:
     """Run the chat of --chat -> the exit code."""
     convert: Callable[[str], str] = unescaped if args.escapes else str
     files = (*reversed(args.adapter), args.state, args.model)

@@ -66,9 +66,10 @@ def build_parser() -> Parser:
     add("--system", metavar="TEXT", help="with --chat: an instruction before the first turn, like System: in chat data")
     add(
         "--tools",
-        metavar="JSON",
-        help="with --chat: a file that lists the tools the model may call, {name, description, parameters} each; they "
-        "come before the first turn, as in chat data",
+        metavar="JSON|FILE.py:CLASS",
+        help="with --chat: a file that lists the tools the model may call, {name, description, parameters} each, or a "
+        "class with the tools as methods, as for --environment of train.py, whose calls are run; they come before the "
+        "first turn, as in chat data",
     )
     add(
         "--think",
