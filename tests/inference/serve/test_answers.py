@@ -228,6 +228,25 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(client, models):
     assert usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens
 
 
+def test_the_request_with_a_calls_result_reads_only_the_result(client, server):
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Köln"]}}, "required": ["city"]}
+    weather = {"name": "weather", "parameters": {**parameters, "additionalProperties": False}}
+    ask = {"model": "coder", "max_tokens": 200, "tools": [{"type": "function", "function": weather}]}
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where is it warm?"}]
+    due, cached = 0, 0
+    for result in ("31", "12 in the night", "30"):
+        read = server.figure("prompt_tokens_read_total")
+        answer = client.chat.completions.create(**ask, messages=turns, tool_choice="required", seed=1)
+        (call,), usage = answer.choices[0].message.tool_calls, answer.usage
+        assert usage.prompt_tokens_details.cached_tokens == cached
+        assert server.figure("prompt_tokens_read_total") - read == (due or usage.prompt_tokens)
+        due, cached = len(f"\n\nTool: {result}\n\nAssistant:"), usage.prompt_tokens + usage.completion_tokens - 1
+        turns += [
+            answer.choices[0].message.model_dump(exclude_none=True),
+            {"role": "tool", "tool_call_id": call.id, "content": result},
+        ]
+
+
 @pytest.mark.parametrize(
     "file, more, name", [("poet.safetensors", {}, "poet"), ("calm.pth", {"kind": "state"}, "calm")]
 )

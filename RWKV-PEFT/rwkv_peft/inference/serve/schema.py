@@ -26,6 +26,8 @@ ANY = MappingProxyType({"type": "object"})  # the schema of a json_object
 OPTIONS = MappingProxyType(
     {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "coerce_one_of": True}
 )
+# of a call, as the next request lays it out (data/tools.py): the cache then holds the state behind it
+CALL_OPTIONS = MappingProxyType({**OPTIONS, "item_separator": ", ", "key_separator": ": "})
 LARGEST = 1 << 19  # characters of a schema; llguidance takes no larger ones
 REMEMBERED = 10_000  # grammars that are known to compile
 OPENINGS = MappingProxyType({"": '" "?', "off": '">\\n"'})  # of an answer before its JSON, by ChatBody.think
@@ -80,20 +82,22 @@ class SchemaCompiler:
     def compiled(self, body: ChatBody) -> SchemaConstraint | None:
         """The constraint of a chat's answers at their beginning, None for free text; not thread-safe. Raises
         RequestError for a schema that cannot be followed."""
-        field, text = "response_format", "body"
+        field, text, options = "response_format", "body", OPTIONS
         schema = schema_of(body.response_format) if body.response_format else None
         if body.must_call:
             if schema is not None:
                 raise wrong("tool_choice", "a call has a form of its own; leave response_format out")
             field, text, schema = "tool_choice", '"<tool_call>\\n" body "\\n</tool_call>"', call_schema(body)
+            options = CALL_OPTIONS
         if schema is None:
             return None
         opening = OPENINGS.get(body.think or "")
         if opening is None:
             raise wrong(field, "an answer with thinking is not held to a form; leave think out")
+        opening = opening.removesuffix("?") if body.must_call else opening
         if not hasattr(self.tokenizer, "token_bytes"):
             raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
-        written = json.dumps({**schema, "x-guidance": dict(OPTIONS)})
+        written = json.dumps({**schema, "x-guidance": dict(options)})
         if len(written) > LARGEST:
             message = f"{field}: the schema is larger than {LARGEST:,} characters; make it simpler"
             raise RequestError(413, message, field)
