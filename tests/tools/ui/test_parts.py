@@ -57,6 +57,16 @@ def test_a_long_run_that_is_done_says_so_at_once(open_page, runs):
     expect(canvas).to_be_visible()
 
 
+def test_a_conversation_with_tools_is_shown_turn_by_turn(open_page, runs):
+    turns = [("assistant", "<tool_call>"), ("tool", "<b>3</b>"), ("assistant", "3 red cups")]
+    turns = [{"role": role, "content": words} for role, words in turns]
+    line = {"step": 0, "prompt": "Hi", "completion": "3 red cups", "reward": 1.0, "turns": turns}
+    (runs / "sweep" / "run-1" / "answers.jsonl").write_text(f"{json.dumps(line)}\n")
+    page = open_page()
+    page.goto(f"{page.url}#runs:sweep/run-1")
+    expect(page.locator("td .turn")).to_have_text([f"{turn['role']}: {turn['content']}" for turn in turns])
+
+
 def test_many_runs_are_searched_ordered_and_shown(open_page, runs):
     page = open_page()
     go(page, "Runs")

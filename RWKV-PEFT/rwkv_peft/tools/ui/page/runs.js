@@ -185,7 +185,7 @@ function showAnswers(place, found) {
     show(Number(select.value));
   } }, steps.map((one) => el("option", { value: one, selected: one === step }, `drawn at step ${number(one + 1)}`)));
   const show = (one) => body.replaceChildren(table(["prompt", "answer", "reward", "tokens"],
-    drawn.filter((line) => line.step === one).slice(0, SHOWN).map((line) => [line.prompt, line.completion, number(line.reward), number(line.length)])));
+    drawn.filter((line) => line.step === one).slice(0, SHOWN).map((line) => [line.prompt, turnsOf(line), number(line.reward), number(line.length)])));
   if (steps.length) show(step);
   place.replaceChildren(el("h2", {}, "Answers"),
     ...(steps.length ? [el("div", { className: "row" }, select), body] : []),
@@ -203,9 +203,15 @@ function verdict(rows) {
 
 const said = (one) => (one?.text ?? "").trim();
 
+// The completion of an answer, or all turns of a conversation with tools.
+function turnsOf(line) {
+  if (!Array.isArray(line.turns)) return line.completion;
+  return el("div", {}, ...line.turns.map((turn) => el("div", { className: "turn" }, el("b", {}, `${turn?.role}: `), `${turn?.content}`)));
+}
+
 function table(names, rows) {
   return el("div", { className: "scroll" }, el("table", {}, el("tr", {}, ...names.map((name) => el("th", {}, name))),
-    ...rows.map((row) => el("tr", {}, row.map((text) => el("td", {}, el("div", {}, String(text ?? "").trim())))))));
+    ...rows.map((row) => el("tr", {}, row.map((text) => el("td", {}, el("div", {}, text instanceof Node ? text : String(text ?? "").trim())))))));
 }
 
 // A command that the page started: its words, its output as it comes, how it ended; -> the part with its output.
