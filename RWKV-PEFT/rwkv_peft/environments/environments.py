@@ -55,7 +55,7 @@ class Environments:
     """Environments by the words of a flag, which messages name; use `Environments.open`."""
 
     def __init__(self, specs: Sequence[str], timeout: float, flag: str) -> None:
-        names = [spec.partition("=")[0] if "=" in spec else "" for spec in specs]
+        names = [name if (name := spec.partition("=")[0]).isidentifier() and name != spec else "" for spec in specs]
         words = [spec if name else f"={spec}" for name, spec in zip(names, specs)]
         self.timeout, self.flag = timeout, flag
         self.pipe, theirs = Pipe()
