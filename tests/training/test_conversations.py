@@ -140,6 +140,10 @@ class Shop:
 
     def get_reward(self):
         return float(self.called)
+
+
+def called(completions, environments):
+    return [1 - environment.called for environment in environments]
 """
 
 
@@ -167,21 +171,23 @@ def trained(files, name, *more, code=0):
 
 def test_a_run_learns_from_conversations_and_goes_on_with_the_same_bits(files):
     environment = ("--environment", f"{files}/shop.py:Shop", "--turn_tokens", "12")
-    trained(files, "whole", *environment, "--reward", "match:.*a.*")
+    reward = ("--reward", "match:.*a.*", f"{files}/shop.py:called")
+    trained(files, "whole", *environment, *reward)
     records = [json.loads(line) for line in (files / "whole" / "answers.jsonl").read_text().splitlines()]
     assert len(records) == 2 * 2 * 3
     for record in records:
         assert record["prompt"].startswith("System: <tools>\n") and '"name": "price"' in record["prompt"]
         really = record["row"] == 0
         assert record["prompt"].endswith(f"User: {record['row']}{' Really?' * really}\n\nAssistant:")
-        assert set(record["rewards"]) == {"match", "environment"}
+        assert set(record["rewards"]) == {"match", "called", "environment"}
+        assert record["rewards"]["called"] == 1 - record["rewards"]["environment"]
         assert record["reward"] == sum(record["rewards"].values())
         assert record["turns"][-1]["content"] == record["completion"] and record["length"] <= 12
     line = json.loads((files / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["gap"] < 1e-4 and {"reward/match", "reward/environment"} <= line.keys()
-    trained(files, "parts", *environment, "--reward", "match:.*a.*", "--save_every", "1")
+    trained(files, "parts", *environment, *reward, "--save_every", "1")
     shutil.rmtree(max(files.glob("parts/checkpoints/step-*")))
-    trained(files, "parts", *environment, "--reward", "match:.*a.*", "--save_every", "1", "--resume")
+    trained(files, "parts", *environment, *reward, "--save_every", "1", "--resume")
     first, again = ((files / name / "adapter.safetensors").read_bytes() for name in ("whole", "parts"))
     assert first == again
 

@@ -9,6 +9,7 @@ then the name of an environment and the end of another pipe. A fork serves one c
     ("reset", row)                 ("done", a text to append to the prompt, or "")
     ("call", (tool, arguments))    ("done", the result as text)
     ("score", None)                ("done", a number or None)
+    ("state", None)                ("done", its attributes as JSON)
 
 or ("failed", message). Its first message is its process's number.
 """
@@ -101,6 +102,14 @@ class Conversations:
     def score(self, work: None) -> float | None:
         """What get_reward says of the conversation."""
         return number_in(self.acted(self.instance.get_reward))
+
+    def state(self, work: None) -> str:
+        """The instance's attributes that JSON holds, as its text, for rewards to read."""
+        found = {}
+        for name, value in vars(self.instance).items():
+            with suppress(TypeError, ValueError, RecursionError):
+                found[name] = json.loads(json.dumps(value))
+        return json.dumps(found)
 
     def acted(self, act: Callable[..., Any], **arguments: Any) -> Any:
         """act(**arguments), awaited if it is a coroutine. Raises UserError for whatever it raises."""

@@ -1,6 +1,7 @@
 """Environments of conversations over several turns: their tools, their conversations, each in a process of its own
 (child.py), with a limit of time for each request."""
 
+import json
 import os
 import signal
 import subprocess
@@ -148,6 +149,11 @@ class Environments:
             if isinstance(each, FailedRequest):
                 raise UserError(f"--environment: get_reward: {each.message}; mend it, or return None")
         return [found.get(place) for place in places]
+
+    def states(self, places: Sequence[Place]) -> list[dict[str, Any]]:
+        """The attributes of each place's instance that JSON holds; {} where the process is lost."""
+        found = self.replies(places, [("state", None)] * len(places))
+        return [{} if isinstance(each, FailedRequest) else json.loads(each) for each in found]
 
     def release(self, places: Sequence[Place]) -> None:
         """Keep the processes of finished conversations for others."""

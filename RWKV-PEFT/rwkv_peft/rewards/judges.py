@@ -6,9 +6,9 @@ import inspect
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 from ..checkpoints.readable import reading, require_readable
@@ -26,13 +26,17 @@ from .numbers import (
     strict_number,
 )
 
+ENVIRONMENTS = "environments"  # the parameter of a reward that reads them
+
 
 class Answer(NamedTuple):
-    """A completion to judge, with its prompt as the model read it, and the prompt's row."""
+    """A completion to judge, with its prompt as the model read it, the prompt's row, and the attributes of the
+    conversation's environment, if it has one."""
 
     prompt: str
     completion: str
     row: Fields
+    environment: Mapping[str, Any] | None = None
 
 
 class Reward(ABC):
@@ -205,7 +209,8 @@ def no_constant(name: str) -> None:
 
 class FunctionReward(Reward):
     """A function of a Python file in trl's form, f(prompts, completions, **fields): it is given lists of those that it
-    takes, with None for a row that lacks a field."""
+    takes, with None for a row that lacks a field. `environments` are objects with the attributes of the conversations'
+    environments, as they are at the end."""
 
     alone = False
 
@@ -220,7 +225,7 @@ class FunctionReward(Reward):
         self.takes_all = any(one.kind is one.VAR_KEYWORD for one in self.parameters)
 
     def check(self, row: Fields) -> None:
-        given = {"prompts", "completions", *row}
+        given = {"prompts", "completions", ENVIRONMENTS, *row}
         for one in self.parameters:
             variadic = one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
             if one.default is one.empty and not variadic and one.name not in given:
@@ -234,6 +239,8 @@ class FunctionReward(Reward):
         given = {name: [answer.row.get(name) for answer in answers] for name in names}
         given["prompts"] = [answer.prompt for answer in answers]
         given["completions"] = [answer.completion for answer in answers]
+        if any(one.name == ENVIRONMENTS for one in self.parameters):
+            given[ENVIRONMENTS] = [SimpleNamespace(**(answer.environment or {})) for answer in answers]
         if not self.takes_all:
             given = {one.name: given[one.name] for one in self.parameters if one.name in given}
         returned = self.function(**given)

@@ -83,10 +83,18 @@ class Rewards:
             self.reply(place)
             first += len(part)
 
-    def judge(self, prompts: Sequence[str], completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Judged:
-        """Judge the completions of prompts, each with the row of its prompt. Raises UserError if a reward fails, which
-        names the answer; the Rewards judge no more after that."""
-        answers = [Answer(*one) for one in zip(prompts, completions, rows, strict=True)]
+    def judge(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        states: Sequence[Mapping[str, Any]] = (),
+    ) -> Judged:
+        """Judge the completions of prompts, each with the row of its prompt, and with the attributes of its environment
+        if there is one. Raises UserError if a reward fails, which names the answer; the Rewards judge no more after
+        that."""
+        seen = zip(prompts, completions, rows, states or [{}] * len(rows), strict=True)
+        answers = [Answer(*one) for one in seen]
         self.send("judge", answers)
         each = dict(zip(self.names, self.reply(lambda call: place_of(answers, call))))
         return Judged([self.total(values) for values in zip(*each.values())], each)

@@ -47,7 +47,7 @@ class Rollout(NamedTuple):
     entropies of those that the model sampled, its text, and its end: "end" (of the document), "stop" or "length".
 
     Of a conversation with tools, `own` says which tokens the model sampled ([]: all), text is the last answer, turns
-    are all texts behind the prompt by role, and score is its environment's."""
+    are all texts behind the prompt by role, score is its environment's, and state that environment's attributes."""
 
     prompt: list[int]
     tokens: list[int]
@@ -58,6 +58,7 @@ class Rollout(NamedTuple):
     own: list[bool] = []
     turns: list[dict[str, str]] = []
     score: float | None = None
+    state: dict[str, Any] = {}
 
     @classmethod
     def of(cls, episode: Episode) -> "Rollout":
@@ -65,7 +66,9 @@ class Rollout(NamedTuple):
         own, turns = episode.own, episode.turns
         text = next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant"), "")
         measures = episode.logprobs, episode.entropies
-        return cls(episode.prompt, episode.tokens, *measures, text, episode.end, own, turns, episode.score)
+        return cls(
+            episode.prompt, episode.tokens, *measures, text, episode.end, own, turns, episode.score, episode.state
+        )
 
     @property
     def cut(self) -> bool:
@@ -236,7 +239,8 @@ class RolloutStep(Whole):
         if self.rewards is not None:
             texts = [self.settings.tokenizer.decode(rollout.prompt) for rollout in rollouts]
             owners = [row for number in numbers for row in [samples.row(number)] * times]
-            judged = self.rewards.judge(texts, [rollout.text for rollout in rollouts], owners)
+            completions, states = ([getattr(rollout, name) for rollout in rollouts] for name in ("text", "state"))
+            judged = self.rewards.judge(texts, completions, owners, states)
         if self.episodes is not None and self.episodes.environments.scoring:
             judged = with_scores(judged, [rollout.score for rollout in rollouts])
         return rollouts, judged, {"draw_s": sampled - began, "judge_s": time.perf_counter() - sampled}

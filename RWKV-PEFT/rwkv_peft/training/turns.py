@@ -51,6 +51,7 @@ class Episode:
     answers: int = 0
     end: str = ""
     score: float | None = None
+    state: dict[str, Any] = field(default_factory=dict)
 
     def add(self, tokens: Sequence[int], own: bool) -> None:
         self.tokens += tokens
@@ -134,8 +135,9 @@ class EpisodeSampler:
             for (key, row), place, text in zip(due, places, texts)
         ]
         converse(subject, self.environments, episodes, self.settings)
-        for episode, score in zip(episodes, self.environments.scores(places)):
-            episode.score = score
+        found = zip(episodes, self.environments.scores(places), self.environments.states(places))
+        for episode, score, state in found:
+            episode.score, episode.state = score, state
         self.environments.release(places)
         return [episodes[first : first + times] for first in range(0, len(episodes), times)]
 
