@@ -8,8 +8,8 @@ import random
 import shlex
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 
 import torch
 
@@ -77,7 +77,7 @@ class Session:
             self.tail = []
 
     @torch.inference_mode()
-    def answer(self, texts: Iterable[str], stops: Iterable[str], max_tokens: int) -> Iterator[str]:
+    def answer(self, texts: Iterable[str], stops: Iterable[str], max_tokens: int) -> Generator[str, None, None]:
         """Read texts, each tokenized by itself as in training data, and yield the answer piece by piece.
 
         The answer ends before a stop text, at the token that ends a document, or after max_tokens. If the caller stops
@@ -260,9 +260,11 @@ class ChatLoop:
         self.results, shown = [], list[str]()
         show(texts[-1])
         try:
-            for text in self.session.answer(texts, self.stops, self.max_tokens):
-                show(text)
-                shown.append(text)
+            # closed before an interrupt is handled, because another one may come then
+            with closing(self.session.answer(texts, self.stops, self.max_tokens)) as pieces:
+                for text in pieces:
+                    show(text)
+                    shown.append(text)
         finally:
             show("\n\n")
         opening = texts[-1].partition(":")[2]  # of a thinking, in which nothing is called
