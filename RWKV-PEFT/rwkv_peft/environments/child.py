@@ -56,8 +56,8 @@ def open_class(spec: str) -> type:
     return found
 
 
-def description(environment: type) -> tuple[list[dict[str, Any]], list[str] | None, bool]:
-    """(its tools, the fields that reset takes, None for any, True if it scores conversations)."""
+def description(environment: type) -> tuple[list[dict[str, Any]], list[str], bool]:
+    """(its tools, the fields that reset requires, True if it scores conversations)."""
     tools = [tool_schema(name, method) for name, method in methods_of(environment).items()]
     parameters = [*inspect.signature(getattr(environment, RESET)).parameters.values()][1:]
     required = [one.name for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
@@ -100,7 +100,7 @@ class Conversations:
         return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
     def score(self, work: None) -> float | None:
-        """What get_reward says of the conversation."""
+        """The conversation's score by get_reward."""
         return number_in(self.acted(self.instance.get_reward))
 
     def state(self, work: None) -> str:

@@ -4,7 +4,6 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,9 +11,9 @@ from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import send_handle
 from typing import Any, NamedTuple
 
-from ..children import python_command
 from ..cli.errors import UserError, field_names
 from ..data.tools import ToolCall
+from .user_code import UserProcess
 
 SECONDS = 60.0  # that a tool, a reset or a score may take
 LOADING = 60.0  # seconds that the classes' files may take to load
@@ -52,23 +51,14 @@ class Place:
                 os.killpg(self.process, signal.SIGKILL)
 
 
-class Environments:
+class Environments(UserProcess):
     """Environments by the words of a flag, which messages name; use `Environments.open`."""
 
     def __init__(self, specs: Sequence[str], timeout: float, flag: str) -> None:
         names = [name if (name := spec.partition("=")[0]).isidentifier() and name != spec else "" for spec in specs]
         words = [spec if name else f"={spec}" for name, spec in zip(names, specs)]
         self.timeout, self.flag = timeout, flag
-        self.pipe, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                python_command("rwkv_peft.environments.child", str(theirs.fileno()), *words),
-                stdin=subprocess.PIPE,  # the processes end when this one does, which closes it
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+        super().__init__("rwkv_peft.environments.child", *words)
         self.known: dict[str, Environment] = {}
         self.free: dict[str, list[Place]] = {}
         self.places: list[Place] = []
@@ -213,9 +203,4 @@ class Environments:
         """End all processes."""
         for place in self.places:
             place.end("the run is over")
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.pipe.close()
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        super().stop()

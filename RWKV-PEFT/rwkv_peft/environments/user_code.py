@@ -3,14 +3,17 @@
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from contextlib import suppress
+from multiprocessing.connection import Pipe
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..children import python_command
 from ..cli.errors import UserError, quoted, told
 
 LARGEST = 1e15  # reward: sums and squares of larger ones overflow
@@ -56,6 +59,32 @@ def number_in(value: Any) -> float | None:
     raise UserError(
         f"it returned {quoted(value)}; return a finite number (up to {LARGEST:g}), or None for what it does not judge"
     )
+
+
+class UserProcess:
+    """A process that runs a module of this package with the end of a pipe, whose other end is `pipe`. It ends when this
+    process does, and prints nowhere."""
+
+    def __init__(self, module: str, *words: str) -> None:
+        self.pipe, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                python_command(module, str(theirs.fileno()), *words),
+                stdin=subprocess.PIPE,  # the process ends when this one does, which closes it
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+
+    def stop(self) -> None:
+        """End the process and those that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.pipe.close()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
 
 def end_all() -> None:

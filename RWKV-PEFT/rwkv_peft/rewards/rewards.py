@@ -1,18 +1,15 @@
 """The rewards of a run: they judge completions in a process of their own (child.py), with a limit of time for each
 call, and are summed up with weights."""
 
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
-from multiprocessing.connection import Pipe
 from typing import Any, NamedTuple
 
-from ..children import python_command
 from ..cli.errors import UserError
+from ..environments.user_code import UserProcess
 from .judges import Answer
 
 SECONDS = 60.0  # that a call of a reward may take
@@ -36,23 +33,14 @@ class JudgeCall(NamedTuple):
     last: int
 
 
-class Rewards:
+class Rewards(UserProcess):
     """Judges of completions, by the words of --reward with a weight each; use `Rewards.open`. names are the rewards',
     in order. A reward may take `timeout` seconds for the answers that it is given at once: all answers of a request if
     it is a function, else one."""
 
     def __init__(self, specs: Sequence[str], weights: Sequence[float], timeout: float) -> None:
         self.specs, self.weights, self.timeout = specs, weights, timeout
-        self.pipe, theirs = Pipe()
-        with theirs:
-            self.process = subprocess.Popen(
-                python_command("rwkv_peft.rewards.child", str(theirs.fileno()), *specs),
-                stdin=subprocess.PIPE,  # the process ends when this one does, which closes it
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+        super().__init__("rwkv_peft.rewards.child", *specs)
         self.call, self.seconds, self.since = JudgeCall(0, 0, 0), max(timeout, LOADING), time.monotonic()
         self.call_seconds = self.seconds  # of each call, here of loading a file
         self.names: list[str] = []
@@ -141,15 +129,6 @@ class Rewards:
         else:
             how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"the process that judges {how}; mend the reward, which must return"
-
-    def stop(self) -> None:
-        """End the process and those that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.pipe.close()
-        assert self.process.stdin is not None
-        self.process.stdin.close()
 
 
 def place_of(answers: Sequence[Answer], call: JudgeCall) -> str:

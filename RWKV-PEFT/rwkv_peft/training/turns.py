@@ -200,7 +200,7 @@ def answered(turn: Turn, tokenizer: Tokenizer, settings: TurnSettings) -> list[T
     An answer hands over to a tool by the name of that speaker, or by a call. If another speaker's name follows a call,
     it is left out, so that the results can follow."""
     conversation, text = turn.conversation, turn.text
-    words, calls = parse_calls(text.text)
+    _, calls = parse_calls(text.text)
     hands_over = text.end == "stop" and tokenizer.decode(text.tokens).startswith(text.text + TOOL)
     tokens = text.tokens if hands_over or not calls or text.end != "stop" else text.shown_tokens()
     kept = len(tokens) if tokens == text.tokens[: len(tokens)] else len(text.tokens)
