@@ -162,5 +162,5 @@ def test_every_command_that_is_named_takes_its_flags(kind):
     for _, line in doctor.COMMANDS[kind]:
         program, name, *argv = shlex.split(line.format("file"))
         assert program == "rwkv-peft"
-        module, _, judge = named[name].flags.partition(":")
-        getattr(importlib.import_module(f"rwkv_peft.{module}"), judge)(argv)
+        module, _, check = named[name].flags.partition(":")
+        getattr(importlib.import_module(f"rwkv_peft.{module}"), check)(argv)

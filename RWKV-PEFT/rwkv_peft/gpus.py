@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .cli.errors import UserError, told
+from .cli.errors import UserError, summarize
 from .cli.parser import counted
 from .config import TrainConfig
 
@@ -27,7 +27,7 @@ def refusal() -> tuple[str, str]:
     try:
         torch.cuda.init()
     except RuntimeError as error:
-        return told(error), OLDER
+        return summarize(error), OLDER
     return without_code(0)
 
 

@@ -12,7 +12,7 @@ from .checkpoints.atomic import atomic_write
 from .checkpoints.best import is_record
 from .checkpoints.readable import require_readable
 from .children import import_matplotlib
-from .cli.errors import UserError, told
+from .cli.errors import UserError, summarize
 from .cli.names import METRICS, is_number
 from .objectives import OBJECTIVES
 
@@ -100,7 +100,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # dropped if it is the last line
-                broken = UserError(f"{path}, line {number}: not JSON ({told(error)}); delete that line")
+                broken = UserError(f"{path}, line {number}: not JSON ({summarize(error)}); delete that line")
                 continue
             if not is_record(record):
                 raise UserError(

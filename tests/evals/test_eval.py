@@ -194,7 +194,7 @@ def test_rows_of_ones_own(row, layout, prompt, solution):
         (solution.upper() + " ", solution == solution.upper(), True),
         ("no", False, False),
     ):
-        assert task.judge(text, problem.answer) == {"strict": strict, "flexible": flexible}
+        assert task.score(text, problem.answer) == {"strict": strict, "flexible": flexible}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_choices_rows(row):
     problem = task.problem(row, LAYOUTS["question"])
     assert problem[2:] == ("yes", (" no", " yes"), 1) and problem.prompt == "Question: q\n\nAnswer:"
     by_length = [-3.0, -3.9]  # a byte of " yes" costs less, all of it more
-    assert task.judge(by_length, problem) == {"by sum": False, "by byte": True}
+    assert task.score(by_length, problem) == {"by sum": False, "by byte": True}
 
 
 @pytest.mark.parametrize("answer, right", [(1, 1), ("1", 0), (2, 2), (3, 0), ("3", 0), ("B", 1)])

@@ -10,7 +10,7 @@ from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
 from rwkv_peft.release.check import main
-from rwkv_peft.release.runtimes import RUNTIMES, Runtime, judge, reference_logits, written
+from rwkv_peft.release.runtimes import RUNTIMES, Runtime, compare, reference_logits, written
 
 # (format, largest absolute difference of logits that the runtimes' own arithmetic may make)
 BOUNDS = (("fp32", 1e-5), ("f32", 1e-5), ("f16", 4e-3), ("bf16", 2.5e-2), ("q8_0", 1e-1))
@@ -32,7 +32,7 @@ def ask(runtime, form, state, folder, length=50):
     assert not runtime.refuses(config)
     tokens = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(1))
     logits = runtime.logits(written(folder, form, model), tokens, config)
-    return judge(logits, reference_logits(model, tokens), form, runtime.shifted)[0]
+    return compare(logits, reference_logits(model, tokens), form, runtime.shifted)[0]
 
 
 def installed(module):
@@ -144,7 +144,7 @@ def test_gguf_needs_its_writer_too(monkeypatch):
 
 def test_a_nan_is_a_failure(tiny_state):
     reference = torch.randn(3, 5).double()
-    difference, limit = judge(torch.full((3, 5), float("nan")), reference, "fp32", False)
+    difference, limit = compare(torch.full((3, 5), float("nan")), reference, "fp32", False)
     assert not difference <= limit
 
 
@@ -161,7 +161,7 @@ def test_a_sum_of_probabilities_that_float32_rounded_says_nothing_of_a_model():
     torch.manual_seed(0)
     reference = torch.randn(7, 300, dtype=torch.float64)
     told = reference.log_softmax(-1)[-1:].float()
-    assert judge(told + 1e-2, reference, "f32", shifted=True)[0] < 1e-6
+    assert compare(told + 1e-2, reference, "f32", shifted=True)[0] < 1e-6
     told[0, 5] += 1e-2
-    difference, limit = judge(told, reference, "f32", shifted=True)
+    difference, limit = compare(told, reference, "f32", shifted=True)
     assert difference == pytest.approx(1e-2, rel=1e-2) and difference > limit

@@ -24,7 +24,7 @@ def judge(specs, completions, weights=(), rows=None, **options):
     rows = rows or [ROWS[n % 2] for n in range(len(completions))]
     with Rewards.open(specs, weights, **options) as rewards:
         rewards.check_rows(rows)
-        return rewards.judge([f"question {n + 1}" for n in range(len(completions))], completions, rows)
+        return rewards.score([f"question {n + 1}" for n in range(len(completions))], completions, rows)
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_processes_end_with_a_run_that_is_killed(reward, tmp_path):
     script.write_text(
         "import time\nfrom rwkv_peft.rewards import Rewards\n"
         f"with Rewards.open([{reward(STARTS)!r}]) as rewards:\n"
-        "    print(*map(int, rewards.judge(['a'] * 2, ['b'] * 2, [{}] * 2).total), flush=True)\n    time.sleep(99)\n"
+        "    print(*map(int, rewards.score(['a'] * 2, ['b'] * 2, [{}] * 2).total), flush=True)\n    time.sleep(99)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(python_command("x")[1]).parents[1])}
     run = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 
 WINDOWS = re.compile(r"([A-Za-z]):[\\/](.*)")  # a path with its drive
 MOST_BYTES = 1 << 24  # of a text that is read whole, such as a template
@@ -29,7 +29,7 @@ def reading(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} {finding}: {told(error)}; {remedy}") from error
+        raise UserError(f"{path} {finding}: {summarize(error)}; {remedy}") from error
 
 
 def require_file(path: str | Path) -> Path:

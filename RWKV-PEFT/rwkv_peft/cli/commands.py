@@ -51,7 +51,7 @@ COMMANDS = (
         "train",
         "train an adapter on a model, or the model itself (train.py)",
         "training.run",
-        flags="training.flags.request:judge",
+        flags="training.flags.request:check_flags",
     ),
     Command(
         "Train",
@@ -183,8 +183,8 @@ def main(argv: list[str]) -> int:
     command = known[argv[0]]
     try:
         if command.flags:
-            flags, _, judge = command.flags.partition(":")
-            getattr(importlib.import_module(f"rwkv_peft.{flags}"), judge)(argv[1:])
+            flags, _, check = command.flags.partition(":")
+            getattr(importlib.import_module(f"rwkv_peft.{flags}"), check)(argv[1:])
         module = importlib.import_module(f"rwkv_peft.{command.module}")
         return module.main(argv[1:])
     except ModuleNotFoundError as error:

@@ -66,7 +66,7 @@ def ending_of(end: KeyboardInterrupt | Ended) -> tuple[str, int]:
     return (end.words, end.code) if isinstance(end, Ended) else (INTERRUPTED, 128 + signal.SIGINT)
 
 
-def told(error: BaseException, named: bool = False) -> str:
+def summarize(error: BaseException, named: bool = False) -> str:
     """Return a one-line summary of a third-party exception; some quote a whole file. The exception's name leads if
     `named`, and if the text is empty or, as that of a LookupError, may be only a key."""
     lines = str(error).strip().splitlines()
@@ -128,7 +128,7 @@ def explained(error: BaseException) -> tuple[int, str] | None:
         if advice is not None and error.filename is not None:
             return 2, f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}"
     if isinstance(error, MemoryError):
-        return 2, f"error: no more memory is free ({told(error)}); {ROOM}"
+        return 2, f"error: no more memory is free ({summarize(error)}); {ROOM}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
         wanted = "".join(re.findall(r"Tried to allocate ([\d.]+ \w+)", str(error))[:1])
         remedy = "; ".join(getattr(error, "__notes__", ())) or ROOM

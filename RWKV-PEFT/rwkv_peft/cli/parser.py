@@ -76,14 +76,14 @@ class Parser(argparse.ArgumentParser):
         raise in_one([*self.mistakes, f"{message}; see {self.prog} --help"])
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
-        self.tell(self.rules)
+        self.check_rules(self.rules)
         namespace, mistakes = self.parse_with_mistakes(args, namespace)
         refusals = Refusals(mistakes)
         refusals.gather(contradictions, self.rules, self.given(namespace))
-        refusals.tell()
+        refusals.raise_all()
         return namespace
 
-    def tell(self, rules: Sequence[Rule]) -> None:
+    def check_rules(self, rules: Sequence[Rule]) -> None:
         """Add the rules on each flag to its help."""
         told = notes(rules)
         for action in self._actions:
@@ -205,7 +205,7 @@ def finite(text: str) -> float:
     return value
 
 
-def that(read: Callable[[str], Value], holds: Callable[[Value], object], wrong: str) -> Callable[[str], Value]:
+def constrained(read: Callable[[str], Value], holds: Callable[[Value], object], wrong: str) -> Callable[[str], Value]:
     """Make an argparse type for values that `read` reads and for which a condition holds; else they are `wrong`."""
 
     def checked(text: str) -> Value:
@@ -219,18 +219,20 @@ def that(read: Callable[[str], Value], holds: Callable[[Value], object], wrong: 
 
 def up_to(most: int, read: Callable[[str], int]) -> Callable[[str], int]:
     """Make an argparse type for numbers that `read` reads and that are at most `most`."""
-    return that(read, lambda value: value <= most, f"is above {most:,}")
+    return constrained(read, lambda value: value <= most, f"is above {most:,}")
 
 
-count = up_to(MOST, that(whole, lambda value: value >= 0, "is negative"))
-positive = up_to(MOST, that(whole, lambda value: value >= 1, "is below 1"))
-seed = that(whole, lambda value: -(2**63) <= value < 2**63, "does not fit in 64 bits")
-not_negative = that(finite, lambda value: value >= 0, "is negative")
-above_zero = that(finite, lambda value: value > 0, "is not above 0")
-below_one = that(not_negative, lambda value: value < 1, "must be below 1")
-share = that(not_negative, lambda value: value <= 1, "is no share, which is from 0 to 1, as 0.9 for 90 %")
-port = that(whole, lambda value: 0 <= value <= 65535, "is no port, which is a number from 0 (any free one) to 65535")
-stop_text = that(str, bool, "is an empty text, which would stop before the first token; leave it out")
+count = up_to(MOST, constrained(whole, lambda value: value >= 0, "is negative"))
+positive = up_to(MOST, constrained(whole, lambda value: value >= 1, "is below 1"))
+seed = constrained(whole, lambda value: -(2**63) <= value < 2**63, "does not fit in 64 bits")
+not_negative = constrained(finite, lambda value: value >= 0, "is negative")
+above_zero = constrained(finite, lambda value: value > 0, "is not above 0")
+below_one = constrained(not_negative, lambda value: value < 1, "must be below 1")
+share = constrained(not_negative, lambda value: value <= 1, "is no share, which is from 0 to 1, as 0.9 for 90 %")
+port = constrained(
+    whole, lambda value: 0 <= value <= 65535, "is no port, which is a number from 0 (any free one) to 65535"
+)
+stop_text = constrained(str, bool, "is an empty text, which would stop before the first token; leave it out")
 
 
 def add_stop_flag(add: Callable[..., object], text: str) -> None:

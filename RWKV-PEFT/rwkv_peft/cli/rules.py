@@ -41,7 +41,7 @@ class Refusals:
         for message in self.attempt(lambda *given: list(check(*given)), *arguments) or ():
             self.add(message)
 
-    def tell(self) -> None:
+    def raise_all(self) -> None:
         """Raise one UserError of all messages, if there are any."""
         if self.messages:
             raise in_one(self.messages)
@@ -63,7 +63,7 @@ def require_none(check: Callable[..., Iterator[str]], *arguments: Any) -> None:
     """Raise a UserError of all messages that a check yields, if there are any."""
     refusals = Refusals()
     refusals.gather(check, *arguments)
-    refusals.tell()
+    refusals.raise_all()
 
 
 NEEDS, EXCLUDES = "needs", "does not go with"

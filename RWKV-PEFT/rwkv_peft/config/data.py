@@ -20,7 +20,7 @@ class DataType(NamedTuple):
     fields: tuple[int, ...] = ()
     named: str = ""
 
-    def judge(self, given: Sequence[str]) -> None:
+    def check_fields(self, given: Sequence[str]) -> None:
         """Raise UserError for a number of fields that such rows do not have."""
         if given and len(given) not in self.fields:
             raise UserError(f"--sft_field {' '.join(given)}: {self.named}; name all, or leave them to be recognised")

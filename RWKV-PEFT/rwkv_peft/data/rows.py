@@ -15,7 +15,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from ..checkpoints.readable import choice_in, object_in, read_settings, reading, require_readable
-from ..cli.errors import UserError, short, told
+from ..cli.errors import UserError, short, summarize
 
 BATCH_ROWS = 1000  # of a table that are in memory at once
 ROW_BYTES = 1 << 26  # of a line, at most: a few compressed bytes may unpack to any length
@@ -162,8 +162,8 @@ def json_rows(path: Path) -> Items:
     except (ValueError, RecursionError) as error:
         begins = "{, so that it is one row over several lines" if one else "[, so that it is one list of rows"
         raise UserError(
-            f"{path} begins with {begins}, and is not JSON ({told(error)}); mend it there (rows stand a line each, or "
-            "in one list, with no comma behind the last), or copy it again if its end is missing"
+            f"{path} begins with {begins}, and is not JSON ({summarize(error)}); mend it there (rows stand a line "
+            "each, or in one list, with no comma behind the last), or copy it again if its end is missing"
         ) from error
     yield from numbered(path, [rows] if one else rows)
 
@@ -183,8 +183,8 @@ def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
             yield from named(reader, path)
         except csv.Error as error:
             raise UserError(
-                f"{path}, line {reader.line_num}: not CSV ({told(error)}); a cell that holds a quote, a comma or a "
-                'line end stands in quotes ("…"), its own quotes twice ("")'
+                f"{path}, line {reader.line_num}: not CSV ({summarize(error)}); a cell that holds a quote, a comma or "
+                'a line end stands in quotes ("…"), its own quotes twice ("")'
             ) from error
 
 
@@ -212,7 +212,7 @@ def reading_arrow(path: Path) -> Iterator[ModuleType]:
     except ImportError as error:  # pyarrow is missing, or does not fit numpy
         what = path.suffix or "a datasets folder"
         raise UserError(
-            f"{path}: reading {what} needs pyarrow ({told(error)}): pip install --upgrade pyarrow numpy"
+            f"{path}: reading {what} needs pyarrow ({summarize(error)}): pip install --upgrade pyarrow numpy"
         ) from None
     kind = "a parquet file" if path.suffix == ".parquet" else "a file of Arrow"
     with reading(path, f"is not {kind}, or a damaged one", "copy it again"):

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from ..checkpoints.atomic import CannotWrite, write_text
 from ..checkpoints.readable import files_below, object_in, require_readable
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 from ..cli.names import user_cache
 from ..cli.parser import counted
 from ..cli.rules import require_none
@@ -196,7 +196,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
                 # last: it says that the files before it are whole
                 write_text(done, json.dumps({"notes": notes, "sizes": sizes_beside(done)}))
     except (CannotWrite, OSError) as error:
-        why = error if isinstance(error, CannotWrite) else f"{cache} cannot be written ({told(error)})"
+        why = error if isinstance(error, CannotWrite) else f"{cache} cannot be written ({summarize(error)})"
         kept = f"the tokens of --data_type {config.data_type} are kept there"
         raise UserError(f"{why}; {kept}, and XDG_CACHE_HOME names another place") from error
     return str(prefix), notes
@@ -205,7 +205,7 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
 def settings_of(config: DataConfig) -> EncodeSettings:
     """The settings by which the rows of a DataConfig become documents. Raises UserError for too many or too few fields,
     and for rows that are missing."""
-    DATA_TYPES[config.data_type].judge(config.sft_field)
+    DATA_TYPES[config.data_type].check_fields(config.sft_field)
     settings = EncodeSettings(
         config.tokenizer,
         fields=config.sft_field,

@@ -19,7 +19,7 @@ from types import MappingProxyType, ModuleType
 from typing import TypeVar
 
 from ..checkpoints.readable import require_readable
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 from ..cli.installing import how_to_install
 
 MOST_TOKENS = 1 << 31  # ids of token files are below
@@ -282,4 +282,4 @@ def guarded(failed: str, function: Callable[..., Result], *arguments: object, **
     except BaseException as error:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{failed} ({told(error)})") from error
+        raise UserError(f"{failed} ({summarize(error)})") from error

@@ -30,7 +30,7 @@ from typing import Any
 
 from ..checkpoints.readable import require_readable
 from ..children import when_parent_ends
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 from .tool_schemas import RESET, SCORE, methods_of, tool_schema
 from .user_code import end_all, load, number_in, raised
 
@@ -49,7 +49,7 @@ def open_class(spec: str) -> type:
         try:
             module = importlib.import_module(place)
         except Exception as error:
-            raise UserError(f"the module cannot be imported: {told(error, named=True)}; install it") from error
+            raise UserError(f"the module cannot be imported: {summarize(error, named=True)}; install it") from error
     found = getattr(module, name, None)
     if not inspect.isclass(found):
         raise UserError(f"{Path(place).name} has no class {name}; name one that it has")

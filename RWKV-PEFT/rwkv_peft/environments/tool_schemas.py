@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 
 RESET, SCORE = "reset", "get_reward"
 NAMES = MappingProxyType(
@@ -49,7 +49,9 @@ def tool_schema(name: str, method: Callable[..., Any]) -> dict[str, Any]:
     try:
         hints = typing.get_type_hints(method)
     except Exception as error:
-        raise UserError(f"the types of the tool {name} are not known: {told(error, named=True)}; mend them") from error
+        raise UserError(
+            f"the types of the tool {name} are not known: {summarize(error, named=True)}; mend them"
+        ) from error
     properties, required = {}, []
     for one in [*inspect.signature(method).parameters.values()][1:]:
         if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD, one.POSITIONAL_ONLY):

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ..children import python_command
-from ..cli.errors import UserError, quoted, told
+from ..cli.errors import UserError, quoted, summarize
 
 LARGEST = 1e15  # reward: sums and squares of larger ones overflow
 
@@ -42,7 +42,7 @@ def raised(error: BaseException, file: str) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename).name == Path(file).name
     ]
-    return told(error, named=True) + (f" ({file}, line {lines[-1]})" if lines else "")
+    return summarize(error, named=True) + (f" ({file}, line {lines[-1]})" if lines else "")
 
 
 def number_in(value: Any) -> float | None:

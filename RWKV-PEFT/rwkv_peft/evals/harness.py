@@ -25,7 +25,7 @@ from lm_eval.utils import handle_non_serializable as plain
 from lm_eval.utils import make_table
 from tqdm import tqdm
 
-from ..cli.errors import UserError, bar_seconds, quoted, told
+from ..cli.errors import UserError, bar_seconds, quoted, summarize
 from ..cli.names import is_finite, is_number
 from ..config import TrainConfig
 from ..data.tokenizer import Tokenizer
@@ -205,10 +205,10 @@ def unloadable(listed: str, error: Exception, flag: str) -> str:
     if kinds & {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
         return (
             f"the data of {listed} is not on this disk, and the Hugging Face hub cannot be reached "
-            f"({told(error)}); run it once with a network (unset HF_HUB_OFFLINE), or give tasks over files of your own "
-            f"with {flag}"
+            f"({summarize(error)}); run it once with a network (unset HF_HUB_OFFLINE), or give tasks over files of "
+            f"your own with {flag}"
         )
-    return f"{listed} cannot be loaded: {told(error, named=True)}"
+    return f"{listed} cannot be loaded: {summarize(error, named=True)}"
 
 
 def load_tasks(names: Sequence[str], folder: str | None, flag: str = "--include_path") -> tuple[Tasks, list[str]]:
@@ -257,7 +257,7 @@ def evaluate(
     except Exception as error:  # lm_eval and a task's code may raise anything
         if answering or isinstance(error, UserError):
             raise
-        raise UserError(f"{tasks.described(names)} cannot be asked: {told(error, named=True)}") from error
+        raise UserError(f"{tasks.described(names)} cannot be asked: {summarize(error, named=True)}") from error
 
 
 def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:
@@ -343,12 +343,12 @@ class HarnessExam:
         try:
             results = self.results(self.collect)
             empty = dict(EMPTY)
-            self.judge([{"answer": empty[kind]} for kind, questions in self.asked.items() for _ in questions])
+            self.score([{"answer": empty[kind]} for kind, questions in self.asked.items() for _ in questions])
         except UserError:
             raise
         except Exception as error:  # a task's code may raise anything
             asked = self.tasks.described(self.names)
-            raise UserError(f"--lm_eval {asked} cannot be asked: {told(error, named=True)}") from error
+            raise UserError(f"--lm_eval {asked} cannot be asked: {summarize(error, named=True)}") from error
         self.size = sum(count["effective"] for count in results["n-samples"].values())
 
     def __len__(self) -> int:
@@ -382,7 +382,7 @@ class HarnessExam:
                 yield {"number": first + mine[place], "answer": response}
             first += len(questions)
 
-    def judge(self, records: Sequence[Record]) -> Judgement:
+    def score(self, records: Sequence[Record]) -> Judgement:
         """Score all records, in the order of their numbers. Raises UserError if a task has other questions than
         before."""
         given = iter([record["answer"] for record in records])

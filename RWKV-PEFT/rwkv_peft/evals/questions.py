@@ -1,7 +1,7 @@
 """Questions to a model: the one sampler of completions, problems of a task, and the exams that a run gives its model.
 
 An exam is read and checked before training begins; harness.py has another. `exam.ask(model, rank, ranks)` yields a
-Record of every `ranks`-th question, `exam.judge(records)` scores all of them.
+Record of every `ranks`-th question, `exam.score(records)` scores all of them.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ def ask(
     if not isinstance(task, Choices):
         stops = {number: (*stops_of_prompt(problem.prompt), *stop) for number, problem in problems.items()}
         for found in sample(subject, prompts, stops, GREEDY, max_tokens, batch):
-            judged = task.judge(found.text, problems[found.number].answer)
+            judged = task.score(found.text, problems[found.number].answer)
             yield record(found.number, {"generated": found.text, "end": found.end, **judged})
         return
     order = sorted(problems, key=lambda number: len(prompts[number]))  # those of similar length together
@@ -100,7 +100,7 @@ def ask(
         texts = [[subject.tokenizer.encode(text) for text in problems[number].continuations] for number in numbers]
         for number, scores in zip(numbers, score(subject.model, [prompts[n] for n in numbers], texts, subject.start)):
             logprobs = [score.logprob for score in scores]
-            yield record(number, {"logprobs": logprobs} | task.judge(logprobs, problems[number]))
+            yield record(number, {"logprobs": logprobs} | task.score(logprobs, problems[number]))
 
 
 def digest_of(questions: object) -> str:
@@ -149,7 +149,7 @@ class Exam:
         subject = Subject(model, model.tuned_states(), self.tokenizer)
         return ask(self.task, subject, due, self.batch, self.max_tokens, self.stop)
 
-    def judge(self, records: Sequence[Record]) -> Judgement:
+    def score(self, records: Sequence[Record]) -> Judgement:
         """Score all records: the share that is right, by each measure of the task; the first is "score"."""
         first, *others = self.task.measures
         shares = {"score": share_of(first, records)}

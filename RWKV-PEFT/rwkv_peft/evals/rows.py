@@ -67,7 +67,7 @@ class Exact:
         return Problem("".join(text for text, _ in parts[: answers[-1]]), solution, solution.strip())
 
     @staticmethod
-    def judge(text: str, answer: str) -> dict[str, bool]:
+    def score(text: str, answer: str) -> dict[str, bool]:
         """Compare an answer's text with the right one -> {measure: True if it is right}."""
         return {"strict": text.strip() == answer, "flexible": plain(text) == plain(answer)}
 
@@ -87,7 +87,7 @@ class Choices:
         continuations = tuple(map(behind, texts))
         return Problem(laid_out(layout, question, clean), continuations[right], texts[right], continuations, right)
 
-    def judge(self, logprobs: Sequence[float], problem: Problem) -> dict[str, bool]:
+    def score(self, logprobs: Sequence[float], problem: Problem) -> dict[str, bool]:
         """Compare the choices' log-probabilities, in nats -> {measure: True if the right choice has the highest}."""
         means = [total / len(text.encode()) for total, text in zip(logprobs, problem.continuations)]
         pairs = zip(self.measures, (logprobs, means))

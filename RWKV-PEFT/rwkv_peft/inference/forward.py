@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cli.errors import told
+from ..cli.errors import summarize
 from ..models.layout import LayerState
 from ..models.parts import LanguageModel
 from ..models.state import State, grows
@@ -334,7 +334,9 @@ class GraphedForward:
             raise
         except RuntimeError as error:
             remedy = "tokens are drawn without CUDA graphs, and more slowly"
-            print(f"this GPU's driver cannot record what the model does ({told(error)}); {remedy}", file=sys.stderr)
+            print(
+                f"this GPU's driver cannot record what the model does ({summarize(error)}); {remedy}", file=sys.stderr
+            )
             self.most = 0
         else:
             self.graphs[size] = graph, logits

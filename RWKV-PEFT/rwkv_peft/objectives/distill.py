@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..cli.parser import above_zero, positive, share, that
+from ..cli.parser import above_zero, constrained, positive, share
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config.objective import TEACHER, Batch, Figure, Losses, Passes, number_of_tokens
 from ..config.setting import setting
@@ -99,7 +99,7 @@ class Distill(Draws):
         "jsd: share of the teacher in the mean that both are compared with; near 0 it is like forward, near 1 like "
         "reverse",
         flag="distill_beta",
-        type=that(above_zero, lambda value: value < 1, "must be below 1"),
+        type=constrained(above_zero, lambda value: value < 1, "must be below 1"),
     )
     temperature: float = setting(
         1.0,
@@ -112,7 +112,7 @@ class Distill(Draws):
         "weight of the divergence in the loss, above 0 and at most 1; the rest is that of the next token's "
         "cross-entropy",
         flag="distill_weight",
-        type=that(share, lambda value: value > 0, "is not above 0"),
+        type=constrained(share, lambda value: value > 0, "is not above 0"),
     )
 
     def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:

@@ -25,7 +25,7 @@ from ..checkpoints.atomic import scratch_folder
 from ..checkpoints.base import Base, open_base
 from ..checkpoints.state_file import read_states
 from ..checkpoints.tensors import dtype_name, save_pth
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 from ..cli.parser import counted
 from ..models.state import State, is_time_state, split_time_states, state_of
 from .flags import check_flags
@@ -167,8 +167,8 @@ def package_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
             return rwkv_sequence(copy, torch.arange(len(tokens)), base.config)
         except Exception as error:
             raise UserError(
-                f"the rwkv package cannot compute {base.path} ({told(error, named=True)}); --runtimes runs the others, "
-                "too"
+                f"the rwkv package cannot compute {base.path} ({summarize(error, named=True)}); --runtimes runs the "
+                "others, too"
             ) from error
 
 

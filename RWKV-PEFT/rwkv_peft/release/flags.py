@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from ..checkpoints.source_flags import add_source_flags
 from ..cli.names import GGUF_TYPES, QUANTS, called
-from ..cli.parser import Parser, finite, positive, that, up_to
+from ..cli.parser import Parser, constrained, finite, positive, up_to
 from ..cli.rules import NEEDS, Rule
 from ..config import QUANTIZATIONS
 
@@ -26,8 +26,8 @@ MERGE_SYNONYMS = MappingProxyType(
     }
 )
 MOST_TOKENS = 1 << 14  # for check: 8 GiB of logits in float64 over the World vocabulary
-factor = that(finite, bool, "would leave nothing of the change; give another number")
-repository = that(
+factor = constrained(finite, bool, "would leave nothing of the change; give another number")
+repository = constrained(
     str,
     lambda name: bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)),
     "is no name of a repository; give it as NAME/REPO, with your name or your organization's first",

@@ -20,7 +20,7 @@ from ..checkpoints.atomic import atomic_write
 from ..checkpoints.base import Base
 from ..checkpoints.readable import choice_in, read_settings
 from ..checkpoints.tensors import TensorSpec, dtype_name, read_safetensors, read_tensors, write_pth, write_safetensors
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 from ..cli.names import all_finite
 from ..models import FAMILIES
 from ..models.family import Family
@@ -293,7 +293,7 @@ def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise UserError(f"GGUF files take the gguf package ({told(error)}): pip install --upgrade gguf") from error
+        raise UserError(f"GGUF files take the gguf package ({summarize(error)}): pip install --upgrade gguf") from error
     return gguf
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.atomic import write_text
 from ..checkpoints.best import BEST, labelled, take
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 from ..cli.names import ADAPTER, CARD, MERGED, MODEL, PICTURE, TUNED
 from ..cli.parser import counted
 from ..data.recorded import flags_beside
@@ -89,7 +89,8 @@ def push(repo: str, contents: dict[str, Path | bytes], private: bool, message: s
         commit: Any = api.create_commit(repo, operations, commit_message=message)
     except Exception as error:  # its HTTP client's own, which change with its versions
         raise UserError(
-            f"{repo} was not pushed to {api.endpoint}: {told(error)}; nothing was committed: mend that, and push again"
+            f"{repo} was not pushed to {api.endpoint}: {summarize(error)}; nothing was committed: mend that, and push "
+            "again"
         ) from error
     return str(commit.commit_url)
 

@@ -22,7 +22,7 @@ from torch import nn
 from ..checkpoints.atomic import scratch_folder
 from ..checkpoints.base import Base
 from ..checkpoints.tensors import save_pth
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 from ..config import ModelConfig
 from ..data.tokenizer import WorldTokenizer
 from ..models.parts import LanguageModel
@@ -81,9 +81,9 @@ def runtimes_agree(model: Base, length: int, gguf_types: Sequence[str]) -> bool:
                     version = importlib.metadata.version(runtime.package)
                 except Exception as error:  # another project's; the other runtimes run all the same
                     agree = False
-                    print_row(runtime.name, "", form, f"failed: {told(error, named=True)}", "")
+                    print_row(runtime.name, "", form, f"failed: {summarize(error, named=True)}", "")
                     continue
-                difference, limit = judge(logits, reference, form, runtime.shifted)
+                difference, limit = compare(logits, reference, form, runtime.shifted)
                 agree = agree and difference <= limit
                 failed = "" if difference <= limit else "  FAILED"
                 print_row(runtime.name, version, form, f"{difference:14.1e}", f"{limit:7.1e}{failed}")
@@ -112,7 +112,7 @@ def written(folder: Path, form: str, model: Base) -> Path:
     return path
 
 
-def judge(logits: torch.Tensor, reference: torch.Tensor, form: str, shifted: bool) -> tuple[float, float]:
+def compare(logits: torch.Tensor, reference: torch.Tensor, form: str, shifted: bool) -> tuple[float, float]:
     """Compare logits with the reference -> (largest absolute difference, largest allowed).
 
     If `shifted`, log-probabilities are compared, at the last positions only, as many as the runtime gives. They are

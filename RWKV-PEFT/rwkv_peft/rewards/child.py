@@ -5,7 +5,7 @@
 It replies ("done", the rewards' names), and then to one request after the other:
 
     ("check", rows)        ("done", None)
-    ("judge", answers)     ("done", the values of each reward)
+    ("score", answers)     ("done", the values of each reward)
 
 or ("failed", message). Before each call of a reward it sends ("at", (reward, first item, last item)), so that the
 message on a process that hangs or dies can name them.
@@ -52,7 +52,7 @@ class Bench:
                     self.at(number, place, place)
                     raise
 
-    def judge(self, answers: Sequence[Answer]) -> list[list[float | None]]:
+    def score(self, answers: Sequence[Answer]) -> list[list[float | None]]:
         """Each reward's values of the answers."""
         return [self.values(number, answers) for number in range(len(self.rewards))]
 
@@ -63,7 +63,7 @@ class Bench:
         for first, part in enumerate(parts):
             self.at(number, first, first + len(part) - 1)
             try:
-                values = reward.judge(part)
+                values = reward.score(part)
             except UserError:
                 raise
             except (Exception, SystemExit) as error:
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
         bench.serve(bench.open, argv[1:])
         while True:
             kind, work = pipe.recv()
-            bench.serve(bench.check if kind == "check" else bench.judge, work)
+            bench.serve(bench.check if kind == "check" else bench.score, work)
     end_all()
 
 

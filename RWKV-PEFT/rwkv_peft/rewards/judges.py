@@ -12,7 +12,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 from ..checkpoints.readable import reading, require_readable
-from ..cli.errors import UserError, field_names, short, told
+from ..cli.errors import UserError, field_names, short, summarize
 from ..cli.installing import how_to_install
 from ..environments.user_code import load
 from ..evals.rows import Exact, Fields, choices_of, right_of, text_of
@@ -50,7 +50,7 @@ class Reward(ABC):
         """Raise UserError for a row that lacks the right answer, or another field that is read."""
 
     @abstractmethod
-    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+    def score(self, answers: Sequence[Answer]) -> Sequence[object]:
         """A number for each answer, or None for one that it does not judge."""
 
 
@@ -68,7 +68,7 @@ class RightAnswer(Reward):
     def check(self, row: Fields) -> None:
         self.due(row)
 
-    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+    def score(self, answers: Sequence[Answer]) -> Sequence[object]:
         return [float(self.right(answer.completion, self.due(answer.row))) for answer in answers]
 
     @abstractmethod
@@ -133,7 +133,7 @@ class Text(RightAnswer):
         return Exact().problem(row, "").answer
 
     def right(self, text: str, due: str) -> bool:
-        return Exact.judge(text, due)["strict" if self.strict else "flexible"]
+        return Exact.score(text, due)["strict" if self.strict else "flexible"]
 
 
 class ChoicesReward(Reward):
@@ -150,7 +150,7 @@ class ChoicesReward(Reward):
         number = right_of(row, texts, labels)
         return texts[number], labels[number]
 
-    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+    def score(self, answers: Sequence[Answer]) -> Sequence[object]:
         return [float(bare(answer.completion) in map(bare, self.right(answer.row))) for answer in answers]
 
 
@@ -168,9 +168,9 @@ class Match(Reward):
         try:
             self.pattern = re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"no regular expression of Python: {told(error)}; mend it") from error
+            raise UserError(f"no regular expression of Python: {summarize(error)}; mend it") from error
 
-    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+    def score(self, answers: Sequence[Answer]) -> Sequence[object]:
         return [float(bool(self.pattern.fullmatch(answer.completion.strip()))) for answer in answers]
 
 
@@ -191,7 +191,7 @@ class Schema(Reward):
             kind.check_schema(schema)
         self.validator = kind(schema, registry=Registry())  # the default one would fetch a $ref from the network
 
-    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+    def score(self, answers: Sequence[Answer]) -> Sequence[object]:
         return [float(self.satisfied(answer.completion)) for answer in answers]
 
     def satisfied(self, text: str) -> bool:
@@ -234,7 +234,7 @@ class FunctionReward(Reward):
                     "add the field, or give the parameter a default"
                 )
 
-    def judge(self, answers: Sequence[Answer]) -> Sequence[object]:
+    def score(self, answers: Sequence[Answer]) -> Sequence[object]:
         names = dict.fromkeys(name for answer in answers for name in answer.row)
         given = {name: [answer.row.get(name) for answer in answers] for name in names}
         given["prompts"] = [answer.prompt for answer in answers]

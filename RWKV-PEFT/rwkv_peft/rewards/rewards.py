@@ -71,7 +71,7 @@ class Rewards(UserProcess):
             self.reply(place)
             first += len(part)
 
-    def judge(
+    def score(
         self,
         prompts: Sequence[str],
         completions: Sequence[str],
@@ -83,7 +83,7 @@ class Rewards(UserProcess):
         that."""
         seen = zip(prompts, completions, rows, states or [{}] * len(rows), strict=True)
         answers = [Answer(*one) for one in seen]
-        self.send("judge", answers)
+        self.send("score", answers)
         each = dict(zip(self.names, self.reply(lambda call: place_of(answers, call))))
         return Judged([self.total(values) for values in zip(*each.values())], each)
 

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.atomic import room_at
-from ..cli.errors import told
+from ..cli.errors import summarize
 from ..cli.installing import how_to_install
 from ..cli.parser import Parser
 from ..memory import main_memory
@@ -162,7 +162,7 @@ def check_package(requirement: "Requirement") -> Finding:
             importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except Exception as error:  # a broken install may raise anything, and the user must see it
         remedy = f"pip install --force-reinstall '{name}{requirement.specifier}'"
-        return Finding(name, MISSING, f"{version} does not import: {told(error, named=True)}", remedy)
+        return Finding(name, MISSING, f"{version} does not import: {summarize(error, named=True)}", remedy)
     return Finding(name, OK, version)
 
 
@@ -214,7 +214,7 @@ def check_devices() -> Iterator[Finding]:
         remedy = (
             "end other programs that use it, take a build of torch with code for it, or train with --accelerator cpu"
         )
-        yield Finding("GPU", MISSING, f"torch sees one and cannot compute on it: {told(error)}", remedy)
+        yield Finding("GPU", MISSING, f"torch sees one and cannot compute on it: {summarize(error)}", remedy)
         return
     advice = "bf16 is faster and takes" if bf16 > fp32 else "fp32 is faster, bf16 takes"
     cores = f" on {torch.get_num_threads()} threads" if device == "cpu" else ""

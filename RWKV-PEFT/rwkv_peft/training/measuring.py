@@ -201,7 +201,7 @@ class Examiner:
         records = answers_of(self.exam, self.compile, trainer, lit)
         if not trainer.is_global_zero:
             return {}, []
-        metrics, lines, words = self.exam.judge(records)
+        metrics, lines, words = self.exam.score(records)
         place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
         append_text(self.path, "".join(json.dumps(place | line, ensure_ascii=False) + "\n" for line in lines))
         return metrics, words

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from filelock import FileLock
 from torch import Tensor
 
-from ..cli.errors import UserError, told
+from ..cli.errors import UserError, summarize
 from ..cli.tables import OPTIMS
 from ..config import TrainConfig
 from ..ops.native.build import COMPILING
@@ -224,7 +224,7 @@ def cpu_adam(groups: Groups, **settings: Any) -> Any:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise UserError(
-            f"an offload strategy needs DeepSpeed's Adam for the CPU, which cannot be built here: {told(cause)}; "
+            f"an offload strategy needs DeepSpeed's Adam for the CPU, which cannot be built here: {summarize(cause)}; "
             "it takes a C++ compiler (Debian, Ubuntu: apt install g++), ninja (pip install ninja) and a folder for "
             "torch's extensions that can be written (TORCH_EXTENSIONS_DIR names another); or take a --strategy without "
             "offload"

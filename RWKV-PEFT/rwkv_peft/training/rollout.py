@@ -240,7 +240,7 @@ class RolloutStep(Whole):
             texts = [self.settings.tokenizer.decode(rollout.prompt) for rollout in rollouts]
             owners = [row for number in numbers for row in [samples.row(number)] * times]
             completions, states = ([getattr(rollout, name) for rollout in rollouts] for name in ("text", "state"))
-            judged = self.rewards.judge(texts, completions, owners, states)
+            judged = self.rewards.score(texts, completions, owners, states)
         if self.episodes is not None and self.episodes.environments.scoring:
             judged = with_scores(judged, [rollout.score for rollout in rollouts])
         return rollouts, judged, {"draw_s": sampled - began, "judge_s": time.perf_counter() - sampled}

@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ...cli.errors import told
+from ...cli.errors import summarize
 from .catalog import Catalog
 from .conversation import Conversation
 from .flags import parse_flags
@@ -38,7 +38,9 @@ def main(argv: list[str]) -> int:
         line = f"{', '.join(catalog.speakers)}: http://{where}/v1"
         run(app, listener, args.client_seconds, args.drain_seconds, lambda: print(line, flush=True))
     if (failure := service.thread.failure) is not None:
-        words = f"the GPU failed, and this process cannot use it any more ({told(failure)}); start the server again"
+        words = (
+            f"the GPU failed, and this process cannot use it any more ({summarize(failure)}); start the server again"
+        )
         print(f"error: {words}", file=sys.stderr)
         return 1
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...cli.errors import UserError, short
-from ...cli.parser import Parser, above_zero, count, port, positive, that
+from ...cli.parser import Parser, above_zero, constrained, count, port, positive
 from ...cli.rules import NEEDS, Refusals, Rule
 from ..flags import add_running_flags, add_sampling_flags, sampling_of
 from ..settings import Sampling
@@ -45,7 +45,7 @@ def named(text: str) -> Named:
     return found
 
 
-model_name = that(str, NAME.fullmatch, "is no name of at most 64 letters, digits and ._:+-")
+model_name = constrained(str, NAME.fullmatch, "is no name of at most 64 letters, digits and ._:+-")
 
 
 def build_parser() -> Parser:
@@ -126,7 +126,7 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
         refusals.add(f"--files {args.files}: no such folder; name one that is there")
     sampling = refusals.attempt(sampling_of, args)
     args.key = refusals.attempt(read_key, args.api_key) if args.api_key else None
-    refusals.tell()
+    refusals.raise_all()
     assert sampling is not None  # because nothing was refused
     return args, sampling
 

@@ -122,7 +122,7 @@ def build_parser() -> Parser:
         metavar="SHARE",
         help="learning rate at the end of a run, as a share of its rate (default 0.1)",
     )
-    parser.tell(RULES)
+    parser.check_rules(RULES)
     return parser
 
 

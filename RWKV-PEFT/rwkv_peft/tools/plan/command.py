@@ -71,7 +71,7 @@ def parse_flags(argv: list[str]) -> Flags:
         metavar="SIZE",
         help="plan for a GPU of this memory, such as 24GiB (or 24GB, as its box says), instead of this machine",
     )
-    parser.tell(RULES)
+    parser.check_rules(RULES)
     args, mistakes = parser.parse_with_mistakes(with_settings(argv, parser))
     refusals = Refusals(mistakes)
     refusals.gather(contradictions, RULES, parser.given(args))

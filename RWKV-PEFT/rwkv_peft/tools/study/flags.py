@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...cli.errors import UserError
 from ...cli.names import NONE, STATE
-from ...cli.parser import FLAG, Parser, above_zero, add_stop_flag, count, positive, share, that
+from ...cli.parser import FLAG, Parser, above_zero, add_stop_flag, constrained, count, positive, share
 from ...cli.rules import EXCLUDES, Rule
 from ...inference.flags import unescaped
 from ...training.flags.parser import build_parser as build_train_parser
@@ -87,7 +87,7 @@ def build_parser() -> Parser:
     add("--rows", default="", metavar="FILE", help="learn from these questions instead of drawing any from a DOCUMENT")
     add(
         "--part_tokens",
-        type=that(positive, lambda value: value >= 16, "is below 16"),
+        type=constrained(positive, lambda value: value >= 16, "is below 16"),
         default=512,
         metavar="N",
         help="the most tokens of a part of the document, which the model has before it (default 512)",

@@ -38,7 +38,7 @@ def preview(options: Mapping[str, Any]) -> dict[str, Any]:
     if data_type not in OF_ROWS:
         raise UserError(f"--data_type {data_type}: one of {', '.join(OF_ROWS)}")
     fields = tuple(options.get("fields") or ())
-    DATA_TYPES[data_type].judge(fields)
+    DATA_TYPES[data_type].check_fields(fields)
     settings = EncodeSettings(
         options.get("tokenizer") or "world",
         fields=fields,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from ...cli.errors import UserError, short, told
+from ...cli.errors import UserError, short, summarize
 from ...cli.names import is_finite
 from ...config import WORDS, AdapterConfig, forms
 from ...config.adapter import JSON_FLAGS, PEFT_FLAG, SIZES, words_with
@@ -98,7 +98,7 @@ def parse_json_flag(flag: str, text: str, keys: Keys) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"--{flag} {short(text)!r} is not JSON ({told(error)}); quote it for the shell, "
+            f"--{flag} {short(text)!r} is not JSON ({summarize(error)}); quote it for the shell, "
             f"e.g. --{flag} '{{\"{keys[0][0]}\": …}}'"
         ) from error
     if not isinstance(value, dict):

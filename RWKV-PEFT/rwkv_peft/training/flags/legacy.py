@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ...cli.errors import UserError, short, told
+from ...cli.errors import UserError, short, summarize
 from ...cli.names import NONE, QUANTS, STATE, called, is_whole
 from ...cli.parser import count, counted
 from ...config import OF_ROWS
@@ -309,7 +309,7 @@ def marker(text: str) -> int | dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{short(text)!r} is not JSON ({told(error)})") from error
+        raise argparse.ArgumentTypeError(f"{short(text)!r} is not JSON ({summarize(error)})") from error
     if set(value) != set(UNSET):
         raise argparse.ArgumentTypeError(f"{short(text)!r} has other keys than mask0 and mask1, which are due")
     return value

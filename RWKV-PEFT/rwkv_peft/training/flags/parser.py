@@ -146,7 +146,7 @@ def build_parser() -> Parser:
             )
     add_upstream_flags(parser)
     add_legacy_flags(parser)
-    parser.tell(RULES)
+    parser.check_rules(RULES)
     return parser
 
 

@@ -98,7 +98,7 @@ class Flags(NamedTuple):
         return {flag: value for flag, value in entries.items() if flag != WRITE[2:]}
 
 
-def judge(argv: Sequence[str]) -> None:
+def check_flags(argv: Sequence[str]) -> None:
     """Check the flags before torch is imported. For several ranks, also silence torch's C++ log, because torch reads
     its level at import, and a lost rank is reported without stacks of C++ frames. A rank ends with its torchrun from
     here on."""
@@ -170,7 +170,7 @@ def flags_of(
     if refusals.messages and (args.load_model or args.data_file):
         with suppress(ModuleNotFoundError):  # no torch: these mistakes come first
             look_up(args, adapter, data, train, objective, refusals, here)
-    refusals.tell()
+    refusals.raise_all()
     assert world is not None and adapter is not None and data is not None and train is not None
     return Flags(args, adapter, data, train, objective, world, argv, notes)
 
@@ -229,7 +229,7 @@ def request_of(flags: Flags, here: bool = False) -> Request:
     args, adapter, data, train, objective, world, argv, notes = flags
     refusals = Refusals()
     found = look_up(args, adapter, data, train, objective, refusals, here)
-    refusals.tell()
+    refusals.raise_all()
     base, model, layers, teacher, stored = found
     assert model is not None and layers is not None
     if base is not None and args.my_testing not in (None, base.config.version):

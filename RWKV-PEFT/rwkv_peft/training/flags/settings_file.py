@@ -16,7 +16,7 @@ import yaml
 
 from ...checkpoints.atomic import write_text
 from ...checkpoints.readable import reading, require_readable
-from ...cli.errors import UserError, short, told
+from ...cli.errors import UserError, short, summarize
 from ...cli.parser import Parser
 from ...cli.rules import Refusals
 from .parser import READ, WRITE, entries_of
@@ -51,7 +51,7 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
             seen[dest] = key
             if dest not in overruled:
                 found += refusals.attempt(words_of, flag, actions[flag], value, name) or []
-    refusals.tell()
+    refusals.raise_all()
     return [*found, *words]
 
 
@@ -67,7 +67,7 @@ def settings_in(path: Path) -> dict[str, Any]:
             mark = getattr(error, "problem_mark", None)
             line = f" in line {mark.line + 1}" if mark is not None else ""
             raise UserError(
-                f"{READ} {path} is no YAML{line}: {told(error)}; write a line `flag: value` a flag"
+                f"{READ} {path} is no YAML{line}: {summarize(error)}; write a line `flag: value` a flag"
             ) from None
         if isinstance(plain, dict) and isinstance(plain.get(FLAGS), dict):
             plain, typed = plain[FLAGS], typed[FLAGS]

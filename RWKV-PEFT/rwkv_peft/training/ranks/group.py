@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ...children import python_command
-from ...cli.errors import NotNow, UserError, explained, keeping_handlers, told
+from ...cli.errors import NotNow, UserError, explained, keeping_handlers, summarize
 from ...config import TrainConfig
 from ..saving.checkpoints import how_to_go_on, is_of_connection
 from .agreement import disagreement
@@ -90,8 +90,8 @@ class Ranks:
         except dist.DistError as error:
             raise NotNow(
                 f"rank {world.rank} of {world.size} did not meet the others at {world.address}:{world.port} within "
-                f"{minutes:g} minutes (--join_minutes): {told(error)}; see the output of each, if all reach rank 0, "
-                "and if MASTER_PORT is free there"
+                f"{minutes:g} minutes (--join_minutes): {summarize(error)}; see the output of each, if all reach rank "
+                "0, and if MASTER_PORT is free there"
             ) from error
         # an agent may keep one store for all starts of a run
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if world.hosted else "0"
@@ -142,7 +142,7 @@ class Ranks:
         ignore_signals(type(error), error, None)
         if isinstance(error, Exception) and is_of_connection(error):
             time.sleep(GRACE)  # the thread ends this process if another rank's Failure comes
-            self.end(self.lost(told(error)))
+            self.end(self.lost(summarize(error)))
         code, message = explained(error) or (1, "".join(traceback.format_exception(error)).rstrip())
         if isinstance(error, KeyboardInterrupt):
             code, message = 128 + (error.args[0] if error.args else signal.SIGINT), INTACT
@@ -156,7 +156,7 @@ class Ranks:
                 if not self.link.check([FAILED]):
                     continue
             except dist.DistError as error:
-                reason = told(error)
+                reason = summarize(error)
             if not self.done.is_set():
                 self.end(self.lost(reason))
 
@@ -241,8 +241,8 @@ def launch(world: World, argv: Sequence[str], train: TrainConfig) -> int:
             return next((code for code in codes if code not in ASKED), 128 + end.sigval)
         except dist.DistError as error:
             raise NotNow(
-                f"{world.nodes} nodes did not meet at {place} (--join_minutes): {told(error)}; see the output of each, "
-                "if all reach node 0, and if MASTER_PORT is free there"
+                f"{world.nodes} nodes did not meet at {place} (--join_minutes): {summarize(error)}; see the output of "
+                "each, if all reach node 0, and if MASTER_PORT is free there"
             ) from error
 
 

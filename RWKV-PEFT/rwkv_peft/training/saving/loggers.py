@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from ...cli.errors import UserError, told
+from ...cli.errors import UserError, summarize
 from ...cli.names import TRACKERS
 from ...config import RunConfig
 
@@ -70,7 +70,7 @@ def make_loggers(config: RunConfig, folder: Path, first_step: int) -> list[Logge
                 loggers.append(make_tracker(name, project, config, folder, first_step))
             except Exception as error:
                 again = "mend that, or leave the flag out: metrics.jsonl has the same numbers"
-                raise UserError(f"--{name} {project}: {told(error, named=True)}; {again}") from error
+                raise UserError(f"--{name} {project}: {summarize(error, named=True)}; {again}") from error
     for logger in loggers:
         logger.log_hyperparams(asdict(config))
     return loggers
