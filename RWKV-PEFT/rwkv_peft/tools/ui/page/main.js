@@ -5,6 +5,7 @@ import { trainPage } from "./train.js";
 import { runsPage } from "./runs.js";
 import { chatPage } from "./chat.js";
 import { releasePage } from "./release.js";
+import { language, LANGUAGES, speak, t } from "./texts.js";
 
 const PAGES = { data: dataPage, train: trainPage, runs: runsPage, chat: chatPage, release: releasePage };
 const main = document.getElementById("main");
@@ -45,6 +46,12 @@ function decoded(text) {
   }
 }
 
+document.documentElement.lang = language;
+document.querySelector("nav").ariaLabel = t("nav.label");
+document.querySelector("nav").append(...Object.keys(PAGES).map((name) => el("a", { href: `#${name}` }, t(`nav.${name}`))));
+document.getElementById("language").replaceWith(el("select", { id: "language", "aria-label": t("language"), onchange: ({ target }) => speak(target.value) },
+  Object.entries(LANGUAGES).map(([value, name]) => el("option", { value, selected: value === language, lang: value }, name))));
+document.querySelector(".skip").textContent = t("to the content");
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // its address would open another page
   main.focus();
