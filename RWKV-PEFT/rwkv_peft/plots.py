@@ -22,8 +22,6 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 LINE_STYLES = ("-", "--", "-.", ":")
 LOSSES = MappingProxyType({"loss": "loss", "val_loss": "validation loss", "retain_loss": "retained loss"})
 NATS = "nats per {unit}"  # the axis of losses
-SHARES = ("acc", "acc_norm", "exact_match")  # lm_eval's metrics that are shares of right answers
-TASKS = 4  # of lm_eval that are drawn, at most
 AXES = ("share", "margin (nats)", "reward", "tokens", "nats")  # of the figures of objectives
 MANY = 20  # from so many values on, a noisy line is smoothed; fewer are drawn with markers
 WEIGHT = 0.9  # of the last mean in the next
@@ -149,7 +147,6 @@ def unit_of(records: Iterable[dict[str, Any]]) -> str:
 def curves_of(records: Sequence[dict[str, Any]]) -> list[Curve]:
     """The curves that some records have a number for, losses first."""
     names = dict.fromkeys(name for record in records for name in record)
-    tasks = [name for name in names if name.startswith("lm_eval/") and name.split("/")[2:3] in [[s] for s in SHARES]]
     figures = [figure for objective in OBJECTIVES.values() for figure in objective.figures if figure.axis in AXES]
     found = [
         *(Curve(name, label, NATS, name == "loss") for name, label in LOSSES.items()),
@@ -158,7 +155,6 @@ def curves_of(records: Sequence[dict[str, Any]]) -> list[Curve]:
         Curve("grad_norm", "gradient norm", "gradient norm", noisy=True),
         Curve("tokens_per_s", "tokens per second", "tokens per second", noisy=True),
         Curve("eval_score", "right answers", "share"),
-        *(Curve(name, name.removeprefix("lm_eval/"), "share") for name in tasks[:TASKS]),
         *(Curve(figure.name, figure.label, figure.axis, noisy=True) for figure in dict.fromkeys(figures)),
     ]
     return [curve for curve in found if series(records, curve.name)[0]]

@@ -135,17 +135,6 @@ def test_requests_that_are_no_texts_are_told(harness):
             harness.stops_of_request({"until": until})
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_ranks_share_questions_and_those_of_one_context_stay_together(harness, ranks):
-    contexts = [[1], [2], [1], [3], [2]]
-    shares = [
-        harness.share_of_rank([harness.Question(context, [0]) for context in contexts], rank, ranks)
-        for rank in range(ranks)
-    ]
-    assert sorted(sum(shares, [])) == list(range(5))
-    assert not any(contexts[a] == contexts[b] for mine in shares for a in mine for b in set(range(5)) - set(mine))
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -35,7 +35,7 @@ def values(config, identity=IDENTITY, step=None):
     """The shared values of a run, which goes on from a step if one is given."""
     checkpoint = step and Path(f"step-{step:08d}")
     inputs = SimpleNamespace(config=config, identity=identity, checkpoint=checkpoint, of_measured={})
-    return shared_values(inputs, SimpleNamespace(exams={}, rows=None))
+    return shared_values(inputs, SimpleNamespace(exam=None, rows=None))
 
 
 def compare(config, identity=IDENTITY, step=None):

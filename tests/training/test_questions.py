@@ -3,7 +3,6 @@
 The base is the demo's, which answers questions about little stories.
 """
 
-import importlib.util
 import json
 import sys
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from evals.local_tasks import offline, write_tasks
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.preprocess import main as preprocess
@@ -23,13 +21,10 @@ from rwkv_peft.evals.questions import Exam
 from rwkv_peft.inference.loading import load_model
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.measuring import Examiner
-from rwkv_peft.training.run import main as run_training
 from rwkv_peft.training.step.plan import Plan
 from training.runs import ROOT, finish, metrics, start
 
 BASE = str(ROOT / "demo" / "rwkv6-demo.pth")
-LM_EVAL = importlib.util.find_spec("lm_eval") is not None
-needs_lm_eval = pytest.mark.skipif(not LM_EVAL, reason="lm_eval is not installed")
 STORY = "The sun is up. Tom has {} brown grapes. A dog sleeps.\nQ: {}\nA:"
 QUESTIONS = [
     {"prompt": STORY.format(n, question), "completion": f" {right}"}
@@ -41,7 +36,6 @@ QUESTIONS = [
         (7, "How many?", "never asked"),
     ]
 ]
-TASKS = ("ours", "our_rolling", "our_gsm8k")
 ASK = ("--eval_every", "2", "--eval_limit", "4", "--eval_max_tokens", "24", "--eval_batch", "3", "--eval_stop", r"\n")
 
 
@@ -57,8 +51,6 @@ def files(tmp_path_factory):
     rows = [{"text": STORY.format(2 + n % 7, "How many?") + f" {2 + n % 7}"} for n in range(60)]
     preprocess([write(folder / "rows.jsonl", rows), "--tokenizer", "bytes", "--output", str(folder / "data")])
     write(folder / "questions.jsonl", QUESTIONS)
-    (folder / "tasks").mkdir()
-    write_tasks(folder / "tasks")
     return folder
 
 
@@ -79,23 +71,14 @@ def train(files):
 @pytest.fixture(scope="module")
 def asked(files, train):
     """The output of a run of six steps with questions after every second one, stopped after three and resumed."""
-    questions = ("--eval_data", str(files / "questions.jsonl"), *ASK, *lm_eval_flags(files))
+    questions = ("--eval_data", str(files / "questions.jsonl"), *ASK)
     train("asked", *questions, "--epoch_count", "1")
     assert sorted({answer["step"] for answer in answers(files, "asked")}) == [1, 2]  # the last step ended that run
     with open(files / "asked" / "answers.jsonl", "a") as file:
         file.write('{"step": 3, "number": 0}\n{"step": 4, "nu')  # of steps that were not saved
-    if LM_EVAL:
-        with open(files / "asked" / "lm_eval.jsonl", "a") as file:
-            file.write('{"step": 3, "results": {}}\n')
     out, _ = train("asked", *questions, "--resume")
     assert "rate      0.0061 (--lr_init auto: as the run began; docs/guides/learning-rates.md)" in out
     return out
-
-
-def lm_eval_flags(files):
-    """--lm_eval, if its package is installed."""
-    folder = str(files / "tasks")
-    return ("--lm_eval", *TASKS, "--lm_eval_include_path", folder, "--lm_eval_num_fewshot", "1") if LM_EVAL else ()
 
 
 def lines_of(path):
@@ -133,43 +116,6 @@ def test_the_last_answers_are_those_that_eval_finds_of_what_is_saved(files, aske
     assert [{"step": 5, "samples": 6} | record for record in records] == answers(files, "asked")[-4:]
 
 
-@needs_lm_eval
-def test_the_scores_of_lm_eval_are_logged_and_kept(files, asked):
-    rounds = lines_of(files / "asked" / "lm_eval.jsonl")
-    assert [line["step"] for line in rounds] == [1, 2, 3, 5]
-    logged = {line["step"]: line for line in metrics(files, "asked")}
-    for line in rounds:
-        results, scores = line["results"], logged[line["step"]]
-        assert scores["lm_eval/ours/acc"] == line["groups"]["ours"]["acc,none"] == 0.5
-        assert scores["lm_eval/our_gsm8k/exact_match/number"] == results["our_gsm8k"]["exact_match,number"]
-        assert scores["lm_eval/our_lambada/perplexity"] == results["our_lambada"]["perplexity,none"]
-        assert results["our_lambada"]["perplexity_stderr,none"] > 0
-        assert line["n-shot"]["our_gsm8k"] == 1 and line["versions"]["our_gsm8k"] and line["lm_eval"]
-    for line in rounds[2:]:  # those of the command that went on
-        value = f"{line['results']['our_rolling']['byte_perplexity,none']:#.4g}"
-        assert f"step {line['step'] + 1}: lm_eval our_rolling: byte_perplexity {value}\n" in asked
-        assert f"step {line['step'] + 1}: lm_eval ours: acc 0.5000 ± 0." in asked
-    assert "lm_eval our_choices" not in asked  # which ours tells of
-    assert "8 questions of lm_eval ours our_rolling our_gsm8k, asked every 2 steps and at the end" in asked
-    assert len({line["results"]["our_rolling"]["byte_perplexity,none"] for line in rounds}) == len(rounds)
-
-
-@needs_lm_eval
-def test_the_last_scores_are_those_that_lm_eval_finds_of_what_is_saved(files, asked):
-    words = [*TASKS, "--include_path", str(files / "tasks"), "--num_fewshot", "1", "--model", BASE]
-    output = files / "results.json"
-    assert evaluate([*words, "--adapter", str(files / "asked"), "--output", str(output)]) == 0
-    results, last = json.loads(output.read_text()), lines_of(files / "asked" / "lm_eval.jsonl")[-1]
-    for name in ("versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks"):
-        assert last[name] == results[name]
-    assert last["results"].keys() == results["results"].keys()
-    for task, found in results["results"].items():
-        found.pop("perplexity_stderr,none", None)  # which is drawn
-        ours = {name: last["results"][task][name] for name in found}
-        for name, value in found.items():  # the command folds the adapter into weights of the base's dtype, bfloat16
-            assert ours[name] == (pytest.approx(value, rel=1e-2) if "perplexity" in name and value != "N/A" else value)
-
-
 def test_what_the_run_computes_does_not_change(files, train, asked):
     """With dropout, whose random draws the questions must not change."""
     train("silent")
@@ -202,25 +148,6 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
     assert model.training
 
 
-@needs_lm_eval
-@pytest.mark.parametrize(
-    "task, message",
-    [
-        ("gone", "the data of gone .*is not on this disk, .* of your own with --lm_eval_include_path"),
-        ("beams", "asks for num_beams 4 in its generation_kwargs"),
-        ("fickle", "--lm_eval fickle: a task asks other questions each time"),
-        ("our_choice", "there is no task our_choice in lm_eval or in .*; is it our_choices"),
-    ],
-)
-def test_tasks_that_cannot_serve_are_told_before_the_run_begins(files, tmp_path, monkeypatch, task, message):
-    offline(monkeypatch)
-    words = ["--load_model", BASE, "--data_file", str(files / "data"), "--ctx_len", "64", "--accelerator", "cpu"]
-    more = ["--proj_dir", str(tmp_path / "none"), "--lm_eval", task, "--lm_eval_include_path", str(files / "tasks")]
-    with pytest.raises(UserError, match=message):
-        run_training([*words, *more])
-    assert not list((tmp_path / "none").rglob("*.json*"))
-
-
 @pytest.mark.parametrize(
     "rows, more, message",
     [
@@ -241,9 +168,8 @@ def test_bad_questions_are_told(tmp_path, rows, more, message):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--lm_eval", "t", "--lm_eval_include_path", "absent"), "--lm_eval_include_path absent is no folder"),
+        (("--lm_eval", "gsm8k"), "--lm_eval .*--eval_data, or after the run rwkv-peft eval TASK"),
         (("--eval_data", "q", "--eval_task", "choice"), "invalid choice: 'choice' .*; did you mean choices"),
-        (("--eval_data", "q", "--eval_task", "gsm8k"), "invalid choice: 'gsm8k' .* is --lm_eval gsm8k here"),
     ],
 )
 def test_flags_that_contradict_each_other_are_told(more, message):

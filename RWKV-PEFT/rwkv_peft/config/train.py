@@ -193,7 +193,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class ValidationConfig:
     """Validation runs on val_data and more_val, or on the share val_split of the data, and retain_data is measured with
-    it; eval_data and the tasks of lm_eval are questions that the model answers, and answer_rows rows of the data."""
+    it; eval_data holds questions that the model answers, as answer_rows rows of the data."""
 
     val_data: str = setting(
         "",
@@ -236,11 +236,10 @@ class ValidationConfig:
     eval_task: str = setting("jsonl", "their task, as in rwkv-peft eval", choices=tuple(TASKS), metavar="TASK")
     eval_every: int = setting(
         0,
-        "ask the questions of --eval_data and --lm_eval after every so many steps, and at the end; 0: after every "
-        "epoch",
+        "ask the questions of --eval_data after every so many steps, and at the end; 0: after every epoch",
         type=count,
     )
-    eval_limit: int = setting(100, "ask the first so many of them, and of each task of --lm_eval; 0: all", type=count)
+    eval_limit: int = setting(100, "ask the first so many of them; 0: all", type=count)
     eval_template: str = setting("", "template of a question, as --template of rwkv-peft eval", metavar="NAME")
     eval_max_tokens: int = setting(256, "the most tokens of an answer", type=positive)
     eval_stop: tuple[str, ...] = setting(
@@ -251,21 +250,6 @@ class ValidationConfig:
         metavar="TEXT",
     )
     eval_batch: int = setting(16, "answers written or scored at once, on each device", type=positive)
-    lm_eval: tuple[str, ...] = setting(
-        (),
-        "also score tasks of EleutherAI's lm-evaluation-harness, or groups or patterns of them, during training; the "
-        "results are written to lm_eval.jsonl in --proj_dir (sh scripts/setup.sh eval)",
-        metavar="TASK",
-    )
-    lm_eval_include_path: str = setting(
-        "", "a folder with tasks of your own, as --include_path of rwkv-peft eval", metavar="DIR"
-    )
-    lm_eval_num_fewshot: int | None = setting(
-        None,
-        "solved examples before each question, as --shots of rwkv-peft eval (default: the task's)",
-        type=count,
-        metavar="N",
-    )
 
 
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))

@@ -1,17 +1,12 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, for `rwkv-peft eval` and as an exam while training.
+"""Tasks of EleutherAI's lm-evaluation-harness, for `rwkv-peft eval`.
 
 This is the only file that imports the package lm_eval, which takes seconds: import it only where it is needed.
 """
 
 import difflib
-import io
-import json
-import logging
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -21,18 +16,16 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import handle_non_serializable as plain
+from lm_eval.utils import handle_non_serializable as plain  # noqa: F401  command.py writes results with it
 from lm_eval.utils import make_table
 from tqdm import tqdm
 
 from ..cli.errors import UserError, bar_seconds, quoted, summarize
-from ..cli.names import is_finite, is_number
-from ..config import TrainConfig
 from ..data.tokenizer import Tokenizer
 from ..inference.loading import Subject
 from ..inference.prompts import encode
 from ..inference.settings import Sampling
-from .questions import GREEDY, Judgement, Record, digest_of, sample
+from .questions import GREEDY, sample
 from .scoring import score_pairs
 
 SCORED, ROLLING, GENERATED = "loglikelihood", "loglikelihood_rolling", "generate_until"  # lm_eval's kinds of requests
@@ -42,13 +35,8 @@ SAMPLES = ("do_sample", "temperature", "top_p", "top_k")
 NEUTRAL = (("num_beams", 1),)  # settings that change nothing here
 SEED = 1234  # lm_eval's default seed of the few-shot examples, of NumPy and of torch
 DRAWS = 100_000  # bootstrap draws for standard errors that have no formula: lm_eval's default
-DRAWS_OF_RUN = 1000  # the same while training
-KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "lm_eval")
-SHOWN = 8  # tasks whose scores get a line while training
 
 Response = tuple[float, bool] | float | str  # to SCORED, ROLLING, GENERATED
-# the empty responses of a rehearsal
-EMPTY: tuple[tuple[str, Response], ...] = ((SCORED, (-1.0, False)), (ROLLING, -1.0), (GENERATED, ""))
 Results = dict[str, Any]
 Respond = Callable[[str, Sequence[Any]], list[Response]]
 
@@ -136,13 +124,6 @@ def responses(subject: Subject, kind: str, questions: Sequence[Question], batch:
             yield places[found.number], found.text
 
 
-def share_of_rank(questions: Sequence[Question], rank: int, ranks: int) -> list[int]:
-    """The places of one rank's Questions. Questions with the same context stay together."""
-    contexts: dict[tuple[int, ...], int] = {}
-    of = [contexts.setdefault(tuple(question.context), len(contexts)) for question in questions]
-    return [place for place, context in enumerate(of) if context % ranks == rank]
-
-
 class Respondent(LM):
     """A model to lm_eval, which hands requests to respond(kind, requests) -> their responses, in order."""
 
@@ -161,12 +142,11 @@ class Respondent(LM):
 
 
 class Tasks(TaskManager):
-    """The tasks of lm_eval and of a folder, which a flag names; `alone` leaves out lm_eval's own, which take half a
+    """The tasks of lm_eval and of the folder of --include_path; `alone` leaves out lm_eval's own, which take half a
     minute to read. Each list of tasks is loaded once; a failure is a UserError."""
 
-    def __init__(self, folder: str | None, flag: str, alone: bool = False) -> None:
+    def __init__(self, folder: str | None, alone: bool = False) -> None:
         super().__init__(include_path=folder, include_defaults=not alone)
-        self.flag = flag
         self.loaded: dict[tuple[str, ...], Any] = {}
 
     def suffice_for(self, name: str) -> bool:
@@ -187,7 +167,7 @@ class Tasks(TaskManager):
             try:
                 self.loaded[names] = super().load(list(names))
             except Exception as error:  # a task's file, code and data may raise anything
-                raise UserError(unloadable(self.described(names), error, self.flag)) from error
+                raise UserError(unloadable(self.described(names), error)) from error
         for name, task in self.loaded[names]["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise UserError(f"{name} runs code that the model writes, which is not offered here")
@@ -196,8 +176,8 @@ class Tasks(TaskManager):
         return self.loaded[names]
 
 
-def unloadable(listed: str, error: Exception, flag: str) -> str:
-    """The message on tasks that could not be loaded; flag is the one for a folder of tasks."""
+def unloadable(listed: str, error: Exception) -> str:
+    """The message on tasks that could not be loaded."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -206,26 +186,26 @@ def unloadable(listed: str, error: Exception, flag: str) -> str:
         return (
             f"the data of {listed} is not on this disk, and the Hugging Face hub cannot be reached "
             f"({summarize(error)}); run it once with a network (unset HF_HUB_OFFLINE), or give tasks over files of "
-            f"your own with {flag}"
+            "your own with --include_path"
         )
     return f"{listed} cannot be loaded: {summarize(error, named=True)}"
 
 
-def load_tasks(names: Sequence[str], folder: str | None, flag: str = "--include_path") -> tuple[Tasks, list[str]]:
+def load_tasks(names: Sequence[str], folder: str | None) -> tuple[Tasks, list[str]]:
     """Load the tasks of these names -> (the Tasks, the names of those loaded).
 
     A pattern such as mmlu_* stands for all tasks that match. lm_eval's own tasks are not indexed if the folder's
     suffice. Raises UserError for a name without a task, and for a task that cannot be loaded.
     """
-    tasks = Tasks(folder, flag, alone=folder is not None)
+    tasks = Tasks(folder, alone=folder is not None)
     if not all(map(tasks.suffice_for, names)):
-        tasks = Tasks(folder, flag)
+        tasks = Tasks(folder)
     found: list[str] = []
     for name in names:
         matches = tasks.match_tasks([name])
         if not matches:
             near = difflib.get_close_matches(name, tasks.all_tasks, 3)
-            where = f"in lm_eval or in {folder}" if folder else f"in lm_eval, and no {flag} with others"
+            where = f"in lm_eval or in {folder}" if folder else "in lm_eval, and no --include_path with others"
             raise UserError(f"there is no task {name} {where}" + (f"; is it {' or '.join(near)}?" if near else ""))
         found += matches
     found = list(dict.fromkeys(found))
@@ -253,7 +233,7 @@ def evaluate(
 
     set_shots(tasks, names, num_fewshot)
     try:
-        return run_tasks(tasks, names, respond, limit, samples=True)
+        return run_tasks(tasks, names, respond, limit)
     except Exception as error:  # lm_eval and a task's code may raise anything
         if answering or isinstance(error, UserError):
             raise
@@ -268,15 +248,11 @@ def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> No
             task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
 
 
-def run_tasks(
-    tasks: Tasks, names: Sequence[str], respond: Respond, limit: int | None, draws: int = DRAWS, samples: bool = False
-) -> Results:
-    """Run lm_eval's tasks with the responses of respond(kind, requests) -> its results, with each question if
-    `samples`.
+def run_tasks(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int | None) -> Results:
+    """Run lm_eval's tasks with the responses of respond(kind, requests) -> its results, with each question.
 
     Its simple_evaluate with the default seeds has the same, but runs git for the commit of the current folder, and a
-    repository's settings may name programs to run. Standard errors without a formula are bootstrapped
-    with `draws` draws (0: left out).
+    repository's settings may name programs to run.
     """
     loaded = tasks.load(names)
     random.seed(0)
@@ -284,144 +260,11 @@ def run_tasks(
     torch.manual_seed(SEED)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=SEED)
-    model = Respondent(respond)
-    found: Results = evaluator.evaluate(model, loaded, limit=limit, bootstrap_iters=draws, log_samples=samples)
+    found: Results = evaluator.evaluate(Respondent(respond), loaded, limit=limit, bootstrap_iters=DRAWS)
     return found | {"lm_eval": version("lm_eval")}
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """Within, nothing is printed; on exit the random states of Python, NumPy and torch are as before."""
-    numbers, arrays = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        random.setstate(numbers)
-        np.random.set_state(arrays)
 
 
 def tables(results: Results) -> str:
     """lm_eval's tables of tasks and of groups."""
     groups = [make_table(results, "groups")] if results.get("groups") else []
     return "\n".join([make_table(results), *groups])
-
-
-class Measure(NamedTuple):
-    """A task's value by one of its metrics, named with its filter, if any ("exact_match,strict-match"), and its
-    standard error (None: unknown)."""
-
-    task: str
-    name: str
-    value: float
-    error: float | None
-
-    def __str__(self) -> str:
-        spread = f" ± {self.error:#.4g}" if self.error is not None else ""
-        return f"{self.name.replace(',', ' by ')} {self.value:#.4g}{spread}"
-
-
-class HarnessExam:
-    """The questions of the tasks of --lm_eval, --eval_limit of each at most, in the tokens of a tokenizer.
-
-    lm_eval runs once before training with empty responses, to collect the questions and to detect tasks that fail.
-    Only a process that `speaks` shows lm_eval's bars while the tasks are loaded. Raises UserError for unknown tasks,
-    tasks that cannot be loaded, and questions that cannot be put.
-    """
-
-    def __init__(self, train: TrainConfig, tokenizer: Tokenizer, speaks: bool = True) -> None:
-        # a process forked for the bootstrap would copy a run's threads and signal handlers
-        os.environ["DISABLE_MULTIPROC"] = "1"
-        self.tokenizer, self.batch, self.limit = tokenizer, train.eval_batch, train.eval_limit or None
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that a task relies on
-        folder = train.lm_eval_include_path or None
-        with nullcontext() if speaks else silent():
-            self.tasks, self.names = load_tasks(train.lm_eval, folder, "--lm_eval_include_path")
-        set_shots(self.tasks, self.names, train.lm_eval_num_fewshot)
-        self.asked: dict[str, list[Question]] = {}
-        try:
-            results = self.results(self.collect)
-            empty = dict(EMPTY)
-            self.score([{"answer": empty[kind]} for kind, questions in self.asked.items() for _ in questions])
-        except UserError:
-            raise
-        except Exception as error:  # a task's code may raise anything
-            asked = self.tasks.described(self.names)
-            raise UserError(f"--lm_eval {asked} cannot be asked: {summarize(error, named=True)}") from error
-        self.size = sum(count["effective"] for count in results["n-samples"].values())
-
-    def __len__(self) -> int:
-        return self.size
-
-    @property
-    def digest(self) -> str:
-        return digest_of(self.asked)
-
-    def results(self, respond: Respond, draws: int = 0) -> dict[str, Any]:
-        """Run lm_eval with the responses of respond(kind, requests) -> its results as plain JSON, their standard errors
-        from `draws` draws; nothing is printed."""
-        with silent():
-            return json.loads(json.dumps(run_tasks(self.tasks, self.names, respond, self.limit, draws), default=plain))
-
-    def collect(self, kind: str, requests: Sequence[Any]) -> list[Response]:
-        """Keep the requests of a kind -> empty responses."""
-        self.asked[kind] = self.questions(kind, requests)
-        return [dict(EMPTY)[kind]] * len(requests)
-
-    def questions(self, kind: str, requests: Sequence[Any]) -> list[Question]:
-        return [question(kind, request.args, self.tokenizer, number) for number, request in enumerate(requests)]
-
-    def ask(self, model: Any, rank: int = 0, ranks: int = 1) -> Iterator[Record]:
-        """Yield a Record {"number", "answer"} of each of this rank's questions. The model starts from the states that
-        it tunes, if any; its mode (train or eval) and its weights stay as they are."""
-        subject, first = Subject(model, model.tuned_states(), self.tokenizer), 0
-        for kind, questions in self.asked.items():
-            mine = share_of_rank(questions, rank, ranks)
-            for place, response in responses(subject, kind, [questions[number] for number in mine], self.batch):
-                yield {"number": first + mine[place], "answer": response}
-            first += len(questions)
-
-    def score(self, records: Sequence[Record]) -> Judgement:
-        """Score all records, in the order of their numbers. Raises UserError if a task has other questions than
-        before."""
-        given = iter([record["answer"] for record in records])
-
-        def respond(kind: str, requests: Sequence[Any]) -> list[Response]:
-            if self.questions(kind, requests) != self.asked.get(kind):
-                raise UserError(
-                    f"--lm_eval {' '.join(self.names)}: a task asks other questions each time, and no two "
-                    "scores of it could be compared; leave it out"
-                )
-            return [next(given) for _ in requests]
-
-        results = self.results(respond, DRAWS_OF_RUN)
-        found = list(measures(results))
-        return Judgement(
-            {f"lm_eval/{measure.task}/{measure.name.replace(',', '/')}": measure.value for measure in found},
-            [{name: results[name] for name in KEPT if name in results}],
-            words(results, found),
-        )
-
-
-def measures(results: Mapping[str, Any]) -> Iterator[Measure]:
-    """Yield the Measures in lm_eval's results, groups of tasks first."""
-    for task, found in (results.get("groups", {}) | results["results"]).items():
-        for key, value in found.items():
-            metric, comma, kind = key.partition(",")
-            if comma and not metric.endswith("_stderr") and is_number(value):
-                error = found.get(f"{metric}_stderr,{kind}")
-                spread = float(error) if is_finite(error) else None
-                yield Measure(task, metric if kind == "none" else key, float(value), spread)
-
-
-def words(results: Mapping[str, Any], found: Sequence[Measure]) -> list[str]:
-    """A line for each group, and for each task of a group without a score; after SHOWN lines the number of the rest."""
-    within = {task for group in results.get("groups", ()) for task in results["group_subtasks"][group]}
-    listed: dict[str, list[str]] = {}
-    for measure in found:
-        if measure.task not in within:
-            listed.setdefault(measure.task, []).append(str(measure))
-    lines = [f"lm_eval {task}: {', '.join(values)}" for task, values in listed.items()]
-    more = [f"lm_eval: and {len(lines) - SHOWN} more tasks, in the run's folder"] if len(lines) > SHOWN else []
-    return lines[:SHOWN] + more

@@ -1,6 +1,6 @@
 """Questions to a model: the one sampler of completions, problems of a task, and the exams that a run gives its model.
 
-An exam is read and checked before training begins; harness.py has another. `exam.ask(model, rank, ranks)` yields a
+An exam is read and checked before training begins. `exam.ask(model, rank, ranks)` yields a
 Record of every `ranks`-th question, `exam.score(records)` scores all of them.
 """
 

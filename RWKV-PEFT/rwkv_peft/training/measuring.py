@@ -1,4 +1,4 @@
-"""Measurements while training: losses of held-out samples and of data to retain; exams that flags name, put every few
+"""Measurements while training: losses of held-out samples and of data to retain; the exam of --eval_data, every few
 steps; and rows of the run's own data, answered before the first step and after the last one."""
 
 import json
@@ -23,7 +23,6 @@ from ..data.tokenizer import KNOWN_SIZES
 from ..evals.questions import OF, Exam, Record, RowsExam, rows_of
 from ..inference.flags import unescaped
 from .inputs import VALIDATION, Inputs
-from .saving.checkpoints import ANSWERS, LM_EVAL
 from .saving.optimizer_state import averaged
 from .saving.resume import write_records
 from .saving.saver import Saver
@@ -31,7 +30,6 @@ from .step.compiling import uncompiled
 from .step.plan import Plan
 
 if TYPE_CHECKING:
-    from ..evals.harness import HarnessExam
     from .step.lit import Lit
 
 TRAINING, HELD_OUT = "training", "held-out"
@@ -110,46 +108,35 @@ def means(sums: Sequence[float]) -> list[float]:
 
 
 class Questions(NamedTuple):
-    """The questions of a run: exams by the file of their results, and the rows to answer, if any."""
+    """The questions of a run: the exam of --eval_data and the rows to answer, each None if there are none."""
 
-    exams: "Mapping[str, Exam | HarnessExam]"
+    exam: Exam | None
     rows: RowsExam | None
 
 
-def find_questions(inputs: Inputs, show_progress: bool) -> Questions:
-    """The Questions of a run; notes on them join those on its samples. Raises UserError as find_exams does."""
-    exams = find_exams(inputs.config, inputs.samples, show_progress)
+def find_questions(inputs: Inputs) -> Questions:
+    """The Questions of a run; notes on them join those on its samples. Raises UserError as find_exam does."""
+    exam = find_exam(inputs.config, inputs.samples)
     rows, note = find_rows(inputs.config, inputs.samples, inputs.measured)
     inputs.samples.notes += filter(None, [note])
-    return Questions(exams, rows)
+    return Questions(exam, rows)
 
 
-def find_exams(config: RunConfig, samples: Samples, show_progress: bool = True) -> "dict[str, Exam | HarnessExam]":
-    """The exams of --eval_data and --lm_eval, in the tokens of the data, by the file of their results; notes on them
-    join samples.notes. show_progress: show lm_eval's progress bars. Raises UserError if the data's tokenizer
-    is unknown, and as the exams do."""
+def find_exam(config: RunConfig, samples: Samples) -> Exam | None:
+    """The Exam of --eval_data, if given, in the tokens of the data; a note on it joins samples.notes. Raises UserError
+    if the data's tokenizer is unknown, and as Exam does."""
     train, vocab_size = config.train, config.model.vocab_size
-    if not train.eval_data and not train.lm_eval:
-        return {}
+    if not train.eval_data:
+        return None
     if samples.vocabulary is None and vocab_size not in dict(KNOWN_SIZES):
-        given = f"--eval_data {train.eval_data}" if train.eval_data else f"--lm_eval {' '.join(train.lm_eval)}"
         raise UserError(
-            f"{given}: no record beside {config.data.path} names its tokenizer, and no known tokenizer has "
-            f"{vocab_size} tokens; make the data with rwkv-peft preprocess, which records it"
+            f"--eval_data {train.eval_data}: no record beside {config.data.path} names its tokenizer, and no known "
+            f"tokenizer has {vocab_size} tokens; make the data with rwkv-peft preprocess, which records it"
         )
-    tokenizer = find_tokenizer(None, vocab_size, samples.vocabulary)
-    exams: dict[str, Exam | HarnessExam] = {}
-    if train.eval_data:
-        exams[ANSWERS] = Exam(train, tokenizer, config.data.clean_turns)
-    if train.lm_eval:
-        from ..evals import harness  # only now, because lm_eval takes seconds to import
-
-        exams[LM_EVAL] = harness.HarnessExam(train, tokenizer, show_progress)
-    sources = {ANSWERS: train.eval_data, LM_EVAL: f"lm_eval {' '.join(train.lm_eval)}"}
+    exam = Exam(train, find_tokenizer(None, vocab_size, samples.vocabulary), config.data.clean_turns)
     often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
-    for name, exam in exams.items():
-        samples.notes.append(f"{counted(len(exam), 'question')} of {sources[name]}, asked {often} and at the end")
-    return exams
+    samples.notes.append(f"{counted(len(exam), 'question')} of {train.eval_data}, asked {often} and at the end")
+    return exam
 
 
 def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Samples]) -> tuple[RowsExam | None, str]:
@@ -172,7 +159,7 @@ def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Sample
     return exam, f"{numbers} are answered before and after training (--answer_rows){held_out}"
 
 
-def answers_of(exam: "Exam | RowsExam | HarnessExam", compiles: bool, trainer: Any, lit: Any) -> list[Record]:
+def answers_of(exam: Exam | RowsExam, compiles: bool, trainer: Any, lit: Any) -> list[Record]:
     """The Records of an exam on every rank, in the order of their numbers; each rank answers a share of it. compiles:
     the run compiles blocks."""
     lit.model.eval()
@@ -190,7 +177,7 @@ class Examiner:
     """Called on all ranks after each step; every eval_every steps (0: every epoch), and when the run ends, the model
     answers the exam, and rank 0 adds the judgement's records to the file at `path`, with step and samples."""
 
-    def __init__(self, exam: "Exam | HarnessExam", path: Path, train: TrainConfig, plan: Plan) -> None:
+    def __init__(self, exam: Exam, path: Path, train: TrainConfig, plan: Plan) -> None:
         self.exam, self.path, self.plan = exam, path, plan
         self.every, self.compile = train.eval_every or plan.epoch_steps, train.compile
 

@@ -140,7 +140,7 @@ def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[.
         return 0, words
     for base in filter(None, (inputs.base, inputs.teacher)):
         base.require_finite()
-    asked = find_questions(inputs, show_progress=leads)
+    asked = find_questions(inputs)
     with judging(config, samples) as judges:
         if request.world.size > 1:
             ranks.agree(shared_values(inputs, asked), inputs.folder)

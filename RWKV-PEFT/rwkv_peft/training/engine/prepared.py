@@ -42,8 +42,9 @@ class Prepared:
         self.validator = None
         if inputs.measured:
             self.validator = Validator(inputs, self.saver)
-        exams = asked.exams.items()
-        self.examiners: list[Any] = [Examiner(exam, self.folder / name, train, plan) for name, exam in exams]
+        self.examiners: list[Any] = []
+        if asked.exam is not None:
+            self.examiners.append(Examiner(asked.exam, self.folder / ANSWERS, train, plan))
         if config.data.of_prompts:
             self.examiners.append(RolloutLog(self.folder / ANSWERS, plan))
         self.rows = None

@@ -18,7 +18,7 @@ from ...cli.parser import counted
 from ...config import SCHEDULE_FREE, AdapterConfig, DataConfig, ModelConfig, Objective, TrainConfig
 from ...objectives import takers_of
 from ..ranks.world import World
-from ..saving.checkpoints import ANSWERS, LM_EVAL, TRAINED, saved_state
+from ..saving.checkpoints import ANSWERS, TRAINED, saved_state
 from .parser import DIMENSIONS
 
 if TYPE_CHECKING:
@@ -59,11 +59,6 @@ def check_train(train: TrainConfig) -> Iterator[str]:
             f"--context_parallel {train.context_parallel} groups ranks by so many, and there are {train.ranks} "
             "(--devices times --num_nodes); give a number that divides it"
         )
-    tasks = train.lm_eval_include_path
-    if train.lm_eval and tasks and not Path(tasks).is_dir():
-        yield f"--lm_eval_include_path {tasks} is no folder; name the one that the tasks' .yaml lie in"
-    if train.lm_eval and importlib.util.find_spec("lm_eval") is None:
-        yield f"--lm_eval {' '.join(train.lm_eval)} needs the package lm_eval; {how_to_install('eval')}"
     package = PACKAGES.get(train.optim)
     if package and importlib.util.find_spec(package) is None:
         yield f"--optim {train.optim} needs the package {package}; {how_to_install('optim')}"
@@ -100,7 +95,7 @@ def check_overwriting(
     rows = (data.path, *data.more, train.val_data, *train.more_val, train.retain_data, train.eval_data)
     sources = {os.path.realpath(path): path for path in (*models, *teacher, *rows) if path}
     for name in os.listdir(folder) if folder.is_dir() else ():
-        written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS, LM_EVAL)
+        written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS)
         if written and (source := sources.get(os.path.realpath(folder / name))):
             yield (
                 f"{source} is to be read, and --proj_dir {folder} is where this run writes its own {name}; move "

@@ -129,6 +129,7 @@ MEANINGS = (
     ("--merge_on_save", ("merge_and_save",)),
     ("--optim", ("optimizer", "optimizer_name", "optim_type")),
     ("--config", ("config_file", "config_path", "cfg")),
+    ("--eval_data, or after the run rwkv-peft eval TASK --adapter PROJ_DIR", ("lm_eval",)),
     ("LISA's, which is no method here (--peft names those that are)", ("LISA", "lisa_r", "lisa_k")),
 )
 SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for name in names})
@@ -162,9 +163,6 @@ VALUE_MEANINGS = (
     ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single", "single_device")),
     ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),
     ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
-    ("--eval_task", "--lm_eval gsm8k", ("gsm8k",)),
-    ("--eval_task", "--lm_eval hendrycks_math", ("math",)),
-    ("--eval_task", "--lm_eval lambada_openai", ("lambada",)),
 )
 VALUES = MappingProxyType(
     {**{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values}}

@@ -20,7 +20,7 @@ from .world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
-    "load_model path more tokenizer val_data more_val retain_data eval_data eval_template lm_eval_include_path "
+    "load_model path more tokenizer val_data more_val retain_data eval_data eval_template "
     "proj_dir load init state_load teacher wandb trackio swanlab join_minutes"
 ).split()
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")
@@ -41,7 +41,7 @@ def shared_values(inputs: Inputs, asked: Questions) -> dict[str, Any]:
         "the checkpoint to go on from": checkpoint and checkpoint.name,
         **digests_of_inputs(inputs.config, goes_on=checkpoint is not None),
         **{f"the data of {name}_loss": one["content"] + one["files"] for name, one in inputs.of_measured.items()},
-        **{f"the questions of {name}": exam.digest for name, exam in asked.exams.items()},
+        "the questions of --eval_data": "" if asked.exam is None else asked.exam.digest,
         "the rows to answer": "" if asked.rows is None else asked.rows.digest,
     }
     shared: dict[str, Any] = json.loads(json.dumps(values_of(inputs.config) | found))

@@ -24,7 +24,7 @@ from ...cli.errors import UserError, in_line
 CHECKPOINTS = "checkpoints"  # their folder, in the run's folder
 STATE, OPTIMIZER = "state.json", "optimizer"  # a checkpoint's manifest, and its folder of the optimizer's state
 CHECKSUM = "crc32"  # the manifest's entry for itself
-ANSWERS, LM_EVAL, ROWS = "answers.jsonl", "lm_eval.jsonl", "rows.jsonl"  # for --eval_data, --lm_eval, --answer_rows
+ANSWERS, ROWS = "answers.jsonl", "rows.jsonl"  # for --eval_data and --answer_rows
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)  # by a disk
 DIVERGED = "the run stopped, and nothing of that step was saved"  # printed if numbers are no longer finite
 # the files of the trained tensors, under all labels (products.py), and the number of the epoch
@@ -196,5 +196,5 @@ def clear_unsaved(folder: Path) -> None:
     if not (folder / UNSAVED).exists():
         return
     for file in folder.iterdir():
-        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, LM_EVAL, ROWS):
+        if TRAINED.fullmatch(file.name) or file.name in (ANSWERS, ROWS):
             file.unlink()
