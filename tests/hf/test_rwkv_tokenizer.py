@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 
 import rwkv_peft as rp
 from data.documents import BOUNDARY, HOSTILE
-from rwkv_peft.data.chat import ONLY_CALLS, OPENINGS, SPEAKERS
+from rwkv_peft.data.chat import ONLY_CALLS, SPEAKERS, THINK
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.hf import RWKVTokenizer
 from rwkv_peft.hf.rwkv_tokenizer import WORLD_FILE
@@ -75,10 +75,12 @@ def test_no_words_forge_a_turn_and_all_are_those_of_rows(words):
     assert BOUNDARY.findall(found) == BOUNDARY.findall(tokenizer.apply_chat_template(CHAT, tokenize=False))
 
 
-@pytest.mark.parametrize("think", ["", *OPENINGS])
+@pytest.mark.parametrize("think", ["", *THINK])
 def test_the_next_answer_is_opened_as_in_serve(think):
     tokenizer = RWKVTokenizer("bytes")
-    for number, turns in enumerate((CHAT[:2], CHAT, [{"role": "user", "content": [{"type": "text", "text": " a "}]}])):
+    own = [{"role": "user", "content": "Well (think)"}, *CHAT[4:6]]
+    parts = [{"role": "user", "content": [{"type": "text", "text": " a "}, {"type": "text", "text": " b\n"}]}]
+    for number, turns in enumerate((CHAT[:2], CHAT, parts, own, CHAT[:1])):
         asked = {"messages": turns, "tools": TOOLS[:number] or None, "think": think or None}
         (prompt,) = ChatBody(model="m", **asked).encode(rp.tokenizer("bytes"), Limits(1, 1 << 20, 1, 257))
         asked = {"tools": asked["tools"], "add_generation_prompt": True, "return_dict": False, "think": think}

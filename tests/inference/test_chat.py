@@ -17,6 +17,7 @@ from inference.engines import after, tokens_of, trained
 from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.chat import THINK
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.tools import ToolCall, calls_text, parse_calls
 from rwkv_peft.environments.environments import Environments
@@ -45,14 +46,15 @@ def test_turns_have_the_layout_of_the_data_and_are_remembered(chat, model, says,
     assert_after(logits[len(tokens_of(f" {says}"))], model, (SECOND[0], ("assistant", words), *SECOND[2:]))
 
 
-@pytest.mark.parametrize("think, opening", [("on", " <think"), ("off", " <think></think")])
-def test_an_answer_is_opened_as_the_data_is(chat, model, think, opening):
+@pytest.mark.parametrize("think", [mode for mode in THINK if mode != "minimal"])  # rows are opened by on and off
+def test_an_answer_is_opened_as_the_data_is(chat, model, think):
+    (words, opening), thinks = THINK[think], THINK[think].thinks
     out, _, logits = chat(["Hi", "So?"], "--think", think, says=[">\na</think>\nYo\n\nUser:", ">\nNo|"])
     assert out == f"Assistant:{opening}>\na</think>\nYo\n\nAssistant:{opening}>\nNo\n\n"
-    hi, again, last = ("user", "Hi"), ("user", "So?"), ("assistant", "<think>b</think>c")
-    drawn = len(">b</think>\nc" if think == "on" else ">\nc")
+    hi, again, last = ("user", f"Hi{words}"), ("user", f"So?{words}"), ("assistant", "<think>b</think>c")
+    drawn, think = len(">b</think>\nc" if thinks else ">\nc"), "on" if thinks else "off"
     assert_after(logits[0], model, (hi, last), drawn, think)
-    if think == "on":  # without, the data leaves thinking out
+    if thinks:  # without, the data leaves thinking out
         turns = hi, ("assistant", "<think>\na</think>\nYo"), again, last
         assert_after(logits[-len(">\nNo|")], model, turns, drawn, think)
 

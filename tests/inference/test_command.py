@@ -17,6 +17,7 @@ from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.chat import THINK
 from rwkv_peft.data.recorded import record_of
 from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
 from rwkv_peft.inference import command, decode, flags
@@ -83,7 +84,7 @@ def test_one_prompt_streams_its_text(run, monkeypatch):
 
 
 CHAT = "User: hi\n\nAssistant:"
-OPENINGS = ("", " <think", " <think></think", " <think>\n</think>\n")
+OPENINGS = ("", " <think>\n</think>\n", *(mode.opening for mode in THINK.values()))
 NEXT = " Yo\n\nUser: no"
 
 

@@ -12,7 +12,7 @@ import torch
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.chat import OPENINGS
+from rwkv_peft.data.chat import THINK, with_length
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
@@ -167,8 +167,9 @@ def test_llama_cpp_chats_in_our_layout_and_stops_at_the_end_of_a_turn(convert, l
     for turns in (TURNS, TURNS[1:2], TURNS[4:], AWKWARD, AWKWARD[1:]):
         assert rendered(turns) == laid_out(turns)
         assert rendered(turns, tools=TOOLS) == laid_out(turns, TOOLS)
-    for think, opening in OPENINGS.items():
-        assert rendered(TURNS, chat_template_kwargs={"think": think}) == laid_out(TURNS) + opening
+    for think, mode in THINK.items():
+        asked = laid_out(with_length(TURNS, think))
+        assert rendered(TURNS, chat_template_kwargs={"think": think}) == asked + mode.opening
     known_by = r"{{- 'User: ' + message['content']|trim + '\n\n' -}}"  # to llama.cpp's own functions
     assert known_by in GGUF_TEMPLATE and "generation %" not in GGUF_TEMPLATE
 

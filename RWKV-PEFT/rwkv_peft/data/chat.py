@@ -2,18 +2,18 @@
 
 Answers with thinking are laid out as RWKV-7 G1 writes them: <think>, the thinking, </think>, the answer. A prompt that
 ends in "Assistant: <think" opens a thinking, and "Assistant: <think></think" an empty one before an immediate answer;
-the model continues there (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt).
+the model continues there (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt). Words at the end of the user's turn set the
+length of the thinking.
 
 A turn begins behind TURN_END with a speaker's name. Texts of a system, a user or a tool hold no TURN_END if they are
 cleaned, as in G1's training, so that none of them forges a turn of somebody else.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, field_names, quoted, short
 from .fields import CALLS, NOTHING, field, refuse_media
@@ -21,10 +21,32 @@ from .tools import called, calls_text, listed, ordered, parsed
 
 Segment = tuple[str, bool]  # a text, and True if it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
-# --think -> the text that a prompt adds to "Assistant:"
-OPENINGS = MappingProxyType({"on": " <think", "off": " <think></think"})
-# the end of a user's turn, by which RWKV-7 G1's prompts set the length of a thinking, and the most tokens of one
-LENGTHS = ((" (think a bit)", 127), (" (think)", 1024), (" (think a lot)", math.inf))
+THINK_OPENS, THINK_CLOSES = "<think>", "</think>"
+
+
+class ThinkMode(NamedTuple):
+    """The end of the user's turn, and the text behind "Assistant:", by which a prompt sets the thinking."""
+
+    words: str
+    opening: str
+
+    @property
+    def thinks(self) -> bool:
+        """True if the opening leaves the thinking to the model."""
+        return not self.opening.endswith(THINK_CLOSES[:-1])
+
+
+THINK = MappingProxyType(  # --think -> its prompts, as RWKV-7 G1 was trained; models before g1h know minimal, not off
+    {
+        "off": ThinkMode("", " <think></think"),
+        "minimal": ThinkMode("", " <think>\n</think"),
+        "on": ThinkMode("", " <think"),
+        "low": ThinkMode(" (think a bit)", " <think"),
+        "medium": ThinkMode(" (think)", " <think"),
+        "high": ThinkMode(" (think a lot)", " <think"),
+    }
+)
+LENGTHS = tuple(THINK[mode].words for mode in ("low", "medium", "high"))
 EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of the thinking, if the answer's words have none
 ONLY_CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form
@@ -56,8 +78,8 @@ KNOWN = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer
 
 @dataclass(frozen=True)
 class ChatLayout:
-    """The layout of a chat: think ("", "on" or "off") opens its answers, clean removes blank lines from all other
-    turns."""
+    """The layout of a chat: think ("" or a mode of THINK) opens its answers, of rows by "on" or "off"; clean removes
+    blank lines from all other turns."""
 
     think: str = ""
     clean: bool = True
@@ -120,16 +142,17 @@ class ChatLayout:
             return "", f" {words.strip()}"
         thinking, answer = split_thinking(words, row)
         if self.think == "off":
-            return OPENINGS["off"], f">\n{answer}"
+            return THINK["off"].opening, f">\n{answer}"
         if not (thinking or "").strip():
             return "", f" {answer}"
-        return OPENINGS["on"], f">{thinking}</think>\n{answer}"
+        return THINK["on"].opening, f">{thinking}</think>\n{answer}"
 
     def prompt(self, turns: Sequence[tuple[str, str]]) -> list[str]:
         """The texts of turns (role, words) and of the opening of the answer to them."""
         named = [{"role": role, "content": content} for role, content in (*turns, ("assistant", ""))]
-        *texts, opening = (text for text, counts in ChatLayout("", self.clean).chat(named) if not counts)
-        return [*texts, opening + OPENINGS.get(self.think, "")]
+        asked = with_length(named, self.think)
+        *texts, opening = (text for text, counts in ChatLayout("", self.clean).chat(asked) if not counts)
+        return [*texts, opening + (THINK[self.think].opening if self.think else "")]
 
     def question(self, words: str, system: str = "", tools: str = "") -> list[str]:
         """The texts of a user's turn and of the opening of the answer, behind a system text and tools_text, if any."""
@@ -141,13 +164,23 @@ def split_thinking(words: str, row: Mapping[str, Any]) -> tuple[str | None, str]
     """Split an answer -> (thinking or None, answer); without <think> the thinking is in a field of its row. Raises
     UserError for a <think> without an end."""
     words = words.strip()
-    if words.startswith("<think>"):
-        thinking, closing, answer = words.removeprefix("<think>").partition("</think>")
+    if words.startswith(THINK_OPENS):
+        thinking, closing, answer = words.removeprefix(THINK_OPENS).partition(THINK_CLOSES)
         if not closing:
             raise UserError("an answer opens <think> and has no </think>; close it, or leave the row out")
         return thinking, answer.strip()
     found = next((row[name] for name in THINKING if isinstance(row.get(name), str)), None)
     return found and f"\n{found.strip()}\n", words
+
+
+def with_length(turns: Sequence[Mapping[str, Any]], think: str) -> list[Mapping[str, Any]]:
+    """Turns {role, content}, of which the last user's ends in the words of a mode, if it ends in none of LENGTHS."""
+    found, words = list(turns), THINK[think].words if think else ""
+    asked = [place for place, turn in enumerate(turns) if SPEAKERS.get(str(turn.get("role")).lower()) == "User"]
+    if words and asked and turns[asked[-1]].get("content"):
+        said = words_of(turns[asked[-1]], "content").rstrip()
+        found[asked[-1]] = {**turns[asked[-1]], "content": said if said.endswith(LENGTHS) else said + words}
+    return found
 
 
 def role_of(turn: Mapping[str, Any]) -> str:
@@ -229,7 +262,7 @@ def is_learned(turn: Mapping[str, Any]) -> bool:
 
 def opens_thinking(parts: Sequence[Segment]) -> bool:
     """True if an answer in these segments opens with a thinking, laid out with think "on"."""
-    return any(text.endswith(OPENINGS["on"]) for text, counts in parts if not counts)
+    return any(text.endswith(THINK["on"].opening) for text, counts in parts if not counts)
 
 
 def opening_within(text: str) -> str:

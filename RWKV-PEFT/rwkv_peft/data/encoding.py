@@ -19,8 +19,9 @@ from .binidx import UNDESIRABLE, dtype_code
 from .chat import (
     LENGTHS,
     LOSS_WEIGHT,
-    OPENINGS,
     SPEAKERS,
+    THINK,
+    THINK_CLOSES,
     THINKING,
     TURN_END,
     WEIGHT,
@@ -201,15 +202,15 @@ class Encoder:
 
     def with_lengths(self, document: list[Segment]) -> list[Segment]:
         """The document with one of LENGTHS at the end of each user's turn before a thinking, unless it is there."""
-        texts, words = [text for text, _ in document], tuple(word for word, _ in LENGTHS)
+        texts = [text for text, _ in document]
         for place, (text, counts) in enumerate(document):
             turn = place if text.startswith("User:") else place - 1  # an answer's opening may be a segment of its own
-            if counts or not text.endswith(OPENINGS["on"]) or (turn < place and texts[turn - 1] != "User:"):
+            if counts or not text.endswith(THINK["on"].opening) or (turn < place and texts[turn - 1] != "User:"):
                 continue
             asked, end, opening = texts[turn].rpartition(TURN_END)
-            tokens = len(self.tokenizer.encode(texts[place + 1][1:].partition("</think>")[0]))
-            if not asked.endswith(words):
-                texts[turn] = asked + next(word for word, most in LENGTHS if tokens <= most) + end + opening
+            tokens = len(self.tokenizer.encode(texts[place + 1][1:].partition(THINK_CLOSES)[0]))
+            if not asked.endswith(LENGTHS):
+                texts[turn] = asked + LENGTHS[(tokens >= 128) + (tokens > 1024)] + end + opening
         return [(text, counts) for text, (_, counts) in zip(texts, document)]
 
     def _laid_out(self, row: object, layout: RowLayout) -> Documents:

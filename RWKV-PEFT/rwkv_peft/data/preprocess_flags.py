@@ -5,7 +5,6 @@ from types import MappingProxyType
 
 from ..cli.parser import Parser, count, positive, switch
 from ..cli.rules import EXCLUDES, NEEDS, Rule
-from .chat import OPENINGS
 from .layouts import TEMPLATES
 from .rows import KINDS
 
@@ -68,7 +67,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
     add(
         "--think",
         default="",
-        choices=tuple(OPENINGS),
+        choices=("on", "off"),
         help="chats of RWKV-7 G1: on opens an answer with <think if the row holds thinking, else with <think></think; "
         "off opens all with <think></think, without the rows' thinking (default: answers as in the rows)",
     )

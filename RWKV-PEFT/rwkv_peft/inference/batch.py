@@ -146,8 +146,10 @@ def sample_slots(slots: Sequence[Slot], logits: torch.Tensor, sampling: Sampling
         counts = torch.cat([zeros if slot.counts is None else slot.counts for slot in slots])
         logits = penalize(logits, counts, sampling)
     free = logits
-    if any(slot.completion.constraint for slot in slots):
-        logits = torch.stack([constrained(slot, row) for slot, row in zip(slots, logits)])
+    constraints = [slot.completion.constraint for slot in slots]
+    allowed = [None if constraint is None else constraint.allowed() for constraint in constraints]
+    if any(mask is not None for mask in allowed):
+        logits = torch.stack([constrained(row, mask) for row, mask in zip(logits, allowed)])
     tokens = sample(logits, on_device([slot.draws.random() for slot in slots], logits.device), sampling)
     if sampling.penalizes:
         count(counts, tokens, sampling.penalty_decay)
@@ -157,10 +159,9 @@ def sample_slots(slots: Sequence[Slot], logits: torch.Tensor, sampling: Sampling
     return torch.cat([tokens[None].double(), measures.double()])
 
 
-def constrained(slot: Slot, logits: torch.Tensor) -> torch.Tensor:
-    """logits (V) with -inf for the tokens that the slot's constraint forbids."""
-    constraint = slot.completion.constraint
-    return logits if constraint is None else logits.masked_fill(~constraint.allowed().to(logits.device), -torch.inf)
+def constrained(logits: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """logits (V) with -inf for the tokens that are not among the allowed ones (V,) bool."""
+    return logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
 
 def on_device(values: Sequence[Any], device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from ..checkpoints.atomic import check_output, same_file
 from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError, short
-from ..data.chat import TURN_END, ChatLayout
+from ..data.chat import THINK, THINK_CLOSES, TURN_END, ChatLayout
 from ..data.tokenizer import Tokenizer
 from ..data.tools import ToolCall, parse_calls, tools_text
 from ..environments.environments import Environments, Place
@@ -31,12 +31,14 @@ from .requests import Completion, GenerationRequest
 from .settings import Sampling
 from .speakers import Speaker
 from .text import TextStream
+from .thinking import constraint_behind
 
 HELP = (
     "/reset forgets the chat, /save FILE keeps it for --state, /tool TEXT is the result of a call, /exit or Ctrl-D "
     "ends it; Ctrl-C ends an answer, twice the chat"
 )
 CODE = 130  # the exit code after Ctrl-C
+DIM, PLAIN = "\x1b[2m", "\x1b[22m"  # a terminal shows a thinking between them
 IN_A_ROW = 8  # answers to a line, of which all but the last call tools
 
 
@@ -84,6 +86,7 @@ class Session:
         iterating, the sequence has the part sampled so far. Raises UserError if the logits are not finite.
         """
         self.close()
+        texts = list(texts)
         tokens = [token for text in texts for token in self.tokenizer.encode(text)]
         stream, shown, self.cut = TextStream(self.tokenizer, stops), "", False
         turn_end: tuple[str, State] | None = None  # the last text that ends in TURN_END, and the State after it
@@ -91,7 +94,8 @@ class Session:
         found = deque[GeneratedToken]()
         collector = TokenCollector(0, found, None, 0)
         engine = Engine(min(self.tokenizer.vocab_size, self.model.config.vocab_size), 1)
-        completion = Completion(self.sampling, max_tokens + 1, collector, draws=self.random)
+        constraint = constraint_behind("".join(texts), self.tokenizer, engine.vocab_size)
+        completion = Completion(self.sampling, max_tokens + 1, collector, constraint=constraint, draws=self.random)
         engine.add(GenerationRequest(Speaker("", self.model, self.state), tokens, [completion]))
         try:
             for _ in range(max_tokens):
@@ -258,17 +262,20 @@ class ChatLoop:
     def next_answer(self, texts: Sequence[str]) -> list[ToolCall]:
         """Print the answer to texts -> its calls."""
         self.results, shown = [], list[str]()
-        show(texts[-1])
+        speaker, colon, opening = texts[-1].partition(":")
+        dims = opening == THINK["on"].opening and sys.stdout.isatty()
+        show(speaker + colon + DIM * dims + opening)
         try:
             # closed before an interrupt is handled, because another one may come then
             with closing(self.session.answer(texts, self.stops, self.max_tokens)) as pieces:
                 for text in pieces:
-                    show(text)
                     shown.append(text)
+                    ends = dims and THINK_CLOSES in "".join(shown)
+                    dims = dims and not ends
+                    show(text + PLAIN * ends)
         finally:
-            show("\n\n")
-        opening = texts[-1].partition(":")[2]  # of a thinking, in which nothing is called
-        _, calls = parse_calls(opening + "".join(shown))
+            show(PLAIN * dims + "\n\n")
+        _, calls = parse_calls(opening + "".join(shown))  # nothing is called in a thinking
         self.awaited = max(1, len(calls))
         if self.session.cut:
             remark(f"(cut off after --max_tokens {self.max_tokens})")

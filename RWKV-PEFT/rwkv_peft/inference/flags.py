@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ..checkpoints.source_flags import add_source_flags
 from ..cli.errors import UserError
+from ..cli.names import THINK_MODES
 from ..cli.parser import Parser, add_stop_flag, count, positive, switch
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from .settings import Sampling
@@ -73,8 +74,10 @@ def build_parser() -> Parser:
     )
     add(
         "--think",
-        choices=("on", "off"),
-        help="with --chat, as RWKV-7 G1 is prompted: open each answer with <think, or with <think></think",
+        choices=THINK_MODES,
+        help="with --chat, as RWKV-7 G1 is prompted: off opens each answer with <think></think, minimal with an empty "
+        "thinking of two lines, on with <think; low, medium and high also end your turns with (think a bit), (think) "
+        "and (think a lot)",
     )
     add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
     add(

@@ -26,8 +26,8 @@ class Logprobs(NamedTuple):
 class Constraint(Protocol):
     """A grammar that a completion follows."""
 
-    def allowed(self) -> torch.Tensor:
-        """The tokens that may come next: (V,) bool, at least one."""
+    def allowed(self) -> torch.Tensor | None:
+        """The tokens that may come next: (V,) bool, at least one; None for all."""
         ...
 
     def accept(self, token: int) -> bool:

@@ -3,8 +3,8 @@
 The chat template is the layout of training (data/chat.py, data/tools.py) in Jinja. It differs from the layout of rows
 in three things: a blank line ends the last turn, too; arguments of a call that are given as text stay as they are
 spelled; results of tools stay in the order in which they are given. The parts that count in the loss are marked as
-generated: an answer, the blank line behind it, and the name of the next speaker. `think`, "on" or "off", opens the next
-answer as --think does.
+generated: an answer, the blank line behind it, and the name of the next speaker. `think`, a mode of --think, opens the
+next answer, and ends the last turn of the user, as --think does.
 
 World takes the longest token that begins at a place, which no order of merges does. A regular expression does: the tree
 of the tokens' bytes, with branches that begin with different bytes and optional ends. The last token that ended on the
@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
-from ..data.chat import ONLY_CALLS, OPENINGS, SPEAKERS, TURN_END
+from ..data.chat import LENGTHS, ONLY_CALLS, SPEAKERS, THINK, TURN_END
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 from ..data.tools import ASKED
 
@@ -31,9 +31,21 @@ CLEANING = (  # as ChatLayout.cleaned
     "{%- endfor -%}"
     "{%- endif -%}"
 )
+LENGTHENING = (  # as with_length
+    "{%- if loop.index0 == told.asked and turn.words -%}"
+    f"{{%- set told.ending = { {name: mode.words for name, mode in THINK.items()} }[think] if think else '' -%}}"
+    f"{{%- for words in {list(LENGTHS)} -%}}"
+    "{%- if turn.words.endswith(words) -%}{%- set told.ending = '' -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set turn.words = turn.words + told.ending -%}"
+    "{%- endif -%}"
+)
 CHAT_TEMPLATE = (
     f"{{%- set names = { {role: name for role, name in SPEAKERS.items() if role not in ONLY_CALLS} } -%}}"
-    "{%- set told = namespace(tools='') -%}"
+    "{%- set told = namespace(tools='', asked=-1, ending='') -%}"
+    "{%- for message in messages -%}"
+    "{%- if names[message['role']|lower] == 'User' -%}{%- set told.asked = loop.index0 -%}{%- endif -%}"
+    "{%- endfor -%}"
     "{%- for tool in tools or [] -%}"
     "{%- set told.tools = told.tools + (tool['function'] if tool['function'] is defined else tool)|tojson + '\n' -%}"
     "{%- endfor -%}"
@@ -51,6 +63,7 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     f"{CLEANING}"
     "{%- set turn.words = turn.words|trim -%}"
+    f"{LENGTHENING}"
     "{%- for called in message['tool_calls'] or [] -%}"
     "{%- set call = called['function'] if called['function'] is defined else called -%}"
     "{%- set given = call['arguments'] or {} -%}"
@@ -68,7 +81,7 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{- name + ':' + words -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}"
-    f"{{{{- 'Assistant:' + ({dict(OPENINGS)}[think] if think else '') -}}}}"
+    f"{{{{- 'Assistant:' + ({ {name: mode.opening for name, mode in THINK.items()} }[think] if think else '') -}}}}"
     "{%- endif -%}"
 )
 UNMARKED = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", CHAT_TEMPLATE)

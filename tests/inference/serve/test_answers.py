@@ -106,13 +106,6 @@ def test_a_stop_ends_an_answer_and_is_not_told(client, models):
     assert "".join(part.text for part in parts) == answer.text and parts[-1].finish_reason == "stop"
 
 
-def test_thinking_is_opened_as_generate_opens_it(client, server, models):
-    ask = {"model": "base", "messages": HI, "max_tokens": 9, "temperature": 0}
-    told = client.chat.completions.create(**ask, extra_body={"think": "on"}).choices[0].message.content
-    session = Session(models["base"][0], TOKENIZER, GREEDY)
-    assert told == "<think" + "".join(session.answer(ChatLayout("on").question("Hi"), stops_of("Assistant:"), 9))
-
-
 def test_a_last_turn_of_the_assistant_is_continued(client, models):
     begun = [*HI, {"role": "assistant", "content": "Well,"}]
     answer = client.chat.completions.create(model="base", messages=begun, max_tokens=12, temperature=0)

@@ -43,12 +43,13 @@ BODIES = {
         CHAT,
         {"stream": True, "model": "base", "messages": TURNS, "stream_options": {"include_usage": True}}
         | {"temperature": 0.8, "top_p": 0.9, "min_p": 0.05, "max_tokens": 128, "seed": 3, "stop": ["\n\n"]}
-        | {"logit_bias": {"10": -100}, "response_format": {"type": "text"}},
+        | {"logit_bias": {"10": -100}, "response_format": {"type": "text"}, "reasoning_effort": "low"},
     ),
     "Open WebUI, a title": (CHAT, {"model": "base", "messages": TURNS, "stream": False, "max_tokens": 1000}),
     "llama.cpp": (
         CHAT,
         {"messages": TURNS, "stream": True, "return_progress": True, "reasoning_format": "auto", "temperature": 0.8}
+        | {"chat_template_kwargs": {"enable_thinking": False}}
         | {"max_tokens": -1, "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
         | {"xtc_probability": 0, "xtc_threshold": 0.1, "typ_p": 1, "repeat_last_n": -1, "repeat_penalty": 1.1}
         | {"dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "dry_penalty_last_n": -1}

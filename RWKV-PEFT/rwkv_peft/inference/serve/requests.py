@@ -1,8 +1,8 @@
 """The bodies of requests: OpenAI's fields and a few of ours, and the prompts in them. A field that is not here is
 refused, not ignored, unless its value changes no answer.
 
-`state`, `top_k`, `penalty_decay` and `think` are ours. `None` stands for a field that was left out; so does null in a
-body, whatever the field.
+`state`, `top_k`, `penalty_decay` and `think` are ours; `reasoning_format` and `chat_template_kwargs` are llama.cpp's.
+`None` stands for a field that was left out; so does null in a body, whatever the field.
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ...cli.errors import UserError
-from ...data.chat import OPENINGS, SPEAKERS, stops_of
+from ...data.chat import SPEAKERS, THINK, stops_of, with_length
 from ...data.layouts import RowLayout
 from ...data.tokenizer import Tokenizer
 from ..prompts import encode
@@ -26,8 +26,10 @@ SEEDS = 1 << 48  # of requests without one
 LONG = 16  # characters for each token of a prompt: longer texts are refused before they are tokenized
 # ChatBody.think, None for a text -> the beginning of an answer that the client does not get
 LEADS = MappingProxyType(
-    {None: re.compile(""), "": re.compile(r"\s*"), "on": re.compile(""), "off": re.compile(r"\s*>?\s*")}
+    {None: re.compile(""), "": re.compile(r"\s*")}
+    | {name: re.compile("" if mode.thinks else r"\s*>?\s*") for name, mode in THINK.items()}
 )
+EFFORTS = MappingProxyType({"none": "off", "xhigh": "high", "max": "high"})  # OpenAI's words without a mode of G1's
 # other servers' name of a field -> ours
 ALIASES = MappingProxyType(
     {
@@ -60,7 +62,6 @@ OFF: Mapping[str, tuple[Any, ...]] = MappingProxyType(
             ("banned_strings custom_token_bans grammar grammar_string model suffix", ("", [])),
             ("nsigma rep_pen_range repeat_last_n repetition_penalty_range top_n_sigma", (0, -1)),
             ("adaptive_target", (-0.01, -1)),
-            ("reasoning_format", ("auto", "none")),
             ("seed", (-1,)),
             ("user_name", ("User",)),
             ("assistant_name", ("Assistant",)),
@@ -207,6 +208,18 @@ class GenerationBody(RequestBody):
             raise RequestError(400, message, message.partition(" ")[0]) from error
 
 
+Mode = Literal["off", "minimal", "on", "low", "medium", "high"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class TemplateSettings(RequestBody):
+    """llama.cpp's settings of a chat template, as clients use them to set the thinking."""
+
+    think: Mode | None = None
+    reasoning_effort: Effort | None = None
+    enable_thinking: bool | None = None
+
+
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
@@ -264,7 +277,23 @@ class ChatBody(GenerationBody):
     response_format: dict[str, Any] | None = None
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Any = None
-    think: Literal["on", "off"] | None = None
+    think: Mode | None = None
+    reasoning_effort: Effort | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None
+    chat_template_kwargs: TemplateSettings | None = None
+
+    @property
+    def mode(self) -> str:
+        """The mode of thinking, a key of THINK; "" for none, and if the answer has begun. The first field counts."""
+        template = self.chat_template_kwargs or TemplateSettings()
+        fields = self.think, self.reasoning_effort, template.think, template.reasoning_effort
+        given = next(filter(None, fields), {True: "on", False: "off", None: ""}[template.enable_thinking])
+        return "" if self.prefilled else EFFORTS.get(given, given)
+
+    @property
+    def splits(self) -> bool:
+        """True if the thinking of an answer is reported beside its words."""
+        return self.reasoning_format != "none" and not self.prefilled
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -276,11 +305,11 @@ class ChatBody(GenerationBody):
 
     @property
     def lead(self) -> re.Pattern[str]:
-        return LEADS[None if self.prefilled else self.think or ""]
+        return LEADS[None if self.prefilled else self.mode]
 
     @property
     def opening(self) -> str:
-        return OPENINGS["on"].lstrip() if self.think == "on" else ""
+        return THINK[self.mode].opening.lstrip() if self.mode and THINK[self.mode].thinks else ""
 
     @property
     def calls(self) -> bool:
@@ -314,12 +343,13 @@ class ChatBody(GenerationBody):
         if self.prefilled and self.think:
             raise RequestError(400, "think: the last message has begun the answer already; leave think out", "think")
         try:
-            turns = self.messages if self.prefilled else [*self.messages, {"role": "assistant", "content": ""}]
+            turns = with_length(self.messages, self.mode)
+            turns += [] if self.prefilled else [{"role": "assistant", "content": ""}]
             row = {"messages": turns, "tools": self.tools if self.calls else None}
             texts = [text for text, _ in RowLayout(clean=limits.clean).segments(row)]
             if not self.prefilled:
                 texts.pop()
-            texts[-1] += OPENINGS.get(self.think or "", "")
+            texts[-1] += THINK[self.mode].opening if self.mode else ""
             limits.check_length(*texts)
             encoded = [tokenizer.encode(text) for text in texts]
         except UserError as error:

@@ -13,9 +13,11 @@ from ...data.tokenizer import Tokenizer
 from ...data.tools import OPENS, ToolCall, parse_calls
 from ..requests import Logprobs
 from ..text import overlap
+from ..thinking import ThinkingStream
 
 Fields = dict[str, Any]
 UTF_8 = codecs.getincrementaldecoder("utf-8")
+REASONING = "reasoning_content"  # the field of a message or a delta that holds its thinking
 CALL_OPENINGS = ("<tool_call>", "**Tool Call:**")  # texts that OPENS matches
 
 
@@ -95,34 +97,45 @@ class Response:
 
 class ChatResponse(Response):
     """With `calls`, answers may call tools, and calls are reported apart from the text. With `forced`, a text without a
-    call is one that a limit has cut, and not reported."""
+    call is one that a limit has cut, and not reported. With `splits`, a thinking is reported apart from the text."""
 
     prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool, calls: bool, forced: bool = False) -> None:
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, logprobs: bool, calls: bool, forced: bool = False, splits: bool = False
+    ) -> None:
         super().__init__(model, tokenizer, logprobs)
-        self.calls, self.forced = calls, forced
+        self.calls, self.forced, self.splits = calls, forced, splits
         self.streams: dict[int, CallStream] = defaultdict(CallStream)
+        self.thinking: dict[int, ThinkingStream] = defaultdict(ThinkingStream)
 
     def choice(self, part: CompletionPart) -> Fields:
-        text, calls = parse_calls(part.text) if self.calls else (part.text, [])
+        thinking, text = ThinkingStream().feed(part.text, whole=True) if self.splits else ("", part.text)
+        text, calls = parse_calls(text) if self.calls else (text, [])
         text = "" if self.forced and not calls else text
         message: Fields = {"role": "assistant", "content": text, "refusal": None}
+        if thinking:
+            message[REASONING] = thinking
         if calls:
             message |= {"content": text or None, "tool_calls": call_fields(calls)}
         return {"index": part.number, "message": message, **self._rest(part, bool(calls))}
 
     def delta(self, part: CompletionPart, first: bool) -> Fields | None:
-        calls: list[ToolCall] = []
+        calls, thinking = list[ToolCall](), ""
+        if self.splits:
+            thinking, text = self.thinking[part.number].feed(part.text, bool(part.end))
+            part = part._replace(text=text)
         if self.calls:
             stream = self.streams[part.number]
             part = part._replace(text=stream.feed(part.text))
             if part.end:
                 rest, calls = stream.finish()
                 part = part._replace(text="" if self.forced and not calls else part.text + rest)
-        if self.is_empty(part):
+        if self.is_empty(part) and not thinking:
             return None
-        delta: Fields = ({"role": "assistant"} if first else {}) | {"content": part.text}
+        delta: Fields = {"role": "assistant"} if first else {}
+        delta |= {REASONING: thinking} if thinking else {}
+        delta |= {"content": part.text} if part.text or not thinking else {}
         if calls:
             delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(call_fields(calls))]
         return {"index": part.number, "delta": delta, **self._rest(part, bool(calls))}

@@ -16,6 +16,7 @@ import llguidance
 import numpy as np
 import torch
 
+from ...data.chat import THINK
 from ...data.tokenizer import Tokenizer
 from .requests import ChatBody
 from .trial import MEMORY, SECONDS, compiles
@@ -30,7 +31,8 @@ OPTIONS = MappingProxyType(
 CALL_OPTIONS = MappingProxyType({**OPTIONS, "item_separator": ", ", "key_separator": ": "})
 LARGEST = 1 << 19  # characters of a schema; llguidance takes no larger ones
 REMEMBERED = 10_000  # grammars that are known to compile
-OPENINGS = MappingProxyType({"": '" "?', "off": '">\\n"'})  # of an answer before its JSON, by ChatBody.think
+# ChatBody.mode -> the opening of an answer before its JSON
+OPENINGS = MappingProxyType({"": '" "?'} | {name: '">\\n"' for name, mode in THINK.items() if not mode.thinks})
 
 
 class GuidanceVocabulary:
@@ -91,9 +93,9 @@ class SchemaCompiler:
             options = CALL_OPTIONS
         if schema is None:
             return None
-        opening = OPENINGS.get(body.think or "")
+        opening = OPENINGS.get(body.mode)
         if opening is None:
-            raise wrong(field, "an answer with thinking is not held to a form; leave think out")
+            raise wrong(field, f"an answer with thinking ({body.mode}) is not held to a form; give think off")
         opening = opening.removesuffix("?") if body.must_call else opening
         if not hasattr(self.tokenizer, "token_bytes"):
             raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")

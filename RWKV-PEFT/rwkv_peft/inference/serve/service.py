@@ -17,10 +17,11 @@ import torch
 
 from ...cli.errors import UserError
 from ..engine import Engine, PrefillBudget
-from ..requests import Completion, GenerationRequest, PrefixCache
+from ..requests import Completion, Constraint, GenerationRequest, PrefixCache
 from ..settings import Sampling
 from ..speakers import Speaker
 from ..text import Continuation
+from ..thinking import constraint_behind
 from .catalog import Catalog
 from .conversation import FAILED, CompletionStream, Conversation
 from .requests import ChatBody, CompletionBody, Limits, Prompt, prompts_within
@@ -150,7 +151,7 @@ class Service:
         head = speaker.name, self.catalog.tokenizer, body.top_logprobs_due is not None
         response: Response
         if isinstance(body, ChatBody):
-            response = ChatResponse(*head, body.calls, body.must_call)
+            response = ChatResponse(*head, body.calls, body.must_call, body.splits)
         else:
             response = CompletionResponse(*head)
         if (longest := body.longest(self.limits)) != body.max_tokens_asked:
@@ -202,7 +203,11 @@ class Service:
         for number in range(first, first + body.times):
             text = Continuation({}, tokenizer, body.stops)
             listener = CompletionStream(conversation, number, text, body.lead, opening)
-            constraint = None if schema is None else schema.copy()
+            constraint: Constraint | None = None
+            if schema is not None:
+                constraint = schema.copy()
+            elif isinstance(body, ChatBody):
+                constraint = constraint_behind(body.opening, tokenizer, self.limits.vocabulary)
             longest = body.longest(self.limits)
             completions.append(Completion(sampling.seeded(number), longest, listener, top, constraint))
         return GenerationRequest(speaker, prompt.tokens, completions, prompt.marks)
