@@ -185,6 +185,10 @@ def test_an_adapter_trained_here_is_what_the_commands_take(base, tmp_path, name)
     torch.testing.assert_close(again.eval()(tokens)[0], model.eval()(tokens)[0])
     merged = rp.load(base, [tmp_path / "a.safetensors"], device="cpu")
     torch.testing.assert_close(merged(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-4)
+    half = {tmp_path / "a.safetensors": 0.5}
+    rp.merge(base, half, tmp_path / "h.pth")
+    loaded = (rp.load(*files, device="cpu") for files in ((base, half), (tmp_path / "h.pth",)))
+    assert torch.equal(*(one(tokens)[0] for one in loaded))
 
 
 def test_states_train_and_are_generated_from(base, tmp_path, model):
@@ -255,6 +259,7 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: rp.save_adapter(model, tmp_path / "a.pth"), "a name that ends in .safetensors is due"),
         (lambda: rp.merge(base, base, tmp_path / "m.st"), "a name that ends in .pth is due"),
         (lambda: rp.merge(base, base, base), "must not be overwritten"),
+        (lambda: rp.load(base, {base: 0}), "base.pth has the scale 0; a finite number other than 0 is due"),
     ):
         with pytest.raises(UserError, match=words):
             mistake()

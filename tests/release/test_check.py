@@ -258,6 +258,24 @@ def test_a_true_merge_has_no_differences_and_one_value_is_found(tiny_state, smal
     assert line.endswith(", the first at [40, 3]")
 
 
+@pytest.mark.parametrize("variant", ["bat-in", "bone", "lora", "dora", "pissa"])
+@pytest.mark.parametrize("amount", [0.7, -1.5])
+def test_a_merge_at_a_scale_is_compared_at_that_scale(tmp_path, tiny_state, small_bands, capsys, variant, amount):
+    """Logits, adapted weights, and tensors and states that take a share of the base's places."""
+    torch.manual_seed(0)
+    state = tiny_state(n_layer=1, dtype=BF16)
+    tensors, metadata = adapter_of(variant, state)
+    tensors |= {"blocks.0.ln1.weight": torch.randn(64), "head.weight": torch.randn(80, 64)}
+    tensors |= {"blocks.0.att.time_state": torch.randn(4, 16, 16)}
+    base, adapter, merged = (tmp_path / name for name in ("base.pth", "a.safetensors", "m.pth"))
+    save_model(base, state)
+    save_adapter(adapter, tensors, metadata)
+    merge(base, f"{adapter}={amount}", merged, "--output_dtype", "fp32")
+    assert check(base, f"{adapter}={amount}", merged) == 0
+    assert check(base, adapter, merged) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("variant", ["bat-in", "bone", "dora", "pissa", "vera", "shira"])
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_a_merge_onto_the_quantized_base_or_the_original_has_no_differences(tiny_state, variant, quant):

@@ -31,7 +31,7 @@ def test_merged_weights_are_base_plus_delta_cast_once(folder, variant, scale):
     base = open_base(folder / "base.pth").tensors
     tensors, metadata = adapter_of(variant, base)
     save_adapter(folder / "a.safetensors", tensors, metadata)
-    merged = run(folder, "--scale", scale, "--output_dtype", "fp32")
+    merged = run(folder, "--output_dtype", "fp32", adapter=f"a.safetensors={scale}")
     assert list(merged) == list(base)
     modules = read_adapter(folder / "a.safetensors").modules()
     for key, tensor in base.items():
@@ -102,6 +102,35 @@ def test_whole_tensors_take_the_place_of_the_base(folder):
     merged = run(folder, "--output_dtype", "fp32")
     for key, tensor in whole.items():
         assert torch.equal(merged[key], tensor)
+
+
+def test_each_adapter_has_a_scale(folder):
+    """It scales whole tensors and time states too; a name with "=" is a name if there is such a file."""
+    base = open_base(folder / "base.pth").tensors
+    whole = {"head.weight": torch.randn(80, 64), "blocks.0.ln1.weight": torch.randn(64)}
+    states = {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16) for i in range(2)}
+    lora = whole | states | adapter_of("lora", base, seed=3)[0]
+    save_adapter(folder / "a=2" / "adapter.safetensors", *adapter_of("bone", base))
+    save_adapter(folder / "b.safetensors", lora, AdapterMetadata("lora", RANK))
+    flags = ("--bone_checkpoint", f"{folder}/b.safetensors=-0.3", "--output_dtype", "fp32")
+    merged = run(folder, *flags, "--state_output", folder / "s.pth", adapter="a=2=0.7")
+    bone, lora = (read_adapter(folder / name).modules() for name in ("a=2", "b.safetensors"))
+    for key, tensor in base.items():
+        due = tensor.double()
+        if module := bone.get(key.removesuffix(".weight")):
+            due += 0.7 * METHODS["bone"].change.delta(due, module)
+            due -= 0.3 * METHODS["lora"].change.delta(due, lora[key.removesuffix(".weight")])
+        if key in whole:
+            due += -0.3 * (whole[key].double() - due)
+        torch.testing.assert_close(merged[key].double(), due, rtol=1e-5, atol=1e-6)
+    found = torch.load(folder / "s.pth")
+    assert all(torch.allclose(found[key], -0.3 * state, atol=1e-2) for key, state in states.items())
+    named, scaled = run(folder, adapter="a=2", output="n.pth"), run(folder, adapter="a=2=1", output="n.pth")
+    assert all(torch.equal(named[key], scaled[key]) for key in base)
+    with pytest.raises(UserError, match="0 would leave nothing of the change"):
+        run(folder, adapter="b.safetensors=0")
+    with pytest.raises(UserError, match="there is no --scale here; it is --adapter FILE=SCALE"):
+        run(folder, "--scale", 2)
 
 
 def test_time_states_are_added_at_the_end(folder):

@@ -23,11 +23,10 @@ from ..config import CHOICES, AdapterConfig
 from ..inference.weights import rounded
 from ..models.state import is_time_state
 from ..release.merge import Merge, MergeOptions, check_fingerprints
-from .model import Model, require_one_of
+from .model import Model, Source, require_one_of, sources_in
 
 KINDS = MappingProxyType({int: "a whole number", float: "a number", str: "a text", tuple: "a list of names"})
 NOT_SETTINGS = ("method", "load", "init")  # fields of AdapterConfig that add_adapter has arguments of its own for
-Source = str | Path | AdapterSource
 
 
 def add_adapter(model: Model, method: str = "bone", *, load: Source | None = None, **settings: Any) -> InjectReport:
@@ -120,10 +119,9 @@ def save_adapter(model: Model, path: str | Path) -> None:
 
 def merge(
     base: str | Path,
-    adapters: Source | Sequence[Source],
+    adapters: Source | Sequence[Source] | Mapping[Source, float],
     output: str | Path,
     *,
-    scale: float = 1.0,
     precision: str | None = None,
     device: str = "cpu",
     any_base: bool = False,
@@ -131,20 +129,19 @@ def merge(
     """Merge one adapter, or several in the order of their training, into a base's .pth, and write the .pth output, with
     the bits of merge_bone.py's.
 
-    scale multiplies the change; precision is the output's, "bf16", "fp16" or "fp32" (default: the base's); any_base
-    takes an adapter of another base of the same shape. Raises UserError, and writes nothing then.
+    {adapter: scale} multiplies the change of each; precision is the output's, "bf16", "fp16" or "fp32" (default: the
+    base's); any_base takes an adapter of another base of the same shape. Raises UserError, and writes nothing then.
     """
     require_one_of("precision", precision, DTYPES)
     if Path(output).suffix != ".pth":
         raise UserError(
             f"output={str(output)!r}: a name that ends in .pth is due; rwkv-peft convert makes other formats"
         )
-    given = [adapters] if isinstance(adapters, (str, Path, AdapterSource)) else list(adapters)
-    sources = [one if isinstance(one, AdapterSource) else AdapterSource(one) for one in given]
+    sources = sources_in([adapters] if isinstance(adapters, (str, Path, AdapterSource)) else adapters)
     check_output("output", output, [("base", base), *(("an adapter", source.path) for source in sources)])
     opened = open_base(base)
     named: list[tuple[str | Path, Adapter]] = [(source.path, source.read(opened.tensors)) for source in sources]
-    bound = Merge(opened, named, MergeOptions(scale, DTYPES.get(precision or ""), device=device))
+    bound = Merge(opened, named, MergeOptions(DTYPES.get(precision or ""), device=device))
     if not any_base:
         check_fingerprints(opened, named)
     require_room("output", output, sum(spec.numel * spec.dtype.itemsize for spec in bound.specs.values()))

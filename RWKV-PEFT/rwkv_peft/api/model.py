@@ -1,7 +1,7 @@
 """Models in Python: rp.load gives a Model, which computes logits, generates text, and trains like any torch module."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
@@ -14,6 +14,7 @@ from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.base import Base, open_base
 from ..checkpoints.tensors import DTYPES
 from ..cli.errors import UserError, quoted
+from ..cli.names import is_finite
 from ..config import AdapterConfig
 from ..data.chat import stops_of
 from ..data.recorded import find_tokenizer, recorded_beside
@@ -30,6 +31,7 @@ from ..models.parts import LanguageModel
 from ..models.state import State
 
 DEVICES = ("cpu", "cuda")
+Source = str | Path | AdapterSource
 
 
 class Piece(NamedTuple):
@@ -191,9 +193,20 @@ def require_one_of(name: str, given: object, known: Iterable[str], remedy: str =
         raise UserError(f"{name}={given!r} is not one of {', '.join(known)}{remedy}")
 
 
+def sources_in(adapters: Iterable[Source] | Mapping[Source, float]) -> list[AdapterSource]:
+    """The AdapterSources of an argument. Raises UserError for a scale that is no number, or 0."""
+    sources = [one if isinstance(one, AdapterSource) else AdapterSource(one) for one in adapters]
+    if not isinstance(adapters, Mapping):
+        return sources
+    for source, scale in zip(sources, adapters.values()):
+        if not is_finite(scale) or not scale:
+            raise UserError(f"adapters: {source.path} has the scale {scale!r}; a finite number other than 0 is due")
+    return [replace(source, amount=float(scale)) for source, scale in zip(sources, adapters.values())]
+
+
 def load(
     base: str | Path,
-    adapters: Iterable[str | Path | AdapterSource] = (),
+    adapters: Iterable[Source] | Mapping[Source, float] = (),
     state: str | Path | None = None,
     *,
     precision: str | None = None,
@@ -204,11 +217,12 @@ def load(
 ) -> Model:
     """Load the .pth of a model, with adapters merged into it in memory, as merge_bone.py would merge them.
 
-    base and adapters may be folders of runs. state is a file of time states or a saved session that every sequence
-    starts from. precision is "fp32", "bf16" or "fp16" (default: bf16 on a GPU, else fp32); weights "int8" or "int4"
-    rounds the matrices to blocks of such integers, for speed and memory, and no adapter trains on them. device is "cpu"
-    or "cuda" (default, or "auto": the GPU if there is one). any_base takes an adapter or state of another base of the
-    same shape. Raises UserError for files that cannot be read or do not fit together.
+    base and adapters may be folders of runs; {adapter: scale} multiplies the change of each. state is a file of time
+    states or a saved session that every sequence starts from. precision is "fp32", "bf16" or "fp16" (default: bf16 on a
+    GPU, else fp32); weights "int8" or "int4" rounds the matrices to blocks of such integers, for speed and memory, and
+    no adapter trains on them. device is "cpu" or "cuda" (default, or "auto": the GPU if there is one). any_base takes
+    an adapter or state of another base of the same shape. Raises UserError for files that cannot be read or do not fit
+    together.
     """
     if device == "auto":
         device = None
@@ -218,7 +232,7 @@ def load(
     if isinstance(adapters, (str, Path)):
         raise UserError(f"adapters={str(adapters)!r} is one path, and a list is due; give [{str(adapters)!r}]")
     device = resolve_device(device)
-    sources = [path if isinstance(path, AdapterSource) else AdapterSource(path) for path in adapters]
+    sources = sources_in(adapters)
     precision = precision or ("bf16" if device == "cuda" else "fp32")
     model = Model(merged_base(base, sources, any_base), precision, device, weights)
     if state is not None:

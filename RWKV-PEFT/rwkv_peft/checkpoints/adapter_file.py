@@ -142,10 +142,11 @@ class AdapterMetadata:
 
 
 class Adapter(NamedTuple):
-    """An adapter's tensors, {name: tensor} as in the module's docstring, and its metadata."""
+    """An adapter's tensors, {name: tensor} as in the module's docstring, its metadata, and the factor of its change."""
 
     tensors: dict[str, torch.Tensor]
     metadata: AdapterMetadata
+    amount: float = 1.0
 
     def modules(self) -> dict[str, dict[str, torch.Tensor]]:
         """The adapter's own tensors: {module name: {parameter name: tensor}}."""

@@ -3,8 +3,8 @@
 import argparse
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ class AdapterSource:
     """An adapter's path, and facts that its file may lack (None: unknown).
 
     For RWKV-PEFT's files mode is the form of Bone, init the path of PiSSA's initial factors, alpha LoRA's alpha. guess
-    is a form that is used if mode is None; a file of another form contradicts mode, but not guess.
+    is a form that is used if mode is None; a file of another form contradicts mode, but not guess. amount multiplies
+    the adapter's change.
     """
 
     path: str | Path
@@ -31,6 +32,7 @@ class AdapterSource:
     init: str | Path | None = None
     alpha: float | None = None
     guess: str | None = None
+    amount: float = 1.0
 
     def read(self, base: Mapping[str, torch.Tensor] | None = None) -> Adapter:
         """Read the Adapter, ours or another tool's (rwkv_peft_file.py, adapter_folders.py).
@@ -59,7 +61,7 @@ class AdapterSource:
                 raise UserError(
                     f"{path}: {key} holds NaN or Inf: the training that wrote it had diverged; take an earlier one"
                 )
-        return adapter
+        return adapter._replace(amount=self.amount)
 
     def _check_facts(self, path: Path, adapter: Adapter) -> None:
         """Raise UserError for init beside a file that needs none, and for an alpha that is not the adapter's."""
@@ -117,3 +119,8 @@ def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = Non
 def source_of(args: argparse.Namespace, path: str | Path) -> AdapterSource:
     """The AdapterSource of a path and a command's flags."""
     return AdapterSource(path, args.bone_mode, args.lora_init, args.lora_alpha)
+
+
+def sources_of(args: argparse.Namespace, paths: Sequence[str]) -> list[AdapterSource]:
+    """The AdapterSources of the paths of a flag of ScaledFiles, with their scales."""
+    return [replace(source_of(args, path), amount=scale) for path, scale in zip(paths, args.scales)]

@@ -26,9 +26,9 @@ from .questions import Record, ask, share_of
 from .rows import Task, example, layout_of, read_problems
 
 INPUTS = ("model", "data", "shots_data", "state", "tokenizer", "template", "lora_init")
-OTHERS = ("task", "adapter", "bone_mode", "lora_alpha", "precision", "device", "split", "shots", "max_tokens", "stop")
+OTHERS = ("task", "adapter", "scales", "bone_mode", "lora_alpha", "precision", "device", "split", "shots")
 HARNESS_INPUTS = ("model", "state", "tokenizer", "include_path")
-SETTINGS = (*INPUTS, *OTHERS)  # answers depend on them
+SETTINGS = (*INPUTS, *OTHERS, "max_tokens", "stop")  # answers depend on them
 HEAD = "eval"  # the key of a file's first line
 
 
@@ -119,7 +119,9 @@ def score_harness(args: Any) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    results["config"] = {name: getattr(args, name) for name in ("model", "adapter", "state", "shots", "limit")}
+    results["config"] = {
+        name: getattr(args, name) for name in ("model", "adapter", "scales", "state", "shots", "limit")
+    }
     samples = results.pop("samples")
     if args.output:
         write_text(args.output, json.dumps(results, indent=2, default=plain, ensure_ascii=False) + "\n")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 
-from ..checkpoints.source_flags import add_source_flags
+from ..checkpoints.source_flags import ScaledFiles, add_source_flags
 from ..cli.errors import UserError
 from ..cli.names import THINK_MODES
 from ..cli.parser import Parser, add_stop_flag, count, positive, switch
@@ -126,10 +126,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="PTH", help="an RWKV model")
     add(
         "--adapter",
+        action=ScaledFiles,
         nargs="+",
         default=[],
-        metavar="FILE",
-        help="adapters to apply to the model, in order; no file is changed",
+        metavar="FILE[=SCALE]",
+        help="adapters to apply to the model, in order, mine=0.7 for 0.7 times the change; no file is changed",
     )
     add(
         "--state",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..checkpoints.adapters import AdapterSource, source_of
+from ..checkpoints.adapters import AdapterSource, sources_of
 from ..checkpoints.base import Base, base_of, open_base, save_model
 from ..checkpoints.state_file import read_states
 from ..checkpoints.tensors import DTYPES
@@ -102,7 +102,7 @@ def load_subject(args: Namespace, log: Callable[[str], object]) -> Subject:
     tokenizer that differs from the recorded one. Raises UserError for files that cannot be read or do not fit."""
     device = resolve_device(args.device)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    sources = [source_of(args, path) for path in args.adapter]
+    sources = sources_of(args, args.adapter)
     model, start = load_model(args.model, sources, precision, device, args.any_base, args.weights, log)
     if args.state:
         start = read_state_file(args.state, model, None if args.any_base else open_base(args.model))

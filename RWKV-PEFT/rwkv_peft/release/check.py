@@ -13,6 +13,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ from ..adapters.change import Params
 from ..adapters.inject import inject, load_tensors
 from ..adapters.quant import roundtrip, row_unit
 from ..checkpoints.adapter_file import Adapter, AdapterMetadata
-from ..checkpoints.adapters import source_of
+from ..checkpoints.adapters import sources_of
 from ..checkpoints.atomic import scratch_folder
 from ..checkpoints.base import Base, open_base
 from ..checkpoints.state_file import read_states
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> int:
     adapter = None
     if base is not None and args.bone_checkpoint:
         check_comparable(merged, base)
-        adapter = source_of(args, args.bone_checkpoint).read(base.tensors)
+        (source,) = sources_of(args, [args.bone_checkpoint])
+        adapter = source.read(base.tensors)
         Merge(base, [(args.bone_checkpoint, adapter)])  # raises UserError for an adapter that cannot be merged
         if not args.any_base:
             check_fingerprints(base, [(args.bone_checkpoint, adapter)])
@@ -122,7 +124,7 @@ def adapted_logits(
     The sequence starts from the adapter's time states, else from `states`, else from zeros.
     """
     family, metadata, modules = base.family, loaded.metadata, loaded.modules()
-    whole, tuned = split_time_states(loaded.whole())
+    whole, tuned = split_time_states(whole_tensors(base, loaded))
     config = replace(loaded.config(family), train_parts=())  # tensors that trained whole take the base's places
     # quantized, or less its first factors, in the dtype that the training had
     rounded = metadata.quant != "none" or (metadata.method is not None and metadata.method.residual is not None)
@@ -140,11 +142,32 @@ def adapted_logits(
         part.float()
         own = {f"{module}.{name}": tensor for module in names for name, tensor in modules[module].items()}
         load_tensors(model, own, adapter)
+        for module in names if loaded.amount != 1 else ():
+            weight, layer = base.tensors[f"{module}.weight"].float(), part.get_submodule(module.removeprefix(prefix))
+            layer.register_forward_hook(partial(scaled_output, weight=weight, amount=loaded.amount))
 
     start = State.zeros(base.config, 1)
     if tuned or states:
         start = state_of(tuned or states, start, family.rows_are_keys, adapter)
     return logits_by_parts(family.load(base.tensors | whole, base.config), tokens, start, torch.float32, adapt)
+
+
+def scaled_output(
+    layer: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor, weight: torch.Tensor, amount: float
+) -> torch.Tensor:
+    """A forward hook of an adapter's layer on a weight (out, in): the output with its change times `amount`."""
+    return torch.lerp(torch.nn.functional.linear(inputs[0], weight), output, amount)
+
+
+def whole_tensors(base: Base, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """{key: tensor} that an Adapter puts in place of a Base's; float32 if it does so in part."""
+    whole = adapter.whole()
+    if adapter.amount == 1:
+        return whole
+    return {
+        key: torch.lerp(base.tensors.get(key, torch.zeros(tensor.shape)).float(), tensor.float(), adapter.amount)
+        for key, tensor in whole.items()
+    }
 
 
 def package_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
@@ -214,15 +237,15 @@ def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
 
 def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterator[str]:
     """Yield a line for each tensor with wrong values. `quant` names the quantization of the frozen weights."""
-    modules, metadata = adapter.modules(), adapter.metadata
-    for key, source in (base.tensors | adapter.whole()).items():
+    modules, metadata, whole = adapter.modules(), adapter.metadata, whole_tensors(base, adapter)
+    for key, source in (base.tensors | whole).items():
         if (tensor := merged.tensors.get(key)) is None:
             yield f"{key}: missing"  # a time state, because a model that lacks another tensor is not opened
             continue
-        expect: Expect = cast
+        expect: Expect = near if key in whole and adapter.amount != 1 else cast
         unit = 1
         if (params := modules.get(key.removesuffix(".weight"))) and metadata.method is not None:
-            expect = adapted(metadata, params, quant)
+            expect = adapted(metadata, params, quant, adapter.amount)
             unit = math.lcm(metadata.method.change.row_unit(params), row_unit(quant, tensor.shape[1]))
         if odd := compared(tensor, source, expect, unit):
             unmerged = key in base.tensors and not compared(tensor, base.tensors[key], cast)
@@ -256,8 +279,15 @@ def cast(source: torch.Tensor, start: int, dtype: torch.dtype) -> Range:
     return values, values
 
 
-def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
-    """The Expect of an adapted weight: base plus change, give or take the loss of float32 arithmetic, rounded."""
+def near(source: torch.Tensor, start: int, dtype: torch.dtype) -> Range:
+    """Expect the source's own values, give or take the loss of float32 arithmetic, in the file's dtype."""
+    loss = SLACK * torch.linalg.vector_norm(source, torch.inf)
+    return (source - loss).to(dtype), (source + loss).to(dtype)
+
+
+def adapted(metadata: AdapterMetadata, params: Params, quant: str, amount: float) -> Expect:
+    """The Expect of an adapted weight: base plus `amount` times the change, give or take the loss of float32
+    arithmetic, rounded."""
     assert metadata.method is not None  # because it adapts layers
     change, scale = metadata.method.change, metadata.scale
     is_residual = metadata.method.residual is not None
@@ -270,6 +300,9 @@ def adapted(metadata: AdapterMetadata, params: Params, quant: str) -> Expect:
             change.added(base, own, scale) if is_residual else base + change.delta(base, own, scale) for base in bases
         ]
         loss = lost(source.float(), *ends)
+        if amount != 1:
+            ends = [torch.lerp(source.float(), end, amount) for end in (ends[0] - loss, ends[-1] + loss)]
+            return torch.minimum(*ends).to(dtype), torch.maximum(*ends).to(dtype)
         return (ends[0] - loss).to(dtype), (ends[-1] + loss).to(dtype)
 
     return expect

@@ -7,9 +7,9 @@ import argparse
 import re
 from types import MappingProxyType
 
-from ..checkpoints.source_flags import add_source_flags
+from ..checkpoints.source_flags import ScaledFiles, add_source_flags
 from ..cli.names import GGUF_TYPES, QUANTS, called
-from ..cli.parser import Parser, constrained, finite, positive, up_to
+from ..cli.parser import Parser, constrained, positive, up_to
 from ..cli.rules import NEEDS, Rule
 from ..config import QUANTIZATIONS
 
@@ -23,10 +23,10 @@ MERGE_SYNONYMS = MappingProxyType(
         "--lora_load": "--adapter",
         "--pissa_load": "--adapter",
         "--pissa_init": "--lora_init",
+        "--scale": "--adapter FILE=SCALE",
     }
 )
 MOST_TOKENS = 1 << 14  # for check: 8 GiB of logits in float64 over the World vocabulary
-factor = constrained(finite, bool, "would leave nothing of the change; give another number")
 repository = constrained(
     str,
     lambda name: bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)),
@@ -65,12 +65,13 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         *ADAPTER_FLAGS,
         "--state",
         required=True,
-        action="extend",
+        action=ScaledFiles,
         nargs="+",
-        metavar="FILE",
+        metavar="FILE[=SCALE]",
         dest="adapters",
-        help="adapters in order of application: .safetensors of train.py, or the folder of its run, flat .pth of "
-        "RWKV-PEFT (.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging Face peft",
+        help="adapters in order of application, mine=0.7 for 0.7 times the change: .safetensors of train.py, or the "
+        "folder of its run, flat .pth of RWKV-PEFT (.bone, .disha, LoRA, PiSSA, time states), or folders of Hugging "
+        "Face peft",
     )
     add(
         "--type",
@@ -96,7 +97,6 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         choices=QUANTIZATIONS,
         help="quantization of the frozen weights in training (default: what the adapter says)",
     )
-    add("--scale", type=factor, default=1.0, help="multiplies the change, default 1.0")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="device of the arithmetic (default: cpu)")
     add(
         "--any_base",
@@ -118,7 +118,12 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--merged", required=True, metavar="PTH", help="the model to check")
     add(*BASE_FLAGS, metavar="PTH", help="the base of the merge")
-    add(*ADAPTER_FLAGS, metavar="FILE", help="the adapter, or the folder of the run")
+    add(
+        *ADAPTER_FLAGS,
+        action=ScaledFiles,
+        metavar="FILE[=SCALE]",
+        help="the adapter, or the folder of the run, with the scale of the merge",
+    )
     add_source_flags(parser)
     add("--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)")
     add("--any_base", action="store_true", help="do not compare the base with the one that the adapter names")

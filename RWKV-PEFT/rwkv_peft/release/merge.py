@@ -24,7 +24,7 @@ from ..adapters.method import Method
 from ..adapters.methods import METHODS
 from ..adapters.quant import row_unit
 from ..checkpoints.adapter_file import Adapter
-from ..checkpoints.adapters import adapter_of_run, source_of
+from ..checkpoints.adapters import adapter_of_run, sources_of
 from ..checkpoints.atomic import atomic_write, check_output, require_room, same_file
 from ..checkpoints.base import Base, open_base
 from ..checkpoints.state_file import check_state_output, write_states
@@ -59,9 +59,9 @@ def main(argv: list[str]) -> int:
     args.adapters = [str(adapter_of_run(path, tell=True)) for path in args.adapters]
     check_files(args)
     base = open_base(args.base_model)
-    adapters = [(path, source_of(args, path).read(base.tensors)) for path in args.adapters]
+    adapters = [(source.path, source.read(base.tensors)) for source in sources_of(args, args.adapters)]
     check_type(args.type, adapters)
-    options = MergeOptions(args.scale, DTYPES.get(args.output_dtype), args.quant, args.device)
+    options = MergeOptions(DTYPES.get(args.output_dtype), args.quant, args.device)
     merge = Merge(base, adapters, options)
     if not args.any_base:
         check_fingerprints(base, adapters)
@@ -101,7 +101,7 @@ def check_files(args: argparse.Namespace) -> None:
         if any(same_file(path, other) for other in args.adapters[:position]):
             raise UserError(
                 f"--bone_checkpoint names {path} twice, which would apply it twice; give each adapter once "
-                "(--scale 2 doubles a change)"
+                f"({path}=2 doubles its change)"
             )
     inputs = [("--base_model", args.base_model), ("--lora_init", args.lora_init)]
     inputs += [("--bone_checkpoint", path) for path in args.adapters]
@@ -135,11 +135,10 @@ def check_type(given: str | None, adapters: Adapters) -> None:
 class MergeOptions:
     """The options of a merge.
 
-    scale multiplies every change; dtype is the output's (None: each tensor keeps the base's); quant overrides the
-    adapter's record of the quantization of the frozen weights (None: as recorded); device does the arithmetic.
+    dtype is the output's (None: each tensor keeps the base's); quant overrides the adapter's record of the
+    quantization of the frozen weights (None: as recorded); device does the arithmetic.
     """
 
-    scale: float = 1.0
     dtype: torch.dtype | None = None
     quant: str | None = None
     device: str = "cpu"
@@ -207,9 +206,9 @@ class Band(NamedTuple):
 class Merge:
     """Adapters bound to a base: the specs of the output's tensors, and the changes that make them, by key.
 
-    adapters are (name, Adapter) pairs in the order of their application. Raises UserError for an adapter of another
-    generation, one that does not fit the base or changes nothing, time states in some layers only, and options that
-    contradict an adapter.
+    adapters are (name, Adapter) pairs in the order of their application, each to the result of those before. Raises
+    UserError for an adapter of another generation, one that does not fit the base or changes nothing, time states in
+    some layers only, and options that contradict an adapter.
     """
 
     def __init__(self, base: Base, adapters: Adapters, options: MergeOptions | None = None) -> None:
@@ -229,7 +228,7 @@ class Merge:
         for key, tensor in adapter.whole().items():
             if key not in self.specs:
                 self.specs[key] = TensorSpec.of(tensor, options.dtype or base.tensors["emb.weight"].dtype)
-            self.changes.setdefault(key, []).append(WholeChange(tensor.to(options.device), options.scale))
+            self.changes.setdefault(key, []).append(WholeChange(tensor.to(options.device), adapter.amount))
         for module, params in adapter.modules().items():
             key = f"{module}.weight"
             assert metadata.method is not None  # the readers refuse tensors of no method
@@ -237,7 +236,7 @@ class Merge:
             changes, quant = self.changes.setdefault(key, []), options.quant or metadata.quant
             # a file that names no precision was trained in the base's own dtype; after an adapter nothing is rounded
             dtype = metadata.base_dtype() or (torch.float32 if changes else base.tensors[key].dtype)
-            changes.append(LayerChange(metadata.method, params, metadata.scale, quant, options.scale, dtype))
+            changes.append(LayerChange(metadata.method, params, metadata.scale, quant, adapter.amount, dtype))
 
     def bands(
         self, pairs: Pairs, report: Callable[[TensorChange], None] = lambda change: None
@@ -410,7 +409,8 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters, merge: 
         parts += [f"{len(whole)} whole tensors"] if whole else []
         called = f"its base is called {metadata.origin.base}" if metadata.origin.base else "it does not name its base"
         origin = "" if metadata.base_fingerprint else f" (from {in_line(metadata.source)}; {called})"
-        print(f"adapter  {name}: {', '.join(parts)}{origin}")
+        amount = "" if adapter.amount == 1 else f", {adapter.amount:g} times its change"
+        print(f"adapter  {name}: {', '.join(parts)}{amount}{origin}")
         if 0 < len(blocks := blocks_of(adapter)) < config.n_layer:
             changed = ", ".join(sorted(blocks, key=int))
             print(f"blocks   it changes {changed} of 0-{config.n_layer - 1}; the others stay as they are")
