@@ -9,6 +9,7 @@ import torch
 from families import shaken
 from inference.engines import GREEDY, PROMPTS, Recording, ask, engine_of, finish, model_file
 from rwkv_peft.adapters.inject import inject
+from rwkv_peft.adapters.methods import adapter_parameter
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.adapters import AdapterSource
 from rwkv_peft.checkpoints.base import base_of, open_base
@@ -21,7 +22,7 @@ from rwkv_peft.inference.forward import prefill, recordable
 from rwkv_peft.inference.loading import load_model, save_state_file
 from rwkv_peft.inference.requests import Completion, GenerationRequest, PrefixCache
 from rwkv_peft.inference.settings import Sampling
-from rwkv_peft.inference.speakers import Speaker, adapter_speaker, state_speaker
+from rwkv_peft.inference.speakers import Speaker, adapter_speaker, mixed_speaker, state_speaker
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.training.step.shared_prefix import Contexts
@@ -33,6 +34,9 @@ SAMPLINGS = [
 ]
 METHODS = [{"mode": "bat-in"}, {"mode": "bone", "train_parts": ("ln", "head")}]
 METHODS += [{"method": "lora", "alpha": 16.0, "train_parts": ("state",)}, {"method": "pissa"}]
+METHODS += [{"method": "dora"}, {"mode": "bat-out"}]
+MIXES = [((number, scale),) for number in range(len(METHODS)) for scale in (0.7, -0.5)]
+MIXES += [((0, 0.7), (1, 0.3)), ((4, 0.6), (5, -0.2), (2, 0.5), (0, 1.3)), ((1, 0.5), (3, 0.5))]
 NAMES = [f"{number}.safetensors" for number in range(len(METHODS))]
 
 
@@ -51,7 +55,7 @@ def adapter_file(base, path, seed=0, size=0.1, **settings):
     torch.manual_seed(seed)
     trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
     tensors = {name: tensor + size * torch.randn(tensor.shape) for name, tensor in trained.items()}
-    tensors |= {name: buffer for name, buffer in adapted.named_buffers() if "init_" in name}
+    tensors |= {name: buffer for name, buffer in adapted.named_buffers() if adapter_parameter(name)}
     save_adapter(path, tensors, AdapterMetadata.from_config(config, base_fingerprint=base.fingerprint))
     return path
 
@@ -242,6 +246,23 @@ def test_adapters_and_states_answer_side_by_side_as_each_alone(files, plain):
     merged = [Speaker("", *load_model(files / "base.pth", [AdapterSource(files / name)])) for name in NAMES]
     due = [alone(own, prompt) for own in [*speakers[:2], *merged] for prompt in PROMPTS[:2]]
     assert [one.tokens for one in listeners] == due and len(set(map(tuple, due))) == len(due)
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_adapters_at_scales_compute_what_their_merge_does(files, plain, mix):
+    base = open_base(files / "base.pth")
+    parts = [
+        (adapter_speaker(NAMES[n], AdapterSource(files / NAMES[n]), plain, base, False), scale) for n, scale in mix
+    ]
+    mixed = mixed_speaker("mix", parts, plain, base)
+    merged, start = load_model(base.path, [AdapterSource(files / NAMES[n], amount=scale) for n, scale in mix])
+    (found, state), (due, after) = prefill(mixed.model, PROMPTS, mixed.start), prefill(merged, PROMPTS, start)
+    torch.testing.assert_close(found, due, rtol=1e-4, atol=1e-4)
+    step = torch.tensor([[7]] * len(PROMPTS))
+    torch.testing.assert_close(mixed.model(step, state)[0], merged(step, after)[0], rtol=1e-4, atol=1e-4)
+    shared = {tensor.data_ptr() for tensor in plain.model.state_dict().values()}
+    copies = [key for key, tensor in mixed.model.state_dict().items() if tensor.data_ptr() not in shared]
+    assert all(re.search(r"^head|\bln", key) for key in copies) or any(n == 3 for n, _ in mix)  # pissa's are merged
 
 
 def test_adapters_share_the_bases_weights_and_leave_them_unchanged(files, plain):

@@ -39,7 +39,11 @@ def test_merged_weights_are_base_plus_delta_cast_once(folder, variant, scale):
         if params is None:
             assert torch.equal(merged[key], tensor.float())
             continue
-        exact = tensor.double() + scale * METHODS[variant].change.delta(tensor.double(), params, scale=metadata.scale)
+        change = METHODS[variant].change
+        exact = tensor.double() + scale * change.delta(tensor.double(), params, scale=metadata.scale)
+        if (part := change.times(params, scale)) is not None:
+            found = tensor.double() + change.delta(tensor.double(), part, scale=metadata.scale)
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
         # residual variants subtract from a base rounded to bfloat16, as training does
         tolerance = 1e-2 if METHODS[variant].residual else 1e-5
         torch.testing.assert_close(merged[key].double(), exact, rtol=tolerance, atol=tolerance)

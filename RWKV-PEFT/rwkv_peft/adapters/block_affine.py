@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..cli.errors import UserError
 from ..config import AdapterConfig
-from .change import Change, Params, cast
+from .change import Change, Params, cast, wide
 from .method import Misfit, nearest_divisor
 
 
@@ -55,6 +55,9 @@ class BlockAffine(Change):
 
     def row_unit(self, params: Params) -> int:
         return params["bone"].shape[-1]
+
+    def times(self, params: Params, amount: float) -> Params:
+        return {**params, "bone": amount * wide(params["bone"])}
 
     def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """W' = W (I + B) + B is undone by the change of the same form with C = (I + B)^-1 - I in B's place:

@@ -38,6 +38,10 @@ class Change(ABC):
             for name, tensor in params.items()
         }
 
+    def times(self, params: Params, amount: float) -> Params | None:
+        """params of `amount` times the change; None for a change that is not linear in them."""
+        return None
+
     @abstractmethod
     def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         """params that `removed` takes to undo `amount` times the change. Raises UserError if nothing undoes it."""
@@ -60,6 +64,9 @@ class Sum(Change):
 
     def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
         return {name: -amount * wide(tensor) if name in self.negated else tensor for name, tensor in params.items()}
+
+    def times(self, params: Params, amount: float) -> Params:
+        return self.opposite(params, 1.0, -amount)
 
 
 def cast(params: Params, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The layer that every method shares: a linear layer that keeps its base weight under its own key."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from .change import Params
-from .functions.tokens import linear
+from .functions.tokens import flat, linear
 from .method import Method
 from .product import DENSE, Frozen, Product
 from .quant import QuantizedProduct, quantize
@@ -93,6 +93,53 @@ class AdapterLinear(nn.Module):
     def extra_repr(self) -> str:
         quant = "" if self.quant == "none" else f", quant={self.quant}"
         return f"{self.in_features}, {self.out_features}, {self.method.name}{quant}"
+
+
+class ScaledProduct:
+    """Products, without gradients, with the weight that an adapter's layer makes of `inner`'s: that weight and `amount`
+    times the change of it."""
+
+    def __init__(self, layer: AdapterLinear, amount: float, inner: Product) -> None:
+        self.method, self.scale, self.inner = layer.method, layer.scale, inner
+        params = layer.method.change.times(layer.params, amount)  # spares a second product with the weight
+        self.params, self.amount = (layer.params, amount) if params is None else (params, 1.0)
+
+    def shape(self, weight: Tensor) -> tuple[int, int]:
+        return self.inner.shape(weight)
+
+    def rows(self, weight: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        whole = self.inner.rows(weight, slice(0, self.shape(weight)[0]), torch.float32)
+        changed = self.method.change.added(whole, self.params, self.scale)
+        return torch.lerp(whole, changed, self.amount)[rows].to(dtype)
+
+    def forward(self, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        changed = self.method.apply(z, Frozen(weight, bias, self.inner), self.params, self.scale, 0.0)
+        return changed if self.amount == 1 else torch.lerp(self.inner.forward(z, weight, bias), changed, self.amount)
+
+    def backward(self, g: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def add_forward_(self, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        y += self.forward(z, weight, bias)
+
+    def add_backward_(self, dz: Tensor, g: Tensor, weight: Tensor) -> None:
+        raise NotImplementedError
+
+
+class ScaledLinear(nn.Module):
+    """A frozen linear layer with adapters' layers at scales, each applied to the result of those before, as merging
+    does; the weights are none of its own."""
+
+    def __init__(self, base: nn.Linear, layers: Sequence[tuple[AdapterLinear, float]]) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.product: Product = DENSE
+        for layer, amount in layers:
+            self.product = ScaledProduct(layer, amount, self.product)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) in x's dtype."""
+        return self.product.forward(flat(x), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 @contextmanager

@@ -2,22 +2,27 @@
 mirrors, which decode for a module that others read and train.
 
 An adapter stays beside the shared weights as layers of its method, and only tensors that it replaces whole are copies.
+So do several at scales of their own, which share the layers of their speakers.
 If it was trained on a quantized base, or with a residual of the base, its merged weights take their place, because that
 base is not in memory. So they do, rounded alike, if the matrices in memory are rounded to blocks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapters.inject import inject, load_tensors
+from ..adapters.layer import ScaledLinear
+from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.base import Base
 from ..models.parts import LanguageModel
 from ..models.state import State, is_time_state, split_time_states
+from ..release.compatibility import Adapters
 from ..release.merge import Merge, check_fingerprints
 from .forward import speed_up
 from .loading import read_state, read_state_file
@@ -26,11 +31,13 @@ from .weights import FrozenLinear, place, quantize_products, rounded
 
 @dataclass(frozen=True, eq=False)
 class Speaker:
-    """A model that answers under a name, from the State of one sequence on (None: zeros)."""
+    """A model that answers under a name, from the State of one sequence on (None: zeros), and its adapter's path and
+    content if it has one."""
 
     name: str
     model: LanguageModel
     start: State | None = None
+    adapter: tuple[str | Path, Adapter] | None = None
 
 
 def state_speaker(name: str, path: str | Path, speaker: Speaker, base: Base | None) -> Speaker:
@@ -42,24 +49,56 @@ def adapter_speaker(name: str, source: AdapterSource, speaker: Speaker, base: Ba
     """The speaker of a Base with an adapter; any_base allows one of another base of the same shape. Raises UserError
     for a file that is no adapter or does not fit."""
     adapter = source.read(base.tensors)
-    pairs = [(source.path, adapter)]
+    pair = source.path, adapter
     if not any_base:
-        check_fingerprints(base, pairs)
-    merge = Merge(base, pairs)  # refuses an adapter that does not fit
-    own, states = split_time_states(adapter.tensors)
-    model, metadata = speaker.model, adapter.metadata
-    residual = metadata.method is not None and metadata.method.residual is not None
-    if metadata.quant != "none" or residual or rounded(model):
-        merged = {key: rows for key, rows in merge.tensors(base.tensors.items()) if key in merge.changes}
-        model = sharing(model, base, split_time_states(merged)[0])
-    elif own:
-        model = sharing(model, base, adapter.whole())
+        check_fingerprints(base, [pair])
+    model, start, complete = with_replaced(speaker, base, [pair])
+    own = split_time_states(adapter.tensors)[0]
+    if not complete:
         inject(model, adapter.config(base.family), family=base.family, initial=adapter.tensors)
         load_tensors(model, own, source.path)
-    model.requires_grad_(False).eval()
-    if model.emb.weight.is_cpu:
-        speed_up(model)
-    return Speaker(name, model, read_state(states, model, source.path) if states else speaker.start)
+    return Speaker(name, settled(model, speaker), start, pair)
+
+
+def mixed_speaker(name: str, parts: Sequence[tuple[Speaker, float]], speaker: Speaker, base: Base) -> Speaker:
+    """The speaker of a Base with the adapters of speakers at scales, as merging would apply them, in their order; it
+    shares their layers. Raises UserError for a change that is lost in the base's dtype."""
+    adapters = [(*own.adapter, scale) for own, scale in parts if own.adapter is not None]
+    pairs = [(path, adapter._replace(amount=scale)) for path, adapter, scale in adapters]
+    model, start, complete = with_replaced(speaker, base, pairs)
+    places: dict[str, list[tuple[Any, float]]] = {}
+    for (own, scale), (_, adapter) in zip(parts, pairs):
+        for module in () if complete else adapter.modules():
+            places.setdefault(module, []).append((own.model.get_submodule(module), scale))
+    for module, layers in places.items():
+        linear: Any = model.get_submodule(module)
+        model.set_submodule(module, ScaledLinear(linear, layers))
+    return Speaker(name, settled(model, speaker), start)
+
+
+def with_replaced(speaker: Speaker, base: Base, pairs: Adapters) -> tuple[LanguageModel, State | None, bool]:
+    """A model over a speaker's memory with copies of the tensors that (path, Adapter) pairs replace, the State that it
+    starts from, and True if these are all of the adapters' changes: because they change no other tensor, or as merged
+    weights."""
+    merge, model = Merge(base, pairs), speaker.model  # refuses an adapter that does not fit
+    weights, states = split_time_states(merge.whole(base))
+    own = [key for key in merge.changes if not is_time_state(key)]
+    methods = [(adapter.metadata.quant, adapter.metadata.method) for _, adapter in pairs]
+    merged = any(quant != "none" or (method is not None and method.residual is not None) for quant, method in methods)
+    merged = merged or bool(rounded(model)) or any(len({*map(type, found)}) > 1 for found in merge.changes.values())
+    if own and merged:
+        weights = {key: rows for key, rows in merge.tensors(base.tensors.items()) if key in own}
+    start = read_state(states, model, ", ".join(str(path) for path, _ in pairs)) if states else speaker.start
+    return sharing(model, base, weights) if own else model, start, merged or not own
+
+
+def settled(model: LanguageModel, speaker: Speaker) -> LanguageModel:
+    """A new model over a speaker's memory, frozen and ready to decode."""
+    if model is not speaker.model:
+        model.requires_grad_(False).eval()
+        if model.emb.weight.is_cpu:
+            speed_up(model)
+    return model
 
 
 def sharing(model: LanguageModel, base: Base, replaced: Mapping[str, torch.Tensor]) -> LanguageModel:

@@ -161,13 +161,7 @@ def scaled_output(
 
 def whole_tensors(base: Base, adapter: Adapter) -> dict[str, torch.Tensor]:
     """{key: tensor} that an Adapter puts in place of a Base's; float32 if it does so in part."""
-    whole = adapter.whole()
-    if adapter.amount == 1:
-        return whole
-    return {
-        key: torch.lerp(base.tensors.get(key, torch.zeros(tensor.shape)).float(), tensor.float(), adapter.amount)
-        for key, tensor in whole.items()
-    }
+    return adapter.whole() if adapter.amount == 1 else Merge(base, [("the adapter", adapter)]).whole(base)
 
 
 def package_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:

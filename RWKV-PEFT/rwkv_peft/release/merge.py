@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import chain, groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -193,6 +193,10 @@ class WholeChange:
         return new if self.amount == 1 else torch.lerp(weight, new, self.amount)
 
 
+def is_layer_change(change: LayerChange | WholeChange) -> bool:
+    return isinstance(change, LayerChange)
+
+
 class Band(NamedTuple):
     """Rows of an output tensor, with the sums of squares of W, W' - W and cast(W') - W' over them (zeros if nothing
     changes); differs is True if any element differs from the base's."""
@@ -260,6 +264,13 @@ class Merge:
                 report(changes[-1])
         if changes and not any(change.differs for change in changes):
             raise self._equal_to_base(changes)
+
+    def whole(self, base: Base) -> dict[str, torch.Tensor]:
+        """{key: tensor} of those that adapters only put in the Base's places, its states among them: float32, not
+        rounded."""
+        kept = {key: changes for key, changes in self.changes.items() if not any(map(is_layer_change, changes))}
+        found = {key: base.tensors.get(key, torch.zeros(self.specs[key].shape)).float() for key in kept}
+        return {key: reduce(lambda weight, change: change.apply(weight), kept[key], found[key]) for key in kept}
 
     def tensors(self, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the output's (key, tensor), as `bands` does but whole; an unchanged one is the base's own, no copy."""

@@ -160,6 +160,53 @@ def test_an_adapter_answers_from_a_state(client, models):
     assert [answer.choices[0].text] == due[0] and due[0] not in due[1:]
 
 
+def test_a_request_scales_adapters(client, server, files, models):
+    """As merging does, each request for itself, and also those that are answered at once."""
+    mixes = [{"poet": 0.7}, {"poet": -0.4}, {"poet": 0.6, "coder": 0.3}, {"coder": 0.3, "poet": 0.6}]
+    mixes += [{"poet": 0}, {}, {"coder": 1}, {"poet": 0, "coder": 1}]
+    found = {}
+
+    def ask(number):
+        (first, scale), *others = mixes[number].items() or [("", 0)]
+        single = first and not others
+        more = {"adapter_scale": scale} if single else {"adapters": mixes[number]}
+        name = first if single else "base"
+        answer = client.completions.create(model=name, prompt="x", max_tokens=30, temperature=0, extra_body=more)
+        found[number] = answer.choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(mixes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, mix in enumerate(mixes[:4]):
+        sources = [AdapterSource(files / f"{name}.safetensors", amount=scale) for name, scale in mix.items()]
+        merged = {"mix": load_model(files / "base.pth", sources)}
+        assert [found[number]] == texts(merged, "mix", ["x"], GREEDY, 30)
+    due = {name: texts(models, name, ["x"], GREEDY, 30)[0] for name in ("base", "coder")}
+    assert [found[number] for number in (4, 5, 6, 7)] == [due[name] for name in ("base", "base", "coder", "coder")]
+    assert len(set(found.values())) == 6
+    asked = {"model": "poet", "prompt": "x", "adapter_scale": 0.5}
+    mistakes = [{"model": "calm"}, {"model": "base"}, {"adapters": {"coder": 1}}, {"adapter_scale": 101}]
+    for more in (*mistakes, {"adapter_scale": None, "adapters": {"coder": 1}}):
+        assert server.send("POST", "/v1/completions", asked | more)[0] == 400
+    assert server.send("POST", "/v1/completions", {"prompt": "x", "adapters": {"none": 1}})[0] == 404
+
+
+def test_a_dropped_adapter_takes_what_was_made_of_it_along(client, server):
+    ask = {"prompt": "Once upon a time", "max_tokens": 2, "adapters": {"late": 0.5}, "state": "calm"}
+    for cached in (False, True, False):
+        if not cached:
+            loaded = {"name": "late", "file": "poet.safetensors"}
+            assert server.send("POST", "/v1/adapters", loaded)[0] == 200
+        usage = server.send("POST", "/v1/completions", ask)[2]["usage"]
+        assert (usage["prompt_tokens_details"]["cached_tokens"] > 0) is cached
+        if cached:
+            assert server.send("DELETE", "/v1/adapters/late")[0] == 200
+            assert server.send("POST", "/v1/completions", ask)[0] == 404
+    assert server.send("DELETE", "/v1/adapters/late")[0] == 200
+
+
 def test_messages_and_tools_are_laid_out_as_chat_data_and_forge_no_turns(client):
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}

@@ -6,7 +6,6 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -107,8 +106,7 @@ def add_routes(app: APIRouter, service: Service) -> None:
 
     @app.delete("/adapters/{name}")
     async def drop(name: str) -> dict[str, Any]:
-        for speaker in catalog.drop(name):
-            service.thread.call(partial(service.engine.forget, speaker))
+        catalog.drop(name)
         return {"id": name, "object": "model", "deleted": True}
 
     @app.post("/completions")

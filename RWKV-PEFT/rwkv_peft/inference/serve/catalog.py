@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from ...cli.errors import UserError, short
 from ...data.recorded import clean_beside, find_tokenizer, note_on_chats, recorded_beside
 from ..chat import remark
 from ..loading import load_model, resolve_device
-from ..speakers import Speaker, adapter_speaker, state_speaker
+from ..speakers import Speaker, adapter_speaker, mixed_speaker, state_speaker
 from .flags import NAME
 from .web import RequestError
+
+MIXES = 8  # the most adapters, or sets of them, at scales of requests that are kept ready
 
 
 class Catalog:
@@ -35,6 +38,10 @@ class Catalog:
         self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)
         self.speakers = {args.name: self.base_speaker}
         self.pairs: dict[tuple[Speaker, Speaker], Speaker] = {}  # (model, state)
+        self.mixes: dict[
+            tuple[tuple[Speaker, float], ...], Speaker
+        ] = {}  # adapters at scales, least recently used first
+        self.forget: Callable[[Speaker], object] = lambda speaker: None  # called with each speaker that has left
         self.since = int(time.time())
         for given in args.adapter:
             self.speakers[given.name] = self._adapter(given.name, given.path)
@@ -50,19 +57,50 @@ class Catalog:
             raise RequestError(404, message, "model", "model_not_found")
         return self.speakers[name]
 
-    def speaker(self, name: str | None, state: str | None) -> Speaker:
-        """The speaker of a name, or the only one, from the start of another that is a state. Raises RequestError for
-        unknown ones."""
-        if name is None and len(self.speakers) > 1:
+    def speaker(
+        self, name: str | None, state: str | None, scale: float | None = None, scales: Mapping[str, float] | None = None
+    ) -> Speaker:
+        """The speaker of a name, or the only one, from the start of another that is a state. scale multiplies the
+        change of an adapter; scales {adapter: scale} are of several on the base. Raises RequestError for unknown
+        ones."""
+        if name is None and len(self.speakers) > 1 and scales is None:
             raise RequestError(400, f"model: name one of {', '.join(self.speakers)}", "model")
         name = name or self.base_speaker.name
         speaker = self[name]
+        if scale is not None:
+            if scales is not None:
+                raise RequestError(
+                    400, "adapter_scale: adapters has a scale for each already; leave one out", "adapters"
+                )
+            speaker = self._mixed({name: scale}, "adapter_scale")
+        elif scales is not None:
+            if speaker is not self.base_speaker:
+                message = f"adapters: they go on the base, and the model is {name}; name {self.base_speaker.name}"
+                raise RequestError(400, message, "model")
+            speaker = self._mixed(scales, "adapters")
         if state is None:
             return speaker
         other = self[state]
         if other.model is not self.base_speaker.model or other.start is None:
             raise RequestError(400, f"state: {state} is none; load one by --state, or as the kind state", "state")
         return self.pairs.setdefault((speaker, other), Speaker(name, speaker.model, other.start))
+
+    def _mixed(self, scales: Mapping[str, float], field: str) -> Speaker:
+        """The speaker of the base with adapters at scales, made if it is not among the last MIXES. Raises RequestError
+        for a name that is no adapter's."""
+        parts = tuple((self[name], scale) for name, scale in scales.items())
+        for own, _ in parts:
+            if own.adapter is None:
+                raise RequestError(400, f"{field}: {own.name} is no adapter; GET /v1/models lists them", field)
+        parts = tuple((own, scale) for own, scale in parts if scale)
+        if not parts or parts[1:] == () and parts[0][1] == 1:
+            return parts[0][0] if parts else self.base_speaker
+        name = "+".join(own.name for own, _ in parts)
+        found = self.mixes.pop(parts, None) or mixed_speaker(name, parts, self.base_speaker, self.base)
+        self.mixes[parts] = found
+        if len(self.mixes) > MIXES:
+            self._forget(self.mixes.pop(next(iter(self.mixes))))
+        return found
 
     def listing(self, name: str) -> dict[str, Any]:
         """A model in OpenAI's list."""
@@ -87,15 +125,22 @@ class Catalog:
             raise RequestError(400, message, "file") from error
         self.speakers[name] = speaker
 
-    def drop(self, name: str) -> list[Speaker]:
-        """Remove an adapter or a state -> the speakers that have left; their running answers go on. Raises RequestError
-        for one that the command line names."""
+    def drop(self, name: str) -> None:
+        """Remove an adapter or a state, and all that was made of it; running answers go on. Raises RequestError for one
+        that the command line names."""
         speaker = self[name]
         if name in self.lasting:
             raise RequestError(400, f"{name} was named when the server started, and stays", "name")
         del self.speakers[name]
-        gone = [pair for pair in [*self.pairs] if speaker in pair]
-        return [speaker, *map(self.pairs.pop, gone)]
+        self._forget(speaker)
+
+    def _forget(self, speaker: Speaker) -> None:
+        """Remove what was made of a speaker that has left."""
+        self.forget(speaker)
+        for parts in [parts for parts in [*self.mixes] if any(own is speaker for own, _ in parts)]:
+            self._forget(self.mixes.pop(parts))
+        for pair in [pair for pair in [*self.pairs] if speaker in pair]:
+            self.forget(self.pairs.pop(pair))
 
     def below(self, file: str) -> Path:
         """The path of a file, or a folder of files, below --files. Raises RequestError for any other, also behind a

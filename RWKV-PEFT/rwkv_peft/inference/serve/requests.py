@@ -1,8 +1,9 @@
 """The bodies of requests: OpenAI's fields and a few of ours, and the prompts in them. A field that is not here is
 refused, not ignored, unless its value changes no answer.
 
-`state`, `top_k`, `penalty_decay` and `think` are ours; `reasoning_format` and `chat_template_kwargs` are llama.cpp's.
-`None` stands for a field that was left out; so does null in a body, whatever the field.
+`state`, `adapter_scale`, `adapters`, `top_k`, `penalty_decay` and `think` are ours; `reasoning_format` and
+`chat_template_kwargs` are llama.cpp's. `None` stands for a field that was left out; so does null in a body, whatever the
+field.
 """
 
 import re
@@ -136,6 +137,8 @@ class GenerationBody(RequestBody):
 
     model: str | None = None
     state: str | None = None
+    adapter_scale: Value | None = None
+    adapters: Annotated[dict[str, Value], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[Whole, Field(ge=1, le=128)] | None = None

@@ -128,10 +128,12 @@ class Service:
         self.places, self.open = args.batch + args.queue, 0
         self.metrics = Metrics()
         self.schemas = SchemaCompiler(catalog.tokenizer, vocabulary)
-        self.compiling, self.reading = asyncio.Lock(), asyncio.Lock()  # so that few of the pool's threads wait
+        # so that few of the pool's threads wait
+        self.compiling, self.reading, self.mixing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         cache, overlap = PrefixCache(args.known_mib << 20), catalog.base_speaker.model.emb.weight.is_cuda
         self.engine = Engine(vocabulary, args.batch, cache, PrefillBudget(PIECE, STEP_SECONDS), overlap)
         self.thread = EngineThread(self.engine, partial(os.kill, os.getpid(), signal.SIGTERM))
+        catalog.forget = lambda speaker: self.thread.call(partial(self.engine.forget, speaker))
 
     async def converse(self, body: CompletionBody | ChatBody, size: int) -> Conversation:
         """Admit a request with a body of `size` bytes, and start it. Raises RequestError."""
@@ -139,7 +141,7 @@ class Service:
         if isinstance(body, ChatBody) and (body.response_format or body.must_call):
             async with self.compiling:
                 schema = await asyncio.to_thread(self.schemas.compiled, body)
-        speaker = self.catalog.speaker(body.model, body.state)
+        speaker = await self._speaker(body)
         prompts = await self.read(size, prompts_within, body, self.catalog.tokenizer, self.limits)
         sampling = body.sampling(self.defaults)
         count = len(prompts) * body.times
@@ -174,6 +176,15 @@ class Service:
                 for completion in request.completions:
                     completion.listener.on_end("length")
         return conversation
+
+    async def _speaker(self, body: CompletionBody | ChatBody) -> Speaker:
+        """The speaker of a request. One with adapters at scales of its own is made in a thread. Raises RequestError."""
+        if body.adapter_scale is None and body.adapters is None:
+            return self.catalog.speaker(body.model, body.state)
+        async with self.mixing:
+            return await asyncio.to_thread(
+                self.catalog.speaker, body.model, body.state, body.adapter_scale, body.adapters
+            )
 
     async def read(self, size: int, function: Callable[..., Read], *arguments: Any) -> Read:
         """function(*arguments) on the content of a body of `size` bytes, in a thread; long bodies one at a time."""
