@@ -18,7 +18,8 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import RWKVForCausalLM, RWKVTokenizer
 from rwkv_peft.hf.rwkv_config import config_of
 from rwkv_peft.models import family_named
-from rwkv_peft.models.state import State, time_state_shapes
+from rwkv_peft.models.layout import time_state_shapes
+from rwkv_peft.models.state import State
 from rwkv_peft.ops.decode.tape import Tape
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

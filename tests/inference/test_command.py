@@ -23,7 +23,7 @@ from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
 from rwkv_peft.inference import command, decode, flags
 from rwkv_peft.inference.decode import GeneratedToken
 from rwkv_peft.inference.loading import load_subject
-from rwkv_peft.models.state import time_state_shapes
+from rwkv_peft.models.layout import time_state_shapes
 
 
 def script(monkeypatch, *texts):

@@ -13,6 +13,7 @@ from rwkv_peft.adapters.methods import adapter_parameter
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.adapters import AdapterSource
 from rwkv_peft.checkpoints.base import base_of, open_base
+from rwkv_peft.cli.names import STATE_PARTS
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.inference import engine
 from rwkv_peft.inference.batch import DAMAGED, LOST
@@ -24,6 +25,7 @@ from rwkv_peft.inference.requests import Completion, GenerationRequest, PrefixCa
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.inference.speakers import Speaker, adapter_speaker, mixed_speaker, state_speaker
 from rwkv_peft.models import family_named
+from rwkv_peft.models.layout import is_time_state
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.training.step.shared_prefix import Contexts
 
@@ -47,11 +49,11 @@ def adapter_file(base, path, seed=0, size=0.1, **settings):
     adapted = RWKV6(base.config)
     adapted.load_state_dict(base.tensors)
     if "state" in config.train_parts:
-        adapted.tune_states()
+        adapted.tune_states(parts=STATE_PARTS)
     inject(adapted, config, family=family_named("x060"))
     if "state" in config.train_parts:
-        for block in adapted.blocks:
-            block.att.time_state.requires_grad_(True)
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or is_time_state(name))
     torch.manual_seed(seed)
     trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
     tensors = {name: tensor + size * torch.randn(tensor.shape) for name, tensor in trained.items()}

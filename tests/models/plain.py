@@ -27,18 +27,23 @@ def random_tensors(family, first_value=True, dtype=torch.float64, **sizes):
     return tensors, family.config_of(tensors)
 
 
-def plain7(tensors, config, tokens, scale=None, beside=None):
-    """Logits (T, V) of one sequence of RWKV-7: section 2 of the paper, token by token.
+def plain7(tensors, config, tokens, start=None, scale=None, beside=None):
+    """Logits (T, V) of one sequence of RWKV-7: section 2 of the paper, token by token, from start {key: tensor}, parts
+    of a state as in a file.
     scale(layer, x (T, C)) -> (T, F) is a factor between the feed-forward's layers, if there is one; beside(layer,
     x (T, C)) -> (T, C) is what is added beside the time mix."""
     H, N, C, T = config.n_head, config.head_size, config.n_embd, len(tokens)
-    shifted = lambda x: torch.cat([torch.zeros_like(x[:1]), x[:-1]])  # noqa: E731
+    given = {} if start is None else start
+    begun = lambda end, *shape: given.get(f"blocks.{end}", tensors["emb.weight"].new_zeros(shape))  # noqa: E731
+    shifted = lambda x, end: torch.cat([begun(end, C)[None], x[:-1]])  # noqa: E731
     norm = lambda x, name: F.layer_norm(x, (C,), tensors[f"{name}.weight"], tensors[f"{name}.bias"], 1e-5)  # noqa: E731
     x, first = norm(tensors["emb.weight"][tokens], "blocks.0.ln0"), None
     for i in range(config.n_layer):
         att = lambda name, i=i: tensors[f"blocks.{i}.att.{name}"]  # noqa: E731
         inner = norm(x, f"blocks.{i}.ln1")
-        r, w, k, v, a, g = (inner + (shifted(inner) - inner) * att(f"x_{name}").view(-1) for name in "rwkvag")
+        r, w, k, v, a, g = (
+            inner + (shifted(inner, f"{i}.att.shift") - inner) * att(f"x_{name}").view(-1) for name in "rwkvag"
+        )
         decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(att("w0").view(-1) + torch.tanh(w @ att("w1")) @ att("w2")))
         r, k, value = r @ att("receptance.weight").T, k @ att("key.weight").T, v @ att("value.weight").T
         if first is None:
@@ -50,7 +55,7 @@ def plain7(tensors, config, tokens, scale=None, beside=None):
         kk = F.normalize((k * att("k_k").view(-1)).view(T, H, N), dim=-1, eps=1e-12)
         k = k * (1 + (rate - 1) * att("k_a").view(-1))
         r, k, value, rate, decay = (each.view(T, H, N) for each in (r, k, value, rate, decay))
-        S, rows = torch.zeros(H, N, N, dtype=x.dtype), []
+        S, rows = begun(f"{i}.att.time_state", H, N, N), []
         for t in range(T):
             sa = -(S @ kk[t, :, :, None])
             S = S * decay[t, :, None] + sa @ (kk * rate)[t, :, None] + value[t, :, :, None] @ k[t, :, None]
@@ -60,21 +65,25 @@ def plain7(tensors, config, tokens, scale=None, beside=None):
         added = 0 if beside is None else beside(i, x)
         x = x + (y * gate) @ att("output.weight").T + added
         inner = norm(x, f"blocks.{i}.ln2")
-        k = inner + (shifted(inner) - inner) * tensors[f"blocks.{i}.ffn.x_k"].view(-1)
+        k = inner + (shifted(inner, f"{i}.ffn.shift") - inner) * tensors[f"blocks.{i}.ffn.x_k"].view(-1)
         k = torch.relu(k @ tensors[f"blocks.{i}.ffn.key.weight"].T) ** 2
         k = k if scale is None else k * scale(i, inner)
         x = x + k @ tensors[f"blocks.{i}.ffn.value.weight"].T
     return norm(x, "ln_out") @ tensors["head.weight"].T
 
 
-def plain6(p, config, tokens):
+def plain6(p, config, tokens, start=None):
     """Logits (T, V) of one sequence of RWKV-6: the paper's equations (section 4), token by token on plain
-    vectors, from the raw state dict p."""
+    vectors, from the raw state dict p and start {key: tensor}, parts of a state as in a file."""
     layer_norm = lambda x, weight, bias, eps=1e-5: F.layer_norm(x, x.shape, weight, bias, eps)  # noqa: E731
     H, N = config.n_head, config.head_size
-    att_last = [torch.zeros(config.n_embd, dtype=p["emb.weight"].dtype) for _ in range(config.n_layer)]
-    ffn_last = [torch.zeros(config.n_embd, dtype=p["emb.weight"].dtype) for _ in range(config.n_layer)]
-    S = [[torch.zeros(N, N, dtype=p["emb.weight"].dtype) for _ in range(H)] for _ in range(config.n_layer)]
+    sizes = {"att.shift": (config.n_embd,), "ffn.shift": (config.n_embd,), "att.time_state": (H, N, N)}
+    given = {} if start is None else start
+    att_last, ffn_last, S = (
+        [given.get(f"blocks.{i}.{end}", p["emb.weight"].new_zeros(size)) for i in range(config.n_layer)]
+        for end, size in sizes.items()
+    )
+    S = [list(state.mT) for state in S]
     logits = []
     for token in tokens:
         x = layer_norm(p["emb.weight"][token], p["blocks.0.ln0.weight"], p["blocks.0.ln0.bias"])
@@ -156,12 +165,12 @@ def attention_of(tensors, tokens):
     return attention
 
 
-def plain7a(tensors, config, tokens):
-    return plain7(tensors, config, tokens, gate_of(tensors, tokens))
+def plain7a(tensors, config, tokens, start=None):
+    return plain7(tensors, config, tokens, start, gate_of(tensors, tokens))
 
 
-def plain7b(tensors, config, tokens):
-    return plain7(tensors, config, tokens, gate_of(tensors, tokens), attention_of(tensors, tokens))
+def plain7b(tensors, config, tokens, start=None):
+    return plain7(tensors, config, tokens, start, gate_of(tensors, tokens), attention_of(tensors, tokens))
 
 
 PLAIN = {"x060": plain6, "x070": plain7, "x070a": plain7a, "x070b": plain7b}

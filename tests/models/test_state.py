@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.names import STATE_PARTS
+from rwkv_peft.models.layout import belongs, state_parts, time_state_shapes
 from rwkv_peft.models.rwkv6.keys import new_dimensions
-from rwkv_peft.models.state import State, check_time_states, is_time_state, split_time_states, state_of, state_tensors
+from rwkv_peft.models.state import State, check_time_states, split_time_states, state_of, state_tensors
 
 CONFIG = new_dimensions(n_layer=2, n_embd=32, vocab_size=20, head_size=8)
 
@@ -38,18 +40,20 @@ def test_a_saved_session_leads_back(rows_are_keys):
     assert torch.equal(wkv.mT if rows_are_keys else wkv, state[1].wkv[0])  # files have a row for each value
 
 
-def test_time_states_alone_start_from_no_token_before():
-    tensors = {key: tensor for key, tensor in state_tensors(random_state(), True).items() if is_time_state(key)}
+@pytest.mark.parametrize("parts", [("wkv",), ("shift",), ("wkv", "shift")])
+def test_parts_that_a_file_does_not_hold_start_at_zero(parts):
+    tensors = {key: tensor for key, tensor in state_tensors(random_state(), True).items() if belongs(key, parts)}
     check_time_states(tensors, "the file")
-    read = state_of(tensors, State.zeros(CONFIG, 1), True, "the file")
-    assert equal([layer[1:2] for layer in read], [layer[1:2] for layer in random_state()])
-    assert not any(layer.att_shift.any() or layer.ffn_shift.any() for layer in read)
+    assert tensors.keys() == time_state_shapes(CONFIG, parts).keys() and state_parts(tensors) == parts
+    for layer, given in zip(state_of(tensors, State.zeros(CONFIG, 1), True, "the file"), random_state()):
+        for end, found, due in zip(layer.keys(), layer, given):
+            assert torch.equal(found, due if belongs(f".{end}", parts) else torch.zeros_like(due))
 
 
 def test_a_models_own_states_are_told_from_its_parameters():
     tensors = state_tensors(random_state(), True) | {"emb.weight": torch.ones(1)}
     weights, states = split_time_states(tensors)
-    assert set(states) == {f"blocks.{i}.att.time_state" for i in (0, 1)} and "emb.weight" in weights
+    assert states.keys() == time_state_shapes(CONFIG, STATE_PARTS).keys() and list(weights) == ["emb.weight"]
 
 
 def test_sequences_are_chosen_joined_and_repeated():

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from rwkv_peft.adapters.inject import inject
+from rwkv_peft.cli.names import STATE_PARTS
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.samples import collate
 from rwkv_peft.models import FAMILIES
+from rwkv_peft.models.layout import is_time_state
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.step.context_parallel import Line, SharedRows
@@ -40,11 +42,11 @@ def case(family, name):
     torch.manual_seed(0)
     model = family.build(family.new_dimensions(n_layer=3, n_embd=32, vocab_size=VOCABULARY, head_size=16), grad_cp)
     family.init_weights(model)
-    model.tune_states()
+    model.tune_states(parts=STATE_PARTS)
     if adapter is not None:
         inject(model, adapter, family=family)
-        for block in model.blocks[1:]:
-            block.att.time_state.requires_grad_(True)
+        for name, parameter in model.blocks[1:].named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or is_time_state(name))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -11,6 +11,7 @@ from families import DISTINCT, shake
 from objectives.test_losses import ADAPTERS, make
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.names import STATE_PARTS
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.objectives.distill import Distill
@@ -57,12 +58,13 @@ def test_drawing_and_learning_agree(family, adapter):
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_draws_begin_from_tuned_states(family):
     model = make(family, dtype=torch.float32)
-    model.tune_states()
+    model.tune_states(parts=STATE_PARTS)
     before = drawn(shake(model))
     assert gap(model, before) < 1e-5 and gap(model, before, share_prefixes) < 1e-5
     with torch.no_grad():
         for block in model.blocks:
-            block.att.time_state += torch.randn_like(block.att.time_state)
+            for tuned in (block.att.shift, block.ffn.shift, block.att.time_state):
+                tuned += torch.randn_like(tuned)
     assert gap(model, before) > 1e-3
 
 

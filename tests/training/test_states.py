@@ -11,7 +11,7 @@ from rwkv_peft.checkpoints.state_file import read_states
 from rwkv_peft.checkpoints.tensors import read_tensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference.command import main as generate
-from rwkv_peft.models.state import time_state_shapes
+from rwkv_peft.models.layout import time_state_shapes
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.merge import main as merge
 from training.runs import metrics, rewound

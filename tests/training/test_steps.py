@@ -7,8 +7,10 @@ import torch
 import families
 from families import DISTINCT
 from rwkv_peft.adapters.inject import inject
+from rwkv_peft.cli.names import STATE_PARTS
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.data.samples import collate, positions
+from rwkv_peft.models.layout import is_time_state
 from rwkv_peft.objectives.next_token import NextToken
 from rwkv_peft.training.step import segments
 from rwkv_peft.training.step.segments import Segments, filler, forward, segments_of
@@ -21,11 +23,11 @@ VOCABULARY = 30
 def shaken(family, dtype=torch.float64, adapter=None, grad_checkpoint=False):
     """A model without zeros in its tensors, with tuned states; all of it trains, or an adapter and the states."""
     model = families.shaken(family, grad_checkpoint=grad_checkpoint)
-    model.tune_states()
+    model.tune_states(parts=STATE_PARTS)
     if adapter is not None:
         inject(model, adapter, family=family)
-        for block in model.blocks:
-            block.att.time_state.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or is_time_state(name))
     return families.shake(model).to(dtype)
 
 

@@ -16,13 +16,14 @@ from families import DISTINCT, shake, shaken
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.cli.names import STATE_PARTS
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
 from rwkv_peft.data.batches import EvalBatches
 from rwkv_peft.data.recorded import Vocabulary
 from rwkv_peft.data.samples import collate_packed
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.models.state import time_state_shapes
+from rwkv_peft.models.layout import time_state_shapes
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.ops.recurrence.signature import bounds_on_host
 from rwkv_peft.tools.plan.command import main as plan
@@ -368,7 +369,7 @@ def trained(family):
     """(a float64 model that trains an adapter and states, as after training, its base)."""
     model = shaken(family, vocab_size=257).double()
     base = copy.deepcopy(model)
-    model.tune_states()
+    model.tune_states(parts=STATE_PARTS)
     inject(model, AdapterConfig(rank=8, train_parts=("state",)), family=family)
     return shake(model), base
 

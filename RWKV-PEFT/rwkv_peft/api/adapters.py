@@ -21,7 +21,7 @@ from ..cli.errors import UserError
 from ..cli.names import NONE, STATE, all_finite, is_number
 from ..config import CHOICES, AdapterConfig
 from ..inference.weights import rounded
-from ..models.state import is_time_state
+from ..models.layout import is_time_state, state_parts
 from ..release.merge import Merge, MergeOptions, check_fingerprints
 from .model import Model, Source, require_one_of, sources_in
 
@@ -59,7 +59,8 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
         loaded.metadata.require_base(source.path, base, "load the base that it was trained on")
         config = loaded.config(base.family)
         if any(map(is_time_state, loaded.tensors)):
-            config = replace(config, train_parts=(*config.train_parts, STATE))
+            parts = state_parts(loaded.tensors)
+            config = replace(config, train_parts=(*config.train_parts, STATE), state_parts=parts)
     if not config.targets and config.method != NONE:
         config = replace(config, targets=base.family.targets)
     layers = check_adapter(config, base.linear_shapes, (*base.family.parts, STATE))
@@ -67,7 +68,7 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
     if loaded is None and found is not None and found.held is not None and found.held.from_gradient:
         raise UserError(f"method={method!r} begins from gradients of the data; train it with train.py --peft {method}")
     if STATE in config.train_parts:
-        network.tune_states(model.begun())
+        network.tune_states(model.begun(), config.state_parts)
         model.start = None  # it is the network's own now
     report = inject(network, config, layers, family=base.family, initial=loaded.tensors if loaded else None)
     if loaded is not None:

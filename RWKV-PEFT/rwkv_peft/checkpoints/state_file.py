@@ -1,12 +1,12 @@
 """Reads and writes files of time states in every layout, for generation, training and the checks.
 
-- .pth: {blocks.N.att.time_state: (H, N value, N key)}, as RWKV-Runner and ChatRWKV read them; a saved session also
-  has the shifts
-- .st, .state, .safetensors: the same keys with the last two axes exchanged, as web-rwkv and Ai00 have them
+- .pth: {blocks.N.att.time_state: (H, N value, N key)}, as RWKV-Runner and ChatRWKV read them; --state_parts shift and
+  a saved session add the shifts (C), for which other programs have no place
+- .st, .state, .safetensors: time_state with the last two axes exchanged, as web-rwkv and Ai00 have them
 - the adapter.safetensors of a run that tuned only states, or the run's folder: as .pth, and it names its base
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from ..cli.errors import UserError
 from ..cli.names import NONE
 from ..models import family_named
+from ..models.layout import state_parts
 from ..models.state import State, is_time_state, state_of, swapped
 from .adapter_file import METADATA_KEY, AdapterMetadata, read_own
 from .adapters import adapter_of_run
@@ -45,11 +46,11 @@ class StateFile(NamedTuple):
         self.metadata.require_base(self.path, base, remedy)
 
     def time_states(self) -> dict[str, torch.Tensor]:
-        """The file's {key: tensor}. Raises UserError for a saved session."""
-        if any(key.endswith(".shift") for key in self.tensors):
+        """The file's {key: tensor}. Raises UserError for a saved session with fields that cannot be tuned."""
+        if fixed := [key for key in self.tensors if not is_time_state(key)]:
             raise UserError(
-                f"{self.path} is a saved session, a state after some tokens; give time states, as state tuning makes "
-                "them"
+                f"{self.path} is a saved session, and its {fixed[0]} cannot be tuned; give time states, as state "
+                "tuning makes them"
             )
         return self.tensors
 
@@ -95,8 +96,19 @@ def check_session_output(flag: str, path: str | Path) -> None:
         )
 
 
+def require_place(path: str | Path, keys: Iterable[str]) -> None:
+    """Raise UserError if the layout that the path's ending names has no place for one of some keys of time states."""
+    if Path(path).suffix in WEB and "shift" in state_parts(keys):
+        raise UserError(
+            f"{path}: web-rwkv and Ai00 start from wkv states alone, and these have shifts (--state_parts); name a "
+            ".pth, which rwkv-peft reads, or tune --state_parts wkv"
+        )
+
+
 def write_states(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write {key: time state} in the layout that the path's ending names, atomically."""
+    """Write {key: time state} in the layout that the path's ending names, atomically. Raises UserError for shifts in
+    web-rwkv's layout."""
+    require_place(path, tensors)
     if Path(path).suffix == ".pth":
         return save_model(path, tensors)
     with atomic_write(path) as temporary:

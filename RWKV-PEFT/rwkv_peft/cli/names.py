@@ -4,6 +4,7 @@ import math
 import os
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeGuard
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
@@ -11,7 +12,9 @@ MERGED, TUNED = "merged.pth", "state.pth"  # the newest merged model and tuned s
 PICTURE, CARD = "loss.png", "README.md"
 METRICS = "metrics.jsonl"  # a line for each step of a run
 RUN = "config.json"  # the settings of a run, and the meaning of its tokens
-STATE = "state"  # a part of --train_parts, but no parameter of a model: the wkv states before the first token
+STATE = "state"  # a part of --train_parts, but no parameter of a model: the states before the first token
+# value of --state_parts -> the ends of its keys in files: the wkv state, and the last input of each of a block's mixes
+STATE_PARTS = MappingProxyType({"wkv": ("att.time_state",), "shift": ("att.shift", "ffn.shift")})
 SYSTEM_FIELDS = ("system", "system_prompt")  # fields of a row for a system text beside its question or its turns
 NONE = "none"  # the method if no layer is adapted: the model itself trains, or whole tensors of it
 LOSS_MASKS = ("none", "pad", "qa", "se", "file")

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
-from ..cli.names import NONE, STATE
+from ..cli.names import NONE, STATE, STATE_PARTS
 from ..cli.parser import above_zero, alias, names, positive
 from .setting import Condition, setting
 
@@ -324,11 +324,17 @@ class AdapterConfig(MethodSettings):
     )
     train_parts: tuple[str, ...] = setting(
         (),
-        "also train these: time ln emb head are parameters of the base; state is the wkv states before the first "
-        "token, which start at zero or from --state_load",
+        "also train these: time ln emb head are parameters of the base; state is the states before the first token "
+        "(--state_parts), which start at zero or from --state_load",
         nargs="*",
         type=names,
         metavar="PART",
+    )
+    state_parts: tuple[str, ...] = setting(
+        ("wkv",),
+        "parts of the states that --train_parts state trains: wkv (default), shift, the input of each mix before the "
+        "first token, or both; RWKV-Runner, Ai00 and the rwkv package start from wkv alone, rwkv-peft from both",
+        choices=tuple(STATE_PARTS),
     )
     quant: str = setting("none", "keep the frozen matrices quantized (needs bitsandbytes)", choices=QUANTIZATIONS)
 

@@ -54,6 +54,7 @@ RULES = (
         INIT, NEEDS, LOADED, "it is what the run that wrote pissa_load began with", "name that, or leave pissa_init out"
     ),
     Rule("--state_load", NEEDS, "--train_parts state", "it is where states start from", "add it"),
+    Rule("--state_parts", NEEDS, "--train_parts state", "it is about the states that train", "add it"),
     Rule("--state_lr", NEEDS, "--train_parts state", "it is the rate of states"),
     Rule("--state_lr", EXCLUDES, ALONE, "their rate is --lr_init", "give that"),
     Rule("--lr_init 0", EXCLUDES, BESIDE, "--state_lr follows its schedule, and 0 leaves nothing of it", ABOVE_0),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..cli.errors import UserError, some
 from ..cli.names import generation
 from ..config import ModelConfig
-from .state import split_time_states, time_state_shapes
+from .layout import state_parts, time_state_shapes
+from .state import split_time_states
 
 WEIGHTS = "bfloat16, float16 or float32"
 Config = TypeVar("Config", bound=ModelConfig)
@@ -153,12 +154,10 @@ class Family(ABC, Generic[Config, Model]):
             raise UserError(f"{name} is not an {self.name} model: {error}") from error
 
     def check(self, tensors: Mapping[str, Tensor], name: str | Path = "the checkpoint") -> Config:
-        """Raise UserError unless {key: tensor} is a complete model of this generation, with time states for every layer
-        or for none, and nothing else; -> its ModelConfig."""
+        """Raise UserError unless {key: tensor} is a complete model of this generation, with the same STATE_PARTS for
+        every layer, and nothing else; -> its ModelConfig."""
         config = self.config_of(tensors, name)
-        shapes, states = self.shapes(config), time_state_shapes(config)
-        if any(key in tensors for key in states):
-            shapes = shapes | states
+        shapes = self.shapes(config) | time_state_shapes(config, state_parts(tensors))
         if wrong := differences(shapes, tensors):
             raise UserError(
                 f"{name} is not a complete {self.name} model of {config.n_layer} layers: {wrong}; take the file as its "
@@ -175,6 +174,13 @@ class Family(ABC, Generic[Config, Model]):
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise UserError(f"{name}: {key} is {kind}; weights must be {WEIGHTS}, not quantized")
         return config
+
+    def unread_states(self, keys: Iterable[str]) -> str:
+        """The sentence on time states among the keys of a model's file from which the `rwkv` package does not start by
+        itself, or ""."""
+        if not self.states_in_model:
+            return f"the rwkv package does not look for them in an {self.name} file"
+        return "the rwkv package does not look for shifts in a model's file" if "shift" in state_parts(keys) else ""
 
     def load(self, tensors: Mapping[str, Tensor], config: Config, grad_checkpoint: bool = False) -> Model:
         """The model over {key: tensor}, sharing their memory; time states are not parameters, and are left out."""

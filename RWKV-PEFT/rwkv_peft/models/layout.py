@@ -5,12 +5,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..cli.errors import UserError
+from ..cli.names import STATE_PARTS
 from ..config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
 
-TIME_STATE = "time_state"
+TIME_STATE, SHIFT = "time_state", "shift"
 WKV = f"att.{TIME_STATE}"  # the end of the wkv state's key in a file, of every generation
 LARGEST_HEAD = 128
 
@@ -38,13 +39,26 @@ class LayerState(NamedTuple):
 
 
 def is_time_state(key: str) -> bool:
-    """True if a key names a layer's wkv state, the part of a state that a model's own file may hold."""
-    return key.endswith(f".{WKV}")
+    """True if a key names a field of a layer's state that may be tuned, and that a model's own file may hold."""
+    return belongs(key, STATE_PARTS)
 
 
-def time_state_key(i: int) -> str:
-    """The key of layer i's wkv state in a file."""
-    return f"blocks.{i}.{WKV}"
+def belongs(key: str, parts: Iterable[str]) -> bool:
+    """True if a key names a field of a layer's state in one of the STATE_PARTS."""
+    return key.endswith(tuple(f".{end}" for part in parts for end in STATE_PARTS[part]))
+
+
+def state_parts(keys: Iterable[str]) -> tuple[str, ...]:
+    """The STATE_PARTS that some keys belong to."""
+    names = list(keys)
+    return tuple(part for part in STATE_PARTS if any(belongs(key, (part,)) for key in names))
+
+
+def time_state_shapes(config: ModelConfig, parts: Iterable[str] = ("wkv",)) -> dict[str, tuple[int, ...]]:
+    """The keys and shapes of some STATE_PARTS, which a file has for every layer or for none."""
+    fields = [*zip(config.layer_state.keys(), config.layer_state.shapes(config))]
+    shapes = {f"blocks.{i}.{end}": shape for i in range(config.n_layer) for end, shape in fields}
+    return {key: shape for key, shape in shapes.items() if belongs(key, parts)}
 
 
 def wkv_shape(config: ModelConfig) -> tuple[int, int, int]:

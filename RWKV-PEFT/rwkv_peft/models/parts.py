@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..cli.errors import UserError
+from ..cli.names import STATE_PARTS
 from ..config import ModelConfig
 from ..ops.products import linear
-from .layout import TIME_STATE, wkv_shape
-from .state import State, grown, swapped
+from .layout import SHIFT, TIME_STATE, LayerState, belongs
+from .state import State, grown, swapped, turned
 
 
 class Relay(Protocol):
@@ -27,15 +29,46 @@ class Relay(Protocol):
 HeadFunction = Callable[[Tensor, Tensor], Tensor]  # (x, the head's weight) -> a result for logits
 
 
-class Recurrent(nn.Module):
-    """A time mix with a wkv state before the first token that may be tuned: time_state (H, N value, N key), as in
-    files, or None for zeros; while `untrained` is set, it is zeros. rows_are_keys gives the axes of its states
-    (Family.rows_are_keys).
+def initial(carried: Tensor | None, tuned: Tensor | None, sequences: int) -> Tensor | None:
+    """A field of the states before the first token: (sequences, …), or None for zeros. carried (m, …) or None belong to
+    the first m sequences; the others begin from tuned (…), or from zeros if it is None."""
+    missing = sequences - (0 if carried is None else carried.shape[0])
+    if missing == 0 or (carried is None and tuned is None):
+        return carried
+    if tuned is None:
+        assert carried is not None
+        return torch.cat([carried, carried.new_zeros(missing, *carried.shape[1:])])
+    # so that backward sums over the sequences in float32, also for a bfloat16 model
+    fresh = tuned.to(torch.promote_types(tuned.dtype, torch.float32)).expand(missing, *tuned.shape)
+    return fresh if carried is None else torch.cat([carried, fresh])
+
+
+class Shifted(nn.Module):
+    """A mix on token-shifted input, which may begin from a tuned last input: shift (C), or None for zeros; while
+    `untrained` is set, it is zeros."""
+
+    shift: nn.Parameter | None
+    untrained = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter(SHIFT, None)
+
+    def shift_begun(self, carried: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+        """The token before each sequence of x (B, T, C): (sequences, C) in x's dtype, or None for zeros. carried (m, C)
+        or None belong to the first m; the others begin from shift."""
+        tuned = None if self.untrained else self.shift
+        shift = initial(carried, tuned, count_sequences(x, cu_seqlens))
+        return shift if shift is None else shift.to(x.dtype)
+
+
+class Recurrent(Shifted):
+    """A time mix, which may also begin from a tuned wkv state: time_state (H, N value, N key), as in files, or None for
+    zeros. rows_are_keys gives the axes of its states (Family.rows_are_keys).
     """
 
     rows_are_keys: bool
     time_state: nn.Parameter | None
-    untrained = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,17 +77,8 @@ class Recurrent(nn.Module):
     def begun(self, carried: Tensor | None, sequences: int) -> Tensor | None:
         """The wkv states (sequences, H, N, N) before the first token, or None for zeros. carried (m, H, N, N) or None
         belong to the first m sequences; the others begin from time_state."""
-        missing = sequences - (0 if carried is None else carried.shape[0])
         tuned = None if self.untrained else self.time_state
-        if missing == 0 or (carried is None and tuned is None):
-            return carried
-        if tuned is None:
-            assert carried is not None
-            return torch.cat([carried, carried.new_zeros(missing, *carried.shape[1:])])
-        start = swapped(tuned) if self.rows_are_keys else tuned
-        # so that backward sums over the sequences in float32, also for a bfloat16 model
-        fresh = start.to(torch.promote_types(start.dtype, torch.float32)).expand(missing, -1, -1, -1)
-        return fresh if carried is None else torch.cat([carried, fresh])
+        return initial(carried, swapped(tuned) if tuned is not None and self.rows_are_keys else tuned, sequences)
 
 
 def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -161,7 +185,7 @@ class LanguageModel(nn.Module):
         states = []
         for layer, block in enumerate(self.blocks):
             before = relay.before(layer) if relay else state[layer] if state else None
-            before = before and shifts_begun(before, sequences)
+            before = before and others_begun(before, sequences)
             inputs = (x, *carried, before, cu_seqlens, *seen[layer])
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
@@ -199,42 +223,47 @@ class LanguageModel(nn.Module):
             if isinstance(module, Table) and not module.weight.requires_grad:
                 module.settle()
 
-    def tune_states(self, start: State | None = None) -> None:
-        """Give every layer a trainable time_state that starts at the State of one sequence, or at zeros."""
+    def tune_states(self, start: State | None = None, parts: Sequence[str] = ("wkv",)) -> None:
+        """Make some STATE_PARTS of every layer's state before the first token trainable; they start at the State of one
+        sequence, or at zeros. Raises UserError if that State has another part that is not zero."""
         weight = self.emb.weight
-        for layer, block in enumerate(self.blocks):
-            att = block.att
-            assert isinstance(att, Recurrent)
-            if start is None:
-                values = torch.zeros(wkv_shape(self.config), dtype=weight.dtype, device=weight.device)
-            else:
-                wkv = start[layer].wkv[0]
-                values = (swapped(wkv) if att.rows_are_keys else wkv).to(weight, copy=True).contiguous()
-            att.time_state = nn.Parameter(values)
+        for block, layer in zip(self.blocks, start or State.zeros(self.config, 1, weight.device)):
+            rows_are_keys = cast(Recurrent, block.att).rows_are_keys
+            for end, tensor in zip(layer.keys(), layer):
+                if belongs(f".{end}", parts):
+                    values = turned(end, tensor[0], rows_are_keys).to(weight, copy=True).contiguous()
+                    module, _, name = end.rpartition(".")
+                    setattr(block.get_submodule(module), name, nn.Parameter(values))
+                elif start is not None and tensor.any():
+                    raise UserError(
+                        f"the states to start from have {end}, which --state_parts {' '.join(parts)} leaves out; give "
+                        f"--state_parts {' '.join(STATE_PARTS)}, or other states"
+                    )
 
     def tuned_states(self) -> State | None:
         """The tuned time states as the State of one sequence, without gradients; None if there are none."""
-        layers = []
-        for zeros, block in zip(
-            State.zeros(self.config, 1, self.emb.weight.device, self.emb.weight.dtype), self.blocks
-        ):
-            att = block.att
-            assert isinstance(att, Recurrent)
-            wkv = att.begun(None, 1)
-            if wkv is None:
-                return None
-            layers.append(zeros._replace(wkv=wkv.detach()))
-        return State(layers)
+        weight, layers, count = self.emb.weight, [], 0
+        for layer, block in zip(State.zeros(self.config, 1, weight.device, weight.dtype), self.blocks):
+            found, rows_are_keys = {}, cast(Recurrent, block.att).rows_are_keys
+            for field, end, zeros in zip(layer._fields, layer.keys(), layer):
+                module, _, name = end.rpartition(".")
+                tuned = getattr(block.get_submodule(module), name, None)
+                if tuned is not None:
+                    wide = torch.promote_types(tuned.dtype, zeros.dtype)
+                    found[field] = turned(end, tuned.detach(), rows_are_keys)[None].to(wide)
+            layers.append(layer._replace(**found))
+            count += len(found)
+        return State(layers) if count else None
 
 
-def shifts_begun(state: Any, sequences: int) -> Any:
-    """Extend the fields other than wkv of a layer's state, given for the first few sequences, to all `sequences` with
-    zeros, because the others had no token before. Recurrent.begun extends wkv, which may be tuned."""
+def others_begun(state: Any, sequences: int) -> Any:
+    """Extend the fields of a layer's state that cannot be tuned, given for the first few sequences, to all `sequences`
+    with zeros, because the others had no token before. Its mixes extend the fields of LayerState."""
     missing = sequences - state.wkv.shape[0]
     if missing <= 0:
         return state
     return state._make(
-        tensor if name == "wkv" else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+        tensor if name in LayerState._fields else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
         for name, tensor in zip(state._fields, state)
     )
 

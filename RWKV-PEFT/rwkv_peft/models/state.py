@@ -2,8 +2,8 @@
 
 In the model a layer's wkv state has the axes that its generation computes with; files hold it as
 `blocks.N.att.time_state` (H, N value, N key), with a row for each value. A state file has that key for every layer, as
-state tuning makes it; a saved session also holds the other fields of the layers' states, such as `blocks.N.att.shift`
-(C). web-rwkv and Ai00 swap the last two axes.
+state tuning makes it, or `blocks.N.att.shift` and `blocks.N.ffn.shift` (C), or these three (--state_parts); a saved
+session holds all fields of the layers' states. web-rwkv and Ai00 swap the last two axes of time_state.
 
 A generation's ModelConfig names the NamedTuple of a layer's state, layer_state. Its field wkv is float32 in a model of
 any dtype; its methods keys() and shapes() give each field's key in files and its size. Fields of GROWING have an axis
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..cli.errors import UserError
-from ..cli.names import all_finite
+from ..cli.names import STATE_PARTS, all_finite
 from ..config import ModelConfig
-from .layout import is_time_state, time_state_key, wkv_shape
+from .layout import WKV, belongs, is_time_state, state_parts
 
 GROWING = ("past_keys", "past_values")
 DTYPES = MappingProxyType({"wkv": torch.float32, "length": torch.int64})  # of the fields that do not have the model's
@@ -142,11 +142,6 @@ def keyed(state: State) -> Iterator[tuple[str, Tensor]]:
     return ((f"blocks.{i}.{end}", tensor) for i, layer in enumerate(state) for end, tensor in zip(layer.keys(), layer))
 
 
-def time_state_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The keys and shapes of the time states, which a file has for every layer or for none."""
-    return {time_state_key(i): wkv_shape(config) for i in range(config.n_layer)}
-
-
 def swapped(tensor: Tensor) -> Tensor:
     """Exchange a state's last two axes: a file's for a model's of rows of keys, web-rwkv's for a file's, and back."""
     return tensor.mT
@@ -159,19 +154,20 @@ def state_tensors(state: State, rows_are_keys: bool) -> dict[str, Tensor]:
 
 def turned(key: str, tensor: Tensor, rows_are_keys: bool) -> Tensor:
     """A field of a state with a file's axes for the model's, and back."""
-    return swapped(tensor) if rows_are_keys and is_time_state(key) else tensor
+    return swapped(tensor) if rows_are_keys and key.endswith(WKV) else tensor
 
 
 def state_of(tensors: Mapping[str, Tensor], zeros: State, rows_are_keys: bool, name: str | Path) -> State:
     """State of one sequence from the tensors of a file, which must all have their places and shapes; zeros is the
     model's State before the first token.
 
-    A file without shifts starts as from no token before. Raises UserError for anything else than one of the two kinds.
+    Parts that the file does not hold are zeros. Raises UserError for a file that is neither a session nor holds
+    STATE_PARTS of every layer.
     """
     due = {key: tensor[0] for key, tensor in keyed(zeros)}
-    session = not all(map(is_time_state, tensors))
+    session, parts = not all(map(is_time_state, tensors)), state_parts(tensors) or ("wkv",)
     unexpected = [key for key in tensors if key not in due]
-    missing = [key for key in due if key not in tensors and (session or is_time_state(key))]
+    missing = [key for key in due if key not in tensors and (session or belongs(key, parts))]
     if unexpected or missing:
         odd = f"there is no place for its {unexpected[0]}" if unexpected else f"it has no {missing[0]}"
         raise UserError(
@@ -205,17 +201,20 @@ def split_time_states(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def check_time_states(tensors: Mapping[str, Tensor], name: str | Path) -> None:
-    """Raise UserError unless {key: tensor} is one time state (H, N, N) for each layer from 0 on."""
-    missing = [key for key in map(time_state_key, range(len(tensors))) if key not in tensors]
+    """Raise UserError unless {key: tensor} holds the same STATE_PARTS, in the same shapes, of each layer from 0 on."""
+    ends = [end for part in state_parts(tensors) for end in STATE_PARTS[part]]
+    layers = [[f"blocks.{i}.{end}" for end in ends] for i in range(-(-len(tensors) // len(ends)))]
+    missing = [key for keys in layers for key in keys if key not in tensors]
     if missing:
         raise UserError(
             f"{name} holds {len(tensors)} time states and no {missing[0]}; a state file has one for every layer of the "
             "model, from 0 on: save them all"
         )
-    first = next(iter(tensors.values()))
-    for key, tensor in tensors.items():
-        if tensor.dim() != 3 or tensor.shape[1] != tensor.shape[2] or tensor.shape != first.shape:
+    for key, first in (pair for keys in layers for pair in zip(keys, layers[0])):
+        shape = tensors[key].shape
+        square = len(shape) == 3 and shape[1] == shape[2]
+        if shape != tensors[first].shape or not (square if key.endswith(WKV) else len(shape) == 1):
             raise UserError(
-                f"{name}: {key} has shape {tuple(tensor.shape)}; a time state is (heads, head size, head size), the "
-                "same in every layer"
+                f"{name}: {key} has shape {tuple(shape)}; a time state is (heads, head size, head size), and a shift "
+                "(channels,), the same in every layer"
             )

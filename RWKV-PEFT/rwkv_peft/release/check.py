@@ -61,11 +61,8 @@ def main(argv: list[str]) -> int:
         states = read_states(args.state)
         states.check_base(merged if base is None or adapter is None else base)
         merged = states.added_to(merged)
-    if merged.has_states and not merged.family.states_in_model:
-        print(
-            f"time states: the rwkv package does not look for them in an {merged.family.name} file; here they are put "
-            "into its list of states, as a program that uses them must"
-        )
+    if merged.has_states and (note := merged.family.unread_states(merged.tensors)):
+        print(f"time states: {note}; here they are put into its list of states, as a program that uses them must")
     agree = True
     if base is not None and adapter is not None:
         where = args.state or args.merged

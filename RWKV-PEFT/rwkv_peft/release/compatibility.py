@@ -11,10 +11,11 @@ from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.base import Base
 from ..checkpoints.tensors import TensorSpec
 from ..cli.errors import UserError, short
+from ..cli.names import STATE_PARTS
 from ..config import AdapterConfig, ModelConfig
 from ..models import FAMILIES, family_named
 from ..models.family import Family
-from ..models.state import time_state_shapes
+from ..models.layout import state_parts, time_state_shapes
 
 Adapters = Sequence[tuple[str | Path, Adapter]]  # (name, Adapter) in the order of their application
 ONES = AdapterConfig(rank=1, mini_rank=1, entries=1)  # the smallest sizes: only the number of dimensions is read
@@ -37,7 +38,9 @@ def check_fit(name: str | Path, adapter: Adapter, base: Base) -> None:
     least one changes something."""
     modules, whole = adapter.modules(), adapter.whole()
     keys = [f"{module}.weight" for module in modules] + list(whole)
-    shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(base.config)
+    shapes = {key: tuple(tensor.shape) for key, tensor in base.tensors.items()} | time_state_shapes(
+        base.config, STATE_PARTS
+    )
     if lost := [key for key in keys if key not in shapes]:
         raise UserError(
             f"{name}: {len(lost)} of its {len(keys)} tensors have no place in the base: there is no "
@@ -100,12 +103,12 @@ def check_params(name: str, method: Method, params: Params, weight_shape: tuple[
 
 def check_states(names: Sequence[str | Path], specs: Mapping[str, TensorSpec], config: ModelConfig) -> None:
     """Raise UserError if some layers of the output have a time state and others have none."""
-    due = time_state_shapes(config)
-    without = [key for key in due if key not in specs]
-    if without and len(without) < len(due):
+    without = [key for key in time_state_shapes(config, state_parts(specs)) if key not in specs]
+    if without:
+        whole = config.n_layer - len({key.split(".")[1] for key in without})
         raise UserError(
-            f"{', '.join(map(str, names))}: time states of {len(due) - len(without)} of the model's "
-            f"{len(due)} layers (there is no {without[0]}), and runtimes read a state for every layer "
+            f"{', '.join(map(str, names))}: time states of {whole} of the model's "
+            f"{config.n_layer} layers (there is no {without[0]}), and runtimes read a state for every layer "
             "or for none; give the whole file that the state tuning wrote"
         )
 

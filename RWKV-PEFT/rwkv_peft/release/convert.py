@@ -210,7 +210,7 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     if form.vocabulary:
         tokenizer = find_tokenizer(args.tokenizer, base.config.vocab_size, recorded_beside(source), print)
     what = form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer, clean_beside(source)))
-    if base.has_states and not (form.states_in_model and base.family.states_in_model):
+    if base.has_states and not (form.states_in_model and not base.family.unread_states(tensors)):
         print(
             f"note: {target} holds tuned states, and its runtimes take those only as a separate file, if at all: the "
             "run's state.pth, or the file of merge_bone.py --state_output"

@@ -25,6 +25,7 @@ from ..cli.names import all_finite
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.gguf import gguf_module
+from ..models.layout import WKV
 from ..models.state import is_time_state, swapped
 from .vocabulary import GGUF_TEMPLATE, GgufVocabulary, Tokenizer, cleaning, gguf_vocabulary, hf_files
 
@@ -84,14 +85,14 @@ def read_web(path: Path) -> dict[str, torch.Tensor]:
 def web_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same of tensors that are read."""
     family, tensors = _official(found, lambda family: family.from_web)
-    turned = {key for key in tensors if family.swapped_in_web(key) or is_time_state(key)}
+    turned = {key for key in tensors if family.swapped_in_web(key) or key.endswith(WKV)}
     return {key: swapped(tensor) if key in turned else tensor for key, tensor in tensors.items()}
 
 
 def write_web(path: Path, base: Base, wanted: Wanted) -> str:
     family = base.family
     tensors = {
-        family.to_web(key): swapped(tensor) if family.swapped_in_web(key) or is_time_state(key) else tensor
+        family.to_web(key): swapped(tensor) if family.swapped_in_web(key) or key.endswith(WKV) else tensor
         for key, tensor in base.tensors.items()
     }
     return _write(path, write_safetensors, tensors, wanted.dtype)

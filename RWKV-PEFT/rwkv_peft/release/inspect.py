@@ -21,12 +21,13 @@ from ..checkpoints.rwkv_peft_file import unwrapped
 from ..checkpoints.tensors import dtype_name, read_safetensors, read_tensors
 from ..cli.errors import UserError, in_line, short
 from ..cli.parser import counted
-from ..models.state import check_time_states, is_time_state
+from ..models.layout import WKV, is_time_state, state_parts
+from ..models.state import check_time_states
 from .flags import inspect_flags
 from .formats import read_hf_model, web_tensors
 
 Line = tuple[str, str]
-MODEL, ADAPTER, STATES, SESSION, UNKNOWN = "model", "adapter", "states", "session", ""  # what a file may hold
+MODEL, ADAPTER, STATES, UNKNOWN = "model", "adapter", "states", ""  # what a file may hold
 SHOWN = 3  # keys of a foreign file that are quoted
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 class Contents(NamedTuple):
     """The description of a file: lines (name, value); the Base or Adapter in it, or None; and its kind:
-    MODEL, ADAPTER, STATES, SESSION or UNKNOWN."""
+    MODEL, ADAPTER, STATES or UNKNOWN."""
 
     lines: list[Line]
     holds: Base | Adapter | None = None
@@ -91,9 +92,10 @@ def adapter_contents(source: AdapterSource) -> Contents:
             ("layers", f"{len(modules)}: {' '.join(map(short, metadata.targets))}"),
         ]
     if whole:
-        states = sum(map(is_time_state, whole))
-        parts = [f"{counted(len(whole) - states, 'tensor')} of the base"] if len(whole) > states else []
-        parts += [counted(states, "state")] if states else []
+        states = [key for key in whole if is_time_state(key)]
+        others, shifts = len(whole) - len(states), " (shifts among them)" if "shift" in state_parts(states) else ""
+        parts = [f"{counted(others, 'tensor')} of the base"] if others else []
+        parts += [f"{counted(len(states), 'state')}" + shifts] if states else []
         lines.append(("trained whole", " and ".join(parts)))
     lines += [
         *numbers(adapter.tensors),
@@ -106,17 +108,11 @@ def adapter_contents(source: AdapterSource) -> Contents:
 
 
 def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) -> Contents:
-    """Describe tensors under official keys: a model, time states only, or a saved session; `names` is the origin of the
-    file's names."""
+    """Describe tensors under official keys: a model, or time states only; `names` is the origin of the file's names."""
     states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
     if len(states) == len(tensors):
         check_time_states(states, path)
-        shape = tuple(next(iter(states.values())).shape)
-        kind = f"time states of {counted(len(states), 'layer')}, (heads, N, N) = {shape}"
-        return Contents([("kind", kind), *numbers(tensors)], None, STATES)
-    if states and all(key in states or key.endswith(".shift") for key in tensors):
-        kind = f"session of {counted(len(states), 'layer')}, which generate --state goes on from"
-        return Contents([("kind", kind), *numbers(tensors)], None, SESSION)
+        return Contents([("kind", f"time states of {words_of(states)}"), *numbers(tensors)], None, STATES)
     try:
         base = base_of(tensors, path)
     except UserError as error:
@@ -129,8 +125,19 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
         ("fingerprint", base.fingerprint),
     ]
     if states:
-        lines.append(("states", f"tuned, of {counted(len(states), 'layer')}"))
+        lines.append(("states", f"tuned, of {words_of(states)}"))
     return Contents(lines, base, MODEL)
+
+
+def words_of(states: Mapping[str, torch.Tensor]) -> str:
+    """The layers of {key: time state}, the shape of a wkv state, and the shifts, of which other programs know none."""
+    layers = counted(len({key.split(".")[1] for key in states}), "layer")
+    wkv = [f"(heads, N, N) = {tuple(tensor.shape)}" for key, tensor in states.items() if key.endswith(WKV)][:1]
+    session = ", or a session that generate --state goes on from" if wkv else ""
+    shifts = (
+        [f"shifts, from which only rwkv-peft starts (--state_parts){session}"] if "shift" in state_parts(states) else []
+    )
+    return ", ".join([layers, *wkv, *shifts])
 
 
 def numbers(tensors: Mapping[str, torch.Tensor]) -> Iterator[Line]:

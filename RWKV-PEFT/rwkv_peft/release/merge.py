@@ -27,7 +27,7 @@ from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.adapters import adapter_of_run, sources_of
 from ..checkpoints.atomic import atomic_write, check_output, require_room, same_file
 from ..checkpoints.base import Base, open_base
-from ..checkpoints.state_file import check_state_output, write_states
+from ..checkpoints.state_file import check_state_output, require_place, write_states
 from ..checkpoints.tensors import DTYPES, TensorSpec, dtype_name, stream_tensors, write_pth
 from ..cli.errors import UserError, in_line
 from ..cli.names import NONE, all_finite
@@ -35,7 +35,7 @@ from ..cli.parser import counted
 from ..config import forms
 from ..gpus import count_gpus
 from ..memory import keep_freed_memory
-from ..models.state import is_time_state
+from ..models.layout import is_time_state, state_parts
 from .changes import TensorChange, change_table, percent, ratio, square
 from .compatibility import Adapters, blocks_of, check_fit, check_generations, check_states
 from .flags import merge_flags
@@ -392,6 +392,7 @@ def check_state_flag(args: argparse.Namespace, merge: Merge) -> None:
         raise UserError(
             f"--state_output {args.state_output}: neither the base nor an adapter holds time states; leave it out"
         )
+    require_place(args.state_output, merge.specs)
     if all(map(is_time_state, merge.changes)):
         raise UserError(
             f"--state_output {args.state_output}: time states are all that the adapters change, so that --output would "
@@ -431,8 +432,10 @@ def print_head(args: argparse.Namespace, base: Base, adapters: Adapters, merge: 
             )
     if any(map(is_time_state, merge.specs)) and not args.state_output:
         note = "RWKV-Runner, web-rwkv and Ai00 take states as files of their own: --state_output writes one"
-        if not base.family.states_in_model:
-            note = f"the rwkv package does not look for them in an {base.family.name} file; {note}"
+        if "shift" in state_parts(merge.specs):
+            note = "RWKV-Runner, web-rwkv and Ai00 have no place for their shifts, from which only rwkv-peft starts"
+        if unread := base.family.unread_states(merge.specs):
+            note = f"{unread}; {note}"
         print(f"states   in the model's file; {note}")
 
 

@@ -25,6 +25,7 @@ from ..checkpoints.tensors import save_pth
 from ..cli.errors import UserError, summarize
 from ..config import ModelConfig
 from ..data.tokenizer import WorldTokenizer
+from ..models import family_named
 from ..models.parts import LanguageModel
 from ..models.rwkv7a.keys import RWKV7aConfig
 from ..models.state import State, split_time_states, state_of
@@ -129,13 +130,13 @@ def compare(logits: torch.Tensor, reference: torch.Tensor, form: str, shifted: b
 
 def rwkv_sequence(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """Logits (T, V) float32 of the `rwkv` package, in one call. It does not look for tuned states in an RWKV-7's file,
-    so they are put into its list of states."""
+    nor for shifts in any, so they are put into its list of states."""
     model, state = rwkv_model(path, config.version), None
-    tuned = torch.load(path, weights_only=True, mmap=True) if config.version != "x060" else {}
-    if any(key.endswith(".att.time_state") for key in tuned):
-        state = model.generate_zero_state()
-        for layer in range(len(state) // 3):  # (H, N value, N key), the package's layout too
-            state[3 * layer + 1] = tuned[f"blocks.{layer}.att.time_state"].float().clone()
+    family, tensors = family_named(config.version), torch.load(path, weights_only=True, mmap=True)
+    tuned = split_time_states(tensors)[1]
+    if tuned and family.unread_states(tuned):
+        layers = state_of(tuned, State.zeros(config, 1), family.rows_are_keys, path)
+        state = [field[0].clone() for layer in layers for field in layer]
     with torch.inference_mode():
         logits: torch.Tensor = model.forward(tokens.tolist(), state, full_output=True)[0]
     return logits.float().view(len(tokens), -1)

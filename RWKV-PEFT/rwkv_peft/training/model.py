@@ -64,7 +64,8 @@ def build_model(config: RunConfig, family: Family, base: Base | None) -> Languag
         family.init_weights(model)
     model = model.to(dtype)
     if STATE in config.adapter.train_parts:
-        model.tune_states(start_states(config.train.state_load, config.model, family, base))
+        start = start_states(config.train.state_load, config.model, family, base)
+        model.tune_states(start, config.adapter.state_parts)
     return model
 
 

@@ -110,7 +110,7 @@ def build(family, config, adapter, grad_cp=False):
     with torch.device("meta"):
         model = family.build(config, grad_cp)
         if STATE in adapter.train_parts:
-            model.tune_states()
+            model.tune_states(parts=adapter.state_parts)
         inject(model, replace(adapter, quant="none"), family=family, initial=_constants(model, adapter))
     return model.train()
 

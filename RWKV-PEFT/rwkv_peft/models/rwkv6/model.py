@@ -14,7 +14,7 @@ from ...ops.mix import last_token, lerp, norm_gate, relu_square, sigmoid_gate
 from ...ops.products import linear, matmul
 from ...ops.wkv6 import wkv6
 from ..layout import LayerState
-from ..parts import LanguageModel, Linear, Recurrent, count_sequences, init_around_blocks
+from ..parts import LanguageModel, Linear, Recurrent, Shifted, count_sequences, init_around_blocks
 from .keys import RWKV6Config
 
 
@@ -60,6 +60,7 @@ class TimeMix(Recurrent):
         self, x: Tensor, shift: Tensor | None = None, wkv_state: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C) or None: the token before -> (B, T, C), last token, wkv state (B, H, N, N)."""
+        shift = self.shift_begun(shift, x, cu_seqlens)
         (point,) = lerp(x, shift, self.time_maa_x[0], cu_seqlens=cu_seqlens)
         last = last_token(x, cu_seqlens)
         low = torch.tanh(matmul(point, self.time_maa_w1))  # (B, T, 5 rank): a part for each of the five
@@ -86,7 +87,7 @@ class TimeMix(Recurrent):
         return wkv6(r, k, v, w, self.time_faaaa, wkv_state, cu_seqlens)
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Shifted):
     """The feed-forward: squared ReLU under a sigmoid gate, on token-shifted input."""
 
     def __init__(self, config: RWKV6Config) -> None:
@@ -102,7 +103,7 @@ class ChannelMix(nn.Module):
         self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) or None: the token before -> (B, T, C), last token (B, C)."""
-        xk, xr = lerp(x, shift, self.maa(), cu_seqlens=cu_seqlens)
+        xk, xr = lerp(x, self.shift_begun(shift, x, cu_seqlens), self.maa(), cu_seqlens=cu_seqlens)
         y = self.value(relu_square(self.key(xk)))
         return sigmoid_gate(self.receptance(xr), y), last_token(x, cu_seqlens)
 

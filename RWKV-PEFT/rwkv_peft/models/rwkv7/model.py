@@ -17,7 +17,7 @@ from ...ops.mix import delta_keys, last_token, lerp, norm_bonus_gate, relu_squar
 from ...ops.products import linear, matmul
 from ...ops.wkv7 import wkv7
 from ..layout import LayerState
-from ..parts import LanguageModel, Linear, Recurrent, count_sequences, init_around_blocks
+from ..parts import LanguageModel, Linear, Recurrent, Shifted, count_sequences, init_around_blocks
 from .keys import SHIFTS, RWKV7Config
 
 NORM_EPS = 64e-5  # of ln_x, at every size
@@ -84,7 +84,7 @@ class TimeMix(Recurrent):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, C), v_first (B, T, C), the values of layer 0 (None there), shift (B, C) or None: the token before
         -> (B, T, C), v_first, last token (B, C), final wkv state (B, H, N value, N key)."""
-        points = lerp(x, shift, self.amounts(), cu_seqlens=cu_seqlens)
+        points = lerp(x, self.shift_begun(shift, x, cu_seqlens), self.amounts(), cu_seqlens=cu_seqlens)
         r, w, k, v, a, g, v_first = self.projected(points, v_first)
         heads = (*x.shape[:2], self.n_head, self.head_size)
         r, w, k, a = (tensor.view(heads) for tensor in (r, w, k, a))
@@ -113,7 +113,7 @@ class TimeMix(Recurrent):
         return r, w, k, v, a, g, v_first
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Shifted):
     """The feed-forward: squared ReLU on token-shifted input."""
 
     def __init__(self, config: RWKV7Config) -> None:
@@ -126,7 +126,7 @@ class ChannelMix(nn.Module):
         self, x: Tensor, shift: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) or None: the token before -> (B, T, C), last token (B, C)."""
-        (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
+        (xk,) = lerp(x, self.shift_begun(shift, x, cu_seqlens), self.x_k[0], cu_seqlens=cu_seqlens)
         return self.value(relu_square(self.key(xk))), last_token(x, cu_seqlens)
 
 

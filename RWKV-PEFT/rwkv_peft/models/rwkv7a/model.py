@@ -35,7 +35,7 @@ class ChannelMix(rwkv7.ChannelMix):
     ) -> tuple[Tensor, Tensor]:
         """x, embedded (B, T, C), seen by s_emb (see Table), shift (B, C) or None: the token before -> (B, T, C), last
         token."""
-        (xk,) = lerp(x, shift, self.x_k[0], cu_seqlens=cu_seqlens)
+        (xk,) = lerp(x, self.shift_begun(shift, x, cu_seqlens), self.x_k[0], cu_seqlens=cu_seqlens)
         k = relu_square(self.key(xk)) * self.gate(x, embedded, seen)
         return self.value(k), last_token(x, cu_seqlens)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ...cli.names import NONE, STATE
 from ...cli.tables import GENERATIONS
 from ...config import BUCKET, AdapterConfig, ModelConfig, RunConfig, TrainConfig, forms
-from ...models.layout import wkv_shape
+from ...models.layout import time_state_shapes
 from ...objectives.draws import Draws
 from .activations import CPU, GPU, ITEM, METHODS, SINGLE, Activations, MethodFormula
 
@@ -75,7 +75,7 @@ def count(model: ModelConfig, adapter: AdapterConfig) -> Counts:
     keys, method = keys_of(model.version), method_named(adapter)
     shapes = dict(keys.shapes(model))
     if STATE in adapter.train_parts:
-        shapes |= {f"blocks.{layer}.att.time_state": wkv_shape(model) for layer in range(model.n_layer)}
+        shapes |= time_state_shapes(model, adapter.state_parts)
     trains = matrices = own = adapted = constants = layers = 0
     blocks: dict[str, int] = {}
     for key, shape in shapes.items():
@@ -365,7 +365,7 @@ def written(estimate: Estimate) -> list[Written]:
             copies, checkpoint = labelled + between, checkpoint + parameters * item  # each has weights of its own
     files = [Written(name, size, copies)]
     if STATE in config.adapter.train_parts:
-        states = config.model.n_layer * math.prod(wkv_shape(config.model)) * item
+        states = sum(map(math.prod, time_state_shapes(config.model, config.adapter.state_parts).values())) * item
         files.append(Written("state.pth, and one an epoch", states, labelled + between))
     if train.merge_on_save:
         files.append(Written("merged.pth, and one an epoch", model, labelled + between))

@@ -32,7 +32,7 @@ from ...data.batches import TrainBatch, TrainBatches
 from ...data.recorded import find_tokenizer
 from ...data.sources import settings_of
 from ...models import family_named
-from ...models.layout import TIME_STATE
+from ...models.layout import SHIFT, TIME_STATE
 from ...objectives.draws import Draws
 from ...objectives.grpo import GRPO
 from ...objectives.next_token import NextToken
@@ -118,7 +118,7 @@ def make_lit(run: Prepared) -> Lit:
     family = family_named(run.config.model.version)
     ratios = learning_ratios(method_of(adapter), adapter)
     if STATE in adapter.train_parts and not adapter.states_alone:
-        ratios += ((TIME_STATE, train.state_lr / train.lr_init),)
+        ratios += tuple((name, train.state_lr / train.lr_init) for name in (TIME_STATE, SHIFT))
     rates = family if train.layerwise_lr else None
     return Lit(run.model, train, step_of(run), plan.total_steps, plan.first_step, rates, ratios)
 

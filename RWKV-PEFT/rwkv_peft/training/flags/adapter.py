@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from ...cli.errors import UserError, short, summarize
-from ...cli.names import is_finite
+from ...cli.names import STATE_PARTS, is_finite
 from ...config import WORDS, AdapterConfig, forms
 from ...config.adapter import JSON_FLAGS, PEFT_FLAG, SIZES, words_with
 
@@ -89,7 +89,10 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
             f"bone_mode {settings['mode']!r} does not exist; take {', '.join(forms(args.peft))}, or bat, which is "
             "bat-in"
         )
-    return AdapterConfig(method=args.peft, train_parts=parts_of(args), quant=args.quant, **settings)
+    given_parts = tuple(part for part in STATE_PARTS if part in args.state_parts)
+    return AdapterConfig(
+        method=args.peft, train_parts=parts_of(args), state_parts=given_parts, quant=args.quant, **settings
+    )
 
 
 def parse_json_flag(flag: str, text: str, keys: Keys) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from ...cli.names import ADAPTER, MERGED, MODEL, STATE, TUNED, all_finite
 from ...config import AdapterConfig, DataConfig, RunConfig
 from ...data.recorded import recorded_of_data
 from ...models import family_named
-from ...models.state import split_time_states, time_state_shapes
+from ...models.layout import time_state_shapes
+from ...models.state import split_time_states
 from ...release.merge import Merge, MergeOptions
 
 # bytes a number that trains: a float32 copy, and the moments
@@ -57,7 +58,7 @@ def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]
         keys = family_named(config.model.version).shapes(config.model)
         found = dict.fromkeys(keys, DTYPES[train.precision])
     if STATE in config.adapter.train_parts:
-        found |= dict.fromkeys(time_state_shapes(config.model), found["emb.weight"]) | found
+        found |= dict.fromkeys(time_state_shapes(config.model, config.adapter.state_parts), found["emb.weight"]) | found
     given = DTYPES.get(train.save_dtype)
     return {key: given or dtype for key, dtype in found.items()}
 

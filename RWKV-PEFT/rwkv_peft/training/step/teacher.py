@@ -29,6 +29,7 @@ from ...config import Objective, RunConfig
 from ...data.batches import EvalBatches
 from ...data.recorded import Vocabulary, recorded_beside
 from ...data.samples import Samples
+from ...models.layout import state_parts
 from ...models.parts import LanguageModel
 from ...models.state import State, split_time_states, state_of
 from ...objectives.distill import Distill
@@ -73,7 +74,8 @@ def make_teacher(base: Base, config: RunConfig, device: torch.device) -> Languag
     states = split_time_states(base.tensors)[1]
     if states:
         zeros = State.zeros(base.config, 1)
-        model.tune_states(state_of(states, zeros, base.family.rows_are_keys, base.path))
+        start = state_of(states, zeros, base.family.rows_are_keys, base.path)
+        model.tune_states(start, state_parts(states))
     model.requires_grad_(False).eval().to(device)
     return model
 
