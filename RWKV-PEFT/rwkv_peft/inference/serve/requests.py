@@ -2,8 +2,8 @@
 refused, not ignored, unless its value changes no answer.
 
 `state`, `adapter_scale`, `adapters`, `top_k`, `penalty_decay` and `think` are ours; `reasoning_format` and
-`chat_template_kwargs` are llama.cpp's. `None` stands for a field that was left out; so does null in a body, whatever the
-field.
+`chat_template_kwargs` are llama.cpp's. `None` stands for a field that was left out; so does null in a body, whatever
+the field.
 """
 
 import re
