@@ -10,7 +10,9 @@ import pytest
 from data.documents import chat, marked
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
+from rwkv_peft.config.data import think_bounds
 from rwkv_peft.data.binidx import BinidxDataset
+from rwkv_peft.data.chat import THINK
 from rwkv_peft.data.encoding import EncodeSettings, Totals, encoder
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.preprocess import main
@@ -84,11 +86,19 @@ def test_each_row_is_laid_out_by_what_it_holds_and_both_are_counted(preprocess, 
     assert made == preprocess([thinking], "--think", "on") + preprocess([plain, empty], "--think", "off")
 
 
-@pytest.mark.parametrize(
-    "tokens, words", [(127, " (think a bit)"), (128, " (think)"), (1024, " (think)"), (1025, " (think a lot)")]
-)
-def test_a_thinking_is_labelled_by_its_length(tokens, words):
-    labelled = encoder(EncodeSettings("bytes", think="on", think_labels=True)).documents
+@pytest.mark.parametrize("given", ([5], [20, 9], [0, 4], [1, 2, 3]))
+def test_bounds_that_are_not_two_in_order_are_refused(given):
+    shown = " ".join(map(str, given))
+    with pytest.raises(UserError, match=f"^--think_labels {shown}: it is two numbers of tokens, the smaller one first"):
+        think_bounds(given)
+
+
+@pytest.mark.parametrize("given", ([1], [9, 20], [5, 5]))
+@pytest.mark.parametrize("bound, more, words", [(0, -1, "low"), (0, 0, "medium"), (1, 0, "medium"), (1, 1, "high")])
+def test_a_thinking_is_labelled_by_its_length(given, bound, more, words):
+    bounds = think_bounds(given)
+    tokens, words = bounds[bound] + more, THINK[words].words
+    labelled = encoder(EncodeSettings("bytes", think="on", think_labels=bounds)).documents
     thought, row = f"<think>{'h' * tokens}</think>A", {"role": "tool", "content": "3"}
     due = f"User: Q{words}\n\nAssistant: <think[[>{'h' * tokens}</think>\nA"
     assert marked(labelled({"query": "Q", "response": thought})[0]) == f"{due}]]"

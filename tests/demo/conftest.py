@@ -11,5 +11,10 @@ def task():
 
 
 @pytest.fixture(scope="session")
+def thinking():
+    return load("demo", "thinking")
+
+
+@pytest.fixture(scope="session")
 def evaluate():
     return load("demo", "evaluate")

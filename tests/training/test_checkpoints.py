@@ -73,6 +73,7 @@ RUN |= {"samples_seen": 1, "trained": [], "validated_from": 0, "validation": ""}
         ({}, {}, "", ""),
         ({}, {"sft_think": ""}, "", ""),
         ({}, {"sft_think": "on"}, "", "has data {'sft_think': ''}, this command {'sft_think': 'on'}"),
+        *(({"think_labels": old}, {"think_labels": new}, "", "") for old, new in ((False, ()), (True, (128, 1024)))),
         ({"val_seed": 5}, {}, "", "has data {'val_seed': 5}, this command {'val_seed': None}"),
         ({}, {"val_seed": 5}, "", "has data {'val_seed': None}, this command {'val_seed': 5}"),
         ({}, {}, "init_pissa.pth", "has adapter {'init': ''}, .* {'init': 'init_pissa.pth'}; give the"),

@@ -19,6 +19,7 @@ FACTS = {
     SEVERAL: "--data_file a b",
     INIT: '--peft pissa --peft_config {"pissa_init":"x"}',
     OWN_TEACHER: "--data_type contexts",
+    "--think_labels": "--think_labels 3 9",
 }
 SHOWN = {LOADED: f"{LOADED} (x)"}
 ANOTHER = {"peft": "lora", "train_parts": "ln", "micro_bsz": "2", "loss_mask": "none", "eval_task": "choices"}

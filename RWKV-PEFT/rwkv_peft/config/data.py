@@ -39,6 +39,15 @@ DATA_TYPES = MappingProxyType(
 OF_ROWS = tuple(name for name, kind in DATA_TYPES.items() if kind.fields)
 
 
+def think_bounds(given: Sequence[int]) -> tuple[int, ...]:
+    """The two bounds of --think_labels, in tokens; () for none. Raises UserError if they are not two in order."""
+    found = {(): (), (0,): (), (1,): (128, 1024)}.get(tuple(given), tuple(given))
+    if found and (len(found) != 2 or not 0 < found[0] <= found[1]):
+        shown = " ".join(map(str, given))
+        raise UserError(f"--think_labels {shown}: it is two numbers of tokens, the smaller one first, such as 32 256")
+    return found
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The data, and the order in which it is read.
@@ -105,11 +114,12 @@ class DataConfig:
         "one; off with an empty one everywhere (default: as rows have them)",
         choices=("on", "off"),
     )
-    think_labels: bool = setting(
-        False,
-        "end each user's turn before a thinking with RWKV-7 G1's words for its length: (think a bit) below 128 tokens, "
-        "(think a lot) above 1,024, (think) between",
-        type=switch,
+    think_labels: tuple[int, ...] = setting(
+        (),
+        "end each user's turn before a thinking with RWKV-7 G1's words for its length: (think a bit) below the first "
+        "number of tokens, (think a lot) above the second, (think) between; 1: 128 1024",
+        type=count,
+        metavar="TOKENS",
     )
     clean_turns: bool = setting(
         True,

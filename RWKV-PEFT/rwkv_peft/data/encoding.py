@@ -94,7 +94,8 @@ class EncodeSettings:
     - command: the kind of rows, a key of NAMED: "preprocess" and "train" read texts, questions and answers; "pairs"
       makes two documents of a row, its better and its worse answer, "labels" an answer with its label, "prompts" a
       prompt, and "contexts" its context, and its question and answer, which are never shortened
-    - think_labels: with think "on", end a user's turn with the words for the length of the thinking behind it
+    - think_labels: with think "on", end a user's turn with the words for the length of the thinking behind it; the
+      tokens below which it is short, and above which it is long
     """
 
     tokenizer: str = "world"
@@ -107,7 +108,7 @@ class EncodeSettings:
     max_tokens: int = 0
     too_long: str = "left"
     command: str = "preprocess"
-    think_labels: bool = False
+    think_labels: tuple[int, ...] = ()
 
 
 class BadRows:
@@ -202,7 +203,7 @@ class Encoder:
 
     def with_lengths(self, document: list[Segment]) -> list[Segment]:
         """The document with one of LENGTHS at the end of each user's turn before a thinking, unless it is there."""
-        texts = [text for text, _ in document]
+        texts, (short, long) = [text for text, _ in document], self.settings.think_labels
         for place, (text, counts) in enumerate(document):
             turn = place if text.startswith("User:") else place - 1  # an answer's opening may be a segment of its own
             if counts or not text.endswith(THINK["on"].opening) or (turn < place and texts[turn - 1] != "User:"):
@@ -210,7 +211,7 @@ class Encoder:
             asked, end, opening = texts[turn].rpartition(TURN_END)
             tokens = len(self.tokenizer.encode(texts[place + 1][1:].partition(THINK_CLOSES)[0]))
             if not asked.endswith(LENGTHS):
-                texts[turn] = asked + LENGTHS[(tokens >= 128) + (tokens > 1024)] + end + opening
+                texts[turn] = asked + LENGTHS[(tokens >= short) + (tokens > long)] + end + opening
         return [(text, counts) for text, (_, counts) in zip(texts, document)]
 
     def _laid_out(self, row: object, layout: RowLayout) -> Documents:

@@ -32,7 +32,7 @@ from ...config import (
     RunConfig,
     TrainConfig,
 )
-from ...config.data import OF_ROWS
+from ...config.data import OF_ROWS, think_bounds
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.recorded import default_mask
 from ...objectives import takers_of
@@ -344,5 +344,6 @@ def data_config(args: Namespace) -> DataConfig:
         loss_mask=loss_mask,
         more=args.more_data,
         seed=args.random_seed if args.data_shuffle else None,
+        think_labels=think_bounds(args.think_labels),
         **markers_of(args),
     )

@@ -14,6 +14,7 @@ from ...cli.errors import UserError
 from ...cli.names import ADAPTER, METRICS, MODEL, is_number
 from ...cli.parser import counted
 from ...config import AdapterConfig, DataConfig, RunConfig, TrainConfig, to_json
+from ...config.data import think_bounds
 from ...data.mixture import shares_of
 from ...data.samples import Samples
 from ...plots import read_metrics
@@ -135,6 +136,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
         # a setting that the saved run did not have yet had its default
         defaults = {name: value for name, value in json.loads(to_json(DataConfig())).items() if name in now["data"]}
         state["data"] = defaults | state["data"]
+        if isinstance(labels := state["data"].get("think_labels"), bool):  # 0.3.0 had one pair of bounds
+            state["data"]["think_labels"] = list(think_bounds([int(labels)]))
         if mix := state["data"].get("mix"):
             state["data"]["mix"] = shares_of(mix)
         state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
