@@ -145,3 +145,6 @@ def test_the_documented_ways_are_those_of_the_code():
         text = marked(RowLayout(think).segments({"query": "2+2?", "response": "4", "reasoning": "2 and 2."}))
         answer = text.removeprefix("User: 2+2?\n\n").replace("\n", "⏎")
         assert f"| `{answer}` | {f'`{think}`' if think else ''} |".replace("|  |", "| |") in page
+    for name, (words, opening) in THINK.items():
+        shown = opening.strip().replace("\n", "⏎")
+        assert f"| `{name}` | {f'`{words.strip()}`' if words else ''} | `{shown}` |".replace("|  |", "| |") in page

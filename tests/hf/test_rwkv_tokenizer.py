@@ -79,8 +79,9 @@ def test_no_words_forge_a_turn_and_all_are_those_of_rows(words):
 def test_the_next_answer_is_opened_as_in_serve(think):
     tokenizer = RWKVTokenizer("bytes")
     own = [{"role": "user", "content": "Well (think)"}, *CHAT[4:6]]
+    blank = [*CHAT[:3], {"role": "user", "content": " \n"}]
     parts = [{"role": "user", "content": [{"type": "text", "text": " a "}, {"type": "text", "text": " b\n"}]}]
-    for number, turns in enumerate((CHAT[:2], CHAT, parts, own, CHAT[:1])):
+    for number, turns in enumerate((CHAT[:2], CHAT, parts, own, CHAT[:1], blank)):
         asked = {"messages": turns, "tools": TOOLS[:number] or None, "think": think or None}
         (prompt,) = ChatBody(model="m", **asked).encode(rp.tokenizer("bytes"), Limits(1, 1 << 20, 1, 257))
         asked = {"tools": asked["tools"], "add_generation_prompt": True, "return_dict": False, "think": think}

@@ -179,7 +179,8 @@ def with_length(turns: Sequence[Mapping[str, Any]], think: str) -> list[Mapping[
     asked = [place for place, turn in enumerate(turns) if SPEAKERS.get(str(turn.get("role")).lower()) == "User"]
     if words and asked and turns[asked[-1]].get("content"):
         said = words_of(turns[asked[-1]], "content").rstrip()
-        found[asked[-1]] = {**turns[asked[-1]], "content": said if said.endswith(LENGTHS) else said + words}
+        if said and not said.endswith(LENGTHS):
+            found[asked[-1]] = {**turns[asked[-1]], "content": said + words}
     return found
 
 
