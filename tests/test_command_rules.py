@@ -55,6 +55,7 @@ VALUES = {
     "--append_eod 0": "--no-append_eod",
     "--shots !0": "--shots 3",
     "--train_parts": "ln",
+    "--state_parts": "shift",
     "--val_split": "0.1",
 }
 WITH = {"objective": "--objective dpo --data_type pairs", "methods": "--methods bone full"}

@@ -191,8 +191,9 @@ def test_an_adapter_trained_here_is_what_the_commands_take(base, tmp_path, name)
     assert torch.equal(*(one(tokens)[0] for one in loaded))
 
 
-def test_states_train_and_are_generated_from(base, tmp_path, model):
-    report = rp.add_adapter(model, "none", train_parts=["state"])
+@pytest.mark.parametrize("parts", [["wkv"], ["shift"], ["wkv", "shift"]])
+def test_states_train_and_are_generated_from(base, tmp_path, model, parts):
+    report = rp.add_adapter(model, "none", train_parts=["state"], state_parts=parts)
     assert report.replaced == () and len(train(model)) == 2
     rp.save_adapter(model, tmp_path / "s.safetensors")
     begun = rp.load(base, state=tmp_path / "s.safetensors", device="cpu")
@@ -200,6 +201,13 @@ def test_states_train_and_are_generated_from(base, tmp_path, model):
     assert model.training
     tokens = torch.arange(1, 9)[None]
     torch.testing.assert_close(begun(tokens)[0], model(tokens)[0])
+    again = rp.load(base, device="cpu")
+    rp.add_adapter(again, load=tmp_path / "s.safetensors")
+    assert again.adapter.state_parts == tuple(parts) and len(train(again)) == 2
+    torch.testing.assert_close(begun(tokens)[0], model(tokens)[0])
+    if "shift" in parts:
+        with pytest.raises(UserError, match="have att.shift, which --state_parts wkv leaves out"):
+            rp.add_adapter(begun, "none", train_parts=["state"])
 
 
 def test_an_adapter_on_an_adapter_is_merged_after_it(base, tmp_path, model):

@@ -27,7 +27,6 @@ from rwkv_peft.inference.chat import show
 from rwkv_peft.inference.loading import load_model, read_state_file
 from rwkv_peft.inference.prompts import encode, read_prompt_file
 from rwkv_peft.inference.text import Continuation
-from rwkv_peft.models.state import time_state_key
 from rwkv_peft.objectives.distill import Distill
 from rwkv_peft.objectives.divergence import Stored
 from rwkv_peft.plots import read_metrics, series
@@ -209,7 +208,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     save_model(folder / "miss" / "adapter.pth", {f"{LAYER}.weight.D": torch.randn(channels, 4)})
     (folder / "miss" / "adapter.json").write_text(json.dumps(dict(FORM) | {"rank": 4, "scale": 0.5}))
     heads, size = state["blocks.0.att.time_faaaa"].shape
-    save_model(folder / "state.pth", {time_state_key(0): torch.randn(heads, size, size)})
+    save_model(folder / "state.pth", {"blocks.0.att.time_state": torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
     with ShardWriter(folder / "data") as writer:
         for length in (3, 1, 7):

@@ -79,10 +79,11 @@ def test_of_states_that_trained_alone_no_tensor_is_said_to_be_the_base_s(folder,
     assert "trained whole  2 states\n" in inspect(capsys, folder / "states.safetensors")
 
 
-def test_a_saved_chat_is_said_to_be_a_session(folder, capsys):
+def test_a_saved_chat_has_shifts(folder, capsys):
     words = ["--model", str(folder / "base.pth"), "--prompt", "a", "--max_tokens", "1"]
     assert main(["generate", *words, "--save_state", str(folder / "chat.pth")]) == 0
-    assert "session of 2 layers, which generate --state goes on from\n" in inspect(capsys, folder / "chat.pth")
+    told = "time states of 2 layers (with shifts, from which only rwkv-peft starts), (heads, N, N) = (4, 16, 16)\n"
+    assert told in inspect(capsys, folder / "chat.pth")
 
 
 def test_states_that_a_wrapper_s_prefix_names_are_states(folder, capsys):

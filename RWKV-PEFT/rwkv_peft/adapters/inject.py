@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cli.errors import UserError, some
-from ..cli.names import NONE, STATE
+from ..cli.names import NONE, STATE, STATE_PARTS
 from ..cli.parser import counted
 from ..config import CHOICES, QUANTIZATIONS, AdapterConfig, forms, problems
 from .change import Params
@@ -57,6 +57,8 @@ def check_adapter(
     _one_of("--quant", config.quant, QUANTIZATIONS)
     for part in config.train_parts:
         _one_of("--train_parts", part, parts)
+    for part in config.state_parts:
+        _one_of("--state_parts", part, tuple(STATE_PARTS))
     if config.method == NONE:
         if config.quant != "none":
             raise UserError(f"--quant {config.quant} needs frozen weights, and --peft none trains them; drop one")

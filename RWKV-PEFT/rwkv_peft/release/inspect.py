@@ -27,7 +27,8 @@ from .flags import inspect_flags
 from .formats import read_hf_model, web_tensors
 
 Line = tuple[str, str]
-MODEL, ADAPTER, STATES, UNKNOWN = "model", "adapter", "states", ""  # what a file may hold
+MODEL, ADAPTER, UNKNOWN = "model", "adapter", ""  # what a file may hold
+STATES, SHIFTED = "states", "states with shifts"  # likewise; a saved session has the latter, too
 SHOWN = 3  # keys of a foreign file that are quoted
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
 
 class Contents(NamedTuple):
     """The description of a file: lines (name, value); the Base or Adapter in it, or None; and its kind:
-    MODEL, ADAPTER, STATES or UNKNOWN."""
+    MODEL, ADAPTER, STATES, SHIFTED or UNKNOWN."""
 
     lines: list[Line]
     holds: Base | Adapter | None = None
@@ -112,7 +113,10 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
     states = {key: tensor for key, tensor in tensors.items() if is_time_state(key)}
     if len(states) == len(tensors):
         check_time_states(states, path)
-        return Contents([("kind", f"time states of {words_of(states)}"), *numbers(tensors)], None, STATES)
+        wkv = [f", (heads, N, N) = {tuple(tensor.shape)}" for key, tensor in states.items() if key.endswith(WKV)]
+        kind = f"time states of {layers_of(states)}{''.join(wkv[:1])}"
+        what = SHIFTED if "shift" in state_parts(states) else STATES
+        return Contents([("kind", kind), *numbers(tensors)], None, what)
     try:
         base = base_of(tensors, path)
     except UserError as error:
@@ -125,19 +129,14 @@ def tensor_contents(tensors: dict[str, torch.Tensor], path: Path, names: str) ->
         ("fingerprint", base.fingerprint),
     ]
     if states:
-        lines.append(("states", f"tuned, of {words_of(states)}"))
+        lines.append(("states", f"tuned, of {layers_of(states)}"))
     return Contents(lines, base, MODEL)
 
 
-def words_of(states: Mapping[str, torch.Tensor]) -> str:
-    """The layers of {key: time state}, the shape of a wkv state, and the shifts, of which other programs know none."""
+def layers_of(states: Mapping[str, torch.Tensor]) -> str:
+    """The number of layers of {key: time state}, and a remark on shifts."""
     layers = counted(len({key.split(".")[1] for key in states}), "layer")
-    wkv = [f"(heads, N, N) = {tuple(tensor.shape)}" for key, tensor in states.items() if key.endswith(WKV)][:1]
-    session = ", or a session that generate --state goes on from" if wkv else ""
-    shifts = (
-        [f"shifts, from which only rwkv-peft starts (--state_parts){session}"] if "shift" in state_parts(states) else []
-    )
-    return ", ".join([layers, *wkv, *shifts])
+    return layers + " (with shifts, from which only rwkv-peft starts)" * ("shift" in state_parts(states))
 
 
 def numbers(tensors: Mapping[str, torch.Tensor]) -> Iterator[Line]:

@@ -18,7 +18,7 @@ from ..cli.parser import counted
 from ..data.recorded import flags_beside
 from .flags import push_flags
 from .inspect import ADAPTER as IS_ADAPTER
-from .inspect import STATES, Line, contents_of
+from .inspect import SHIFTED, STATES, Line, contents_of
 
 NEWEST = (ADAPTER, MODEL, MERGED, TUNED)  # pushed of a run's folder, if they are there; their best if it is taken
 MARK = "<!-- Written by rwkv-peft, which replaces this file unless this line is taken away. -->"
@@ -99,7 +99,7 @@ def card_of(title: str, files: Iterable[Path], figures: Iterable[Line] = ()) -> 
     """The text of a card about files. It describes the first; figures are further (name, value) lines."""
     first, *_ = paths = list(files)
     contents = contents_of(AdapterSource(first))
-    kind = ADAPTER if contents.what == IS_ADAPTER else TUNED if contents.what == STATES else MODEL
+    kind = ADAPTER if contents.what == IS_ADAPTER else TUNED if contents.what in (STATES, SHIFTED) else MODEL
     return text_of(title, kind, [path.name for path in paths], [*contents.lines, *figures], flags_beside(first))
 
 

@@ -53,6 +53,10 @@ CONVERSIONS = (
     ("bring it to Ai00", "rwkv-peft convert {} model.st"),
     ("bring it to llama.cpp", "rwkv-peft convert {} model.gguf"),
 )
+FROM_STATES = (
+    ("talk to it", "rwkv-peft generate --model base.pth --state {} --chat"),
+    ("make one model", "rwkv-peft merge --base_model base.pth --state_checkpoint {} --output merged.pth"),
+)
 # a file's content (release/inspect.py) -> (a purpose, the command); {} is the file
 COMMANDS = MappingProxyType(
     {
@@ -68,12 +72,8 @@ COMMANDS = MappingProxyType(
             ("talk to it", "rwkv-peft generate --model base.pth --adapter {} --chat"),
             ("make one model", "rwkv-peft merge --base_model base.pth --peft_checkpoint {} --output merged.pth"),
         ),
-        "states": (
-            ("talk to it", "rwkv-peft generate --model base.pth --state {} --chat"),
-            ("make one model", "rwkv-peft merge --base_model base.pth --state_checkpoint {} --output merged.pth"),
-            ("bring it to Ai00", "rwkv-peft convert {} state.st"),
-        ),
-        "session": (("go on talking", "rwkv-peft generate --model base.pth --state {} --chat"),),
+        "states": (*FROM_STATES, ("bring it to Ai00", "rwkv-peft convert {} state.st")),
+        "states with shifts": FROM_STATES,
     }
 )
 SHORT = ("kind", "dimensions", "method", "trained whole", "base", "parameters", "dtype", "states", "keys", "not read")

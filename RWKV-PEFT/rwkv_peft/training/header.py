@@ -58,6 +58,8 @@ def describe(
         say(f"          {note}")
     if STATE in adapter.train_parts and not adapter.states_alone:
         say(f"          the states' learning rate is {train.state_lr:g} after warm-up (--state_lr)")
+    if STATE in adapter.train_parts and "shift" in adapter.state_parts:
+        say("          shifts train (--state_parts): only rwkv-peft starts from them, and no other runtime")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
     reason = family.kernels(kernel).get(kernel, f"{family.name} has none for a {accelerator} yet")
     say(

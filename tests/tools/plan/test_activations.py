@@ -128,6 +128,7 @@ def test_parameters_are_counted_exactly(family):
     config = family.new_dimensions(3, 64, 80, head_size=32)
     plain = [adapter_of(name, family) for name in (*METHODS, NONE)]
     parts = [adapter_of(name, family, ("state", *family.parts)) for name in ("bat-in", NONE)]
+    parts += [adapter_of(NONE, family, ("state",), state_parts=names) for names in (("shift",), ("wkv", "shift"))]
     for adapter in (*plain, *parts, adapter_of("bone", family, quant="nf4"), adapter_of("lora", family, rank=1)):
         assert count(config, adapter) == rehearsal.count(family, config, adapter)
 
@@ -186,7 +187,10 @@ def test_a_header_is_what_torch_reads(tmp_path, tiny_state):
     assert [read_header(tmp_path / name) for name in ("object.pth", "cut.pth", "none.pth")] == [None] * 3
 
 
-@pytest.mark.parametrize("more", ["", "--load_model base.pth --bone_r 16"])
+@pytest.mark.parametrize(
+    "more",
+    ["", "--load_model base.pth --bone_r 16", "--load_model base.pth --train_type state --state_parts wkv shift"],
+)
 def test_a_plan_imports_no_torch(tmp_path, tiny_state, more):
     torch.save(tiny_state(dtype=torch.bfloat16), tmp_path / "base.pth")
     argv = [*(more.split() or NEW), "--gpu", "8GiB"]
