@@ -1,5 +1,5 @@
 """The loss of each form of GRPO, its gradients and figures are those of its paper's formula in float64, an answer at a
-time."""
+time; an answer may have several turns, between which an environment's tokens are read."""
 
 import math
 
@@ -10,8 +10,8 @@ from families import DISTINCT, shake, shaken
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.layer import untrained
 from rwkv_peft.config import AdapterConfig
-from rwkv_peft.data.samples import collate_packed
 from rwkv_peft.objectives.grpo import GRPO, VARIANTS
+from rwkv_peft.training.rollout import Rollout, packed
 from rwkv_peft.training.step.steps import Whole
 
 G, LIMIT, VOCABULARY, STEP_TOKENS = 4, 9, 30, 50
@@ -28,16 +28,22 @@ def model_of(family, trained):
     return (shake(model) if trained else model).double()
 
 
-def batch_of(objective, now):
-    """A batch as a step draws it, whose answers were drawn by other probabilities than the model's `now`."""
+def batch_of(objective, now, turn=LIMIT):
+    """A batch as a step draws it, whose answers were drawn by other probabilities than the model's `now`; behind each
+    `turn` tokens of an answer come three of an environment -> [(tokens, places of the answer's)], the batch."""
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(VOCABULARY, (size,), generator=generator) for size in PROMPTS]
-    answers = [torch.randint(VOCABULARY, (size,), generator=generator) for size in ANSWERS]
-    rows = [torch.cat([prompts[place // G], answer]) for place, answer in enumerate(answers)]
-    documents = [(row, torch.arange(1, len(row)) >= len(row) - len(a)) for row, a in zip(rows, answers)]
+    draw = lambda size: torch.randint(VOCABULARY, (size,), generator=generator).tolist()  # noqa: E731
+    prompts, rollouts = [draw(size) for size in PROMPTS], []
+    for place, size in enumerate(ANSWERS):
+        own = [one for at in range(size) for one in ([False] * 3 if at and at % turn == 0 else []) + [True]]
+        drawn = Rollout(prompts[place // G], draw(len(own)), [0.0] * size, [0.0] * size, "", "stop", own=own)
+        rollouts.append(drawn)
+    rows = [
+        (torch.tensor([*each.prompt, *each.tokens]), len(each.prompt) + torch.tensor(each.own).nonzero()[:, 0])
+        for each in rollouts
+    ]
     drawn = torch.cat(now(rows)).detach() + torch.randn(sum(ANSWERS), generator=generator, dtype=torch.float64) * 0.2
-    return rows, collate_packed(documents) | {
-        "lengths": torch.tensor(ANSWERS),
+    return rows, packed(rollouts) | {
         "old": drawn,
         "sampled": drawn + 0.01,
         "advantages": objective.advantages(REWARDS).flatten(),
@@ -52,17 +58,17 @@ def spoken(model, temperature=1.0):
     """rows -> the log-probabilities of the tokens of each answer."""
 
     def of(rows):
-        for row, size in zip(rows, ANSWERS):
+        for row, own in rows:
             found = (model(row[None, :-1])[0][0] / temperature).log_softmax(-1)
-            yield found.gather(1, row[1:, None])[-size:, 0]
+            yield found[own - 1, row[own]]
 
     return lambda rows: list(of(rows))
 
 
 def entropies(model, rows, temperature):
     """The entropies of the next token at the tokens of each answer."""
-    for row, size in zip(rows, ANSWERS):
-        p = (model(row[None, :-1])[0][0] / temperature).softmax(-1)[-size:]
+    for row, own in rows:
+        p = (model(row[None, :-1])[0][0] / temperature).softmax(-1)[own - 1]
         yield -(p * p.log()).sum(1)
 
 
@@ -107,15 +113,15 @@ def naive_advantages(form):
                 yield (reward - mean) / (1 if form == "dr_grpo" else std + 1e-4)
 
 
-@pytest.mark.parametrize("masked, bonus", [(False, 0.0), (True, 0.2)])
+@pytest.mark.parametrize("masked, bonus, turn", [(False, 0.0, LIMIT), (True, 0.2, 2)])
 @pytest.mark.parametrize("form", VARIANTS)
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
-def test_loss_and_gradients_are_the_papers(family, form, masked, bonus):
+def test_loss_and_gradients_are_the_papers(family, form, masked, bonus, turn):
     bounds = {"clip_low": 0.1, "clip_high": 0.15}
     one = GRPO(form, draw_temperature=1.5, kl_beta=0.3, entropy_bonus=bonus, mask_truncated=masked, **bounds)
     model = model_of(family, trained=True)
     now = spoken(model, 1.5)
-    rows, batch = batch_of(one, now)
+    rows, batch = batch_of(one, now, turn)
     step = Whole(one)
     loss = step.loss(model, batch, 3.0)  # of three prompts in the step, of which two are here
     with torch.no_grad(), untrained(model):
