@@ -14,6 +14,8 @@ from rwkv_peft.adapters.methods import METHODS, words_of
 from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.layouts import RowLayout
+from rwkv_peft.data.tools import tools_text
 from rwkv_peft.inference import command
 from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model, save_state_file
@@ -23,6 +25,7 @@ from rwkv_peft.release import merge as merge_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["Two birds sing. ", "Q: What?\nA:", "One"]
+HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,71 @@ def test_prompts_go_on_from_a_state(model):
     for _ in range(2):
         assert model.generate(["Ann", "Bo"], 9, temperature=0, stop=(), state=state) == due
     assert all(map(torch.equal, before, (tensor for layer in state for tensor in layer)))
+
+
+def test_a_prompt_is_a_text_or_tokens_or_messages(model):
+    encode = model.tokenizer.encode
+    turns = [*HI, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "How\n\n\nmuch?"}]
+    tool = {"name": "count", "description": "", "parameters": {}}
+    listed = "".join(text for text, _ in RowLayout().chat([{"role": "system", "content": tools_text([tool])}, *HI]))
+    asked = "User: Hi\n\nAssistant: Yes?\n\nUser: How\nmuch?\n\nAssistant:"
+    for prompt, text, settings in (
+        (encode("One"), "One", {}),
+        (torch.tensor(encode("One")), "One", {}),
+        (torch.tensor([encode("One")] * 2), ["One", "One"], {}),
+        ([encode("One"), "Two", HI], ["One", "Two", "User: Hi\n\nAssistant:"], {}),
+        (turns, asked, {}),
+        ([HI, turns], ["User: Hi\n\nAssistant:", asked], {}),
+        ([*HI, {"role": "assistant", "content": "Yes"}], "User: Hi\n\nAssistant: Yes", {}),
+        ({"messages": HI, "tools": [tool]}, listed + "\n\nAssistant:", {}),
+        (HI, "User: Hi\n\nAssistant: <think></think", {"think": "off"}),
+    ):
+        assert model.generate(prompt, 8, **settings) == model.generate(text, 8, stop="\n\nUser:")
+    thinking = model.generate("User: Hi (think a bit)\n\nAssistant: <think", 8)
+    assert model.generate(HI, 8, think="low") == "<think" + thinking
+    blank = {"logit_bias": {1 + ord(" "): 99.0}}
+    assert model.generate(HI, 4, **blank) == "" and model.generate("Hi", 4, **blank) == " " * 4
+
+
+def test_several_answers_have_seeds_of_their_own(model):
+    due = [model.generate("One", 8, seed=number) for number in range(3)]
+    assert model.generate("One", 8, n=3) == due and len({*due}) == 3
+    several = [[model.generate(text, 8, seed=2 * i + j) for j in range(2)] for i, text in enumerate(PROMPTS)]
+    assert model.generate(PROMPTS, 8, n=2) == several
+    assert model.generate(["One"], 8, n=1) == [[due[0]]] and model.generate([], n=2) == []
+
+
+def test_details_are_those_of_the_plain_forward(model):
+    prompt = model.tokenizer.encode("One")
+    found = model.generate("One", 12, details=True, top_logprobs=3, temperature=0.7, presence_penalty=0.3, n=2)
+    assert [one.text for one in found] == model.generate("One", 12, temperature=0.7, presence_penalty=0.3, n=2)
+    for one in found:
+        assert len(one.tokens) == len(one.logprobs) == len(one.top_logprobs) == 12 and one.end == "length"
+        due = model(torch.tensor([prompt + one.tokens]))[0][0, len(prompt) - 1 : -1].log_softmax(-1)
+        places = torch.arange(12)
+        torch.testing.assert_close(torch.tensor(one.logprobs), due[places, one.tokens], rtol=1e-4, atol=1e-4)
+        tokens, logprobs = torch.tensor(one.top_logprobs).unbind(-1)
+        torch.testing.assert_close(logprobs, due.topk(3).values, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(due.gather(1, tokens.long()), logprobs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.state, model(torch.tensor([prompt + one.tokens]))[1], rtol=1e-4, atol=1e-4)
+    pieces = list(model.stream("One", 12, temperature=0.7, presence_penalty=0.3, top_logprobs=0))
+    assert "".join(piece.text for piece in pieces) == pieces[-1].completion.text == found[0].text
+    assert [one.token for piece in pieces for one in piece.tokens] == found[0].tokens
+    assert pieces[-1].completion.logprobs == found[0].logprobs
+    none = model.generate("One", 0, details=True)
+    assert (none.text, none.tokens, none.end) == ("", [], "length")
+
+
+@pytest.mark.parametrize("stop", ((), "e"))
+def test_a_completion_goes_on_from_its_state(model, stop):
+    letters = {"temperature": 0, "logit_bias": {1 + byte: 9.0 for byte in b"abcdefgh"}, "repetition_penalty": 5.0}
+    first = model.generate("One", 7, details=True, stop=stop, **letters)
+    assert first.end == ("stop" if stop else "length") and first.text.isalpha()
+    due = model.generate("One" + first.text + "Two", 7, **letters)
+    assert model.generate("Two", 7, state=first.state, **letters) == due
+    chat = model.generate(HI, 7, details=True, stop=stop, **letters)
+    turns, more = [*HI, {"role": "assistant", "content": chat.text}], [{"role": "user", "content": "So?"}]
+    assert model.generate(more, 7, state=chat.state, **letters) == model.generate([*turns, *more], 7, **letters)
 
 
 def test_an_answer_repeats_itself_until_the_seed_is_another(base):
@@ -249,7 +317,20 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: model.generate("a", temperature="0"), "temperature '0': a finite number is due"),
         (lambda: model.generate("a", top_k=10**400), "a finite number is due"),
         (lambda: model.generate("a", max_tokens=-1), "max_tokens=-1: a whole number from 0 on is due"),
-        (lambda: model.generate(["a", 3]), "prompts: 3 is no text"),
+        (lambda: model.generate(["a", 3]), "prompts: 3 is no prompt; a text, token ids from 0 to 256, or messages"),
+        (lambda: model.generate([1, 257]), r"prompts: \[1, 257\] is no prompt"),
+        (lambda: model.generate([HI[0], "a"]), "is no prompt"),
+        (lambda: model.generate([{"role": "friend", "content": "Hi"}]), "role 'friend'; known are user"),
+        (lambda: model.generate("a", n=0), "n=0: a whole number from 1 on is due"),
+        (lambda: model.generate("a", top_logprobs=-1), "top_logprobs -1: it is a number of tokens"),
+        (lambda: model.generate("a", logit_bias={300: 1}), r"logit_bias={300: 1}: {token id: number} is due, .* 257"),
+        (lambda: model.generate("a", logit_bias=3), "logit_bias=3: {token id: number} is due"),
+        (lambda: model.generate(HI, think="of"), "think='of' is not one of"),
+        (lambda: model.generate("a", think="on"), "think='on' opens the answers to messages"),
+        (
+            lambda: model.generate([*HI, {"role": "assistant", "content": "Y"}], think="on"),
+            "has begun the answer already",
+        ),
         (lambda: model.generate("a", stop=""), "an empty text would stop before the first token"),
         (lambda: model(torch.zeros(3, dtype=torch.long)), r"tokens \(3,\) torch.int64: \(B, T\) whole numbers"),
         (lambda: rp.tokenizer("wrld"), "give world, bytes"),

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api.adapters import add_adapter, merge, save_adapter
-    from .api.model import Model, Piece, load, tokenizer
+    from .api.completions import CompletionOutput, Piece
+    from .api.model import Model, load, tokenizer
     from .cli.errors import UserError
     from .inference.settings import Sampling
     from .models.state import State
 
 __all__ = [
+    "CompletionOutput",
     "Model",
     "Piece",
     "Sampling",
@@ -32,7 +34,8 @@ __all__ = [
 __version__ = "0.3.0"
 HOMES = (
     ("api.adapters", ("add_adapter", "merge", "save_adapter")),
-    ("api.model", ("Model", "Piece", "load", "tokenizer")),
+    ("api.completions", ("CompletionOutput", "Piece")),
+    ("api.model", ("Model", "load", "tokenizer")),
     ("cli.errors", ("UserError",)),
     ("inference.settings", ("Sampling",)),
     ("models.state", ("State",)),

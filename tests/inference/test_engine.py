@@ -177,7 +177,7 @@ def test_a_cancelled_completion_frees_its_place_at_once(plain):
 
 def test_logprobs_are_the_models(plain):
     running, listener, prompt = engine_of(plain), Recording(), PROMPTS[2]
-    completion = Completion(Sampling(temperature=0.5, presence_penalty=2.0), 5, listener, 3)
+    completion = Completion(Sampling(temperature=0.5, presence_penalty=2.0, top_logprobs=3), 5, listener)
     running.add(GenerationRequest(plain, prompt, [completion]))
     finish(running)
     whole = prompt + listener.tokens

@@ -1,11 +1,13 @@
 """Models in Python: rp.load gives a Model, which computes logits, generates text, and trains like any torch module."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cached_property, partial
+from itertools import count
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -14,33 +16,26 @@ from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.base import Base, open_base
 from ..checkpoints.tensors import DTYPES
 from ..cli.errors import UserError, quoted
-from ..cli.names import is_finite
+from ..cli.names import is_finite, is_whole
 from ..config import AdapterConfig
-from ..data.chat import stops_of
-from ..data.recorded import find_tokenizer, recorded_beside
+from ..data.chat import THINK
+from ..data.layouts import RowLayout
+from ..data.recorded import clean_beside, find_tokenizer, recorded_beside
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..inference.decode import generate
 from ..inference.flags import WEIGHTS
+from ..inference.forward import prefill
 from ..inference.loading import merged_base, model_of, read_state_file, resolve_device
-from ..inference.prompts import encode
 from ..inference.settings import Sampling
 from ..inference.speakers import Mirror
 from ..inference.text import Continuation
 from ..inference.weights import quantize_products
 from ..models.parts import LanguageModel
 from ..models.state import State
+from .completions import PendingCompletion, Piece, encode_prompt, prompts_in
 
 DEVICES = ("cpu", "cuda")
 Source = str | Path | AdapterSource
-
-
-class Piece(NamedTuple):
-    """A piece of the continuation of the prompt of this number; end is "" while it goes on, and with the last piece the
-    reason: "end" (of the document), "stop" or "length"."""
-
-    number: int
-    text: str
-    end: str = ""
 
 
 class Model(nn.Module):
@@ -64,6 +59,7 @@ class Model(nn.Module):
         self.network, self.start = model_of(base, precision, device, prepare)
         self._mirror = Mirror()
         self.adapter: AdapterConfig | None = None
+        self.clean_turns = True  # remove blank lines from messages of users and tools, as the files' run did
         self._find_tokenizer: Callable[[], Tokenizer] = partial(find_tokenizer, None, base.config.vocab_size)
 
     @cached_property
@@ -105,40 +101,62 @@ class Model(nn.Module):
     def generate(self, prompts: str, max_tokens: int = ..., **settings: Any) -> str: ...
 
     @overload
-    def generate(self, prompts: Iterable[str], max_tokens: int = ..., **settings: Any) -> list[str]: ...
+    def generate(self, prompts: Any, max_tokens: int = ..., **settings: Any) -> Any: ...
 
-    def generate(self, prompts: str | Iterable[str], max_tokens: int = 256, **settings: Any) -> str | list[str]:
-        """Continue one prompt -> a text, or many at once -> their texts. settings as in `stream`."""
-        asked = texts_in("prompts", prompts)
-        texts = [""] * len(asked)
-        for piece in self.stream(asked, max_tokens, **settings):
-            texts[piece.number] += piece.text
-        return texts[0] if isinstance(prompts, str) else texts
+    def generate(
+        self, prompts: Any, max_tokens: int = 256, *, details: bool = False, n: int | None = None, **settings: Any
+    ) -> Any:
+        """Continue one prompt -> its text, or many at once -> a list of texts; with n, a list of n for each prompt.
+
+        A prompt is a text, token ids, or messages ({"role", "content"} each); `stream` lists the settings. With
+        details, each text is a CompletionOutput: the text, its tokens, their log-probabilities, the State after it.
+        """
+        if details:
+            settings = {"top_logprobs": 0} | settings
+        given, alone = prompts_in(prompts)
+        pieces = list(self.stream(given, max_tokens, n=n, **settings))
+        ended = {piece.number: piece.completion for piece in pieces if piece.completion is not None}
+        found: list[Any] = [ended[number] if details else ended[number].text for number in sorted(ended)]
+        if n is not None:
+            found = [found[first : first + n] for first in range(0, len(found), n)]
+        return found[0] if alone else found
 
     def stream(
         self,
-        prompts: str | Iterable[str],
+        prompts: Any,
         max_tokens: int = 256,
         *,
+        n: int | None = None,
         stop: str | Iterable[str] | None = None,
         state: State | None = None,
+        think: str = "",
         batch: int = 32,
         **sampling: Any,
     ) -> Iterator[Piece]:
-        """Continue one prompt or many, `batch` at a time, and yield each Piece of text as soon as it is certain.
+        """Continue one prompt or many, each n times, `batch` at a time; yield each Piece as soon as its text is
+        certain, and the last with the CompletionOutput.
 
         An answer ends before a text of `stop`, at the end of the document, or after max_tokens. stop=None stops where a
         known chat layout begins its next question, () nowhere. state, of one sequence, precedes each prompt (default:
-        the model's own). sampling are fields of rp.Sampling, such as temperature=0; the same arguments give the same
+        the model's own). think is the mode in which answers to messages open; {"messages": …, "tools": …} has tools
+        beside messages. sampling are fields of rp.Sampling, such as temperature=0; the same arguments give the same
         answers, and another seed others. The tokens equal `rwkv-peft generate`'s. Raises UserError.
         """
         if unknown := sorted(set(sampling) - {field.name for field in fields(Sampling)}):
             known = ", ".join(field.name for field in fields(Sampling))
             raise UserError(f"{unknown[0]}={sampling[unknown[0]]!r} is no setting of generate; known are {known}")
-        if not isinstance(max_tokens, Integral) or max_tokens < 0:
-            raise UserError(f"max_tokens={max_tokens!r}: a whole number from 0 on is due")
-        asked = texts_in("prompts", prompts)
-        tokens = [encode(self.tokenizer, prompt, number) for number, prompt in enumerate(asked)]
+        for name, value, least in (("max_tokens", max_tokens, 0), ("n", 1 if n is None else n, 1)):
+            if not isinstance(value, Integral) or value < least:
+                raise UserError(f"{name}={value!r}: a whole number from {least} on is due")
+        require_one_of("think", think or None, THINK)
+        tokenizer, layout = self.tokenizer, RowLayout(think, self.clean_turns)
+        vocab_size = min(tokenizer.vocab_size, self.network.config.vocab_size)
+        if "logit_bias" in sampling:
+            sampling["logit_bias"] = bias_of(sampling["logit_bias"], vocab_size)
+        given = enumerate(prompts_in(prompts)[0])
+        encoded = [encode_prompt(prompt, number, tokenizer, vocab_size, layout) for number, prompt in given]
+        if think and not all(prompt.closing for prompt in encoded):
+            raise UserError(f"think={think!r} opens the answers to messages; write the opening into another prompt")
         stops = None if stop is None else tuple(texts_in("stop", stop))
         if "" in (stops or ()):
             raise UserError("stop='': an empty text would stop before the first token; leave it out")
@@ -147,36 +165,42 @@ class Model(nn.Module):
                 f"state={quoted(state)}: the State of one sequence is due, as model(tokens) gives it; rp.load takes "
                 "the file of one"
             )
-        pieces: list[Piece] = []  # of the token drawn last
-
-        def showing(number: int) -> Callable[[str], object]:
-            return lambda text: pieces.append(Piece(number, text))
-
-        answers = [
-            Continuation({}, self.tokenizer, stops_of(prompt) if stops is None else stops, showing(number))
-            for number, prompt in enumerate(asked)
-        ]
+        due = [prompt for prompt in encoded for _ in range(n or 1)]
+        texts = [Continuation({}, tokenizer, prompt.stops if stops is None else stops) for prompt in due]
+        pending = [PendingCompletion(*each, partial(self._read, state=state)) for each in zip(count(), due, texts)]
         steps = generate(
             self._mirror.of(self.network, self.base),
-            tokens,
+            [prompt.tokens for prompt in due],
             Sampling(**sampling),
             max_tokens,
-            lambda number, token: answers[number].feed(token),
+            lambda number, token: texts[number].feed(token),
             self.begun() if state is None else state,
             batch,
-            self.tokenizer.vocab_size,
+            tokenizer.vocab_size,
         )
+        with self._evaluating():
+            for step in steps:
+                if (piece := pending[step.number].add(step)) is not None:
+                    yield piece
+        for one in pending if not max_tokens else ():
+            yield one.finish("length")
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Within, the model is in eval mode."""
         training = self.training
         self.eval()
         try:
-            for step in steps:
-                if step.end:
-                    answers[step.number].finish(step.end)
-                    pieces.append(Piece(step.number, "", answers[step.number].end))
-                yield from pieces
-                pieces.clear()
+            yield
         finally:
             self.train(training)
+
+    def _read(self, tokens: list[int], *, state: State | None) -> State:
+        """The State of one sequence after tokens, which go on from state (None: from the model's own beginning)."""
+        start = self.begun() if state is None else state
+        with self._evaluating():
+            after = prefill(self._mirror.of(self.network, self.base), [tokens], start)[1]
+        return after.each(lambda name, tensor: tensor.clone())  # autograd refuses tensors of inference mode
 
 
 def texts_in(name: str, given: Any) -> list[str]:
@@ -185,6 +209,17 @@ def texts_in(name: str, given: Any) -> list[str]:
     if wrong := [one for one in found if not isinstance(one, str)]:
         raise UserError(f"{name}: {quoted(wrong[0])} is no text; a str is due, or several")
     return found
+
+
+def bias_of(given: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """The pairs of logit_bias, {token: number} or pairs, as Sampling has them. Raises UserError for anything else."""
+    try:
+        pairs = tuple(dict(given).items())
+    except (TypeError, ValueError):
+        pairs = ((None, None),)
+    if not all(is_whole(token, 0) and token < vocab_size and is_finite(value) for token, value in pairs):
+        raise UserError(f"logit_bias={quoted(given)}: {{token id: number}} is due, with ids below {vocab_size}")
+    return pairs
 
 
 def require_one_of(name: str, given: object, known: Iterable[str], remedy: str = "") -> None:
@@ -237,10 +272,12 @@ def load(
     model = Model(merged_base(base, sources, any_base), precision, device, weights)
     if state is not None:
         model.start = read_state_file(state, model.network, None if any_base else open_base(base))
+    files = (*(source.path for source in reversed(sources)), state, base)
+    model.clean_turns = clean_beside(*files)
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         model.tokenizer = tokenizer
     else:
-        recorded = recorded_beside(*(source.path for source in reversed(sources)), state, base)
+        recorded = recorded_beside(*files)
         name = None if tokenizer is None else str(tokenizer)
         model._find_tokenizer = partial(find_tokenizer, name, model.base.config.vocab_size, recorded)
     return model

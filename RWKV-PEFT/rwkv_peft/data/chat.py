@@ -46,6 +46,10 @@ THINK = MappingProxyType(  # --think -> its prompts, as RWKV-7 G1 was trained; m
         "high": ThinkMode(" (think a lot)", " <think"),
     }
 )
+LEADS = MappingProxyType(  # the mode of an answer, None for a text -> its beginning that is not shown
+    {None: re.compile(""), "": re.compile(r"\s*")}
+    | {name: re.compile("" if mode.thinks else r"\s*>?\s*") for name, mode in THINK.items()}
+)
 LENGTHS = tuple(THINK[mode].words for mode in ("low", "medium", "high"))
 EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of the thinking, if the answer's words have none
@@ -182,6 +186,11 @@ def with_length(turns: Sequence[Mapping[str, Any]], think: str) -> list[Mapping[
         if said and not said.endswith(LENGTHS):
             found[asked[-1]] = {**turns[asked[-1]], "content": said + words}
     return found
+
+
+def shown_opening(think: str) -> str:
+    """The end of the prompt that is shown as the beginning of an answer in this mode."""
+    return THINK[think].opening.lstrip() if think and THINK[think].thinks else ""
 
 
 def role_of(turn: Mapping[str, Any]) -> str:

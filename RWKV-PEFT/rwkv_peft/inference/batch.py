@@ -3,7 +3,7 @@ the host."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +30,11 @@ class Slot:
     length: int = 0
     counts: torch.Tensor | None = None  # (1, V), if the sampling penalizes
     draws: random.Random = field(init=False)
-    sampling: Sampling = field(init=False)  # without its seed: equal ones are sampled together
+    sampling: Sampling = field(init=False)  # without its seed and top_logprobs: equal ones are sampled together
 
     def __post_init__(self) -> None:
         self.draws = self.completion.draws or random.Random(self.completion.sampling.seed)
-        self.sampling = self.completion.sampling.seeded(-self.completion.sampling.seed)
+        self.sampling = replace(self.completion.sampling, seed=0, top_logprobs=None)
 
     def take(self, token: int, logprobs: Logprobs | None) -> str:
         """Append the token and hand it to the listener -> the reason to end with it, or ""."""
@@ -120,7 +120,7 @@ class ModelBatch:
                 rows = on_device(places, choices.device)
                 found[:, rows] = sample_slots([self.slots[place] for place in places], choices[rows], sampling)
         tokens = found[0].long()
-        tops = {place: slot.completion.top_logprobs for place, slot in enumerate(self.slots)}
+        tops = {place: slot.completion.sampling.top_logprobs for place, slot in enumerate(self.slots)}
         logprobs = {
             place: token_logprobs(choices[place], tokens[place : place + 1], top).to("cpu", non_blocking=True)
             for place, top in tops.items()

@@ -22,13 +22,14 @@ class GeneratedToken(NamedTuple):
     "length", or one from `ends`.
 
     With a `measured` sampling, the token's log-probability and the distribution's entropy in nats, at its temperature
-    and before top-k and top-p."""
+    and before top-k and top-p; with top_logprobs as in Logprobs."""
 
     number: int
     token: int
     end: str
     logprob: float = 0.0
     entropy: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class TokenCollector:
@@ -46,7 +47,7 @@ class TokenCollector:
     def on_token(self, token: int, logprobs: Logprobs | None) -> str:
         self.length, self.left = self.length + 1, self.left - 1
         end = (self.ends(self.number, token) if self.ends else "") or ("" if self.left else "length")
-        measures = (logprobs.logprob, logprobs.entropy) if logprobs else ()
+        measures = (logprobs.logprob, logprobs.entropy, logprobs.top) if logprobs else ()
         self.found.append(GeneratedToken(self.number, token, end, *measures))
         return end
 

@@ -55,13 +55,11 @@ class Listener(Protocol):
 class Completion:
     """One of the completions of a prompt, sampled with its own seed, or with the random numbers of `draws`.
 
-    top_logprobs: the number of most probable tokens that the listener gets with each token; with None it gets no
-    log-probabilities, unless the sampling is `measured`."""
+    The listener gets log-probabilities if the sampling is `measured`, or has a number of top_logprobs."""
 
     sampling: Sampling
     max_tokens: int
     listener: Listener
-    top_logprobs: int | None = None
     constraint: Constraint | None = None
     draws: random.Random | None = None
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from ..cli.errors import UserError
-from ..cli.names import is_finite
+from ..cli.names import is_finite, is_whole
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Sampling:
     step (1: nothing is forgotten). temperature divides the logits; 0 takes the most probable token. top_k keeps the k
     most probable tokens (0: all); top_p then keeps the fewest most probable ones whose probabilities, among those kept,
     reach it; min_p drops those below that share of the most probable one. seed plus the prompt's number seeds its
-    draws. measured adds log-probabilities and entropies. Raises UserError for a value out of range.
+    draws. measured adds log-probabilities and entropies; top_logprobs adds log-probabilities before penalties and
+    temperature, of the token and of so many most probable ones. Raises UserError for a value out of range.
     """
 
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -30,11 +31,12 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     measured: bool = False
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("logit_bias", "measured") and not is_finite(value):
+            if field.name not in ("logit_bias", "measured", "top_logprobs") and not is_finite(value):
                 raise UserError(f"--{field.name} {value!r}: a finite number is due")
         for name, rule, holds in (
             # logits are float32, which cannot hold much larger penalties or divide by much smaller temperatures
@@ -50,6 +52,7 @@ class Sampling:
             ("top_k", "a number of tokens, 0 for all", self.top_k >= 0),
             ("top_p", "a probability from 0 to 1 (1 keeps every token)", 0 <= self.top_p <= 1),
             ("min_p", "a share from 0 to 1 (0 keeps every token)", 0 <= self.min_p <= 1),
+            ("top_logprobs", "a number of tokens", self.top_logprobs is None or is_whole(self.top_logprobs, 0)),
         ):
             if not holds:
                 raise UserError(f"--{name} {getattr(self, name)}: it is {rule}")

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ...cli.errors import UserError
-from ...data.chat import SPEAKERS, THINK, stops_of, with_length
-from ...data.layouts import RowLayout
+from ...data.chat import LEADS, shown_opening, stops_of
+from ...data.layouts import RowLayout, begins_answer
 from ...data.tokenizer import Tokenizer
 from ..prompts import encode
 from ..settings import Sampling
@@ -25,11 +25,6 @@ from .web import RequestError
 
 SEEDS = 1 << 48  # of requests without one
 LONG = 16  # characters for each token of a prompt: longer texts are refused before they are tokenized
-# ChatBody.think, None for a text -> the beginning of an answer that the client does not get
-LEADS = MappingProxyType(
-    {None: re.compile(""), "": re.compile(r"\s*")}
-    | {name: re.compile("" if mode.thinks else r"\s*>?\s*") for name, mode in THINK.items()}
-)
 EFFORTS = MappingProxyType({"none": "off", "xhigh": "high", "max": "high"})  # OpenAI's words without a mode of G1's
 # other servers' name of a field -> ours
 ALIASES = MappingProxyType(
@@ -204,6 +199,7 @@ class GenerationBody(RequestBody):
         RequestError for a value out of range."""
         given = {name: getattr(self, name) for name in Sampling.__dataclass_fields__ if hasattr(self, name)}
         given = {name: value for name, value in given.items() if value is not None}
+        given["top_logprobs"] = self.top_logprobs_due
         try:
             return replace(defaults, **{"seed": secrets.randbelow(SEEDS), **given})
         except UserError as error:
@@ -312,7 +308,7 @@ class ChatBody(GenerationBody):
 
     @property
     def opening(self) -> str:
-        return THINK[self.mode].opening.lstrip() if self.mode and THINK[self.mode].thinks else ""
+        return shown_opening(self.mode)
 
     @property
     def calls(self) -> bool:
@@ -331,9 +327,7 @@ class ChatBody(GenerationBody):
     @property
     def prefilled(self) -> bool:
         """True if the last message is the beginning of the answer."""
-        last = self.messages[-1]
-        speaker = SPEAKERS.get(str(last.get("role")).lower())
-        return speaker == "Assistant" and bool(last.get("content")) and not last.get("tool_calls")
+        return begins_answer(self.messages[-1])
 
     def prompt_count(self) -> int:
         return 1
@@ -346,13 +340,8 @@ class ChatBody(GenerationBody):
         if self.prefilled and self.think:
             raise RequestError(400, "think: the last message has begun the answer already; leave think out", "think")
         try:
-            turns = with_length(self.messages, self.mode)
-            turns += [] if self.prefilled else [{"role": "assistant", "content": ""}]
-            row = {"messages": turns, "tools": self.tools if self.calls else None}
-            texts = [text for text, _ in RowLayout(clean=limits.clean).segments(row)]
-            if not self.prefilled:
-                texts.pop()
-            texts[-1] += THINK[self.mode].opening if self.mode else ""
+            layout = RowLayout(self.mode, limits.clean)
+            texts = layout.chat_prompt(self.messages, self.tools if self.calls else None)
             limits.check_length(*texts)
             encoded = [tokenizer.encode(text) for text in texts]
         except UserError as error:

@@ -208,7 +208,7 @@ class Service:
     ) -> GenerationRequest:
         """The engine's request for a prompt, with completions numbered from `first` on; number i has the seed of
         `sampling` plus i."""
-        tokenizer, top, opening, completions = self.catalog.tokenizer, body.top_logprobs_due, body.opening, []
+        tokenizer, opening, completions = self.catalog.tokenizer, body.opening, []
         if isinstance(body, CompletionBody) and body.echo:
             opening = tokenizer.decode(prompt.tokens)
         for number in range(first, first + body.times):
@@ -220,7 +220,7 @@ class Service:
             elif isinstance(body, ChatBody):
                 constraint = constraint_behind(body.opening, tokenizer, self.limits.vocabulary)
             longest = body.longest(self.limits)
-            completions.append(Completion(sampling.seeded(number), longest, listener, top, constraint))
+            completions.append(Completion(sampling.seeded(number), longest, listener, constraint))
         return GenerationRequest(speaker, prompt.tokens, completions, prompt.marks)
 
     def _ended(self) -> None:
