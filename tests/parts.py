@@ -31,7 +31,6 @@ PARTS = (
     ("inference", ("inference",), ("merge", "data", "environments")),
     ("web", ("inference/serve/web",), ("base",)),  # of any server
     ("inference/serve", ("inference/serve",), ("inference", "web")),
-    ("python", ("api",), ("inference", "check")),  # what `import rwkv_peft as rp` offers
     ("evals", ("evals",), ("inference",)),
     ("rewards", ("rewards",), ("evals", "environments")),
     ("hf", ("hf",), ("inference", "convert")),
@@ -48,6 +47,7 @@ PARTS = (
     ("engine", ("training/engine",), ("measuring", "rollouts", "inspect")),
     ("training", ("training",), ("engine",)),
     ("run", ("training/run",), ("training", "ranks", "evals", "rewards")),
+    ("python", ("api",), ("training", "check")),  # what `import rwkv_peft as rp` offers
     ("tools/plan", ("tools/plan",), ("training",)),
     ("page", ("tools/ui",), ("train flags", "data", "web")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too

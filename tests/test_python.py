@@ -1,9 +1,11 @@
 """The package in Python: the documented examples run, and what they compute is what the commands do."""
 
 import copy
+import json
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,13 @@ from rwkv_peft.inference.loading import load_model, save_state_file
 from rwkv_peft.ops.decode.tape import Tape
 from rwkv_peft.release import check
 from rwkv_peft.release import merge as merge_command
+from training.runs import finish, metrics, start
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["Two birds sing. ", "Q: What?\nA:", "One"]
 HI = [{"role": "user", "content": "Hi"}]
+ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}!"} for word in "one two three four five six".split()]
+ROWS += [{"messages": [*HI, {"role": "assistant", "content": "Yes?"}], "weight": 0.5}]
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +46,10 @@ def model(base):
     return rp.load(base, device="cpu")
 
 
-def train(model, steps=2):
-    """Take a few steps on random tokens -> the loss of each."""
-    tokens = torch.randint(1, 257, (2, 9), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(steps):
-        logits, _ = model(tokens[:, :-1])
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+def train(model):
+    """Take two steps on a row -> the loss of each."""
+    settings = {"epoch_count": 2, "ctx_len": 32, "lr_schedule": "constant", "progress": False}
+    return [metrics["loss"] for metrics in rp.train(model, ROWS[:1], **settings)]
 
 
 def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
@@ -278,6 +274,61 @@ def test_states_train_and_are_generated_from(base, tmp_path, model, parts):
             rp.add_adapter(begun, "none", train_parts=["state"])
 
 
+@pytest.mark.parametrize(
+    "method, flags", (({"rank": 8}, "--bone_r 8"), ({"method": "none", "train_parts": ["state"]}, "--train_type state"))
+)
+def test_training_on_rows_is_that_of_train_py(base, model, tmp_path, method, flags):
+    """The same batches, losses, validations and files, up to rounding."""
+    settings = {"epoch_count": 3, "ctx_len": 64, "val_split": 0.3, "micro_bsz": 2, "accumulate_grad_batches": 2}
+    settings |= {"warmup_steps": 2, "weight_decay": 0.1}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = f"--load_model {base} --data_file {tmp_path}/rows.jsonl --data_type sft --tokenizer bytes --precision fp32"
+    words += f" --proj_dir {tmp_path}/out --accelerator cpu --answer_rows 0 {flags}"
+    words += "".join(f" --{name} {value}" for name, value in settings.items())
+    finish(start([sys.executable, str(ROOT / "train.py"), *words.split()]))
+    rp.add_adapter(model, **method)
+    torch.manual_seed(0)
+    history, drawn = rp.train(model, ROWS, progress=False, **settings), torch.rand(())
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(()))
+    due = metrics(tmp_path, "out")
+    assert len(history) == len(due) == 6
+    for found, line in zip(history, due):
+        for name in {*found} - {"tokens_per_s"}:
+            assert found[name] == pytest.approx(line[name], rel=1e-5), name
+    assert [number for number, line in enumerate(history) if "val_loss" in line] == [1, 3, 5]
+    rp.save_adapter(model, tmp_path / "a.safetensors")
+    found, due = (read_adapter(path).tensors for path in (tmp_path / "a.safetensors", tmp_path / "out"))
+    torch.testing.assert_close(found, due, rtol=1e-3, atol=1e-5)
+
+
+def test_what_was_learned_from_rows_is_answered_and_merged(base, model, tmp_path, capsys):
+    rp.add_adapter(model, rank=16)
+    seen = []
+    settings = {"epoch_count": 60, "lr_init": 1e-2, "lr_schedule": "constant", "ctx_len": 64}
+    history = rp.train(model, ROWS[:1], callback=seen.append, **settings)
+    assert history == seen and history[-1]["loss"] < 0.5 and model.training
+    printed = capsys.readouterr().out
+    assert re.search(r"1 document\n(.*\n)*step 60/60, loss 0\.\d{4}, lr .* tokens/s, ETA 00:00", printed)
+    assert model.generate("Say one:", 5, temperature=0) == " one!"
+    rp.save_adapter(model, tmp_path / "a.safetensors")
+    merged = rp.load(base, [tmp_path / "a.safetensors"], device="cpu")
+    assert merged.generate("Say one:", 5, temperature=0) == " one!"
+    model.eval()
+    assert len(rp.train(model, ROWS, progress=False, callback=lambda step: step["step"] == 1)) == 2
+    assert not model.training
+
+
+def test_small_steps_add_up_in_bfloat16(base):
+    model = rp.load(base, precision="bf16", device="cpu")
+    rp.add_adapter(model, "none", train_parts=["ln"])
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    before = [weight.detach().clone() for weight in weights]
+    steps = rp.train(model, ROWS[:2], lr_init=2e-4, lr_schedule="constant", epoch_count=20, progress=False)
+    assert len(steps) == 40  # each a fortieth of bfloat16's distance at 1
+    assert sum((weight != old).sum() for weight, old in zip(weights, before)) > sum(map(torch.numel, weights)) / 4
+
+
 def test_an_adapter_on_an_adapter_is_merged_after_it(base, tmp_path, model):
     rp.add_adapter(model, rank=8)
     train(model)
@@ -302,6 +353,8 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         rp.add_adapter(model, rank=8)
 
     half = rp.load(base, precision="fp16", device="cpu")
+    adapted = rp.load(base, device="cpu")
+    rp.add_adapter(adapted, rank=8)
     for mistake, words in (
         (lambda: rp.load(base, device="gpu"), "device='gpu' is not one of cpu, cuda"),
         (lambda: rp.load(base, device="cuda:1"), "device='cuda:1' is not one of cpu, cuda; model.to moves a model to"),
@@ -334,6 +387,12 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: model.generate("a", stop=""), "an empty text would stop before the first token"),
         (lambda: model(torch.zeros(3, dtype=torch.long)), r"tokens \(3,\) torch.int64: \(B, T\) whole numbers"),
         (lambda: rp.tokenizer("wrld"), "give world, bytes"),
+        (lambda: rp.train(model, ROWS), "no adapter to train; rp.add_adapter puts one in"),
+        (lambda: rp.train(adapted, ROWS, lr=1), "lr=1 is no setting of rp.train; known are ctx_len, .*; train.py has"),
+        (lambda: rp.train(adapted, ROWS, lr_init="fast"), "--lr_init"),
+        (lambda: rp.train(adapted, [*ROWS, "Hi"]), "rows: 'Hi' is no row; a dict of texts"),
+        (lambda: rp.train(adapted, [ROWS[0], {"query": "Hi"}]), "row 2: .*known are text; segments; messages"),
+        (lambda: rp.train(adapted, []), "rows: no document to write: there is no row"),
         (lambda: rp.save_adapter(model, "a.safetensors"), "no adapter to save; rp.add_adapter puts one in"),
         (lambda: rp.add_adapter(half), "in torch.float16, in which no adapter trains; load it with precision='fp32'"),
         (lambda: rp.add_adapter(model, "bome"), "method='bome' is not one of bone, lora"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .api.adapters import add_adapter, merge, save_adapter
     from .api.completions import CompletionOutput, Piece
     from .api.model import Model, load, tokenizer
+    from .api.train import train
     from .cli.errors import UserError
     from .inference.settings import Sampling
     from .models.state import State
@@ -30,12 +31,14 @@ __all__ = [
     "merge",
     "save_adapter",
     "tokenizer",
+    "train",
 ]
 __version__ = "0.3.0"
 HOMES = (
     ("api.adapters", ("add_adapter", "merge", "save_adapter")),
     ("api.completions", ("CompletionOutput", "Piece")),
     ("api.model", ("Model", "load", "tokenizer")),
+    ("api.train", ("train",)),
     ("cli.errors", ("UserError",)),
     ("inference.settings", ("Sampling",)),
     ("models.state", ("State",)),

@@ -427,6 +427,17 @@ class TrainConfig(MachineSettings, RunSettings, ModelSettings, ValidationConfig,
     them, and epoch_save counts epochs. Rows are computed in segments of chunk_ctx tokens if that is not 0.
     """
 
+    def rate_at(self, step: int, total_steps: int) -> float:
+        """The base learning rate of optimizer step `step` (0-based) of total_steps."""
+        return learning_rate(
+            step,
+            total_steps=total_steps,
+            lr_init=self.lr_init,
+            lr_final=self.lr_final,
+            warmup_steps=self.warmup_steps,
+            schedule=self.lr_schedule,
+        )
+
     @property
     def ranks(self) -> int:
         """The processes of the run."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..checkpoints.atomic import append_text
 from ..checkpoints.best import BEST
@@ -28,6 +29,7 @@ from .saving.resume import write_records
 from .saving.saver import Saver
 from .step.compiling import uncompiled
 from .step.plan import Plan
+from .step.steps import Step
 
 if TYPE_CHECKING:
     from .step.lit import Lit
@@ -81,24 +83,29 @@ class Validator:
                 self.saver.save_tensors(trainer, lit, [BEST])
         return found
 
-    @torch.no_grad()
     def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
         """[the items that count, sums over them of the loss and of the step's other measures], over all ranks."""
-        device, train = trainer.strategy.root_device, self.train
-        sums: list[torch.Tensor] = []
-        lit.model.eval()
-        group = trainer.global_rank // train.context_parallel
-        for batch in EvalBatches(samples, self.micro_bsz, group, train.groups):
-            batch = lit.compute.prepare_inputs(batch, device)
-            with uncompiled(train.compile):
-                loss = lit.compute.total(lit.model, batch)
-            numbers = (lit.compute.items(batch), loss, *lit.compute.measures.values())
-            sums.append(torch.stack([number.double() for number in numbers]))
-        lit.model.train()
-        total = torch.stack(sums).sum(0)
+        group = trainer.global_rank // self.train.context_parallel
+        batches = EvalBatches(samples, self.micro_bsz, group, self.train.groups)
+        with uncompiled(self.train.compile):
+            total = sums_over(batches, lit.compute, lit.model, trainer.strategy.root_device)
         if trainer.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+
+@torch.no_grad()
+def sums_over(batches: EvalBatches, step: Step, model: nn.Module, device: torch.device) -> torch.Tensor:
+    """[the items that count, sums over them of the loss and of the step's other measures] of batches, float64."""
+    sums: list[torch.Tensor] = []
+    model.eval()
+    for batch in batches:
+        batch = step.prepare_inputs(batch, device)
+        loss = step.total(model, batch)
+        numbers = (step.items(batch), loss, *step.measures.values())
+        sums.append(torch.stack([number.double() for number in numbers]))
+    model.train()
+    return torch.stack(sums).sum(0)
 
 
 def means(sums: Sequence[float]) -> list[float]:

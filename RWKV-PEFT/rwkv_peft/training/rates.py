@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from ..adapters.groups import learning_ratios
 from ..adapters.methods import method_of
-from ..cli.names import is_number, is_whole
-from ..config import AIM, FEW, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, TrainConfig
+from ..cli.names import STATE, is_number, is_whole
+from ..config import AIM, FEW, MOST_EPOCHS, STATE_LR, AdapterConfig, Objective, RunConfig, TrainConfig
+from ..models import family_named
+from ..models.family import Family
+from ..models.layout import SHIFT, TIME_STATE
 
 # rates times the model's channels: Bone's, that of the weights of a base themselves, and that of a new model's
 ANCHOR, WHOLE, NEW = 0.08, 0.06, 0.4
@@ -37,6 +41,15 @@ def automatic_rate(adapter: AdapterConfig, n_embd: int, objective: Objective | N
         reason = f"bone's {reason}, over {step:.2g}, {method.label}'s first step in the weight where bone's is 1"
     reason += "".join(f", times {pace:g} for {name}" for pace, name in paces if pace != 1)
     return Rate(float(f"{math.prod(pace for pace, _ in paces) * anchor / n_embd / step:.2g}"), reason)
+
+
+def group_rates(config: RunConfig) -> tuple[Family | None, tuple[tuple[str, float], ...]]:
+    """The family and the ratios by which parameter_groups sets the rates of a run's parameters."""
+    adapter, train = config.adapter, config.train
+    ratios = learning_ratios(method_of(adapter), adapter)
+    if STATE in adapter.train_parts and not adapter.states_alone:
+        ratios += tuple((name, train.state_lr / train.lr_init) for name in (TIME_STATE, SHIFT))
+    return family_named(config.model.version) if train.layerwise_lr else None, ratios
 
 
 def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:

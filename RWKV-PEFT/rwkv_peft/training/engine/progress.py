@@ -35,7 +35,7 @@ class Progress:
         self.plan, self.last_line = plan, 0.0
         self.began: float | None = None  # when the second step began
         self.bar: tqdm | None = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() or "ipykernel" in sys.modules:  # a notebook draws it, too
             self.bar = tqdm(
                 total=plan.total_steps,
                 initial=plan.first_step,

@@ -25,17 +25,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from ...adapters.groups import learning_ratios
-from ...adapters.methods import method_of
-from ...cli.names import STATE
 from ...data.batches import TrainBatch, TrainBatches
 from ...data.recorded import find_tokenizer
 from ...data.sources import settings_of
-from ...models import family_named
-from ...models.layout import SHIFT, TIME_STATE
 from ...objectives.draws import Draws
 from ...objectives.grpo import GRPO
 from ...objectives.next_token import NextToken
+from ..rates import group_rates
 from ..rollout import PromptPlan, RolloutSettings, RolloutStep
 from ..step.context_parallel import Line, SharedRows
 from ..step.lit import Lit
@@ -114,13 +110,8 @@ class RunBatches:
 
 def make_lit(run: Prepared) -> Lit:
     """The LightningModule that trains a run's model."""
-    adapter, train, plan = run.config.adapter, run.config.train, run.plan
-    family = family_named(run.config.model.version)
-    ratios = learning_ratios(method_of(adapter), adapter)
-    if STATE in adapter.train_parts and not adapter.states_alone:
-        ratios += tuple((name, train.state_lr / train.lr_init) for name in (TIME_STATE, SHIFT))
-    rates = family if train.layerwise_lr else None
-    return Lit(run.model, train, step_of(run), plan.total_steps, plan.first_step, rates, ratios)
+    train, plan = run.config.train, run.plan
+    return Lit(run.model, train, step_of(run), plan.total_steps, plan.first_step, *group_rates(run.config))
 
 
 def make_trainer(run: Prepared, loggers: list[Any], say: Callable[..., object]) -> pl.Trainer:

@@ -11,11 +11,10 @@ from torch import nn
 
 from ...adapters.groups import LearningRates, parameter_groups
 from ...config import TrainConfig
-from ...config.train import learning_rate
 from ...data.batches import TrainBatch
 from ..optimizers import make_optimizer
 from .shared_prefix import tokens_read
-from .steps import Step
+from .steps import Step, seed_micro_batch
 
 
 class Diverged(Exception):
@@ -62,15 +61,7 @@ class Lit(pl.LightningModule):
 
     def lr_at(self, step: int) -> float:
         """The base learning rate of a step."""
-        train = self.train_config
-        return learning_rate(
-            step,
-            total_steps=self.total_steps,
-            lr_init=train.lr_init,
-            lr_final=train.lr_final,
-            warmup_steps=train.warmup_steps,
-            schedule=train.lr_schedule,
-        )
+        return self.train_config.rate_at(step, self.total_steps)
 
     def groups(self) -> list[dict[str, Any]]:
         """The trained parameters as optimizer groups."""
@@ -86,11 +77,8 @@ class Lit(pl.LightningModule):
             self.step_loss, self.step_tokens, self.step_measures = 0.0, batch["step_count"], {}
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        # Random numbers depend on the seed, the step and the micro batch's place in it alone, whichever rank has it, so
-        # that a resumed run repeats them.
         place = batch_idx % accumulate * self.trainer.world_size + self.global_rank
-        micro = self.step * accumulate * self.trainer.world_size + place
-        torch.manual_seed((self.train_config.random_seed * 1_000_003 + micro) * 65_537 % 2**63)
+        seed_micro_batch(self.train_config.random_seed, self.step * accumulate * self.trainer.world_size + place)
 
     def transfer_batch_to_device(self, batch: TrainBatch, device: torch.device, dataloader_idx: int) -> TrainBatch:
         return self.compute.prepare_inputs(batch, device)

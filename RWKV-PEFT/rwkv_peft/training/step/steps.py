@@ -147,6 +147,12 @@ def copy_to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.to(device) if device.type != "cuda" else x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
+def seed_micro_batch(seed: int, number: int) -> None:
+    """Seed torch for the micro batch of this number in a run. Its random numbers depend on the run's seed, the step and
+    the place in it alone, whichever rank has it, so that a resumed run repeats them."""
+    torch.manual_seed((seed * 1_000_003 + number) * 65_537 % 2**63)
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
