@@ -207,6 +207,19 @@ def test_what_decoding_keeps_in_memory_is_not_saved(base, tmp_path, weights):
     assert pickle.loads(pickle.dumps(model)).generate("One", 6, temperature=0) == text
 
 
+def test_hidden_states_are_those_of_every_block(model):
+    tokens, seen = torch.randint(1, 257, (2, 7), generator=torch.Generator().manual_seed(0)), []
+    for block in model.network.blocks:
+        block.register_forward_hook(lambda block, inputs, outputs: seen.append(outputs[0]))
+    logits, state, hidden = model(tokens, hidden_states=True)
+    assert torch.equal(hidden[0], model.network.emb(tokens)) and len(hidden) == 1 + len(seen)
+    assert all(map(torch.equal, hidden[1:-1], seen)) and torch.equal(hidden[-1], model.network.ln_out(seen[-1]))
+    due, after = model(tokens)
+    assert torch.equal(logits, due) and torch.equal(state[1].wkv, after[1].wkv)
+    rest = model(tokens[:, 3:], model(tokens[:, :3])[1], hidden_states=True)[2]
+    torch.testing.assert_close(rest[-1], hidden[-1][:, 3:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_state_goes_on_and_starts_every_sequence(base, tmp_path, model):
     tokens = torch.randint(1, 257, (2, 7), generator=torch.Generator().manual_seed(0))
     whole, _ = model(tokens)

@@ -215,7 +215,7 @@ def test_mistakes_are_told(path, model, ids, tmp_path):
     (tmp_path / "hf" / "config.json").unlink()
     adapted = get_peft_model(RWKVForCausalLM.from_pth(path), BoneConfig(r=8, target_modules=["key"])).base_model.model
     for mistake, words in (
-        (lambda: model(ids, output_hidden_states=True), "output_hidden_states=True: .*; leave it out"),
+        (lambda: model(ids, output_attentions=True), "output_attentions=True: .*; leave it out"),
         (lambda: RWKVForCausalLM.from_pth(tmp_path / "states.pth"), "tuned time states.*; take the model without them"),
         (lambda: RWKVForCausalLM.from_pretrained(tmp_path / "hf"), "has no config.json"),
         (lambda: adapted.save_pth(tmp_path / "m.pth"), "call merge_and_unload\\(\\) first"),

@@ -124,6 +124,16 @@ def test_the_auto_classes_give_hidden_states_and_scores(names, tmp_path):
     padded = torch.cat([torch.zeros(2, 2, dtype=torch.long), ids, torch.zeros(2, 1, dtype=torch.long)], 1)
     for settings in ({}, {"attention_mask": (padded > 0).long()}):
         torch.testing.assert_close(judge(padded, **settings).logits, judge(ids).logits, **CLOSE)
+    found = model(ids, output_hidden_states=True).hidden_states
+    assert [one.shape for one in found] == [hidden.shape] * (model.config.num_hidden_layers + 1)
+    assert torch.equal(found[-1], hidden) and torch.equal(found[0], model.get_input_embeddings()(ids))
+    masked = model(padded, attention_mask=(padded > 0).long(), output_hidden_states=True).hidden_states
+    for one, other in zip(masked, found):
+        torch.testing.assert_close(one[:, 2:-1], other, **CLOSE)
+    of_config = AutoModelForCausalLM.from_pretrained(folder, output_hidden_states=True)
+    assert all(map(torch.equal, of_config(ids).hidden_states, found))
+    drawn = of_config.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert [one[-1].shape[1] for one in drawn.hidden_states] == [6, 1, 1]
     judge(ids, labels=torch.tensor([0, 2])).loss.backward()
     assert [name for name, p in judge.named_parameters() if not p.requires_grad] == ["model.head.weight"]
     assert judge.score.weight.grad.any() and judge.get_parameter("model.blocks.1.att.key.weight").grad.any()

@@ -46,7 +46,7 @@ class Model(nn.Module):
     It is frozen and in eval mode until rp.add_adapter.
     """
 
-    __call__: Callable[..., tuple[torch.Tensor, State]]
+    __call__: Callable[..., tuple[Any, ...]]
 
     def __init__(self, base: Base, precision: str, device: str, weights: str | None = None) -> None:
         super().__init__()
@@ -79,10 +79,12 @@ class Model(nn.Module):
             return tuned
         return self.start.each(lambda name, tensor: tensor.to(self.device))
 
-    def forward(self, tokens: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State]:
+    def forward(self, tokens: torch.Tensor, state: State | None = None, hidden_states: bool = False) -> tuple[Any, ...]:
         """Compute tokens (B, T) int64, which go on from state -> logits (B, T, V), the State after them.
 
-        Without a state they are the beginning. A state of one sequence serves all B.
+        Without a state they are the beginning. A state of one sequence serves all B. With hidden_states also a tuple of
+        n_layer + 1 tensors (B, T, C), as transformers has them: the embeddings, the outputs of all blocks but the last,
+        and the input of the head.
         """
         if isinstance(tokens, (str, list, tuple)):
             raise UserError(
@@ -95,7 +97,12 @@ class Model(nn.Module):
             state = self.begun()
         if state is not None and state[0].wkv.shape[0] == 1 < len(tokens):
             state = state.repeated(len(tokens))
-        return self.network(tokens, state)
+        if not hidden_states:
+            return self.network(tokens, state)
+        network, hidden = self.network, list[torch.Tensor]()
+        x, after = network.through_blocks(network.emb(tokens), state, tokens=tokens, hidden=hidden)
+        hidden.append(network.ln_out(x))
+        return network.head(hidden[-1]), after, tuple(hidden)
 
     @overload
     def generate(self, prompts: str, max_tokens: int = ..., **settings: Any) -> str: ...

@@ -34,24 +34,30 @@ PREFIX = "model."  # of the parameters' names, before the official key
 REORDERED = "past_key_values" if "past_key_values" in ALL_CACHE_NAMES else "state"
 SCORE = "score."  # of the name of a new head, in a saved folder too
 # the entries of a folder's config.json that are not told by its tensors
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "id2label", "label2id", "problem_type")
+KEPT = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "id2label", "label2id", "problem_type"),
+    "output_hidden_states",
+)
 
 
 @dataclass
 class RWKVOutput(ModelOutput):
-    """loss (a scalar, if labels were given), logits (B, T, V), and the State after the tokens if use_cache is set."""
+    """loss (a scalar, if labels were given), logits (B, T, V), the State after the tokens if use_cache is set, and
+    hidden_states as in BackboneOutput."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     state: State | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class RWKVScores(ModelOutput):
-    """loss (a scalar, if labels were given), and logits (B, num_labels)."""
+    """loss (a scalar, if labels were given), logits (B, num_labels), and hidden_states as in BackboneOutput."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class RWKVPreTrainedModel(PreTrainedModel):
@@ -116,6 +122,11 @@ class RWKVPreTrainedModel(PreTrainedModel):
         named = {to_hf(key.removeprefix(PREFIX)): tensor for key, tensor in state.items()}
         super().save_pretrained(folder, *args, state_dict=named, **settings)
 
+    def with_defaults(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward, with output_hidden_states from the config if it is not given."""
+        given = arguments.get("output_hidden_states")
+        return arguments | {"output_hidden_states": self.config.output_hidden_states if given is None else given}
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.emb
 
@@ -141,7 +152,7 @@ class RWKVModel(RWKVPreTrainedModel):
     def forward(self, input_ids: torch.Tensor | None = None, **arguments: Any) -> BackboneOutput | tuple[Any, ...]:
         """Compute tokens (B, T) -> BackboneOutput; the arguments are Backbone's, and return_dict."""
         as_tuple = arguments.pop("return_dict", None) is False
-        output = self.model(input_ids, **arguments)
+        output = self.model(input_ids, **self.with_defaults(arguments))
         return output.to_tuple() if as_tuple else output
 
 
@@ -169,7 +180,8 @@ class RWKVForSequenceClassification(RWKVPreTrainedModel):
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         arguments["use_cache"] = False  # a row is read as a whole
-        hidden = self.model(input_ids, attention_mask, **arguments).last_hidden_state
+        found = self.model(input_ids, attention_mask, **self.with_defaults(arguments))
+        hidden = found.last_hidden_state
         last = hidden.new_full((len(hidden),), hidden.shape[1] - 1, dtype=torch.long)
         if attention_mask is not None:
             places = torch.arange(attention_mask.shape[1], device=hidden.device)
@@ -178,7 +190,7 @@ class RWKVForSequenceClassification(RWKVPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        output = RWKVScores(loss, logits)
+        output = RWKVScores(loss, logits, found.hidden_states)
         return output.to_tuple() if as_tuple else output
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -250,7 +262,8 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         labels (B, T) belong to the same tokens, -100 where none counts. `generate` gives a twin that computes a token
         of each row. The other arguments are Backbone's.
         """
-        if twin is not None and input_ids is not None:
+        settings = self.with_defaults(settings)
+        if twin is not None and input_ids is not None and not settings["output_hidden_states"]:
             return RWKVOutput(None, *twin(input_ids, state))
         as_tuple = settings.pop("return_dict", None) is False
         count = {name: settings.pop(name) for name in ("num_items_in_batch",) if name in settings}  # of a trainer
@@ -260,7 +273,7 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **count)
-        output = RWKVOutput(loss, logits, found.state)
+        output = RWKVOutput(loss, logits, found.state, found.hidden_states)
         return output.to_tuple() if as_tuple else output
 
     def generate(self, *args: Any, **settings: Any) -> Any:

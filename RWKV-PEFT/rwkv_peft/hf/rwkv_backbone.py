@@ -18,11 +18,12 @@ CACHES = ("past_key_values", "cache")  # transformers' names of what a model goe
 
 @dataclass
 class BackboneOutput(ModelOutput):
-    """last_hidden_state (B, T, C) after the last norm, and the State after the tokens if use_cache is set."""
+    """last_hidden_state (B, T, C) after the last norm, the State after the tokens if use_cache is set, and n_layer + 1
+    hidden_states: the embeddings, the outputs of all blocks but the last, and last_hidden_state."""
 
     last_hidden_state: torch.Tensor | None = None
     state: State | None = None
-    hidden_states: None = None  # of every layer, which trl hands on
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class Backbone(LanguageModel):
@@ -42,9 +43,10 @@ class Backbone(LanguageModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         position_ids: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **others: Any,
     ) -> BackboneOutput:
-        """Compute tokens (B, T), which go on from state -> BackboneOutput.
+        """Compute tokens (B, T), which go on from state -> BackboneOutput, with output_hidden_states all hidden states.
 
         attention_mask (B, T or more) keeps any tokens of a row; results for the others are zeros before the norm.
         position_ids (1 or B, T) that begin anew at 0 separate the sequences packed in a row, which see nothing of each
@@ -52,6 +54,7 @@ class Backbone(LanguageModel):
         """
         state = refuse_others(state, others)
         keep = not self.training if use_cache is None else use_cache
+        hidden = list[torch.Tensor]()
         x = self.emb(input_ids) if inputs_embeds is None else inputs_embeds
         mask = x.new_ones(x.shape[:2], dtype=torch.bool)
         if attention_mask is not None:
@@ -61,10 +64,12 @@ class Backbone(LanguageModel):
             if begins is not None and state is not None:
                 raise UserError("position_ids begin a sequence anew within a row, and state goes on; leave one out")
             keep = keep and begins is None
-            x, after = self._through_kept(x, mask, begins, state, keep, input_ids)
+            x, after = self._through_kept(x, mask, begins, state, keep, input_ids, hidden)
+            hidden = [scattered(one, mask) for one in hidden]
         else:
-            x, after = self.through_blocks(x, state, None, keep, input_ids)
-        return BackboneOutput(self.ln_out(x), after if keep else None)
+            x, after = self.through_blocks(x, state, None, keep, input_ids, hidden=hidden)
+        last = self.ln_out(x)
+        return BackboneOutput(last, after if keep else None, (*hidden, last) if output_hidden_states else None)
 
     def _through_kept(
         self,
@@ -74,21 +79,27 @@ class Backbone(LanguageModel):
         state: State | None,
         keep: bool,
         ids: torch.Tensor | None,
+        hidden: list[torch.Tensor],
     ) -> tuple[torch.Tensor, State]:
         """Compute the blocks over the tokens of x (B, T, C) that mask (B, T) keeps, as one packed row -> x, zeros
         elsewhere, and the State after them; a row without any keeps its state. Sequences begin at each row's first
-        token, and where begins (B, T) is set."""
+        token, and where begins (B, T) is set. `hidden` gets each block's packed input."""
         rows = mask.any(1).nonzero()[:, 0]
         borders = F.pad(mask.sum(1)[rows].cumsum(0), (1, 0))
         if begins is not None:
             borders = torch.cat([borders, begins[mask].nonzero()[:, 0]]).unique()
         begun = None if state is None else state.selected(rows)
         tokens = None if ids is None else ids[mask][None]
-        y, after = self.through_blocks(x[mask][None], begun, borders, keep, tokens)
+        y, after = self.through_blocks(x[mask][None], begun, borders, keep, tokens, hidden=hidden)
         if keep and len(rows) < len(mask):
             before = State.zeros(self.config, 1, x.device, x.dtype).repeated(len(mask)) if state is None else state
             after = before.repeated(1).put(rows, after)  # in a copy
-        return torch.zeros_like(x).index_put((mask,), y[0]), after
+        return scattered(y, mask), after
+
+
+def scattered(packed: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The rows of packed (1, n, C) at the n places of mask (B, T), zeros elsewhere: (B, T, C)."""
+    return packed.new_zeros(*mask.shape, packed.shape[-1]).index_put((mask,), packed[0])
 
 
 def refuse_others(state: State | None, others: Mapping[str, Any]) -> State | None:

@@ -176,10 +176,11 @@ class LanguageModel(nn.Module):
         keep: bool = True,
         tokens: Tensor | None = None,
         relay: Relay | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> tuple[Tensor, State]:
         """The part of forward between embedding and norm: x (B, T, C), tokens (B, T) for the Tables of blocks -> x
         (B, T, C), State. The states of many packed sequences are large: without `keep`, each layer's is dropped at
-        once."""
+        once. Each block's x is appended to `hidden`."""
         carried: Sequence[Tensor | None] = self.carried
         sequences, seen = count_sequences(x, cu_seqlens), self.fetched(tokens)
         states = []
@@ -187,6 +188,8 @@ class LanguageModel(nn.Module):
             before = relay.before(layer) if relay else state[layer] if state else None
             before = before and others_begun(before, sequences)
             inputs = (x, *carried, before, cu_seqlens, *seen[layer])
+            if hidden is not None:
+                hidden.append(x)
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x, *carried, layer_state = checkpoint(block, *inputs, use_reentrant=False)
             else:
