@@ -35,9 +35,11 @@ def server(files):
     (folder / "broken.safetensors").write_bytes(b"no adapter")
     (folder / "begun").mkdir()
     (folder / "begun" / "metrics.jsonl").touch()
+    (files / "states").mkdir()
     running = Server(
         *("--model", files / "base.pth", "--adapter", f"poet={files}/poet.safetensors"),
         *(f"coder={files}/coder.safetensors", "--state", f"calm={files}/state.pth", "--files", folder),
+        *("--states", files / "states"),
         *("--batch", 4, "--queue", 4, "--body_mib", 1, "--max_tokens", 10**6),
         *("--max_loaded", 2),
         *("--allow_origin", "https://chat.example.org"),

@@ -5,12 +5,12 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ...cli.errors import summarize
@@ -57,6 +57,7 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
     app = new_app("rwkv-peft serve", lifespan)
     routes = APIRouter()
     add_routes(routes, service)
+    add_state_routes(routes, service)
     add_token_routes(routes, service)
     app.include_router(routes, prefix="/v1")
     app.include_router(routes, include_in_schema=False)  # for clients that are given the address without /v1
@@ -68,6 +69,7 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
             allow_headers=["authorization", "content-type"],
         )
     gate = Gate((*args.allow_host, args.host), args.allow_origin, args.key, args.body_mib << 20, args.client_seconds)
+    gate = replace(gate, raw=dict.fromkeys(("/v1/states/", "/states/"), service.catalog.states.most))
     return Guard(app, gate, service.metrics.count_status)
 
 
@@ -116,6 +118,31 @@ def add_routes(app: APIRouter, service: Service) -> None:
     @app.post("/chat/completions")
     async def chat(body: ChatBody, http: Request) -> Response:
         return await answer(service, body, http)
+
+
+def add_state_routes(app: APIRouter, service: Service) -> None:
+    """Routes for states by name."""
+    states = service.catalog.states
+
+    @app.get("/states")
+    async def listed() -> dict[str, Any]:
+        return {"object": "list", "data": [states.listing(name) for name in states.names()]}
+
+    @app.get("/states/{name}")
+    async def download(name: str) -> Response:
+        return FileResponse(states.path(name), media_type="application/octet-stream", filename=f"{name}.pth")
+
+    @app.put("/states/{name}")
+    async def upload(name: str, http: Request) -> dict[str, Any]:
+        content = await http.body()
+        async with service.mixing:
+            await asyncio.to_thread(states.upload, service.catalog.free(name), content)
+        return states.listing(name)
+
+    @app.delete("/states/{name}")
+    async def delete(name: str) -> dict[str, Any]:
+        states.delete(name)
+        return {"id": name, "object": "state", "deleted": True}
 
 
 def add_token_routes(app: APIRouter, service: Service) -> None:

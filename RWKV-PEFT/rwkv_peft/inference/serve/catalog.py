@@ -15,6 +15,7 @@ from ..chat import remark
 from ..loading import load_model, resolve_device
 from ..speakers import Speaker, adapter_speaker, mixed_speaker, state_speaker
 from .flags import NAME
+from .states import NAMES, StateFolder
 from .web import RequestError
 
 MIXES = 8  # the most adapters, or sets of them, at scales of requests that are kept ready
@@ -47,6 +48,8 @@ class Catalog:
             self.speakers[given.name] = self._adapter(given.name, given.path)
         for given in args.state:
             self.speakers[given.name] = self._state(given.name, given.path)
+        trained = None if args.any_base else self.base
+        self.states = StateFolder(args.states, self.base_speaker, trained, self._forget, args.max_prompt)
         self.lasting = frozenset(self.speakers)
         self.most = len(self.speakers) + args.max_loaded
 
@@ -80,7 +83,8 @@ class Catalog:
             speaker = self._mixed(scales, "adapters")
         if state is None:
             return speaker
-        other = self[state]
+        by_name = state in self.speakers or self.states.folder is None
+        other = self[state] if by_name else self.states.speaker(state)
         if other.model is not self.base_speaker.model or other.start is None:
             raise RequestError(400, f"state: {state} is none; load one by --state, or as the kind state", "state")
         return self.pairs.setdefault((speaker, other), Speaker(name, speaker.model, other.start))
@@ -113,9 +117,8 @@ class Catalog:
         taken, for one too many, and for a file that lies elsewhere or does not fit."""
         path = self.below(file)
         if not NAME.fullmatch(name):
-            raise RequestError(400, "a name has at most 64 letters, digits and ._:+-", "name")
-        if name in self.speakers:
-            raise RequestError(409, f"there is a model {name} already; drop it first, or give another name", "name")
+            raise RequestError(400, NAMES, "name")
+        self.free(name)
         if len(self.speakers) >= self.most:
             raise RequestError(409, f"{self.args.max_loaded} are loaded; drop one, or start with a larger --max_loaded")
         try:
@@ -124,6 +127,12 @@ class Catalog:
             message = str(error).replace(str(path), file).replace(str(self.args.model), self.base_speaker.name)
             raise RequestError(400, message, "file") from error
         self.speakers[name] = speaker
+
+    def free(self, name: str) -> str:
+        """A name that no model has. Raises RequestError for another."""
+        if name in self.speakers:
+            raise RequestError(409, f"there is a model {name} already; drop it first, or give another name", "name")
+        return name
 
     def drop(self, name: str) -> None:
         """Remove an adapter or a state, and all that was made of it; running answers go on. Raises RequestError for one

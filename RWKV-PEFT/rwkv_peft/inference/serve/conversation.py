@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from types import MappingProxyType
+from typing import Any
 
 from ..batch import DAMAGED, LOST
 from ..requests import GenerationRequest, Logprobs
@@ -43,6 +44,7 @@ class Conversation:
         self.response, self.left, self.on_first, self.on_end = response, completions, on_first, on_end
         self.includes_usage = includes_usage
         self.requests: Sequence[GenerationRequest] = ()
+        self.save: Callable[[], Awaitable[object]] | None = None  # called behind the last part
         self.sampled = 0  # tokens
         self.began = time.monotonic()
         self.deadline = self.began + seconds
@@ -72,6 +74,8 @@ class Conversation:
                 waits = False
                 self.on_first(time.monotonic() - self.began)
             yield part
+        if self.save is not None:
+            await self.save()
 
     async def whole(self, departure: Awaitable[object]) -> Fields:
         """The body of a whole response; `departure` is done if the client leaves before. Raises RequestError as `parts`
@@ -159,3 +163,25 @@ class CompletionStream:
         new = self.opening + text[max(self.put, lead.end() if lead else 0) :]
         self.opening, self.put = "", len(text)
         self.conversation.put(CompletionPart(self.number, new, tokens, end))
+
+
+class StateListener:
+    """The listener for a completion that is requested for its prompt's state alone: at its end, `found` gets the result
+    of read(), which runs in the engine's thread; None after an error."""
+
+    def __init__(self, read: Callable[[], Any], found: "asyncio.Future[Any]") -> None:
+        self.read, self.found = read, found
+        self._loop = asyncio.get_running_loop()
+
+    def cancelled(self) -> str:
+        return GONE if self.found.done() else ""
+
+    def on_token(self, token: int, logprobs: Logprobs | None) -> str:
+        return ""
+
+    def on_end(self, reason: str) -> None:
+        self._loop.call_soon_threadsafe(self._set, None if reason in ERRORS else self.read())
+
+    def _set(self, result: object) -> None:
+        if not self.found.done():  # as it is if the client left
+            self.found.set_result(result)

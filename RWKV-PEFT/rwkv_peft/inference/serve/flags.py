@@ -62,6 +62,8 @@ def build_parser() -> Parser:
     for kind in ("adapter", "state"):
         text = f"{kind}s, each a model by its name (default: the file's)"
         add(f"--{kind}", type=named, nargs="+", default=[], metavar="[NAME=]FILE", help=text)
+    text = "keep states by name in this folder, for clients to save after answers, upload, download and delete"
+    add("--states", metavar="FOLDER", help=text)
     add("--files", metavar="FOLDER", help="let clients load adapters and states from below this folder")
     add_running_flags(parser)
     parser.set_defaults(batch=64)
@@ -122,8 +124,9 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
     names = [args.name, *(given.name for given in (*args.adapter, *args.state))]
     for name in sorted({name for name in names if names.count(name) > 1}):
         refusals.add(f"{name} names two models; give each adapter and state a name of its own, and the base a --name")
-    if args.files is not None and not os.path.isdir(args.files):
-        refusals.add(f"--files {args.files}: no such folder; name one that is there")
+    for flag, folder in (("--files", args.files), ("--states", args.states)):
+        if folder is not None and not os.path.isdir(folder):
+            refusals.add(f"{flag} {folder}: no such folder; name one that is there")
     sampling = refusals.attempt(sampling_of, args)
     args.key = refusals.attempt(read_key, args.api_key) if args.api_key else None
     refusals.raise_all()

@@ -1,9 +1,9 @@
 """The bodies of requests: OpenAI's fields and a few of ours, and the prompts in them. A field that is not here is
 refused, not ignored, unless its value changes no answer.
 
-`state`, `adapter_scale`, `adapters`, `top_k`, `penalty_decay` and `think` are ours; `reasoning_format` and
-`chat_template_kwargs` are llama.cpp's. `None` stands for a field that was left out; so does null in a body, whatever
-the field.
+`state`, `save_state`, `adapter_scale`, `adapters`, `top_k`, `penalty_decay` and `think` are ours; `reasoning_format`
+and `chat_template_kwargs` are llama.cpp's. `None` stands for a field that was left out; so does null in a body,
+whatever the field.
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ...cli.errors import UserError
-from ...data.chat import LEADS, shown_opening, stops_of
+from ...data.chat import LEADS, TURN_END, shown_opening, stops_of
 from ...data.layouts import RowLayout, begins_answer
 from ...data.tokenizer import Tokenizer
 from ..prompts import encode
@@ -132,6 +132,7 @@ class GenerationBody(RequestBody):
 
     model: str | None = None
     state: str | None = None
+    save_state: str | None = None
     adapter_scale: Value | None = None
     adapters: Annotated[dict[str, Value], Field(max_length=16)] | None = None
     stream: bool | None = None
@@ -161,6 +162,11 @@ class GenerationBody(RequestBody):
             if alias in body and body.setdefault(name, body[alias]) == body[alias]:
                 del body[alias]
         return {name: value for name, value in body.items() if name not in NO_EFFECT and value not in OFF.get(name, ())}
+
+    @property
+    def turn_end(self) -> str:
+        """The text behind an answer in the state that is saved after it."""
+        return ""
 
     @property
     def times(self) -> int:
@@ -309,6 +315,10 @@ class ChatBody(GenerationBody):
     @property
     def opening(self) -> str:
         return shown_opening(self.mode)
+
+    @property
+    def turn_end(self) -> str:
+        return TURN_END
 
     @property
     def calls(self) -> bool:

@@ -23,7 +23,7 @@ from ..speakers import Speaker
 from ..text import Continuation
 from ..thinking import constraint_behind
 from .catalog import Catalog
-from .conversation import FAILED, CompletionStream, Conversation
+from .conversation import FAILED, CompletionStream, Conversation, StateListener
 from .requests import ChatBody, CompletionBody, Limits, Prompt, prompts_within
 from .responses import ChatResponse, CompletionResponse, Response
 from .schema import SchemaCompiler, SchemaConstraint
@@ -142,6 +142,8 @@ class Service:
             async with self.compiling:
                 schema = await asyncio.to_thread(self.schemas.compiled, body)
         speaker = await self._speaker(body)
+        if body.save_state is not None:
+            self._check_saving(body, body.save_state)
         prompts = await self.read(size, prompts_within, body, self.catalog.tokenizer, self.limits)
         sampling = body.sampling(self.defaults)
         count = len(prompts) * body.times
@@ -168,6 +170,8 @@ class Service:
             ]
         except UserError as error:
             raise RequestError(400, str(error), "stop") from error
+        if body.save_state is not None:
+            conversation.save = partial(self._save, body.save_state, conversation.requests[0], body.turn_end)
         self.open += count
         for request in conversation.requests:
             if longest:
@@ -178,13 +182,40 @@ class Service:
         return conversation
 
     async def _speaker(self, body: CompletionBody | ChatBody) -> Speaker:
-        """The speaker of a request. One with adapters at scales of its own is made in a thread. Raises RequestError."""
-        if body.adapter_scale is None and body.adapters is None:
-            return self.catalog.speaker(body.model, body.state)
+        """The speaker of a request. One from a state, or with adapters at scales, is made in a thread. Raises
+        RequestError."""
+        if body.adapter_scale is None and body.adapters is None and body.state is None:
+            return self.catalog.speaker(body.model, None)
         async with self.mixing:
             return await asyncio.to_thread(
                 self.catalog.speaker, body.model, body.state, body.adapter_scale, body.adapters
             )
+
+    def _check_saving(self, body: CompletionBody | ChatBody, name: str) -> None:
+        """Raise RequestError if the state after a request's answer cannot be saved under a name."""
+        self.catalog.states.path(self.catalog.free(name), new=True)
+        if body.prompt_count() * body.times > 1:
+            raise RequestError(400, "save_state: it is the state after one answer; ask for one", "save_state")
+        if not self.engine.cache.limit:
+            raise RequestError(400, "save_state: --known_mib 0 caches no state; start with more", "save_state")
+
+    async def _save(self, name: str, request: GenerationRequest, end: str) -> None:
+        """Save the state after a request's answer, as the client got it, and the text `end`, by another request, which
+        finds most of these tokens in the cache. Raises RequestError."""
+        listener = request.completions[0].listener
+        assert isinstance(listener, CompletionStream)
+        tokens = request.tokens + listener.text.shown_tokens() + self.catalog.tokenizer.encode(end)
+        found = asyncio.get_running_loop().create_future()
+        waiting = StateListener(lambda: self.engine.cache.longest(request.speaker, tokens), found)
+        greedy = Completion(Sampling(temperature=0), 1, waiting)
+        self.thread.call(partial(self.engine.add, GenerationRequest(request.speaker, tokens, [greedy])))
+        prefix = await found
+        if prefix is None or prefix.length < len(tokens):
+            raise RequestError(500, "save_state: the state was not cached; a larger --known_mib keeps it", "save_state")
+        try:
+            await asyncio.to_thread(self.catalog.states.save, name, prefix.state)
+        except UserError as error:
+            raise RequestError(500, str(error), "save_state") from error
 
     async def read(self, size: int, function: Callable[..., Read], *arguments: Any) -> Read:
         """function(*arguments) on the content of a body of `size` bytes, in a thread; long bodies one at a time."""

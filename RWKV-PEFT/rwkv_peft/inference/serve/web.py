@@ -79,7 +79,7 @@ class Gate:
 
     hosts are this server's names besides localhost, origins the sites with pages that may call it. key, unless None, is
     required at all paths but those in `open`, as Authorization: Bearer or, if `cookie` names one, as its value. A body
-    is JSON of at most `most` bytes; at the paths in `raw` it is any bytes, up to the path's number. A client
+    is JSON of at most `most` bytes; below the paths in `raw` it is any bytes, up to the path's number. A client
     may take `patience` seconds.
     """
 
@@ -109,7 +109,7 @@ class Gate:
             remedy = "open the address that was printed" if self.cookie else "send Authorization: Bearer KEY"
             raise RequestError(401, f"the key is missing or wrong; {remedy}", code="invalid_api_key")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if method == "POST" and kind != JSON and path not in self.raw:
+        if method == "POST" and kind != JSON and not self.takes_raw(path):
             raise RequestError(415, f"a body is due as {JSON}")
         size = headers.get("content-length", "0")
         if not size.isdecimal() or int(size) > READ_ANYWAY * self.most_at(path):
@@ -137,7 +137,10 @@ class Gate:
             return False
 
     def most_at(self, path: str) -> int:
-        return self.raw.get(path, self.most)
+        return next((most for begin, most in self.raw.items() if path.startswith(begin)), self.most)
+
+    def takes_raw(self, path: str) -> bool:
+        return path.startswith((*self.raw,))
 
     def too_large(self, path: str) -> RequestError:
         return RequestError(413, f"the body is larger than the {self.most_at(path):,} bytes that are taken; send less")
@@ -183,7 +186,7 @@ class Guard:
         if body is None:
             return None
         # UTF-16, which hides its quotes, has zeros
-        if path not in self.gate.raw and (b"\0" in body or structure(body) > self.gate.most // SPARSE):
+        if not self.gate.takes_raw(path) and (b"\0" in body or structure(body) > self.gate.most // SPARSE):
             return await refuse(patient, RequestError(413, "the body is not UTF-8, or has too many lists and objects"))
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -1,0 +1,100 @@
+"""States by name: files in the folder of --states, which clients upload, save after an answer, download and delete."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.atomic import scratch_folder
+from ...checkpoints.base import Base, save_model
+from ...checkpoints.readable import within
+from ...checkpoints.state_file import read_states
+from ...cli.errors import UserError, short
+from ...models.state import State
+from ..loading import read_state_file, save_state_file
+from ..speakers import Speaker, state_speaker
+from .flags import NAME
+from .web import RequestError
+
+LOADED = 32  # the most states that stay in memory; a state of a large model takes 30 MB
+NAMES = "a name has at most 64 letters, digits and ._:+-"
+
+
+class StateFolder:
+    """States NAME.pth of a folder (None: there is none, and every name is refused) for the model of a speaker, the last
+    LOADED of them in memory. `base` is the only one that a file may name (None: any). forget(speaker) is called if a
+    state is replaced, deleted or no longer in memory. `most` is the largest file in bytes: twice a state, of so many
+    tokens if it grows."""
+
+    def __init__(
+        self, folder: str | None, speaker: Speaker, base: Base | None, forget: Callable[[Speaker], object], tokens: int
+    ) -> None:
+        self.folder, self.plain, self.base, self.forget = folder, speaker, base, forget
+        self.loaded: dict[str, Speaker] = {}  # least recently used first
+        self.most = 2 * State.zeros(speaker.model.config, 1, "meta", tokens=tokens).nbytes + (1 << 20)
+
+    def path(self, name: str, new: bool = False) -> Path:
+        """The file of a name. Raises RequestError for a name that is none, or that has no file unless it is `new`."""
+        if self.folder is None:
+            raise RequestError(400, "no states are kept by name; start the server with --states FOLDER", "state")
+        if not NAME.fullmatch(name):
+            raise RequestError(400, f"{short(name)!r}: {NAMES}", "state")
+        path = within(Path(self.folder).resolve(), f"{name}.pth")
+        if path is None or not (new or path.is_file()):
+            raise RequestError(404, f"there is no state {name} here; GET /v1/states lists them", "state")
+        return path
+
+    def listing(self, name: str) -> dict[str, Any]:
+        """A state in a list of OpenAI's form."""
+        found = self.path(name).stat()
+        return {"id": name, "object": "state", "created": int(found.st_mtime), "bytes": found.st_size}
+
+    def names(self) -> list[str]:
+        """The names of all states."""
+        if self.folder is None:
+            return []
+        root = Path(self.folder).resolve()
+        found = (path for path in sorted(root.glob("*.pth")) if NAME.fullmatch(path.stem))
+        return [path.stem for path in found if (place := within(root, path.name)) is not None and place.is_file()]
+
+    def speaker(self, name: str) -> Speaker:
+        """The model's speaker from a state on. Raises RequestError for an unknown one, or one that does not fit."""
+        path = self.path(name)
+        found = self.loaded.pop(name, None)
+        if found is None:
+            try:
+                found = state_speaker(name, path, self.plain, self.base)
+            except UserError as error:
+                raise RequestError(400, str(error).replace(str(path), name), "state") from error
+        self.loaded[name] = found
+        if len(self.loaded) > LOADED:
+            self._leave(next(iter(self.loaded)))
+        return found
+
+    def upload(self, name: str, content: bytes) -> None:
+        """Write a file's content, in any layout of states, under a name. Raises RequestError if it is none, or one that
+        does not fit the model."""
+        place = self.path(name, new=True)
+        with scratch_folder() as folder:
+            path = folder / (f"{name}.safetensors" if content[8:9] == b"{" else f"{name}.pth")
+            path.write_bytes(content)
+            try:
+                read_state_file(path, self.plain.model, self.base)
+                save_model(place, read_states(path).tensors)
+            except UserError as error:
+                message = str(error).replace(str(path), name).replace(str(place), name)
+                raise RequestError(400, message, "state") from error
+        self._leave(name)
+
+    def save(self, name: str, state: State) -> None:
+        """Write the State of one sequence under a name."""
+        save_state_file(self.path(name, new=True), state, self.plain.model)
+        self._leave(name)
+
+    def delete(self, name: str) -> None:
+        """Delete the file of a name. Raises RequestError for an unknown one."""
+        self.path(name).unlink()
+        self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        if (speaker := self.loaded.pop(name, None)) is not None:
+            self.forget(speaker)
