@@ -88,19 +88,19 @@ class GenerationRequest:
 
 
 class PrefixCache:
-    """The most recently used CachedPrefixes, up to `limit` bytes in all; a Speaker finds only its own.
+    """The most recently used CachedPrefixes, up to `limit` bytes in all; a Speaker finds those of its identity.
 
     A State cannot be taken back to an earlier token: a prefix serves texts that begin with all of its tokens.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
-        self.prefixes: OrderedDict[tuple[Speaker, bytes], CachedPrefix] = OrderedDict()  # least recently used first
+        self.prefixes: OrderedDict[tuple[object, bytes], CachedPrefix] = OrderedDict()  # least recently used first
 
     def longest(self, speaker: Speaker, tokens: Sequence[int]) -> CachedPrefix | None:
         """The longest cached prefix of `tokens`, or None."""
         text = packed(tokens)
-        keys = [key for key in self.prefixes if key[0] is speaker and text.startswith(key[1])]
+        keys = [key for key in self.prefixes if key[0] == speaker.identity and text.startswith(key[1])]
         if not keys:
             return None
         key = max(keys, key=lambda key: len(key[1]))
@@ -109,19 +109,22 @@ class PrefixCache:
 
     def add(self, speaker: Speaker, tokens: Sequence[int], logits: torch.Tensor, state: State) -> None:
         """Cache the logits (1, V) and the State of one sequence after tokens; neither is written to afterwards."""
-        key = speaker, packed(tokens)
+        self.put((speaker.identity, packed(tokens)), CachedPrefix(len(tokens), logits, state))
+
+    def put(self, key: tuple[object, bytes], prefix: CachedPrefix) -> None:
+        """Cache a prefix by a speaker's identity and its `packed` tokens."""
         self._remove(key)
-        self.prefixes[key] = CachedPrefix(len(tokens), logits, state)
+        self.prefixes[key] = prefix
         self.size += cached_bytes(key, self.prefixes[key])
         while self.size > self.limit:
             self._remove(next(iter(self.prefixes)))
 
     def forget(self, speaker: Speaker) -> None:
         """Drop all prefixes of a speaker."""
-        for key in [key for key in self.prefixes if key[0] is speaker]:
+        for key in [key for key in self.prefixes if key[0] == speaker.identity]:
             self._remove(key)
 
-    def _remove(self, key: tuple[Speaker, bytes]) -> None:
+    def _remove(self, key: tuple[object, bytes]) -> None:
         if key in self.prefixes:
             self.size -= cached_bytes(key, self.prefixes.pop(key))
 
@@ -131,5 +134,5 @@ def packed(tokens: Sequence[int]) -> bytes:
     return array("I", tokens).tobytes()
 
 
-def cached_bytes(key: tuple[Speaker, bytes], prefix: CachedPrefix) -> int:
+def cached_bytes(key: tuple[object, bytes], prefix: CachedPrefix) -> int:
     return len(key[1]) + prefix.logits.nbytes + prefix.state.nbytes

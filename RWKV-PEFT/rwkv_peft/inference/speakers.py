@@ -7,6 +7,7 @@ If it was trained on a quantized base, or with a residual of the base, its merge
 base is not in memory. So they do, rounded alike, if the matrices in memory are rounded to blocks.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from ..adapters.inject import inject, load_tensors
 from ..adapters.layer import ScaledLinear
 from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.adapters import AdapterSource
-from ..checkpoints.base import Base
+from ..checkpoints.base import Base, fingerprint
 from ..models.parts import LanguageModel
-from ..models.state import State, is_time_state, split_time_states
+from ..models.state import State, is_time_state, keyed, split_time_states
 from ..release.compatibility import Adapters
 from ..release.merge import Merge, check_fingerprints
 from .forward import speed_up
@@ -32,17 +33,34 @@ from .weights import FrozenLinear, place, quantize_products, rounded
 @dataclass(frozen=True, eq=False)
 class Speaker:
     """A model that answers under a name, from the State of one sequence on (None: zeros), and its adapter's path and
-    content if it has one."""
+    content if it has one. Speakers of one `digest` ("": unknown) compute the same."""
 
     name: str
     model: LanguageModel
     start: State | None = None
     adapter: tuple[str | Path, Adapter] | None = None
+    digest: str = ""
+
+    @property
+    def identity(self) -> object:
+        """A key by which prefixes that it has read are cached."""
+        return self.digest or self
+
+    def beginning(self, other: "Speaker") -> "Speaker":
+        """The speaker from the start of another one."""
+        return Speaker(self.name, self.model, other.start, digest=combined(self, other))
+
+
+def combined(*parts: object) -> str:
+    """A digest of what a speaker is made of; "" if a speaker among these has none."""
+    found = [part.digest if isinstance(part, Speaker) else str(part) for part in parts]
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()[:32] if all(found) else ""
 
 
 def state_speaker(name: str, path: str | Path, speaker: Speaker, base: Base | None) -> Speaker:
     """A speaker that starts from a file's state. Raises UserError as read_state_file does."""
-    return Speaker(name, speaker.model, read_state_file(path, speaker.model, base))
+    start = read_state_file(path, speaker.model, base)
+    return Speaker(name, speaker.model, start, digest=combined(speaker, fingerprint(dict(keyed(start)))))
 
 
 def adapter_speaker(name: str, source: AdapterSource, speaker: Speaker, base: Base, any_base: bool) -> Speaker:
@@ -57,7 +75,8 @@ def adapter_speaker(name: str, source: AdapterSource, speaker: Speaker, base: Ba
     if not complete:
         inject(model, adapter.config(base.family), family=base.family, initial=adapter.tensors)
         load_tensors(model, own, source.path)
-    return Speaker(name, settled(model, speaker), start, pair)
+    digest = combined(speaker, fingerprint(adapter.tensors), adapter.metadata)
+    return Speaker(name, settled(model, speaker), start, pair, digest)
 
 
 def mixed_speaker(name: str, parts: Sequence[tuple[Speaker, float]], speaker: Speaker, base: Base) -> Speaker:
@@ -73,7 +92,8 @@ def mixed_speaker(name: str, parts: Sequence[tuple[Speaker, float]], speaker: Sp
     for module, layers in places.items():
         linear: Any = model.get_submodule(module)
         model.set_submodule(module, ScaledLinear(linear, layers))
-    return Speaker(name, settled(model, speaker), start)
+    digest = combined(speaker, *(part for own in parts for part in own))
+    return Speaker(name, settled(model, speaker), start, digest=digest)
 
 
 def with_replaced(speaker: Speaker, base: Base, pairs: Adapters) -> tuple[LanguageModel, State | None, bool]:

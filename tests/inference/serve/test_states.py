@@ -1,6 +1,7 @@
 """States by name: what is uploaded, or saved after an answer, answers as its tokens would, and nothing else gets in."""
 
 import re
+import signal
 import string
 import urllib.request
 
@@ -10,6 +11,10 @@ from serving import Server
 
 from rwkv_peft.checkpoints.state_file import write_states
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.inference.loading import load_model
+from rwkv_peft.inference.requests import PrefixCache
+from rwkv_peft.inference.serve.states import CacheFile
+from rwkv_peft.inference.speakers import Speaker
 
 LETTERS = {str(BytesTokenizer().encode(letter)[0]): 100 for letter in string.ascii_lowercase}
 ASK = {"model": "poet", "max_tokens": 12, "temperature": 0, "logit_bias": LETTERS}
@@ -107,3 +112,44 @@ def test_a_state_is_saved_after_an_answer_and_goes_on(server, files):
         again.stop()
         for name in names(server):
             server.send("DELETE", f"/v1/states/{name}")
+
+
+def stopped(server, sign):
+    server.process.send_signal(sign)
+    return server.process.communicate(timeout=600)
+
+
+def test_a_restart_reads_no_token_twice(server, files, tmp_path, capsys):
+    """Of the base, an adapter, one at a scale, and a state; not for another model, and not from a damaged file."""
+    (tmp_path / "states").mkdir()
+    flags = ("--model", files / "base.pth", "--adapter", f"poet={files}/poet.safetensors")
+    flags += ("--states", tmp_path / "states", "--cache_folder", tmp_path)
+    asked = [{"model": "base"}, {"model": "poet"}, {"model": "poet", "adapter_scale": 0.5}]
+    asked += [{"model": "poet", "state": "calm"}]
+    turns = [HI, {"role": "assistant", "content": "Well"}, AND]
+
+    def answers(to, messages):
+        found = (
+            to.send("POST", "/v1/chat/completions", ASK | {"messages": messages, "n": 2} | more)[2] for more in asked
+        )
+        choices, usages = zip(*((answer["choices"], answer["usage"]) for answer in found))
+        cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+        return choices, [usage["prompt_tokens"] for usage in usages], cached
+
+    first = Server(*flags)
+    assert first.send("PUT", "/v1/states/calm", (files / "state.pth").read_bytes())[0] == 200
+    read = answers(first, [HI])[1]
+    stopped(first, signal.SIGTERM)
+    second = Server(*flags)
+    choices, all_read, cached = answers(second, turns)
+    assert cached == read and choices == answers(server, turns)[0]
+    stopped(second, signal.SIGINT)
+    third = Server(*flags)
+    assert answers(third, turns) == (choices, all_read, all_read)
+    third.stop()
+    cache, model = PrefixCache(1 << 30), load_model(files / "base.pth")[0]
+    for message, cut in (("is of another model", None), ("is not a readable safetensors file", -9)):
+        (tmp_path / "cache.safetensors").write_bytes((tmp_path / "cache.safetensors").read_bytes()[:cut])
+        CacheFile(tmp_path, cache, Speaker("base", model, digest="other")).read()
+        printed = capsys.readouterr().err
+        assert "the cache of prefixes begins empty" in printed and message in printed and not cache.prefixes

@@ -52,7 +52,7 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.thread.start()
         yield
-        await asyncio.to_thread(service.thread.stop)
+        await asyncio.to_thread(service.stop)
 
     app = new_app("rwkv-peft serve", lifespan)
     routes = APIRouter()

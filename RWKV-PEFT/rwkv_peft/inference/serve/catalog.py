@@ -13,7 +13,7 @@ from ...cli.errors import UserError, short
 from ...data.recorded import clean_beside, find_tokenizer, note_on_chats, recorded_beside
 from ..chat import remark
 from ..loading import load_model, resolve_device
-from ..speakers import Speaker, adapter_speaker, mixed_speaker, state_speaker
+from ..speakers import Speaker, adapter_speaker, combined, mixed_speaker, state_speaker
 from .flags import NAME
 from .states import NAMES, StateFolder
 from .web import RequestError
@@ -29,7 +29,8 @@ class Catalog:
         precision = args.precision or ("bf16" if device == "cuda" else "fp32")
         self.args, self.base = args, open_base(args.model)
         model, start = load_model(args.model, (), precision, device, weights=args.weights, log=remark)
-        self.base_speaker = Speaker(args.name, model, start)
+        digest = combined(self.base.fingerprint, precision, args.weights)
+        self.base_speaker = Speaker(args.name, model, start, digest=digest)
         files = [given.path for given in (*args.adapter, *args.state)]
         files = [*reversed(files), args.model]
         recorded = recorded_beside(*files)
@@ -87,7 +88,7 @@ class Catalog:
         other = self[state] if by_name else self.states.speaker(state)
         if other.model is not self.base_speaker.model or other.start is None:
             raise RequestError(400, f"state: {state} is none; load one by --state, or as the kind state", "state")
-        return self.pairs.setdefault((speaker, other), Speaker(name, speaker.model, other.start))
+        return self.pairs.setdefault((speaker, other), speaker.beginning(other))
 
     def _mixed(self, scales: Mapping[str, float], field: str) -> Speaker:
         """The speaker of the base with adapters at scales, made if it is not among the last MIXES. Raises RequestError

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ...cli.errors import UserError, short
 from ...cli.parser import Parser, above_zero, constrained, count, port, positive
-from ...cli.rules import NEEDS, Refusals, Rule
+from ...cli.rules import EXCLUDES, NEEDS, Refusals, Rule
 from ..flags import add_running_flags, add_sampling_flags, sampling_of
 from ..settings import Sampling
 
@@ -19,7 +19,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,63}")
 SHORTEST_KEY = 16  # characters
 SOURCE = "env:"  # begins a value of --api_key that names a variable
 REACHED = "an address that others reach"
-RULES = (Rule(REACHED, NEEDS, "--api_key", "who reaches it may use it", "give one"),)
+RULES = (
+    Rule(REACHED, NEEDS, "--api_key", "who reaches it may use it", "give one"),
+    Rule("--cache_folder", EXCLUDES, "--known_mib 0", "nothing is cached then", "give more"),
+)
 USAGE = """Answer over HTTP as OpenAI's interface does.
 
     rwkv-peft serve --model base.pth
@@ -101,6 +104,8 @@ def build_parser() -> Parser:
         default=1024,
         help="memory for cached states of prompts and answers, in MiB (default 1024)",
     )
+    text = "write these states there when the server ends, and read them when it starts with the same model"
+    add("--cache_folder", metavar="FOLDER", help=text)
     add("--client_seconds", type=above_zero, default=30.0, help="the longest wait for a slow client (default 30)")
     add("--drain_seconds", type=count, default=30, help="the longest wait for answers after SIGTERM (default 30)")
     add_sampling_flags(parser)
@@ -124,9 +129,10 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
     names = [args.name, *(given.name for given in (*args.adapter, *args.state))]
     for name in sorted({name for name in names if names.count(name) > 1}):
         refusals.add(f"{name} names two models; give each adapter and state a name of its own, and the base a --name")
-    for flag, folder in (("--files", args.files), ("--states", args.states)):
+    for flag in ("files", "states", "cache_folder"):
+        folder = getattr(args, flag)
         if folder is not None and not os.path.isdir(folder):
-            refusals.add(f"{flag} {folder}: no such folder; name one that is there")
+            refusals.add(f"--{flag} {folder}: no such folder; name one that is there")
     sampling = refusals.attempt(sampling_of, args)
     args.key = refusals.attempt(read_key, args.api_key) if args.api_key else None
     refusals.raise_all()

@@ -27,6 +27,7 @@ from .conversation import FAILED, CompletionStream, Conversation, StateListener
 from .requests import ChatBody, CompletionBody, Limits, Prompt, prompts_within
 from .responses import ChatResponse, CompletionResponse, Response
 from .schema import SchemaCompiler, SchemaConstraint
+from .states import CacheFile
 from .web import RequestError
 
 Read = TypeVar("Read")
@@ -131,6 +132,9 @@ class Service:
         # so that few of the pool's threads wait
         self.compiling, self.reading, self.mixing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         cache, overlap = PrefixCache(args.known_mib << 20), catalog.base_speaker.model.emb.weight.is_cuda
+        self.file = CacheFile(args.cache_folder, cache, catalog.base_speaker) if args.cache_folder else None
+        if self.file is not None:
+            self.file.read()
         self.engine = Engine(vocabulary, args.batch, cache, PrefillBudget(PIECE, STEP_SECONDS), overlap)
         self.thread = EngineThread(self.engine, partial(os.kill, os.getpid(), signal.SIGTERM))
         catalog.forget = lambda speaker: self.thread.call(partial(self.engine.forget, speaker))
@@ -180,6 +184,12 @@ class Service:
                 for completion in request.completions:
                     completion.listener.on_end("length")
         return conversation
+
+    def stop(self) -> None:
+        """Stop the engine, and write its cache to the file if there is one."""
+        self.thread.stop()
+        if self.file is not None and self.thread.failure is None:
+            self.file.write()
 
     async def _speaker(self, body: CompletionBody | ChatBody) -> Speaker:
         """The speaker of a request. One from a state, or with adapters at scales, is made in a thread. Raises

@@ -1,21 +1,31 @@
-"""States by name: files in the folder of --states, which clients upload, save after an answer, download and delete."""
+"""States on disk: by name in the folder of --states, where clients upload, save, download and delete them, and the
+cache of prefixes in --cache_folder, from one run of the server to the next."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.atomic import scratch_folder
+import torch
+
+from ...checkpoints.atomic import atomic_write, scratch_folder
 from ...checkpoints.base import Base, save_model
-from ...checkpoints.readable import within
+from ...checkpoints.readable import reading, within
 from ...checkpoints.state_file import read_states
+from ...checkpoints.tensors import TensorSpec, read_safetensors, write_safetensors
 from ...cli.errors import UserError, short
-from ...models.state import State
-from ..loading import read_state_file, save_state_file
+from ...models import family_named
+from ...models.state import State, keyed, state_tensors
+from ..chat import remark
+from ..loading import read_state, read_state_file, save_state_file
+from ..requests import CachedPrefix, PrefixCache
 from ..speakers import Speaker, state_speaker
 from .flags import NAME
 from .web import RequestError
 
 LOADED = 32  # the most states that stay in memory; a state of a large model takes 30 MB
+TOKEN = 4  # bytes in packed tokens
+ABOUT = "rwkv_peft.cache"  # the entry of the cache file's header: the digests of the model and of each prefix's speaker
 NAMES = "a name has at most 64 letters, digits and ._:+-"
 
 
@@ -98,3 +108,64 @@ class StateFolder:
     def _leave(self, name: str) -> None:
         if (speaker := self.loaded.pop(name, None)) is not None:
             self.forget(speaker)
+
+
+class CacheFile:
+    """The file of a PrefixCache in a folder, for the model of a speaker. Prefixes of its adapters and states are there
+    too, each under the digest of the speaker that read it."""
+
+    def __init__(self, folder: str, cache: PrefixCache, speaker: Speaker) -> None:
+        self.path, self.cache, self.speaker = Path(folder) / "cache.safetensors", cache, speaker
+
+    def read(self) -> None:
+        """Fill the cache. A note is printed for a file of another model, or one that is damaged."""
+        if not self.path.exists():
+            return
+        try:
+            with reading(self.path):
+                found = self._prefixes(*read_safetensors(self.path, weights=False))
+        except UserError as error:
+            return remark(f"note: the cache of prefixes begins empty: {error}")
+        for key, prefix in found.items():
+            self.cache.put(key, prefix)
+
+    def _prefixes(
+        self, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]
+    ) -> dict[tuple[str, bytes], CachedPrefix]:
+        """The prefixes in a file of `write`. Raises UserError for a file of another model."""
+        about, model, entries = json.loads(header[ABOUT]), self.speaker.model, list[dict[str, torch.Tensor]]()
+        if about["model"] != self.speaker.digest:
+            raise UserError(f"{self.path} is of another model, or of another --precision")
+        entries = [{} for _ in about["speakers"]]
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            entries[int(number)][name] = tensor
+        found = dict[tuple[str, bytes], CachedPrefix]()
+        for digest, entry in zip(about["speakers"], entries):
+            tokens, logits = entry.pop("tokens").numpy().tobytes(), entry.pop("logits").to(model.emb.weight.device)
+            state = read_state(entry, model, self.path)
+            found[digest, tokens] = CachedPrefix(len(tokens) // TOKEN, logits, state)
+        return found
+
+    def write(self) -> None:
+        """Write the prefixes, one in memory at a time. A note is printed if the disk refuses them."""
+        rows_are_keys = family_named(self.speaker.model.config.version).rows_are_keys
+        speakers, specs = list[str](), dict[str, TensorSpec]()
+        for (owner, tokens), prefix in self.cache.prefixes.items():
+            sizes = {"tokens": TensorSpec((len(tokens),), torch.uint8), "logits": TensorSpec.of(prefix.logits)}
+            sizes |= {key: TensorSpec(tuple(x.shape[1:]), torch.float32) for key, x in keyed(prefix.state)}
+            specs |= {f"{len(speakers)}.{key}": spec for key, spec in sizes.items()}
+            speakers.append(str(owner))
+
+        def tensors() -> Iterator[torch.Tensor]:
+            for (_, tokens), prefix in self.cache.prefixes.items():
+                yield torch.frombuffer(bytearray(tokens), dtype=torch.uint8)
+                yield prefix.logits
+                yield from state_tensors(prefix.state, rows_are_keys).values()
+
+        about = {ABOUT: json.dumps({"model": self.speaker.digest, "speakers": speakers})}
+        try:
+            with atomic_write(self.path) as temporary:
+                write_safetensors(temporary, specs, zip(specs, tensors()), about)
+        except UserError as error:
+            remark(f"note: {error}")
