@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from release.merges import adapter_of
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.checkpoints.tensors import read_tensors
@@ -24,6 +25,7 @@ from rwkv_peft.inference import command, decode, flags
 from rwkv_peft.inference.decode import GeneratedToken
 from rwkv_peft.inference.loading import load_subject
 from rwkv_peft.models.layout import time_state_shapes
+from rwkv_peft.release import merge
 
 
 def script(monkeypatch, *texts):
@@ -242,6 +244,18 @@ def test_the_tokenizer_of_a_run_is_found_by_its_folder_too(model, tmp_path, flag
     save_adapter(tmp_path / "run" / "adapter.safetensors", tensors, AdapterMetadata(name, rank=4 * (name == "bone")))
     args = flags.build_parser().parse_args(["--model", str(model), flag, str(tmp_path / given), "--prompt", "a"])
     assert load_subject(args, print).tokenizer.name == tokenizer.name
+
+
+def test_adapters_at_scales_answer_as_their_merge(run, model, tmp_path, capsys):
+    base, files = open_base(model).tensors, [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+    for seed, (variant, file) in enumerate(zip(("bat-in", "dora"), files)):
+        save_adapter(file, *adapter_of(variant, base, seed=9 * seed))
+    scaled, asked = [f"{files[0]}=0.7", f"{files[1]}=-2"], ("--prompt", "a", "--temperature", 0)
+    found = [run(*asked, "--adapter", *given) for given in (scaled, files, [scaled[0], "--adapter", scaled[1]])]
+    assert merge.main(["--base_model", str(model), "--adapter", *scaled, "--output", f"{tmp_path}/m.pth"]) == 0
+    capsys.readouterr()
+    assert command.main(["--model", f"{tmp_path}/m.pth", *map(str, asked)]) == 0
+    assert capsys.readouterr().out == found[0] == found[2] != found[1]
 
 
 PACKAGE = Path(command.__file__).resolve().parents[2]
