@@ -51,11 +51,11 @@ def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float)
 class Scaled(BlockAffine):
     """W_ab + a W_ab B_b + B_b with a = `bone_scale`."""
 
-    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
+    def opposite(self, params: Params) -> Params:
         """W' = W (I + a B) + B is undone by the change of the same form and a with C / a in B's place, where
         C = (I + a B)^-1 - I: W = (W' - B)(I + a B)^-1 = W' (I + C) + C / a, as -B (I + a B)^-1 = C / a."""
         a = _number(params["bone_scale"])
-        return {"bone": undone(amount * (a * params["bone"].double())) / a, "bone_scale": params["bone_scale"]}
+        return {"bone": undone(a * params["bone"].double()) / a, "bone_scale": params["bone_scale"]}
 
 
 def _number(bone_scale: Tensor) -> float:

@@ -59,10 +59,10 @@ class BlockAffine(Change):
     def times(self, params: Params, amount: float) -> Params:
         return {**params, "bone": amount * wide(params["bone"])}
 
-    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
+    def opposite(self, params: Params) -> Params:
         """W' = W (I + B) + B is undone by the change of the same form with C = (I + B)^-1 - I in B's place:
         W = (W' - B)(I + B)^-1 = W' (I + C) + C. Raises UserError if I + B has no inverse."""
-        return {"bone": undone(amount * params["bone"].double())}
+        return {"bone": undone(params["bone"].double())}
 
 
 def undone(bone: Tensor) -> Tensor:

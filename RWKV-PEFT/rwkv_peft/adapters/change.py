@@ -8,6 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from ..cli.errors import UserError
+
 Params = Mapping[str, Tensor]  # {tensor name: tensor} of the adapter of one layer
 
 
@@ -42,13 +44,9 @@ class Change(ABC):
         """params of `amount` times the change; None for a change that is not linear in them."""
         return None
 
-    @abstractmethod
-    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
-        """params that `removed` takes to undo `amount` times the change. Raises UserError if nothing undoes it."""
-
-    def removed(self, weight: Tensor, opposite: Params, scale: float) -> Tensor:
-        """W from W' (out, in), up to rounding, by the params that `opposite` gives."""
-        return weight + self.delta(weight, opposite, scale)
+    def opposite(self, params: Params) -> Params:
+        """params with which `delta` of W' is W - W', up to rounding. Raises UserError if there are none."""
+        raise UserError("nothing undoes a change of its kind; take the base itself")
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class Sum(Change):
     def delta(self, weight: Tensor, params: Params, scale: float = 1.0) -> Tensor:
         return self.update(cast(params, weight.dtype), scale, (weight.shape[0], weight.shape[1]))
 
-    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
-        return {name: -amount * wide(tensor) if name in self.negated else tensor for name, tensor in params.items()}
-
     def times(self, params: Params, amount: float) -> Params:
-        return self.opposite(params, 1.0, -amount)
+        return {name: amount * wide(tensor) if name in self.negated else tensor for name, tensor in params.items()}
+
+    def opposite(self, params: Params) -> Params:
+        return self.times(params, -1.0)
 
 
 def cast(params: Params, dtype: torch.dtype) -> dict[str, Tensor]:

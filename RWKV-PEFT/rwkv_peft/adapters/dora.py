@@ -14,14 +14,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..cli.errors import UserError
 from ..config import AdapterConfig
 from . import low_rank
 from .change import Change, Params, cast
 from .method import Alpha, Constants, Method, Shapes, Tensors
 from .product import Frozen
 
-BY_ROW = ("lora_B", "lora_gain", "lora_row_norm", "amount")
+BY_ROW = ("lora_B", "lora_gain", "lora_row_norm")
 
 
 def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
@@ -57,30 +56,6 @@ class Turned(Change):
         length = _length(weight @ params["lora_A"].t(), params, scale)
         factor = params["lora_row_norm"] * (1 + params["lora_gain"]) / length
         return factor[:, None] * (weight + low_rank.LOW_RANK.delta(weight, params, scale)) - weight
-
-    def opposite(self, params: Params, scale: float, amount: float = 1.0) -> Params:
-        """The params, and how much of their change was merged. Raises UserError if a row's direction was lost."""
-        if (params["lora_gain"] <= -1).any():
-            raise UserError(
-                "a gain of dora is -1 or less, so that merging lost a row's direction; take the base itself"
-            )
-        return {**params, "amount": torch.full_like(params["lora_gain"], amount, dtype=torch.float32)}
-
-    def removed(self, weight: Tensor, opposite: Params, scale: float) -> Tensor:
-        """W' = (1 - a) W + a f (W + U) for a row's factor f, an amount a: W = (W' - a f U) / (1 - a + a f), of known
-        length, which leaves a quadratic equation for f. Raises UserError if it has no solution above 0."""
-        params = cast(opposite, weight.dtype)
-        update, a = low_rank.LOW_RANK.delta(weight, params, scale), params["amount"]
-        squared = params["lora_row_norm"].square()
-        rest = squared - update.square().sum(1)
-        if (rest <= 0).any():
-            raise UserError(
-                "an update of dora is as long as a row of the base, and has no inverse; take the base itself"
-            )
-        half = squared * (1 - a) + (weight * update).sum(1)
-        last = squared * (1 - a).square() - weight.square().sum(1)
-        factor = ((half.square() - rest * last).sqrt() - half) / (a * rest)
-        return (weight - (a * factor)[:, None] * update) / (1 - a + a * factor)[:, None]
 
 
 def _length(products: Tensor, params: Params, scale: float) -> Tensor:

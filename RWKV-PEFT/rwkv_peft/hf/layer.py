@@ -152,7 +152,7 @@ class BoneLinear(nn.Module, BaseTunerLayer):
         """Take one merged adapter out of a weight (out, in). Raises UserError if nothing undoes it."""
         change, params = self.bone_config[name].method.change, {PARAMETER: self.bone_block[name].detach()}
         try:
-            return change.removed(weight, change.opposite(params, 1.0), 1.0)
+            return weight + change.delta(weight, change.opposite(params))
         except UserError as error:
             raise UserError(f"{self.name}: merging cannot be undone: {error}") from error
 
