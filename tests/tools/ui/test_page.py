@@ -89,7 +89,7 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     page.reload()
     expect(state).to_contain_text("done")
     expect(page.locator(".u-legend").first).to_contain_text("held-out loss")
-    expect(page.locator("td", has_text='{"name":').first).to_be_visible()
+    expect(page.get_by_role("article").filter(has_text="after training").locator("ins").first).to_be_visible()
     expect(page.locator(".note").filter(has_text="word for word")).to_contain_text(
         "are answered word for word after the last step"
     )
@@ -97,9 +97,9 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     drawn = [{"step": step, "prompt": "Hi", "completion": f"said {step}", "reward": 1.0} for step in (0, 1)]
     (folder / "out/mine/answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in drawn))
     page.reload()
-    expect(page.locator("td", has_text="said 1")).to_be_visible()
+    expect(page.get_by_role("article").filter(has_text="said 1")).to_be_visible()
     page.get_by_label("step", exact=True).select_option("0")
-    expect(page.locator("td", has_text="said 0")).to_be_visible()
+    expect(page.get_by_role("article").filter(has_text="said 0")).to_be_visible()
 
     other = open_page(width=390)  # another browser, on a narrow screen
     go(other, "Runs")

@@ -8,8 +8,6 @@ import pytest
 from tools.ui.pages import go, press
 
 expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
-STEPS = 50_000  # of a run whose metrics are read in several parts
-MANY = 60
 SERVED = ["serve", "--model", "base.pth", "--adapter", "adapter=a.safetensors", "other=b.safetensors"]
 COMMAND = {
     "id": "1",
@@ -21,105 +19,6 @@ COMMAND = {
     "output": "",
     "next": 0,
 }
-
-
-def make_run(folder, name, steps):
-    """A run that has ended, with a loss at each step and a held-out one at each tenth."""
-    (folder / name).mkdir(parents=True)
-    (folder / name / "config.json").write_text(json.dumps({"flags": {"load_model": "base.pth"}, "steps": steps}))
-    lines = []
-    for step in range(steps):
-        line = {"step": step, "loss": 2.0 - step / steps, "lr": 1e-3, "tokens": 8000, "tokens_per_s": 4000.0}
-        lines += [line | {"samples": 8 * step, "grad_norm": 0.123456789, "seconds": 2.0}]
-        lines += [{"step": step, "val_loss": 2.5}] * (step % 10 == 9)
-    (folder / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-
-
-@pytest.fixture(scope="module")
-def runs(folder):
-    for number in range(MANY):
-        make_run(folder, f"sweep/run-{number}", 20)
-    make_run(folder, "long", STEPS)
-    return folder
-
-
-def text_of(locator):
-    return locator.inner_text().replace("\n", " ")
-
-
-def test_a_long_run_that_is_done_says_so_at_once(open_page, runs):
-    page = open_page()
-    page.goto(f"{page.url}#runs:long")
-    state = page.locator(".figure").first
-    state.wait_for()
-    assert text_of(state) == "done state" and page.get_by_role("button", name="Resume").count() == 0
-    canvas = page.get_by_role("img", name=re.compile("^Chart of loss over steps; loss: from 2 at step 1 to"))
-    expect(canvas).to_be_visible()
-
-
-def test_a_conversation_with_tools_is_shown_turn_by_turn(open_page, runs):
-    turns = [("assistant", "<tool_call>"), ("tool", "<b>3</b>"), ("assistant", "3 red cups")]
-    turns = [{"role": role, "content": words} for role, words in turns]
-    line = {"step": 0, "prompt": "Hi", "completion": "3 red cups", "reward": 1.0, "turns": turns}
-    (runs / "sweep" / "run-1" / "answers.jsonl").write_text(f"{json.dumps(line)}\n")
-    page = open_page()
-    page.goto(f"{page.url}#runs:sweep/run-1")
-    expect(page.locator("td .turn")).to_have_text([f"{turn['role']}: {turn['content']}" for turn in turns])
-
-
-def test_many_runs_are_searched_ordered_and_shown(open_page, runs):
-    page = open_page()
-    go(page, "Runs")
-    expect(page.get_by_role("heading", level=1)).to_be_focused()
-    press(page, f"Show all {MANY + 1} runs")
-    links = page.locator("main .list a[href^='#runs:']")
-    expect(links).to_have_count(MANY + 1)
-    page.get_by_label("order of runs").select_option("by name")
-    assert links.all_inner_texts() == ["long", *(f"sweep/run-{number}" for number in range(MANY))]
-    page.get_by_label("find a run").fill("sweep 59")
-    expect(links).to_have_count(1)
-    links.first.evaluate("link => { link.old = true; link.focus(); }")
-    page.wait_for_function("() => !document.querySelector('main .list a').old")  # the list was drawn again
-    expect(links.first).to_be_focused()
-
-
-def test_compared_runs_have_colours_of_their_own(open_page, runs):
-    page = open_page()
-    page.goto(f"{page.url}#runs:sweep%2Frun-50")
-    for number in range(51, 58):
-        page.get_by_label(f"compare sweep/run-{number}", exact=True).check()
-    labels = page.locator(".u-legend tr").filter(has_text=re.compile(r"run-5\d: loss"))
-    expect(labels).to_have_count(8)
-    colours = [one.evaluate("row => row.querySelector('.u-marker').style.borderColor") for one in labels.all()]
-    assert len(set(colours)) == 8
-    held = page.locator(".u-legend tr").filter(has_text=re.compile(r"run-53: held-out"))
-    assert held.evaluate("row => row.querySelector('.u-marker').style.borderColor") == colours[3]
-
-
-def test_charts_are_smoothed_and_logarithmic_if_asked(open_page, runs):
-    page = open_page()
-    page.goto(f"{page.url}#runs:sweep%2Frun-0")
-    drawn = "() => document.querySelector('main canvas').toDataURL()"
-    page.locator("canvas").first.wait_for()
-    pictures = [page.evaluate(drawn)]
-    for change in (
-        lambda: page.get_by_label("Loss", exact=True).select_option("0.9"),
-        lambda: page.get_by_label("log scale").check(),
-    ):
-        change()
-        page.wait_for_function(f"old => ({drawn})() !== old", arg=pictures[-1])
-        pictures.append(page.evaluate(drawn))
-    page.reload()
-    expect(page.get_by_label("log scale")).to_be_checked()
-    with page.expect_download() as download:
-        page.get_by_role("link", name="metrics.jsonl").click()
-    assert (runs / "sweep/run-0/metrics.jsonl").read_bytes() == download.value.path().read_bytes()
-
-
-def test_only_files_of_the_folder_are_downloaded(server, folder):
-    assert server.ask("/api/download?path=rows.jsonl")[1] == (folder / "rows.jsonl").read_text()
-    for path in ("..", "", "none", "../../etc/passwd"):
-        assert server.ask(f"/api/download?path={path}")[0] == 400
 
 
 def test_two_adapters_are_served_beside_a_model(server):

@@ -1,64 +1,84 @@
-// Charts of lines over steps, which may be smoothed and on a log scale; a screen reader reads each line's numbers.
-import { el, number, recall, remember } from "./lib.js";
+// Charts of lines over steps: pale as measured, a mean over them, and a text with their numbers, which a screen reader reads.
+import { el, number } from "./lib.js";
+import { t } from "./texts.js";
 
-const SMOOTHED = { 0: "as measured", 0.9: "over some 10 steps", 0.98: "over some 50 steps" };
+const HEIGHT = 260;
+const SPAN = 20; // a mean is over a twentieth of a line's values
+const PAUSE = 20_000; // milliseconds between two readings of a text that changes
 
-// The settings of charts -> {box: their fields, of: () => {smooth, log}}; change() hears of each change.
-export function chartSettings(change) {
-  const kept = { smooth: "0", log: false, ...recall("chart", {}) };
-  const take = (name, value) => {
-    kept[name] = value;
-    remember("chart", kept);
-    change();
-  };
-  const smooth = el("select", { id: "smooth", onchange: () => take("smooth", smooth.value) },
-    Object.entries(SMOOTHED).map(([value, text]) => el("option", { value, selected: value === kept.smooth }, text)));
-  const log = el("input", { id: "log", type: "checkbox", checked: kept.log, onchange: () => take("log", log.checked) });
-  return {
-    box: el("div", { className: "row" }, el("label", { htmlFor: "smooth" }, "Loss"), smooth, log, el("label", { htmlFor: "log" }, "log scale")),
-    of: () => ({ smooth: Number(kept.smooth), log: kept.log }),
-  };
-}
-
-// Draws lines = [{label, colour: a number, dash, x, y}], each with its own steps, into `place`.
-export function chart(place, title, lines, { smooth = 0, log = false } = {}) {
-  const steps = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
-  const logarithmic = log && lines.every((line) => line.y.every((y) => y > 0));
-  const rows = lines.map((line) => {
-    const values = line.dash ? line.y : smoothed(line.y, smooth), at = new Map(line.x.map((x, n) => [x, values[n]]));
+// Draws lines = [{label, colour: a number, dash, x, y}], each with its own steps, into `place`. means: "beside" the lines or
+// "instead" of them, dashed ones excepted; log: a logarithmic axis, if all values are above 0; live: more values will come.
+export function chart(place, title, lines, { means = "", log = false, live = false } = {}) {
+  if (!place.childElementCount) place.append(...frame());
+  const [picture, text] = place.children, drawn = means ? lines.flatMap((line) => withMean(line, means)) : lines;
+  const steps = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b), logarithmic = log && lines.every((line) => line.y.every((y) => y > 0));
+  const rows = drawn.map((line) => {
+    const at = new Map(line.x.map((x, n) => [x, line.y[n]]));
     return steps.map((x) => at.get(x) ?? null);
   });
   const style = getComputedStyle(document.documentElement), colours = style.getPropertyValue("--lines").trim().split(" ");
+  const colourOf = (line) => colours[line.colour] ?? `hsl(${137.5 * line.colour} 60% 50%)`;
   const axis = { stroke: style.getPropertyValue("--soft"), grid: { stroke: style.getPropertyValue("--line"), width: 0.5 } };
   const ticks = (plot, found) => found.map((tick) => (tick === null ? null : number(tick)));
   const options = {
-    title, width: Math.max(place.clientWidth, 260), height: 260, axes: [axis, { ...axis, size: 70, values: ticks }],
-    legend: { markers: { dash: (plot, n) => (lines[n - 1]?.dash ? "dashed" : "solid") } }, scales: { x: { time: false }, y: logarithmic ? { distr: 3 } : {} },
-    series: [{ label: "step" }, ...lines.map((line) => ({
-      label: line.label, stroke: colours[line.colour] ?? `hsl(${137.5 * line.colour} 60% 50%)`, width: line.dash ? 2.2 : 1.7, dash: line.dash, spanGaps: true,
-      points: { show: line.x.length < 20 }, value: (plot, value) => (value === null ? "–" : number(value)),
+    title, width: Math.max(picture.clientWidth, HEIGHT), height: HEIGHT, axes: [axis, { ...axis, size: 60, values: ticks }],
+    legend: { markers: { dash: (plot, n) => (drawn[n - 1]?.dash ? "dashed" : "solid") } },
+    scales: { x: { time: false }, y: logarithmic ? { distr: 3 } : { range: mostOf } },
+    series: [{ label: t("chart.step") }, ...drawn.map((line) => ({
+      label: line.label, stroke: line.pale ? `color-mix(in srgb, ${colourOf(line)} 40%, transparent)` : colourOf(line), width: line.dash ? 2.2 : 1.7,
+      dash: line.dash, spanGaps: true, points: { show: line.x.length < 20 }, value: (plot, value) => (value === null ? "–" : number(value)),
     }))],
   };
-  place.replaceChildren();
-  if (!steps.length) return;
-  const { root } = new uPlot(options, [steps, ...rows], place);
-  const canvas = root.querySelector("canvas");
+  picture.replaceChildren();
+  picture.plot = steps.length ? new uPlot(options, [steps, ...rows], picture) : null;
+  if (!picture.plot) return;
+  const canvas = picture.querySelector("canvas");
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", [`Chart of ${title} over steps`, ...lines.map(inWords)].join("; "));
+  canvas.setAttribute("aria-label", t("chart.name", title));
+  const { min, max } = picture.plot.scales.y, outside = !logarithmic && drawn.some((line) => line.y.some((y) => y < min || y > max));
+  const words = [...lines.map(inWords), ...(outside ? [t("chart.outside")] : [])].join("\n");
+  if (words === text.textContent || (live && Date.now() - text.changed < PAUSE)) return;
+  text.textContent = words;
+  text.changed = Date.now();
 }
 
-// An exponential mean, each value weighing `smooth` times the one after it.
-function smoothed(values, smooth) {
-  let sum = 0, weight = 0;
-  return values.map((value) => {
-    sum = smooth * sum + value;
-    weight = smooth * weight + 1;
-    return sum / weight;
+// The places of a picture, as wide as the page lets it be, and of its text.
+function frame() {
+  const picture = el("div", { className: "picture" });
+  new ResizeObserver(() => picture.plot?.setSize({ width: picture.clientWidth, height: HEIGHT })).observe(picture);
+  return [picture, el("p", { className: "note", "aria-live": "polite" })];
+}
+
+function withMean(line, means) {
+  if (line.dash || line.y.length < 2 * SPAN) return [line];
+  const mean = { ...line, label: t("chart.mean", line.label), y: meansOf(line.y) };
+  return means === "instead" ? [mean] : [{ ...line, pale: true }, mean];
+}
+
+// The mean about each value. At the start it is over fewer values, so that it falls as steeply as they do.
+function meansOf(values) {
+  const sums = [0], half = Math.round(values.length / SPAN / 2);
+  for (const value of values) sums.push(sums.at(-1) + value);
+  return values.map((_, n) => {
+    const reach = Math.min(half, n), begin = n - reach, end = Math.min(n + reach + 1, values.length);
+    return (sums[end] - sums[begin]) / (end - begin);
   });
+}
+
+// The range of an axis: of each line that is shown all values but outliers, by Tukey's outer fences, so that the steep first steps of a
+// loss do not flatten the rest.
+function mostOf(plot) {
+  const fences = plot.series.flatMap(({ show, idxs }, n) => {
+    const values = n && show ? plot.data[n].slice(idxs[0], idxs[1] + 1).filter((y) => y !== null).sort((a, b) => a - b) : [];
+    if (!values.length) return [];
+    const [low, high] = [0.25, 0.75].map((share) => values[Math.round(share * (values.length - 1))]), reach = 3 * (high - low);
+    return [Math.max(values[0], low - reach), Math.min(values.at(-1), high + reach)];
+  });
+  return fences.length ? uPlot.rangeNum(Math.min(...fences), Math.max(...fences), 0.1, true) : [0, 1];
 }
 
 function inWords({ label, x, y }) {
   const lowest = y.reduce((best, value, n) => (value < y[best] ? n : best), 0);
-  const at = (n) => `${number(y[n])} at step ${number(x[n] + 1)}`;
-  return `${label}: from ${at(0)} to ${at(y.length - 1)}, lowest ${at(lowest)}`;
+  const at = (n) => t("chart.at", number(y[n]), number(x[n] + 1));
+  return t("chart.words", label, at(0), at(y.length - 1), at(lowest));
 }
