@@ -127,26 +127,30 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     go(page, "Runs")
     page.get_by_role("link", name="out/mine", exact=True).click()
     page.locator("main").get_by_role("link", name="Chat", exact=True).click()
+    page.get_by_text("Models and sampling", exact=True).click()
     expect(page.get_by_label("Adapter", exact=True)).to_have_value("out/mine/adapter-best.safetensors")
     of_run.select_option("out/mine/adapter.safetensors")
     page.get_by_label("Weights", exact=True).select_option("int8")
-    page.get_by_label("Tokenizer", exact=True).fill("bytes")  # whose long help must not move the button
-    press(page, "Open")
+    page.get_by_label("Tokenizer", exact=True).fill("bytes")
+    page.get_by_label("Temperature", exact=True).fill("0")
+    page.get_by_label("Longest answer", exact=True).fill("24")
+    press(page, "Open out/mine beside base")
     message = page.get_by_label("message", exact=True)
-    expect(message).to_be_visible()
-    page.get_by_text("Sampling").click()
-    page.get_by_label("Temperature").fill("0")
-    page.get_by_label("Longest answer, tokens").fill("24")
     message.fill("Ann has 3 red cups.")
     message.dispatch_event("keydown", {"key": "Enter", "isComposing": True})  # ends a word of an input method
     expect(message).to_have_value("Ann has 3 red cups.")
     message.press("Enter")
-    for name in ("base", "adapter"):
-        said = page.get_by_role("region", name=name).locator(".turn.assistant .words")
+    for name in ("base", "out/mine"):
+        said = page.get_by_role("article", name=name, exact=True).locator(".words")
         expect(said).to_have_text(re.compile("[^…]{3}"))
+    page.get_by_label("Thinking", exact=True).select_option("low")  # which the demo's model has not learned
+    press(page, "Regenerate")
+    for name in ("base", "out/mine"):
+        said = page.get_by_role("article", name=name, exact=True).locator(".words")
+        expect(said).to_have_text(re.compile("^<think"))
     page.route("**/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=HOSTILE))
     press(page, "Regenerate")
-    said = page.get_by_role("region", name="adapter").locator(".turn.assistant .words")
+    said = page.get_by_role("article", name="out/mine", exact=True).locator(".words")
     expect(said.locator("li")).to_have_text(["one", "two ☃"])
     expect(said.locator("pre")).to_have_text('print("<b>")')
     expect(said.locator("strong")).to_have_text("bold")
@@ -158,10 +162,11 @@ def test_from_rows_to_a_chat_with_the_merged_model(open_page, folder):
     press(page, "Edit the last")
     expect(message).to_have_value("Ann has 3 red cups.")
     expect(page.locator(".turn")).to_have_count(0)
-    expect(page.get_by_text("open: base.pth, adapter=out/mine/adapter.safetensors")).to_be_visible()
-    press(page, "Close the model")
-    expect(message).to_be_hidden()
-    expect(page.get_by_text("open: base.pth")).to_be_hidden()
+    page.get_by_text("Models and sampling", exact=True).click()
+    expect(page.get_by_text("open: base, out/mine")).to_be_visible()
+    press(page, "Close")
+    expect(page.get_by_text("open: base")).to_be_hidden()
+    expect(page.get_by_role("button", name="Open out/mine beside base")).to_be_visible()
 
 
 def test_the_file_that_a_browser_is_started_with_leads_to_the_page(browser, server, folder):

@@ -1,31 +1,10 @@
-"""Parts of the page in a real browser, some of them beside a model's answers that a test makes up."""
-
-import json
-import re
+"""Parts of the pages of rows, of training and of release in a real browser."""
 
 import pytest
 
 from tools.ui.pages import go, press
 
 expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
-SERVED = ["serve", "--model", "base.pth", "--adapter", "adapter=a.safetensors", "other=b.safetensors"]
-COMMAND = {
-    "id": "1",
-    "own": True,
-    "words": SERVED,
-    "began": 1,
-    "state": "running",
-    "code": None,
-    "output": "",
-    "next": 0,
-}
-
-
-def test_two_adapters_are_served_beside_a_model(server):
-    asked = {"model": "base.pth", "adapter": "a.safetensors", "other": "b.safetensors"}
-    words = server.json(f"/api/jobs/{server.json('/api/chat', asked)['id']}")["words"]
-    at = words.index("--adapter")
-    assert words[at + 1 : at + 3] == ["adapter=a.safetensors", "other=b.safetensors"]
 
 
 def test_the_rank_goes_to_the_method(open_page, server):
@@ -121,85 +100,3 @@ def test_a_gguf_has_the_type_that_is_chosen(open_page):
         expect(page.get_by_role("alert")).to_have_text("no")
         assert asked.pop() == ["convert", "x.pth", *words]
     expect(page.get_by_label("type of its matrices")).to_be_hidden()
-
-
-@pytest.fixture
-def talk(open_page):
-    """A chat with a model and two adapters whose next answers are `answers`: (status, text, how it ended); each
-    request is appended to `asked`."""
-    page, answers, asked = open_page(), [], []
-
-    def complete(route):
-        status, text, end = answers[0] if len(answers) == 1 else answers.pop(0)
-        asked.append(route.request.post_data_json)
-        if status != 200:
-            return route.fulfill(status=status, json={"error": {"message": text}})
-        lines = [{"delta": {"content": text}}] + ([{"delta": {}, "finish_reason": end}] if end else [])
-        body = "".join(f"data: {json.dumps({'choices': [line]})}\n\n" for line in lines)
-        return route.fulfill(content_type="text/event-stream", body=body)
-
-    page.route(re.compile(r"/api/jobs\?"), lambda route: route.fulfill(json=[COMMAND]))
-    page.route(re.compile("/api/jobs/1"), lambda route: route.fulfill(json=COMMAND))
-    names = [{"id": name} for name in ("base", "adapter", "other")]
-    page.route(re.compile("/v1/models"), lambda route: route.fulfill(json={"data": names}))
-    page.route("**/chat/completions", complete)
-    go(page, "Chat")
-    page.get_by_label("message", exact=True).wait_for()
-    return page, answers, asked
-
-
-def say(page, text):
-    page.get_by_label("message", exact=True).fill(text)
-    page.get_by_label("message", exact=True).press("Enter")
-    expect(page.get_by_role("button", name="Send")).to_be_enabled()
-
-
-@pytest.mark.parametrize(("end", "why"), [("length", "cut: it reached the longest"), ("", "cut: the model was closed")])
-def test_an_answer_that_is_not_whole_says_so_and_is_no_row(talk, end, why):
-    page, answers, asked = talk
-    answers[:] = [(200, "one two", end)]
-    say(page, "Hi")
-    column = page.get_by_role("region", name="other")
-    expect(column.get_by_role("heading")).to_contain_text("b.safetensors")
-    for _ in range(2):
-        expect(column.locator(".turn.assistant")).to_contain_text(why)
-        expect(column.get_by_role("button", name="Copy as a row")).to_be_disabled()
-        page.reload()
-    answers[:] = [(200, "one two three", "stop")]
-    press(page, "Regenerate")
-    expect(column.locator(".turn.assistant")).not_to_contain_text("cut")
-    expect(column.get_by_role("button", name="Copy as a row")).to_be_enabled()
-    assert asked[-1]["messages"] == [{"role": "user", "content": "Hi"}]
-
-
-def test_a_message_that_was_refused_is_left_out_of_what_follows(talk):
-    page, answers, asked = talk
-    answers[:] = [(400, "the prompt is too long", "")]
-    say(page, "long")
-    expect(page.get_by_role("region", name="base").get_by_role("alert")).to_have_text("the prompt is too long")
-    answers[:] = [(200, "Yes.", "stop")]
-    say(page, "short")
-    expect(page.locator(".turn.assistant", has_text="Yes.")).to_have_count(3)
-    assert asked[-1]["messages"] == [{"role": "user", "content": "short"}]
-    expect(page.get_by_role("button", name="Copy as a row").first).to_be_enabled()
-
-
-STUCK = """() => {
-  const piece = 'data: {"choices": [{"delta": {"content": "one"}}]}\\n\\n', real = window.fetch;
-  const begun = () => new ReadableStream({ start: (stream) => stream.enqueue(new TextEncoder().encode(piece)) });
-  const stuck = (path) => path.includes("/completions");
-  window.fetch = (path, ...rest) => (stuck(path) ? Promise.resolve(new Response(begun())) : real(path, ...rest));
-}"""
-
-
-def test_an_answer_whose_page_is_left_is_not_whole(talk):
-    page, answers, asked = talk
-    page.evaluate(STUCK)  # an answer that begins, and goes on for ever
-    page.get_by_label("message", exact=True).fill("Hi")
-    page.get_by_label("message", exact=True).press("Enter")
-    answer = page.get_by_role("region", name="base").locator(".turn.assistant")
-    expect(answer).to_contain_text("one")
-    go(page, "Data")
-    go(page, "Chat")
-    expect(answer).to_contain_text("cut: the page was left")
-    expect(page.get_by_role("button", name="Copy as a row").first).to_be_disabled()

@@ -18,6 +18,7 @@ from ...checkpoints.lock import LOCK
 from ...children import python_command
 from ...cli.errors import UserError, visible
 from ...cli.names import CARD, GGUF_TYPES, METRICS
+from ...data.chat import THINK
 from ...inference.serve.web import Gate, new_app
 from .files import Places, Uploads, is_plain, last_of, lines_of, read
 from .form import chat_form, form
@@ -70,8 +71,7 @@ class Chat(BaseModel):
     """A model for a chat, with adapters and a state that answer beside it."""
 
     model: Word
-    adapter: Word = ""
-    other: Word = ""
+    adapters: list[Word] = []
     state: Word = ""
     tokenizer: Word = ""
     weights: Word = ""
@@ -107,7 +107,7 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     @app.get("/api/about")
     def about() -> dict[str, Any]:
         about = {"version": __version__, "root": str(places.root)}
-        return about | {"form": form(), "chat": chat_form(), "gguf": GGUF_TYPES}
+        return about | {"form": form(), "chat": chat_form(), "think": [*THINK], "gguf": GGUF_TYPES}
 
     @app.get(FILES)
     def files(path: str = "") -> list[dict[str, Any]]:

@@ -175,13 +175,13 @@ LISTENS = re.compile(rb": http://127\.0\.0\.1:(\d+)/v1$", re.MULTILINE)  # a ser
 WAITED = 600  # seconds for an answer's next word
 
 
-def serve(jobs: Jobs, model: str, adapter: str = "", other: str = "", state: str = "", **flags: str) -> str:
-    """Start a server of a model, and of two adapters and a state as models beside it, with further flags that are not
+def serve(jobs: Jobs, model: str, adapters: Sequence[str] = (), state: str = "", **flags: str) -> str:
+    """Start a server of a model, and of adapters and a state as models beside it, with further flags that are not
     empty; -> its job."""
     words = ["serve", "--model", model, "--name", "base", "--port", "0", "--api_key", f"env:{KEY}"]
     words += ["--drain_seconds", "1"]  # who closes it waits for no answer
-    adapters = [f"{name}={file}" for name, file in (("adapter", adapter), ("other", other)) if file]
-    words += ["--adapter", *adapters] * bool(adapters) + ["--state", f"state={state}"] * bool(state)
+    named = [f"adapter{f'-{n}' * (n > 1)}={file}" for n, file in enumerate(adapters, 1)]
+    words += ["--adapter", *named] * bool(named) + ["--state", f"state={state}"] * bool(state)
     return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])
 
 

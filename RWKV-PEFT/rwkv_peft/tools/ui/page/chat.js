@@ -1,259 +1,211 @@
-// Chat: a base and what was trained on it, side by side, at the same prompt and seed.
-import { adapterChoice, copyButton, el, flagField, get, pathField, post, recall, remember, repeat, send, tell } from "./lib.js";
-import { showMarkdown } from "./markdown.js";
+// Chat: a conversation with a base and what was trained on it, at the same seed. Models and sampling are in a drawer.
+import { adapterChoice, el, flagField, get, pathField, post, recall, remember, repeat, tell } from "./lib.js";
 import { showJob } from "./runs.js";
+import { talk } from "./talk.js";
+import { t } from "./texts.js";
 
-const LEFT = "cut: the page was left";
+const TRAINED = /\.(safetensors|pth)$/;
+const SAMPLING = { temperature: [1, 0.1], top_p: [0.5, 0.05], max_tokens: [1000, 1], seed: [1, 1] }; // a value, and its steps
+const short = (file) => file.replace(/(\/adapter)?\.(safetensors|pth)$/, "");
 
 export async function chatPage(place, about, signal, folder) {
-  const runs = await get("/api/runs").catch(() => []);
-  const last = recall("chat", null), run = runs.find((one) => one.folder === folder) ?? (last ? null : runs[0]);
-  const kept = { ...last, ...(run ? { model: run.flags.load_model, adapter: "", other: "", state: "", tokenizer: run.flags.tokenizer ?? "" } : {}) };
-  const model = pathField("model", "Model", { value: kept.model ?? "", endings: [".pth"] });
-  const adapter = pathField("adapter", "Adapter", { value: kept.adapter ?? "", endings: [".safetensors", ".pth"], help: "answers beside the model; may stay empty" });
+  const runs = await get("/api/runs").catch(() => []), last = recall("chat", null), newest = runs.find((one) => one.files.some((file) => TRAINED.test(file)));
+  const run = runs.find((one) => one.folder === folder) ?? (last?.at > newest?.modified ? null : newest);
+  const kept = run ? { ...last, model: run.flags.load_model, adapters: [], state: "", tokenizer: run.flags.tokenizer } : { ...last };
+
+  const model = pathField("model", t("chat.model"), { value: kept.model ?? "", endings: [".pth"] });
+  const adapters = el("div", { className: "fields" });
   const which = adapterChoice((file) => {
-    if (file.endsWith(".pth")) model.input.value = file; else adapter.input.value = file; // --peft none trains the model itself
+    (file.endsWith(".pth") ? model.input : adapters.querySelector("input")).value = file; // --peft none trains the model itself
+    update();
   });
-  const other = pathField("other-adapter", "Another adapter", { value: kept.other ?? "", endings: [".safetensors", ".pth"], help: "answers beside both; may stay empty" });
-  const state = pathField("state", "State", { value: kept.state ?? "", endings: [".pth", ".safetensors"], help: "a tuned state; may stay empty" });
+  const state = pathField("state", t("chat.state"), { value: kept.state ?? "", endings: [".pth", ".safetensors"], help: t("chat.state.help") });
   const flags = Object.fromEntries(about.chat.map(({ flag }) => [flag, kept[flag] ?? ""]));
-  const more = about.chat.map((made) => flagField(made, made.flag[0].toUpperCase() + made.flag.slice(1), flags[made.flag], (value) => { flags[made.flag] = value; }));
-  const error = el("div"), status = el("div"), talk = el("div"), running = el("ul", { className: "list" });
-  let used = "", loading = null;
-  const open = el("button", { type: "button", className: "main", onclick: begin }, "Open");
-  place.append(el("h1", {}, "Chat"), el("p", { className: "lead" },
-    "Open a model, alone or with what you trained on it. Each answers the same message with the same seed."),
-  el("div", { className: "fields" }, model.box, adapter.box, which.box, other.box, state.box, more),
-  el("div", { className: "row" }, open), running, error, status, talk);
-  const files = run ? await which.show(run.folder) : [adapter.input.value || model.input.value];
-  const has = (job) => files.find((file) => job.words.includes(file) || job.words.includes(`adapter=${file}`));
+  const further = about.chat.map((made) => flagField(made, t(`chat.${made.flag}`), flags[made.flag], (value) => { flags[made.flag] = value; }));
+  const opened = el("ul", { className: "list" }), error = el("div"), status = el("div", { "aria-live": "polite" }), box = el("div", { className: "turns", role: "log", "aria-label": t("chat.log") });
+
+  const sampling = { ...recall("sampling", {}) };
+  const inputs = {
+    think: el("select", { id: "think" }, ["", ...about.think].map((value) => el("option", { value, selected: value === sampling.think }, t(`think.${value}`)))),
+    system: el("input", { id: "system", placeholder: t("chat.system.none"), value: sampling.system ?? "" }),
+  };
+  for (const [name, [value, step]] of Object.entries(SAMPLING)) inputs[name] = el("input", { id: name, type: "number", min: 0, step, value: sampling[name] ?? value });
+  const scales = el("div", { className: "fields" });
+  const drawer = el("details", { className: "drawer", open: !kept.model, oninput: update }, el("summary", {}, t("chat.drawer")),
+    el("div", { className: "fields" }, Object.entries(inputs).map(([name, input]) => el("div", {}, el("label", { htmlFor: input.id }, t(`chat.${name}`)), input))), scales,
+    el("h2", {}, t("chat.models")), opened, el("div", { className: "fields" }, model.box, which.box), adapters,
+    el("div", { className: "row" }, el("button", { type: "button", onclick: () => addAdapter("").focus() }, t("chat.another"))),
+    el("div", { className: "fields" }, state.box, further),
+    el("div", { className: "row" }, el("button", { type: "button", className: "main", onclick: begin }, t("chat.open"))));
+
+  const proposal = el("button", { type: "button", className: "main", onclick: begin });
+  const text = el("textarea", { id: "message", placeholder: t("chat.say"), "aria-label": t("chat.message") });
+  const say = el("button", { className: "main" }, t("chat.send")), stop = el("button", { type: "button", hidden: true, onclick: () => conversation.stop() }, t("stop"));
+  const buttons = [
+    [t("chat.again"), () => { inputs.seed.value = Number(inputs.seed.value) + 1; conversation.again(); }],
+    [t("chat.edit"), () => { text.value = conversation.takeBack() || text.value; text.focus(); }],
+    [t("chat.new"), () => { conversation.clear(); text.focus(); }],
+  ].map(([label, onclick]) => el("button", { type: "button", hidden: true, onclick }, label));
+  const form = el("form", { className: "composer", onsubmit: submit }, text, el("div", { className: "row" }, say, stop, buttons));
+  text.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return; // an input method's Enter ends its word
+    event.preventDefault();
+    form.requestSubmit();
+  });
+  place.append(el("div", { className: "chat" }, el("h1", {}, t("nav.chat")), drawer, el("div", { className: "talk" }, error, status, box, form)));
+
+  let used = "", began = 0, loading = null, conversation = null, waits = false;
+  for (const file of kept.adapters?.length ? kept.adapters : [""]) addAdapter(file);
+  const files = run ? await which.show(run.folder) : [kept.adapters?.[0] || kept.model];
+  const has = (job) => files.find((file) => job.words.includes(file) || job.words.some((word) => word.endsWith(`=${file}`)));
   const served = (await list()).find((job) => !folder || (has(job) && !(run?.modified > job.began))); // opened after the run had written
   if (served && run && has(served)) which.choose(has(served));
-  if (served) enter(served.id);
+  if (served) enter(served.id); else propose();
+  signal.addEventListener("abort", () => conversation?.stop(t("chat.left")));
+  addEventListener("pagehide", () => conversation && refresh(), { signal });
+  if (matchMedia("(pointer: fine)").matches) text.focus();
   repeat(signal, 3, list);
+
+  function addAdapter(value) {
+    const n = adapters.childElementCount + 1;
+    const { box, input } = pathField(`adapter-${n}`, n > 1 ? t("chat.adapter n", n) : t("chat.adapter"), { value, endings: [".safetensors", ".pth"], help: n > 1 ? "" : t("chat.adapter.help") });
+    adapters.append(box);
+    return input;
+  }
+
+  function chosen() {
+    return [...adapters.querySelectorAll("input")].map((input) => input.value.trim()).filter(Boolean);
+  }
+
+  // Is called after each change of a field: the proposal names what is chosen, and the sampling is kept.
+  function update() {
+    const { value } = model.input, trained = chosen().map(short).join(" + ");
+    proposal.textContent = trained ? t("chat.propose", trained, short(value)) : t("chat.propose base", short(value));
+    proposal.hidden = !value.trim();
+    remember("sampling", Object.fromEntries(Object.entries(inputs).map(([name, input]) => [name, input.value])));
+  }
+
+  // What stands in place of a conversation while no model is open.
+  function propose() {
+    conversation?.stop(t("chat.left"));
+    conversation = null;
+    used = "";
+    loading?.abort();
+    update();
+    for (const one of [box, scales]) one.replaceChildren();
+    status.replaceChildren(el("p", { className: "note" }, t(kept.model ? "chat.begin" : "chat.begin without")), proposal);
+    buttons.forEach((button) => { button.hidden = true; });
+  }
 
   // Lists the models that are open, each with its memory, until someone closes them.
   async function list() {
     const jobs = (await get("/api/jobs").catch(() => [])).filter((job) => job.own && job.words[0] === "serve" && job.state === "running");
     const open = jobs.map((job) => job.id).join();
-    if (running.dataset.open === open) return jobs;
-    running.dataset.open = open;
-    running.replaceChildren(...jobs.map((job) => el("li", {}, el("span", {}, `open: ${job.words.filter((word) => /\.(pth|safetensors)$/.test(word)).join(", ")}`),
-      el("button", { type: "button", onclick: () => enter(job.id) }, "Use"), el("button", { type: "button", onclick: () => close(job.id) }, "Close"))));
+    if (opened.dataset.open === open) return jobs;
+    opened.dataset.open = open;
+    opened.replaceChildren(...jobs.map((job) => el("li", {}, el("span", {}, t("chat.is open", Object.values(titles(job.words)).join(", "))),
+      el("button", { type: "button", onclick: () => enter(job.id) }, t("chat.use")), el("button", { type: "button", onclick: () => close(job.id) }, t("chat.close")))));
     return jobs;
   }
 
   async function close(id) {
     try {
       await post(`/api/jobs/${id}/stop`);
-      if (id === used) talk.replaceChildren();
+      if (id === used) propose();
     } catch (problem) {
       tell(error, problem);
     }
   }
 
   async function begin() {
-    const asked = { model: model.input.value.trim(), adapter: adapter.input.value.trim(), other: other.input.value.trim(), state: state.input.value.trim(), ...flags };
-    remember("chat", asked);
+    const asked = { model: model.input.value.trim(), adapters: chosen(), state: state.input.value.trim(), ...flags };
+    remember("chat", { ...asked, at: Date.now() / 1000 });
     tell(error, null);
-    open.disabled = true;
+    proposal.disabled = true;
     try {
-      if (!asked.model) throw new Error("name a model first");
+      if (!asked.model) {
+        drawer.open = true;
+        model.input.focus();
+        throw new Error(t("chat.no model"));
+      }
       enter((await post("/api/chat", asked)).id);
     } catch (problem) {
+      waits = false;
       tell(error, problem);
     }
-    open.disabled = false;
+    proposal.disabled = false;
   }
 
   function enter(id) {
+    propose();
     used = id;
-    talk.replaceChildren();
-    status.replaceChildren(el("p", { className: "note" }, "loading the model …"));
-    loading?.abort();
-    const leave = (loading = new AbortController());
-    signal.addEventListener("abort", () => leave.abort());
-    repeat(leave.signal, 1, async () => {
+    status.replaceChildren(el("p", { className: "note" }, t("chat.loading")));
+    const leave = (loading = new AbortController()), going = AbortSignal.any([signal, leave.signal]);
+    repeat(going, 1, async () => {
       const job = await get(`/api/jobs/${id}`).catch((problem) => ({ state: "lost", problem }));
       if (job.state !== "running") {
         leave.abort();
+        waits = false;
+        used = "";
         status.replaceChildren();
         return showJob(status, id, signal);
       }
       const models = await get(`/api/chat/${id}/v1/models`).catch(() => null);
-      if (!models || leave.signal.aborted) return;
+      if (!models || going.aborted) return;
       leave.abort();
       status.replaceChildren(...[...(job.output ?? "").matchAll(/^note: .*$/gm)].map(([line]) => el("p", { className: "note" }, line)));
-      draw(job, models.data.map((one) => one.id));
+      converse(job, models.data.map((one) => one.id));
     });
   }
 
-  function draw({ id, began, words }, names) {
-    const fileOf = (name) => words.find((word) => word.startsWith(`${name}=`))?.slice(name.length + 1) ?? words[words.indexOf("--model") + 1];
-    const option = (name, label, value, step) => {
-      const input = el("input", { id: name, type: "number", min: 0, step, value });
-      return { input, box: el("div", {}, el("label", { htmlFor: name }, label), input) };
-    };
-    const temperature = option("temperature", "Temperature", 1, 0.1), top_p = option("top_p", "Top p", 0.5, 0.05);
-    const tokens = option("tokens", "Longest answer, tokens", 1000, 1), seed = option("seed", "Seed", 1, 1);
-    const think = el("select", { id: "think" }, el("option", { value: "" }, "as the model does"), el("option", { value: "on" }, "on"), el("option", { value: "off" }, "off"));
-    const system = el("input", { id: "system", placeholder: "none" });
-    const text = el("textarea", { id: "message", placeholder: "Say something", "aria-label": "message" });
-    const options = () => ({
-      temperature: Number(temperature.input.value), top_p: Number(top_p.input.value), max_tokens: Number(tokens.input.value), seed: Number(seed.input.value),
-      ...(think.value ? { think: think.value } : {}),
-    });
-    const before = recall("talk", {}), chats = before.began === began ? before.chats : {};
-    const columns = names.map((name) => column(id, name, fileOf(name), chats[name] ?? [], options, () => system.value.trim(), told));
-    const say = el("button", { className: "main" }, "Send");
-    const stop = el("button", { type: "button", hidden: true, onclick: () => columns.forEach((one) => one.stop()) }, "Stop");
-    const again = el("button", { type: "button", onclick: () => { seed.input.value = Number(seed.input.value) + 1; columns.forEach((one) => one.again()); } }, "Regenerate");
-    const edit = el("button", { type: "button", onclick: () => { text.value = columns.map((one) => one.takeBack())[0] || text.value; text.focus(); } }, "Edit the last");
-    const clear = el("button", { type: "button", onclick: () => columns.forEach((one) => one.clear()) }, "New chat");
-    const end = el("button", { type: "button", onclick: () => close(id) }, "Close the model");
-    const form = el("form", { onsubmit: (event) => {
-      event.preventDefault();
-      const said = text.value.trim();
-      if (!said || say.disabled) return;
+  // Begins a conversation with the models of a server, or goes on with the one that was held before a reload.
+  function converse(job, names) {
+    const title = titles(job.words), before = recall("talk", {});
+    began = job.began;
+    scales.replaceChildren(...names.filter((name) => name.startsWith("adapter")).map((name) => scaleOf(name, title[name])));
+    conversation = talk(box, `/api/chat/${job.id}/v1/chat/completions`, Object.fromEntries(names.map((name) => [name, title[name] ?? name])),
+      before.began === began ? before.turns ?? [] : [], { asked, system: () => inputs.system.value.trim(), changed: refresh });
+    refresh();
+    if (waits) form.requestSubmit();
+    waits = false;
+  }
+
+  // The fields of a request to a model besides its messages.
+  function asked(model) {
+    const think = inputs.think.value, scale = Number(scales.querySelector(`#scale-${model}`)?.value ?? 1);
+    const numbers = Object.keys(SAMPLING).map((name) => [name, Number(inputs[name].value)]);
+    return { ...Object.fromEntries(numbers), ...(think ? { think } : {}), ...(scale === 1 ? {} : { adapter_scale: scale }) };
+  }
+
+  function scaleOf(name, title) {
+    const shown = el("output", {}, "1"), input = el("input", { id: `scale-${name}`, type: "range", min: 0, max: 2, step: 0.1, value: 1, oninput: () => { shown.value = input.value; } });
+    return el("div", {}, el("label", { htmlFor: input.id }, t("chat.scale", title), " ", shown), input);
+  }
+
+  // Is called after each change of the conversation, which is there again after a reload; nothing is sent in the middle of an answer.
+  function refresh() {
+    const turns = conversation.turns();
+    say.hidden = say.disabled = conversation.busy();
+    stop.hidden = !say.hidden;
+    buttons.forEach((button) => { button.hidden = !turns.length; });
+    remember("talk", { began, turns });
+  }
+
+  function submit(event) {
+    event.preventDefault();
+    const said = text.value.trim();
+    if (!said || say.disabled) return;
+    if (conversation) {
       text.value = "";
-      columns.forEach((one) => one.say(said));
-    } }, text, el("div", { className: "row" }, say, stop, again, edit, clear, end),
-    el("details", {}, el("summary", {}, "Sampling"), el("div", { className: "fields" }, temperature.box, top_p.box, tokens.box, seed.box,
-      el("div", {}, el("label", { htmlFor: "think" }, "Thinking"), think), el("div", {}, el("label", { htmlFor: "system" }, "System text"), system))));
-    text.addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return; // an input method's Enter ends its word
-      event.preventDefault();
-      form.requestSubmit();
-    });
-    talk.replaceChildren(el("div", { className: "chats" }, columns.map((one) => one.box)), form);
-    signal.addEventListener("abort", () => columns.forEach((one) => one.stop(LEFT)));
-    addEventListener("pagehide", told, { signal });
-    columns.forEach((one) => { one.scroll(); one.changed(); });
-    text.focus();
-
-    // Hears of each change: what was said is there again after a reload, and nothing is sent in the middle of an answer.
-    function told() {
-      stop.hidden = !(say.disabled = columns.some((one) => one.busy()));
-      remember("talk", { began, chats: Object.fromEntries(columns.map((one, n) => [names[n], one.messages()])) });
+      return conversation.say(said);
     }
-  }
-
-  // A chat with one model: messages as {role, content, end}, where end says why an answer is not whole.
-  function column(id, name, file, messages, options, system, told) {
-    const turns = el("div", { className: "turns", "aria-live": "polite", tabIndex: 0 }), problem = el("div");
-    let busy = null;
-    // A message without an answer, such as one that was refused, is left out of what follows.
-    const answered = () => messages.filter(({ content }, n) => content && (messages[n + 1]?.content ?? true));
-    const all = () => [...(system() ? [{ role: "system", content: system() }] : []), ...answered().map(({ role, content }) => ({ role, content }))];
-    const copy = copyButton(() => JSON.stringify({ messages: all() }), "Copy as a row");
-    const box = el("section", { className: "chat", "aria-label": name }, el("h2", {}, name, el("small", {}, file)), turns, problem, el("div", { className: "row" }, copy));
-    const scroll = () => { turns.scrollTop = turns.scrollHeight; };
-
-    function changed() {
-      copy.disabled = busy !== null || !answered().length || answered().some(({ end }) => end);
-      copy.title = answered().some(({ end }) => end) ? "an answer is not whole, and a row of it would teach to end there" : "";
-      told();
-    }
-
-    // Shows a turn; -> what replaces its words, of which a thinking is folded, and says how it ended.
-    function bubble({ role, content, end }) {
-      const thought = el("div", { className: "note" }), folded = el("details", { hidden: true }, el("summary", {}, "thinking"), thought);
-      const words = el("div", { className: "words" }), why = el("small");
-      turns.append(el("div", { className: `turn ${role}`, dir: "auto" }, el("small", {}, role), folded, words, why));
-      const show = (text, ended = null) => {
-        const low = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 60;
-        const found = role === "assistant" && /^\s*<think>?([^]*?)(?:<\/think>\s*([^]*))?$/.exec(text);
-        folded.hidden = !found;
-        if (found) thought.textContent = found[1].trim();
-        const answer = found ? found[2] ?? "" : text;
-        if (role === "assistant") showMarkdown(words, answer, ended !== null); else words.textContent = answer;
-        why.textContent = ended;
-        if (low) scroll();
-      };
-      show(content, end ?? "");
-      return show;
-    }
-
-    async function answer() {
-      const mine = (busy = new AbortController()), asked = all(), message = { role: "assistant", content: "", end: LEFT };
-      messages.push(message);
-      tell(problem, null);
-      turns.ariaBusy = "true";
-      const show = bubble({ role: "assistant", content: "…" });
-      scroll();
-      changed();
-      let end = "cut: the model was closed", waiting = 0, pause = 0;
-      const draw = () => {
-        const began = performance.now();
-        show(message.content || "…");
-        waiting = 0;
-        pause = 5 * (performance.now() - began); // most of the time stays for the stream, and for who reads
-      };
-      try {
-        const response = await send(`/api/chat/${id}/v1/chat/completions`, { model: name, messages: asked, stream: true, ...options() }, mine.signal);
-        if (!response.ok) {
-          const found = await response.json().catch(() => ({}));
-          throw new Error(found.error?.message ?? found.error ?? `the server answered ${response.status}`);
-        }
-        for await (const part of events(response.body, mine.signal)) {
-          if (part.error) throw new Error(part.error.message ?? part.error);
-          const choice = part.choices?.[0];
-          message.content += choice?.delta?.content ?? "";
-          if (choice?.finish_reason) end = choice.finish_reason === "length" ? "cut: it reached the longest answer, a number under Sampling" : "";
-          waiting ||= setTimeout(draw, Math.max(pause, 30));
-        }
-      } catch (found) {
-        if (!mine.signal.aborted) tell(problem, found);
-        end = `cut: ${found.message}`;
-      }
-      clearTimeout(waiting);
-      if (!mine.signal.aborted) message.end = end;
-      if (!message.content) message.end = "no answer: this message is left out of what follows";
-      show(message.content || "(nothing)", message.end);
-      if (busy !== mine) return;
-      busy = null;
-      turns.ariaBusy = "false";
-      changed();
-    }
-
-    function stop(why = "stopped") {
-      if (!busy) return;
-      busy.abort();
-      busy = null;
-      messages.at(-1).end = why;
-    }
-
-    // Takes the last turn of a role away; -> its text, or "" if the last is another's.
-    function drop(role) {
-      if (messages.at(-1)?.role !== role) return "";
-      turns.lastElementChild.remove();
-      return messages.pop().content;
-    }
-
-    messages.forEach((one) => bubble(one));
-    return {
-      box, scroll, changed, stop(why) { stop(why); changed(); }, busy: () => busy !== null, messages: () => messages,
-      say(text) { messages.push({ role: "user", content: text }); bubble(messages.at(-1)); answer(); },
-      again() { stop(); drop("assistant"); if (messages.length) answer(); },
-      takeBack() { stop(); drop("assistant"); const text = drop("user"); tell(problem, null); changed(); return text; },
-      clear() { stop(); messages = []; turns.replaceChildren(); tell(problem, null); changed(); },
-    };
+    waits = true; // it is sent when the model is open
+    if (!used) begin();
   }
 }
 
-// The events of a stream of server-sent events, as objects.
-async function* events(stream, signal) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  signal.addEventListener("abort", () => reader.cancel());
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const blocks = (rest + value).split(/\r?\n\r?\n/);
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
-      if (data && data !== "[DONE]") yield JSON.parse(data);
-    }
-  }
+// The names of a server's models, by the words of its command -> titles, shortened names of their files.
+function titles(words) {
+  const given = words.map((word) => /^([\w-]+)=(.+)$/.exec(word)).filter(Boolean).map(([, name, file]) => [name, short(file)]);
+  return { base: short(words[words.indexOf("--model") + 1]), ...Object.fromEntries(given) };
 }

@@ -1,0 +1,155 @@
+// A conversation with several models at once: each message stands once, below it the answers of the models side by side.
+import { copyButton, el, number, send, tell } from "./lib.js";
+import { showMarkdown } from "./markdown.js";
+import { t } from "./texts.js";
+
+const NEAR = 80; // pixels from the end of the page, within which it follows an answer
+
+// Shows the conversation of `turns` in `box`, and asks `models` {name: title} at an address for further answers.
+//
+// turns: [{text, answers: {name: {content, thought, tokens: of the thought, end: why it is not whole}}}]; asked(name): the
+// fields of a request besides its messages; system(): the system text; changed() is called after each change.
+export function talk(box, address, models, turns, { asked, system, changed }) {
+  const running = new Map(); // an answer that comes -> the controller that stops it
+  const first = () => (system() ? [{ role: "system", content: system() }] : []);
+  const answered = (name, end) => turns.slice(0, end).filter(({ answers }) => answers[name]?.content);
+
+  // The messages of the turns before `end` that a model has answered: one that was refused is left out of what follows.
+  function history(name, end, thoughts = false) {
+    return [...first(), ...answered(name, end).flatMap(({ text, answers: { [name]: { content, thought } } }) => [
+      { role: "user", content: text },
+      { role: "assistant", content, ...(thoughts && thought ? { reasoning_content: thought } : {}) },
+    ])];
+  }
+
+  function refresh() {
+    box.ariaBusy = String(running.size > 0);
+    changed();
+  }
+
+  function draw(turn) {
+    const place = el("div", { className: "answers" });
+    box.append(el("section", {}, el("div", { className: "turn user", dir: "auto" }, el("div", { className: "words" }, turn.text)), place));
+    return place;
+  }
+
+  // Adds an answer -> the function that shows it again; `ended` if nothing more of it comes.
+  function add(place, turn, name) {
+    const message = turn.answers[name], end = turns.indexOf(turn) + 1;
+    const thought = el("div", { className: "note" }), summary = el("summary"), folded = el("details", {}, summary, thought);
+    const words = el("div", { className: "words" }), why = el("small"), problem = el("div");
+    const copy = copyButton(() => JSON.stringify({ messages: history(name, end, true) }), t("chat.copy"));
+    place.append(el("article", { className: "turn", dir: "auto", "aria-label": models[name] },
+      el("small", {}, models[name]), folded, words, problem, el("div", { className: "row" }, why, copy)));
+    const show = (ended) => {
+      const page = document.documentElement, low = page.scrollHeight - page.scrollTop - innerHeight < NEAR;
+      folded.hidden = !message.thought;
+      thought.textContent = message.thought;
+      summary.textContent = t(message.content || ended ? "chat.thought" : "chat.thinking", number(message.tokens));
+      showMarkdown(words, message.content || (ended || message.thought ? "" : "…"), ended);
+      why.textContent = ended ? message.end : "";
+      const whole = answered(name, end).every(({ answers }) => !answers[name].end);
+      copy.hidden = !ended || !message.content;
+      copy.disabled = !whole;
+      copy.title = whole ? "" : t("chat.not whole");
+      if (low) page.scrollTop = page.scrollHeight;
+    };
+    return { show, problem };
+  }
+
+  async function answer(place, turn, name) {
+    const message = (turn.answers[name] = { content: "", thought: "", tokens: 0, end: t("chat.left") }), control = new AbortController();
+    const { show, problem } = add(place, turn, name), messages = [...history(name, turns.indexOf(turn)), { role: "user", content: turn.text }];
+    let end = t("chat.closed"), waiting = 0, pause = 0;
+    const draw = () => {
+      const began = performance.now();
+      show(false);
+      waiting = 0;
+      pause = 5 * (performance.now() - began); // most of the time stays for the stream, and for who reads
+    };
+    running.set(message, control);
+    draw();
+    refresh();
+    try {
+      const response = await send(address, { model: name, messages, stream: true, ...asked(name) }, control.signal);
+      if (!response.ok) {
+        const found = await response.json().catch(() => ({}));
+        throw new Error(found.error?.message ?? found.error ?? t("chat.status", response.status));
+      }
+      for await (const { choices, error } of events(response.body, control.signal)) {
+        if (error) throw new Error(error.message ?? error);
+        const { delta = {}, finish_reason } = choices?.[0] ?? {};
+        message.content += delta.content ?? "";
+        message.thought += delta.reasoning_content ?? "";
+        message.tokens += delta.reasoning_content ? 1 : 0;
+        if (finish_reason) end = finish_reason === "length" ? t("chat.longest") : "";
+        waiting ||= setTimeout(draw, Math.max(pause, 30));
+      }
+    } catch (found) {
+      if (!control.signal.aborted) tell(problem, found);
+      end = message.content ? t("chat.cut", found.message) : "";
+    }
+    clearTimeout(waiting);
+    if (running.delete(message)) message.end = end; // else stop() has said why
+    if (!message.content) message.end = [message.end, t("chat.unanswered")].filter(Boolean).join("; ");
+    show(true);
+    refresh();
+  }
+
+  function stop(why = t("chat.stopped")) {
+    for (const [message, control] of running) {
+      message.end = why;
+      control.abort();
+    }
+    running.clear();
+    refresh();
+  }
+
+  function ask(turn) {
+    const place = draw(turn);
+    turn.answers = {};
+    for (const name of Object.keys(models)) answer(place, turn, name);
+    scrollTo(0, document.documentElement.scrollHeight);
+  }
+
+  // Takes the last turn away; -> it, or undefined.
+  function drop() {
+    stop();
+    box.lastElementChild?.remove();
+    return turns.pop();
+  }
+
+  function say(text) {
+    turns.push({ text, answers: {} });
+    ask(turns.at(-1));
+  }
+
+  for (const turn of turns) {
+    const place = draw(turn);
+    for (const name of Object.keys(models)) if (turn.answers[name]) add(place, turn, name).show(true);
+  }
+  box.ariaBusy = "false";
+  return {
+    stop, say, busy: () => running.size > 0, turns: () => turns,
+    again() { const turn = drop(); if (turn) say(turn.text); },
+    takeBack() { const turn = drop(); refresh(); return turn?.text ?? ""; },
+    clear() { stop(); turns = []; box.replaceChildren(); refresh(); },
+  };
+}
+
+// The events of a stream of server-sent events, as objects.
+async function* events(stream, signal) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  signal.addEventListener("abort", () => reader.cancel());
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split(/\r?\n\r?\n/);
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
+      if (data && data !== "[DONE]") yield JSON.parse(data);
+    }
+  }
+}

@@ -1,0 +1,226 @@
+"""The chat in a real browser, beside models' answers that a test makes up."""
+
+import json
+import re
+
+import pytest
+
+from tools.ui.pages import go, press
+
+expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
+RUN = {"folder": "out/poet", "running": False, "modified": 1, "steps": 1, "done": 1, "epochs": 1}
+RUN |= {"flags": {"load_model": "base.pth", "tokenizer": "bytes"}, "files": ["adapter.safetensors"]}
+WORDS = ["serve", "--model", "base.pth", "--adapter", "adapter=out/poet/adapter.safetensors", "adapter-2=b.safetensors"]
+JOB = {"id": "1", "own": True, "words": WORDS, "began": 1, "state": "running", "code": None, "output": "", "next": 0}
+TITLES = ("base", "out/poet", "b")
+
+
+def test_several_adapters_are_served_beside_a_model(server):
+    asked = {"model": "base.pth", "adapters": ["a.safetensors", "b.safetensors"], "weights": "int8"}
+    words = server.json(f"/api/jobs/{server.json('/api/chat', asked)['id']}")["words"]
+    at = words.index("--adapter")
+    assert words[at + 1 : at + 3] == ["adapter=a.safetensors", "adapter-2=b.safetensors"]
+    assert words[-2:] == ["--weights", "int8"]
+
+
+class Models:
+    """Stands in for a server of models: its next answers, the bodies of requests, and the models that are opened."""
+
+    def __init__(self, page):
+        self.page, self.answers, self.asked, self.opened = page, [], [], []
+        page.route(re.compile(r"/api/jobs\?"), lambda route: route.fulfill(json=[JOB] * bool(self.opened)))
+        page.route(re.compile("/api/jobs/1"), lambda route: route.fulfill(json=JOB))
+        page.route(re.compile(r"/api/runs\?"), lambda route: route.fulfill(json=[RUN]))
+        taken = {"file": "out/poet/adapter.safetensors", "other": None, "note": ""}
+        page.route(re.compile("/api/runs/taken"), lambda route: route.fulfill(json=taken))
+        names = [{"id": name} for name in ("base", "adapter", "adapter-2")]
+        page.route(re.compile("/v1/models"), lambda route: route.fulfill(json={"data": names}))
+        page.route(re.compile("/api/chat$"), self.open)
+        page.route("**/chat/completions", self.complete)
+
+    def open(self, route):
+        self.opened.append(route.request.post_data_json)
+        route.fulfill(json={"id": "1"})
+
+    def complete(self, route):
+        status, end, *deltas = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
+        self.asked.append(route.request.post_data_json)
+        if status != 200:
+            return route.fulfill(status=status, json={"error": {"message": deltas[0]}})
+        deltas = [{"content": delta} if isinstance(delta, str) else delta for delta in deltas]
+        lines = [{"delta": delta} for delta in deltas] + ([{"delta": {}, "finish_reason": end}] if end else [])
+        body = "".join(f"data: {json.dumps({'choices': [line]})}\n\n" for line in lines)
+        return route.fulfill(content_type="text/event-stream", body=body)
+
+    def say(self, text):
+        self.page.get_by_label("message", exact=True).fill(text)
+        self.page.get_by_label("message", exact=True).press("Enter")
+
+    def answer(self, title):
+        """The last answer of a model."""
+        return self.page.get_by_role("article", name=title, exact=True).last
+
+
+@pytest.fixture
+def models(open_page):
+    """A chat that offers to open a model with two adapters."""
+    models = Models(open_page())
+    go(models.page, "Chat")
+    models.page.get_by_label("message", exact=True).wait_for()
+    return models
+
+
+@pytest.fixture
+def talk(models):
+    """A chat with a model and two adapters that are open."""
+    press(models.page, "Open out/poet beside base")
+    expect(models.page.get_by_role("log")).to_have_attribute("aria-busy", "false")
+    return models
+
+
+def test_one_click_opens_the_newest_run_on_its_base_and_a_message_is_sent_to_all(talk):
+    page = talk.page
+    assert talk.opened == [
+        {
+            "model": "base.pth",
+            "adapters": ["out/poet/adapter.safetensors"],
+            "state": "",
+            "tokenizer": "bytes",
+            "weights": "",
+        }
+    ]
+    talk.answers[:] = [(200, "stop", "Hello", " **you**")]
+    talk.say("Hi")
+    for title in TITLES:
+        expect(talk.answer(title).locator(".words")).to_have_text("Hello you")
+        expect(talk.answer(title).locator("strong")).to_have_text("you")
+    expect(page.get_by_label("message", exact=True)).to_be_focused()
+    assert [body["model"] for body in talk.asked] == ["base", "adapter", "adapter-2"]
+    assert len({body["seed"] for body in talk.asked}) == 1 and not any("think" in body for body in talk.asked)
+    boxes = [talk.answer(title).bounding_box() for title in TITLES]
+    assert len({box["y"] for box in boxes}) == 1 and len({box["x"] for box in boxes}) == 3
+    page.set_viewport_size({"width": 360, "height": 800})
+    boxes = [talk.answer(title).bounding_box() for title in TITLES]
+    assert len({box["x"] for box in boxes}) == 1 and page.locator("html").evaluate("page => page.scrollWidth") <= 360
+    page.reload()
+    expect(talk.answer("b").locator(".words")).to_have_text("Hello you")
+
+
+def test_a_message_may_be_written_before_a_model_is_open(models):
+    models.answers[:] = [(200, "stop", "Hello")]
+    models.say("Hi")
+    expect(models.answer("out/poet")).to_contain_text("Hello")
+    assert len(models.opened) == 1 and models.asked[0]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_the_drawer_is_reached_by_the_keyboard_and_holds_models_thinking_and_sampling(models):
+    page = models.page
+    page.get_by_role("heading", level=1).evaluate("heading => { heading.tabIndex = -1; heading.focus(); }")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    press(page, "Another adapter")
+    expect(page.get_by_label("Adapter 2", exact=True)).to_be_focused()
+    page.get_by_label("Adapter 2", exact=True).fill("b.safetensors")
+    page.get_by_label("Thinking").select_option("on")
+    for label, value in {"Temperature": "0.5", "Top p": "0.25", "Longest answer": "9", "System text": "Rhyme."}.items():
+        page.get_by_label(label, exact=True).fill(value)
+    press(page, "Open")
+    expect(page.get_by_text("open: base, out/poet, b")).to_be_visible()
+    thoughts = [{"reasoning_content": text} for text in ("A greeting", ": I greet.")]
+    models.answers[:] = [(200, "stop", *thoughts, {"content": "Hello"})]
+    models.say("Hi")
+    assert models.opened[0]["adapters"] == ["out/poet/adapter.safetensors", "b.safetensors"]
+    answer = models.answer("b")
+    expect(answer.locator(".words")).to_have_text("Hello")
+    expect(answer.get_by_text("A greeting: I greet.")).to_be_hidden()
+    answer.get_by_text("thought for about 2 tokens").click()
+    expect(answer.get_by_text("A greeting: I greet.")).to_be_visible()
+    sent = {"temperature": 0.5, "top_p": 0.25, "max_tokens": 9, "think": "on"}
+    assert models.asked[0].items() >= sent.items()
+    system = {"role": "system", "content": "Rhyme."}
+    assert models.asked[0]["messages"] == [system, {"role": "user", "content": "Hi"}]
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    answer.get_by_role("button", name="Copy as a row").click()
+    expect(answer.get_by_role("button", name="Copied")).to_be_visible()
+    row = json.loads(page.evaluate("() => navigator.clipboard.readText()"))
+    thoughtful = {"role": "assistant", "content": "Hello", "reasoning_content": "A greeting: I greet."}
+    assert row == {"messages": [*models.asked[0]["messages"], thoughtful]}
+    page.get_by_label("Scale of b").fill("0.5")
+    models.say("And?")
+    expect(page.get_by_role("article")).to_have_count(6)
+    assert [body.get("adapter_scale") for body in models.asked] == [None] * 5 + [0.5]
+    assert models.asked[-1]["messages"][-2:] == [
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "And?"},
+    ]
+    page.reload()
+    expect(page.get_by_label("Longest answer", exact=True)).to_have_value("9")
+
+
+def test_without_a_model_the_drawer_is_open_and_says_so(models):
+    page = models.page
+    page.route(re.compile(r"/api/runs\?"), lambda route: route.fulfill(json=[]))
+    page.reload()
+    expect(page.get_by_label("Model", exact=True)).to_be_visible()
+    models.say("Hi")
+    expect(page.get_by_role("alert")).to_have_text("Name a model first.")
+    expect(page.get_by_label("Model", exact=True)).to_be_focused()
+    expect(page.get_by_label("message", exact=True)).to_have_value("Hi")
+
+
+@pytest.mark.parametrize(("end", "why"), [("length", "cut: it reached the longest"), ("", "cut: the model was closed")])
+def test_an_answer_that_is_not_whole_says_so_and_is_no_row(talk, end, why):
+    talk.answers[:] = [(200, end, "one two")]
+    talk.say("Hi")
+    answer, copy = talk.answer("b"), talk.answer("b").get_by_role("button", name="Copy as a row")
+    for _ in range(2):
+        expect(answer).to_contain_text(why)
+        expect(copy).to_be_disabled()
+        talk.page.reload()
+    talk.answers[:] = [(200, "stop", "one two three")]
+    press(talk.page, "Regenerate")
+    expect(answer).not_to_contain_text("cut")
+    expect(copy).to_be_enabled()
+    assert talk.asked[-1]["messages"] == [{"role": "user", "content": "Hi"}]
+    assert talk.asked[-1]["seed"] == talk.asked[0]["seed"] + 1
+    press(talk.page, "Edit the last")
+    expect(talk.page.get_by_label("message", exact=True)).to_have_value("Hi")
+    expect(talk.page.get_by_role("article")).to_have_count(0)
+
+
+def test_a_message_that_was_refused_is_left_out_of_what_follows(talk):
+    talk.answers[:] = [(400, "", "the prompt is too long")]
+    talk.say("long")
+    expect(talk.answer("base").get_by_role("alert")).to_have_text("the prompt is too long")
+    expect(talk.page.get_by_role("button", name="Send")).to_be_visible()
+    talk.answers[:] = [(200, "stop", "Yes.")]
+    talk.say("short")
+    expect(talk.page.locator("article .words", has_text="Yes.")).to_have_count(3)
+    assert talk.asked[-1]["messages"] == [{"role": "user", "content": "short"}]
+    expect(talk.answer("base").get_by_role("button", name="Copy as a row")).to_be_enabled()
+
+
+STUCK = """() => {
+  const piece = 'data: {"choices": [{"delta": {"content": "one"}}]}\\n\\n', real = window.fetch;
+  const begun = () => new ReadableStream({ start: (stream) => stream.enqueue(new TextEncoder().encode(piece)) });
+  const stuck = (path) => path.includes("/completions");
+  window.fetch = (path, ...rest) => (stuck(path) ? Promise.resolve(new Response(begun())) : real(path, ...rest));
+}"""
+
+
+@pytest.mark.parametrize("why", ["stopped", "cut: the page was left"])
+def test_an_answer_that_is_stopped_or_left_is_not_whole(talk, why):
+    page = talk.page
+    page.evaluate(STUCK)  # an answer that begins, and goes on for ever
+    talk.say("Hi")
+    expect(talk.answer("base")).to_contain_text("one")
+    expect(page.get_by_role("log")).to_have_attribute("aria-busy", "true")
+    expect(page.get_by_role("button", name="Send")).to_be_hidden()
+    if why == "stopped":
+        press(page, "Stop")
+    else:
+        go(page, "Runs")
+        go(page, "Chat")
+    expect(talk.answer("base")).to_contain_text(why)
+    expect(page.get_by_role("button", name="Copy as a row").first).to_be_disabled()
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
