@@ -58,8 +58,8 @@ export async function chatPage(place, about, signal, folder) {
   for (const file of kept.adapters?.length ? kept.adapters : [""]) addAdapter(file);
   const files = run ? await which.show(run.folder) : [kept.adapters?.[0] || kept.model];
   const has = (job) => files.find((file) => job.words.includes(file) || job.words.some((word) => word.endsWith(`=${file}`)));
-  const served = (await list()).find((job) => !folder || (has(job) && !(run?.modified > job.began))); // opened after the run had written
-  if (served && run && has(served)) which.choose(has(served));
+  const served = (await list()).find((job) => has(job) && !(run?.modified > job.began)); // opened after the run had written
+  if (served && run) which.choose(has(served));
   if (served) enter(served.id); else propose();
   signal.addEventListener("abort", () => conversation?.stop(t("chat.left")));
   addEventListener("pagehide", () => conversation && refresh(), { signal });

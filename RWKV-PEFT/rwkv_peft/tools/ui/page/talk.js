@@ -39,7 +39,7 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
     const thought = el("div", { className: "note" }), summary = el("summary"), folded = el("details", {}, summary, thought);
     const words = el("div", { className: "words" }), why = el("small"), problem = el("div");
     const copy = copyButton(() => JSON.stringify({ messages: history(name, end, true) }), t("chat.copy"));
-    place.append(el("article", { className: "turn", dir: "auto", "aria-label": models[name] },
+    place.append(el("article", { className: "turn assistant", dir: "auto", "aria-label": models[name] },
       el("small", {}, models[name]), folded, words, problem, el("div", { className: "row" }, why, copy)));
     const show = (ended) => {
       const page = document.documentElement, low = page.scrollHeight - page.scrollTop - innerHeight < NEAR;
