@@ -24,6 +24,7 @@ export function showAnswers(place, found) {
 }
 
 const said = (one) => (one?.text ?? "").trim();
+const named = (of) => String(of).replace(/^(training|held-out)/, (kind) => t(`answers.${kind}`));
 const part = (label, ...words) => el("div", { className: "turn" }, el("small", {}, label), ...words);
 const card = (heading, prompt, ...parts) => el("article", { className: "card" }, el("small", {}, heading),
   el("div", { className: "prompt" }, String(prompt ?? "").trim()), el("div", { className: "answers" }, parts));
@@ -32,7 +33,7 @@ const card = (heading, prompt, ...parts) => el("article", { className: "card" },
 function pair({ of, prompt, answer, before, after }) {
   const as = (one) => (one && said(one) === said(answer) ? ` ✓ ${t("answers.as the row")}` : "");
   const [old, now] = before && after ? differences(said(before), said(after)) : [said(before), said(after)];
-  return card(of, prompt, part(t("answers.before") + as(before), old), after ? part(t("answers.after") + as(after), now) : null,
+  return card(named(of), prompt, part(t("answers.before") + as(before), old), after ? part(t("answers.after") + as(after), now) : null,
     after && as(after) ? null : part(t("answers.row"), said(answer)));
 }
 
@@ -47,7 +48,7 @@ function rollout(line) {
 function verdict(rows) {
   const right = (of, when) => rows.filter((row) => row.of === of && row[when] && said(row[when]) === said(row.answer)).length;
   return [...new Set(rows.map((row) => row.of))].map((of) =>
-    t("answers.verdict", of, right(of, "after"), rows.filter((row) => row.of === of).length, right(of, "before"))).join("\n");
+    t("answers.verdict", named(of), right(of, "after"), rows.filter((row) => row.of === of).length, right(of, "before"))).join("\n");
 }
 
 // Two texts as nodes, the words marked that only one of them has, by their longest common subsequence.

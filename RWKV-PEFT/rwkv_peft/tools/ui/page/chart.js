@@ -29,7 +29,7 @@ export function chart(place, title, lines, { means = "", log = false, live = fal
       dash: line.dash, spanGaps: true, points: { show: line.x.length < 20 }, value: (plot, value) => (value === null ? "–" : number(value)),
     }))],
   };
-  picture.replaceChildren();
+  picture.plot?.destroy();
   picture.plot = steps.length ? new uPlot(options, [steps, ...rows], picture) : null;
   if (!picture.plot) return;
   const canvas = picture.querySelector("canvas");

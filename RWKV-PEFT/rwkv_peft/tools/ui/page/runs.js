@@ -113,7 +113,7 @@ export async function runsPage(place, about, signal, chosen) {
       figures.replaceChildren(figure(t("runs.state"), t(`state.${run.running ? "running" : total && done >= total ? "done" : begun ? "begins" : "stopped"}`)),
         figure(t("chart.step"), total ? t("runs.done", number(done), number(total)) : number(done)), figure(t(`figure.${name}`), number(last[name])),
         figure(t("figure.val_loss"), number(held?.val_loss)), figure(t("figure.lr"), number(last.lr, 3)), figure(t("figure.speed"), last.tokens_per_s ? number(Math.round(last.tokens_per_s)) : "–"),
-        figure(t("figure.left"), run.running && total ? (speeds.length < 4 ? t("figure.later") : duration((total - done) * pace)) : "–"));
+        run.running && total ? figure(t("figure.left"), speeds.length < 4 ? t("figure.later") : duration((total - done) * pace)) : "");
       bar.max = total || 1;
       bar.value = Math.min(done, total || 1);
       renew(buttons,
