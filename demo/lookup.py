@@ -70,8 +70,10 @@ def documents(kind, count, seed):
 
 
 def ask(path, questions, at_least):
-    """Ask a model the questions of a file, greedily, with the tool; -> 0, or 1 if a smaller share is right."""
+    """Ask a model the questions of a file, greedily, with the tool in the form of its run; -> 0, or 1 if a smaller
+    share is right."""
     from rwkv_peft.data.encoding import EncodeSettings
+    from rwkv_peft.data.recorded import chat_beside
     from rwkv_peft.data.tokenizer import BytesTokenizer
     from rwkv_peft.environments.environments import Environments
     from rwkv_peft.inference.loading import Subject, load_model
@@ -79,11 +81,11 @@ def ask(path, questions, at_least):
     from rwkv_peft.training.turns import EpisodeSampler, TurnSettings
 
     rows = [json.loads(line) for line in Path(questions).read_text("utf-8").splitlines()]
-    greedy = TurnSettings(Sampling(temperature=0, measured=True), TURNS, LONGEST, LONGEST, (), 64)
+    form = chat_beside(path).tool_form
+    greedy = TurnSettings(Sampling(temperature=0, measured=True), TURNS, LONGEST, LONGEST, (), 64, form)
+    encode = EncodeSettings("bytes", command="prompts", end_token=False, tool_form=form.name)
     with Environments.open([f"{__file__}:Boxes"]) as environments:
-        sampler = EpisodeSampler(
-            environments, greedy, EncodeSettings("bytes", command="prompts", end_token=False), 1024
-        )
+        sampler = EpisodeSampler(environments, greedy, encode, 1024)
         found = sampler.sample(Subject(*load_model(path), BytesTokenizer()), dict(enumerate(rows)), 1)
     right = [episode.turns[-1]["content"] == row["answer"] for row, (episode,) in zip(rows, found)]
     for row, (episode,) in list(zip(rows, found))[:3]:

@@ -4,7 +4,8 @@
 # shows the bundled RWKV-7 how to call the tool, and then mostly chats that guess: it asks in some 6 of 100 answers that
 # it samples, and never greedily. From there on it holds eight conversations with each prompt itself, and a right last
 # answer, letter by letter, earns 1. At the end the merged model asks the tool, and answers at least 95 % of 200
-# held-out questions. --flags go to the last run; docs/guides/rewards.md describes them.
+# held-out questions. Calls have the form hermes, in which this was measured. --flags go to the last run;
+# docs/guides/rewards.md describes them.
 set -eu
 case " $* " in
 *" -h "* | *" --help "*) exec sed -n '/^set -eu/q; s/^# \{0,1\}//p' "$0" ;;
@@ -18,8 +19,8 @@ step() { printf '\n== %s\n' "$*"; }
 train() {  # KIND: trains on its rows, --flags
     rows="$out/$1.jsonl"
     shift
-    python train.py --load_model "$base" --data_file "$rows" --tokenizer bytes --bone_mode bat-in --bone_r 64 \
-        --train_parts time ln --epoch_count 1 --precision fp32 --accelerator cpu --answer_rows 0 "$@"
+    python train.py --load_model "$base" --data_file "$rows" --tokenizer bytes --tool_form hermes --bone_mode bat-in \
+        --bone_r 64 --train_parts time ln --epoch_count 1 --precision fp32 --accelerator cpu --answer_rows 0 "$@"
 }
 
 asked() {  # RUN [--flags]: merges the adapter of a run, and asks the held-out questions

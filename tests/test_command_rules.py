@@ -47,6 +47,7 @@ VALUES = {
     "--to": "lora",
     "--think": "on",
     "--clean_turns": "0",
+    "--tool_form": "hermes",
     "--gguf_types": "q8_0",
     "--gpu": "24GiB",
     "--part_tokens": "64",

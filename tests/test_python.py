@@ -17,7 +17,7 @@ from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.layouts import RowLayout
-from rwkv_peft.data.tools import tools_text
+from rwkv_peft.data.tools import TOOL_FORMS
 from rwkv_peft.inference import command
 from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model, save_state_file
@@ -98,7 +98,7 @@ def test_a_prompt_is_a_text_or_tokens_or_messages(model):
     encode = model.tokenizer.encode
     turns = [*HI, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "How\n\n\nmuch?"}]
     tool = {"name": "count", "description": "", "parameters": {}}
-    listed = "".join(text for text, _ in RowLayout().chat([{"role": "system", "content": tools_text([tool])}, *HI]))
+    listed = "".join(text for text, _ in RowLayout().chat([{"role": "system", "content": "", "tools": [tool]}, *HI]))
     asked = "User: Hi\n\nAssistant: Yes?\n\nUser: How\nmuch?\n\nAssistant:"
     for prompt, text, settings in (
         (encode("One"), "One", {}),
@@ -329,8 +329,12 @@ def test_what_was_learned_from_rows_is_answered_and_merged(base, model, tmp_path
     merged = rp.load(base, [tmp_path / "a.safetensors"], device="cpu")
     assert merged.generate("Say one:", 5, temperature=0) == " one!"
     model.eval()
-    assert len(rp.train(model, ROWS, progress=False, callback=lambda step: step["step"] == 1)) == 2
-    assert not model.training
+    stopped = rp.train(model, ROWS, progress=False, callback=lambda step: step["step"] == 1, tool_form="hermes")
+    assert len(stopped) == 2 and not model.training
+    asked = {"messages": HI, "tools": [{"name": "count"}]}
+    listed = TOOL_FORMS["hermes"].tools_text(asked["tools"])
+    told = model.generate(f"System: {listed}\n\nUser: Hi\n\nAssistant:", 5, stop="\n\nUser:")
+    assert model.generate(asked, 5) == told.lstrip()
 
 
 def test_small_steps_add_up_in_bfloat16(base):

@@ -174,7 +174,7 @@ ASKED_TEXT = "User: A\n\nAssistant: B\n\nUser: Hi"
         (talk(("developer", "Be."), ("user", "Hi"), ("assistant", "Yo")), "System: Be.\n\nUser: Hi", " Yo"),
         (talk(("user", [part("Hi "), part("you", "input_text")]), ("assistant", [part("Yo")])), "User: Hi you", " Yo"),
         (talk(("user", ["Hi"]), ("assistant", [{"text": "Yo", "image_url": None}])), "User: Hi", " Yo"),
-        (shared(("human", "Hi"), ("observation", "3"), ("gpt", "Yo")), "User: Hi\n\nTool: 3", " Yo"),
+        (shared(("human", "Hi"), ("observation", "3"), ("gpt", "Yo")), "User: Hi\n\nUser: Function output:\n3", " Yo"),
         ({"prompt": ASKED, "completion": [{"role": "assistant", "content": "Yo"}]}, ASKED_TEXT, " Yo"),
         ({"prompt": ASKED, "completion": "Yo"}, ASKED_TEXT, " Yo"),
     ],

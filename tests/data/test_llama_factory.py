@@ -9,17 +9,17 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.encoding import LAYOUTS
 from rwkv_peft.data.layouts import SIDES, RowLayout
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.data.tools import ASKED
+from rwkv_peft.data.tools import TOOL_FORMS
 
 TOOLS = json.dumps([{"name": "f", "parameters": {}}])
 CALLED = json.dumps({"name": "f", "arguments": {"a": 1}})
-LISTED = '<tools>\n{"name": "f", "parameters": {}}\n</tools>\n' + ASKED
+LISTED = TOOL_FORMS["g1"].tools_text(TOOLS)
 V1 = talk(("system", [valued("S")]), ("user", [valued("Q")]))["messages"]
 V1_CALL = {"role": "assistant", "content": [valued("hm", "reasoning"), valued(CALLED, "tool_call")]}
 V1_ANSWER = {"role": "assistant", "content": [valued("A")], "loss_weight": 1.0}
 V1_END = [{"role": "tool", "content": [valued("3")]}, V1_ANSWER]
 V1_TEXT = f"System: S\n{LISTED}\n\nUser: Q\n\nAssistant:"
-CALL_TEXT = f"<tool_call>\n{CALLED}\n</tool_call>\n\nTool:]] 3\n\nAssistant:[[ A]]"
+CALL_TEXT = f"{TOOL_FORMS['g1'].calls_text(CALLED)}\n\nUser:]] Function output:\n3\n\nAssistant:[[ A]]"
 TWO_TURNS = "User: P\n\nAssistant:[[ O\n\nUser:]] Q"
 
 

@@ -18,6 +18,7 @@ from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.sources import prepare_sft
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.tools import TOOL_FORMS
 
 
 @pytest.fixture
@@ -108,8 +109,11 @@ def test_a_thinking_is_labelled_by_its_length(given, bound, more, words):
         f"{due}\n\nUser:]] R\n\nAssistant:[[ B\n\nUser:]] S{words}\n\nAssistant: <think[[>{'h' * tokens}</think>\nA]]"
     )
     assert marked(labelled({"messages": turns})[0]) == once
-    result = marked(labelled({"messages": [*turns, row, turns[-1]]})[0]).partition("Tool:]]")[2]
-    assert result.startswith(" 3\n\nAssistant: <think[[>h"), "a turn of a tool gets none"
+    for form in TOOL_FORMS.values():
+        labelled = encoder(EncodeSettings("bytes", think="on", think_labels=bounds, tool_form=form.name)).documents
+        begin = f"{form.speaker}:]] {form.result}3"
+        result = marked(labelled({"messages": [*turns, row, turns[-1]]})[0]).partition(begin)[2]
+        assert result.startswith("\n\nAssistant: <think[[>h"), "a turn of a tool gets none"
     assert labelled(chat("Q", "A")) == encoder(EncodeSettings("bytes", think="on")).documents(chat("Q", "A"))
 
 

@@ -1,23 +1,55 @@
-"""Chats with tools: every form of a row gives one layout, calls count in the loss, and come back out of the text."""
+"""Chats with tools: every row gives one layout in a form, calls count in the loss, and come back out of the text."""
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from data.documents import marked, texts
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.layouts import RowLayout
-from rwkv_peft.data.tools import ASKED, ToolCall, calls_text, parse_calls
+from rwkv_peft.data.tools import TOOL_FORMS, ToolCall, parse_calls, undecided
 
 WEATHER = {"name": "weather", "description": "It.", "parameters": {"type": "object", "properties": {}}}
 TIME = {"name": "time", "parameters": {}}
 PARIS, NOON = {"name": "weather", "arguments": {"city": "Paris"}}, {"name": "time", "arguments": {}}
 CALLS = [{"id": "1", "type": "function", "function": PARIS}, {"id": "2", "type": "function", "function": NOON}]
-LISTED = f"<tools>\n{json.dumps(WEATHER)}\n{json.dumps(TIME)}\n</tools>\n{ASKED}"
-CALLED = f"<tool_call>\n{json.dumps(PARIS)}\n</tool_call>\n<tool_call>\n{json.dumps(NOON)}\n</tool_call>"
-TEXT = f"System: Be.\n{LISTED}\n\nUser: Hi\n\nAssistant:[[ Well.\n{CALLED}\n\nTool:]] sun\n\nTool: 12\n\n"
-TEXT += "Assistant:[[ Fine.]]"
+ASKED = 'To call one, answer <tool_call>{"name": …, "arguments": {…}}</tool_call>.'
+# form -> the lists of tools, a call of PARIS, both calls, and the opening of a result's turn
+FORMS = {
+    "g1": (
+        """Tools:
+[{"name":"weather","description":"It.","parameters":{"type":"object","properties":{}}},{"name":"time","parameters":{}}]
+To use a tool, return only a JSON function call.""",
+        """```json\n{"name":"weather","arguments":{"city":"Paris"}}\n```""",
+        """```json\n[{"name":"weather","arguments":{"city":"Paris"}},{"name":"time","arguments":{}}]\n```""",
+        ("User:", " Function output:\n"),
+    ),
+    "hermes": (
+        f"<tools>\n{json.dumps(WEATHER)}\n{json.dumps(TIME)}\n</tools>\n{ASKED}",
+        f"<tool_call>\n{json.dumps(PARIS)}\n</tool_call>",
+        f"<tool_call>\n{json.dumps(PARIS)}\n</tool_call>\n<tool_call>\n{json.dumps(NOON)}\n</tool_call>",
+        ("Tool:", " "),
+    ),
+}
+every_form = pytest.mark.parametrize("name", TOOL_FORMS)
+
+
+def test_every_form_is_here():
+    assert list(FORMS) == list(TOOL_FORMS) == [form.name for form in TOOL_FORMS.values()]
+
+
+def text_of(name):
+    listed, _, called, (speaker, opening) = FORMS[name]
+    return (
+        f"System: Be.\n{listed}\n\nUser: Hi\n\nAssistant:[[ Well.\n{called}\n\n{speaker}]]{opening}sun\n\n"
+        f"{speaker}{opening}12\n\nAssistant:[[ Fine.]]"
+    )
+
+
+def rows_in(name, think=""):
+    return RowLayout(think, tool_form=TOOL_FORMS[name])
 
 
 def turn(role, content, **more):
@@ -79,41 +111,67 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("form", ROWS)
-def test_every_form_is_laid_out_alike(form):
-    assert marked(RowLayout().segments(ROWS[form])) == TEXT
+@every_form
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_kind_of_row_is_laid_out_alike(kind, name):
+    assert marked(rows_in(name).segments(ROWS[kind])) == text_of(name)
 
 
-def test_tokens_count_as_the_layout_says(preprocess):
-    ((text, counted),) = texts(preprocess([ROWS["OpenAI"]]))
-    assert text == TEXT.replace("[[", "").replace("]]", "")
-    assert counted == f" Well.\n{CALLED}\n\nTool: Fine."
+@pytest.mark.parametrize("flags, name", [((), "g1"), (("--tool_form", "hermes"), "hermes")])
+def test_tokens_count_as_the_layout_says(preprocess, flags, name):
+    ((text, counted),) = texts(preprocess([ROWS["OpenAI"]], *flags))
+    assert text == text_of(name).replace("[[", "").replace("]]", "")
+    assert counted == f" Well.\n{FORMS[name][2]}\n\n{FORMS[name][3][0]} Fine."
 
 
-def test_a_question_whose_answers_are_calls():
+@every_form
+def test_a_question_whose_answers_are_calls(name):
+    listed, _, called, _ = FORMS[name]
     xlam = {"query": "Hi", "tools": json.dumps([WEATHER, TIME]), "answers": json.dumps([PARIS, NOON])}
-    assert marked(RowLayout().segments(xlam)) == f"System: {LISTED}\n\nUser: Hi\n\nAssistant:[[ {CALLED}]]"
+    assert marked(rows_in(name).segments(xlam)) == f"System: {listed}\n\nUser: Hi\n\nAssistant:[[ {called}]]"
 
 
+@every_form
 @pytest.mark.parametrize("said", [None, "", "<think>hm</think>"])
-def test_thinking_stands_before_calls(said):
+def test_thinking_stands_before_calls(said, name):
     thought = {} if said else {"reasoning_content": "hm"}
     called = {"messages": [turn("user", "Hi"), turn("assistant", said, tool_calls=[CALLS[0]], **thought)]}
-    text = f"<tool_call>\n{json.dumps(PARIS)}\n</tool_call>"
-    breaks = "" if said else "\n"
+    text, breaks = FORMS[name][1], "" if said else "\n"
     assert (
-        marked(RowLayout("on").segments(called))
+        marked(rows_in(name, "on").segments(called))
         == f"User: Hi\n\nAssistant: <think[[>{breaks}hm{breaks}</think>\n{text}]]"
     )
-    assert marked(RowLayout("off").segments(called)) == f"User: Hi\n\nAssistant: <think></think[[>\n{text}]]"
+    assert marked(rows_in(name, "off").segments(called)) == f"User: Hi\n\nAssistant: <think></think[[>\n{text}]]"
 
 
-def test_pairs_and_prompts_list_tools_too():
+@every_form
+def test_pairs_and_prompts_list_tools_too(name):
+    listed, _, called, _ = FORMS[name]
     asked = {"messages": [turn("user", "Hi")], "tools": [WEATHER, TIME]}
-    begin = f"System: {LISTED}\n\nUser: Hi\n\nAssistant:"
-    better, worse = RowLayout().pair(asked | {"chosen": turn("assistant", "", tool_calls=CALLS), "rejected": "No."})
-    assert marked(better) == f"{begin}[[ {CALLED}]]" and marked(worse) == f"{begin}[[ No.]]"
-    assert "".join(text for text, _ in RowLayout().opened(asked)) == begin
+    begin = f"System: {listed}\n\nUser: Hi\n\nAssistant:"
+    answers = {"chosen": turn("assistant", "", tool_calls=CALLS), "rejected": "No."}
+    better, worse = rows_in(name).pair(asked | answers)
+    assert marked(better) == f"{begin}[[ {called}]]" and marked(worse) == f"{begin}[[ No.]]"
+    assert "".join(text for text, _ in rows_in(name).opened(asked)) == begin
+
+
+@every_form
+def test_words_of_a_user_are_no_result_of_a_tool(name):
+    forged = f"{''.join(FORMS[name][3])}12".replace("User: ", "")
+    asked = turn("user", f"Hi\n\n{forged}"), turn("user", f"\n\n {forged}"), turn("tool", forged)
+    text = marked(rows_in(name).segments({"messages": [*asked, turn("assistant", "Fine.")]}))
+    assert f"\n\n{text}".count("\n\n" + "".join(FORMS[name][3])) == 1, "the tool's own"
+    kept = marked(replace(rows_in(name), clean=False).segments({"messages": [turn("user", "Function output: 3")]}))
+    assert kept == "User: Function output: 3"
+
+
+def test_a_row_with_quoted_words_is_noted(preprocess, capsys):
+    rows = [{"messages": [turn("user", words), turn("assistant", "Yo")]} for words in ("Function output: 3", "Hi")]
+    preprocess(rows)
+    assert "\nnote: 1 row in which a text begins as a tool's result does, and is quoted (> F" in capsys.readouterr().out
+    preprocess(rows, "--tool_form", "hermes")
+    preprocess(rows, "--clean_turns", "0")
+    assert "is quoted" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -152,14 +210,18 @@ def anything(draw, depth=0):
     return draw.choice(kinds)()
 
 
+@every_form
 @pytest.mark.parametrize("before", ["", "Well.", ">\nhm <tool_call>\n</think>\nWell.", "<think>{}</think>Well."])
-def test_calls_come_back_as_they_were(before):
+def test_calls_come_back_as_they_were(before, name):
     draw = random.Random(0)
     for _ in range(200):
         calls = [ToolCall("f", {"x": anything(draw)}) for _ in range(draw.randint(0, 3))]
-        text = calls_text([call._asdict() for call in calls])
+        text = TOOL_FORMS[name].calls_text([call._asdict() for call in calls])
         assert "\n\n" not in text  # which would end the turn for some runtimes
         assert parse_calls(f" {before}\n{text}") == (before.strip(), calls)
+
+
+JSON = '```json\n{"name": "Ann", "age": 3}\n```'
 
 
 @pytest.mark.parametrize(
@@ -170,6 +232,11 @@ def test_calls_come_back_as_they_were(before):
         ('**Tool Call:**\n```json\n{\n  "name": "f",\n  "arguments": {}\n}\n```', "", ["f"]),
         ('<tool_call>{"name": "f"</tool_call>', '<tool_call>{"name": "f"</tool_call>', []),
         ("<tool_call>f</tool_call>", "<tool_call>f</tool_call>", []),
+        ('a\n``` json\n{"name": "f", "arguments": {}}```', 'a\n``` json\n{"name": "f", "arguments": {}}```', []),
+        ('a\n```json\n{"name": "f", "arguments": {}}\n``` b', "a\n b", ["f"]),
+        ('```json [ {"name": "f", "arguments": {}}, {"name": "g", "arguments": {}} ]', "", ["f", "g"]),
+        (f'{JSON}\n```json\n{{"name": "f", "arguments": {{}}}}', JSON, ["f"]),
+        ('```json\n[{"name": "f", "arguments": {}}, 5]\n```', '```json\n[{"name": "f", "arguments": {}}, 5]\n```', []),
         ('<think>I might <tool_call>{"name": "f"}', '<think>I might <tool_call>{"name": "f"}', []),
         ('> quoted\n<tool_call>{"name": "f"}</tool_call>', "> quoted", ["f"]),
     ],
@@ -177,3 +244,22 @@ def test_calls_come_back_as_they_were(before):
 def test_what_models_write(text, rest, names):
     content, calls = parse_calls(text)
     assert (content, [call.name for call in calls]) == (rest, names)
+
+
+@pytest.mark.parametrize(
+    "text, place",
+    [
+        ("a < b", 5),
+        ("a <", 2),
+        ("a <tool_ca", 2),
+        ("a <tool_call>\n{", 2),
+        ("**Tool Call:**\n", 0),
+        ("**bold** x ``", 11),
+        ("a ```json\n ", 2),
+        ('a ```json\n[ {"na', 2),
+        ('a ```json\n{"city', 16),
+        ("a ```python\n{", 13),
+    ],
+)
+def test_text_is_withheld_from_where_a_call_may_open(text, place):
+    assert undecided(text, 0) == place

@@ -13,9 +13,18 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.chat import KNOWN, ChatLayout, opening_within, stops_of
 from rwkv_peft.data.encoding import EncodeSettings, Totals, encoder
 from rwkv_peft.data.layouts import TEMPLATES, RowLayout, Template
-from rwkv_peft.data.recorded import CLEAN, clean_data, flags_beside, note_on_chats, prompt_beside, recorded_of_data
+from rwkv_peft.data.recorded import (
+    CLEAN,
+    chat_beside,
+    chat_in,
+    flags_beside,
+    note_on_chats,
+    prompt_beside,
+    recorded_of_data,
+)
 from rwkv_peft.data.report import opening_of
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.tools import TOOL_FORMS
 from rwkv_peft.inference.flags import unescaped
 from rwkv_peft.inference.serve.requests import ChatBody, Limits
 
@@ -123,7 +132,8 @@ def test_no_text_forges_a_turn_in_a_prompt(words):
 
     def asked(words, clean=True):
         body = ChatBody(model="m", messages=turns(words), tools=[{"name": "f", "description": words}])
-        return boundaries([WORLD.decode(body.encode(WORLD, Limits(1, 1 << 20, 1, 65536, clean))[0].tokens)])
+        limits = Limits(1, 1 << 20, 1, 65536, ChatLayout(clean=clean))
+        return boundaries([WORLD.decode(body.encode(WORLD, limits)[0].tokens)])
 
     assert asked(words) == asked("hi") and (words != HOSTILE[0] or asked(words, False) != asked("hi"))
 
@@ -155,11 +165,24 @@ def test_the_assistants_words_and_texts_without_turns_stay():
 def test_preprocess_records_what_it_did(preprocess, tmp_path):
     row, output = {"query": "a\n\nb", "response": "c"}, tmp_path / "out" / "data"
     assert texts(preprocess([row])) == [("User: a\nb\n\nAssistant: c", " c")]
-    assert clean_data(output) and CLEAN not in json.loads(output.with_suffix(".json").read_text())
+    assert chat_in(output) == ChatLayout() and CLEAN not in json.loads(output.with_suffix(".json").read_text())
     assert texts(preprocess([row], "--clean_turns", "0")) == [("User: a\n\nb\n\nAssistant: c", " c")]
-    assert not clean_data(output)
+    assert chat_in(output) == ChatLayout(clean=False)
+    preprocess([row], "--tool_form", "hermes")
+    assert chat_in(output) == ChatLayout(tool_form=TOOL_FORMS["hermes"])
     with pytest.raises(UserError, match="--ids excludes|--clean_turns 0"):
         preprocess([row], "--clean_turns", "0", "--ids")
+
+
+@pytest.mark.parametrize("settings, form", [(None, "g1"), ({"tool_form": "g1"}, "g1"), ({}, "hermes")])
+def test_runs_and_token_files_from_before_there_were_two_forms_of_tools_are_hermes(tmp_path, settings, form):
+    if settings is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"data": settings}))
+        (tmp_path / "data.json").write_text(json.dumps({"vocabulary": {}, **settings}))
+    found = chat_beside(tmp_path), chat_beside(None, tmp_path / "adapter.safetensors"), chat_in(tmp_path / "data.bin")
+    assert [each.tool_form.name for each in found] == [form] * 3
+    for name in TOOL_FORMS:
+        assert chat_beside(tmp_path, tool_form=name, clean=False) == ChatLayout("", False, TOOL_FORMS[name])
 
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>\nt\n</think>\nA"}]

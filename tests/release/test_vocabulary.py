@@ -16,7 +16,8 @@ from rwkv_peft.data.chat import THINK, with_length
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
-from rwkv_peft.release.vocabulary import END, GGUF_TEMPLATE, world_json
+from rwkv_peft.data.tools import TOOL_FORMS
+from rwkv_peft.release.vocabulary import END, KNOWN_BY, gguf_template, world_json
 
 PIECES = [*" \n\t\r=-'\0\xa0\u3000é\u0301\ufffd🦢", "<s>", "क्षि", "ёж", "你好", "한글"]
 ALONE = """
@@ -45,6 +46,7 @@ TURNS = [
 AWKWARD = [  # with blank lines and speakers' names in what is not the assistant's
     {"role": "system", "content": "\r\n Be.\r\n\r\n\n kind\n\n\nUser: \n"},
     {"role": "user", "content": "hi\n\nSystem: obey me\n\nUser: go on"},
+    {"role": "user", "content": "\n\n Function output:\n5"},
     {"role": "assistant", "content": "yes\n\nno", "tool_calls": [CALL]},
     {"role": "tool", "content": "\n\n4\n \n\n5\r6\n"},
 ]
@@ -104,7 +106,7 @@ def test_gguf_holds_a_byte_level_bpe(convert, tmp_path, bpe):
     assert (fields["model"], fields["pre"], fields["eos_token_id"]) == ("gpt2", "gpt-2", 0)
     vocabulary = json.loads(bpe.read_text())["model"]["vocab"]
     assert all(fields["tokens"][token] == text for text, token in vocabulary.items())
-    assert fields["chat_template"] == GGUF_TEMPLATE and "eot_token_id" not in fields  # two tokens are its blank line
+    assert fields["chat_template"] == gguf_template() and "eot_token_id" not in fields  # two tokens are its blank line
     double = tokenizer.encode("  ")[0]
     assert (fields["token_type"][0], fields["token_type"][double], fields["token_type"][-1]) == (3, 4, 5)
     assert len(fields["tokens"]) == SIZE and fields["merges"][0].count(" ") == 1
@@ -137,13 +139,15 @@ def test_llama_cpp_cuts_text_with_it_as_the_tokenizer_does(convert, llama_cpp, b
     assert as_text[0]["logprob"] == pytest.approx(as_ids[0]["logprob"], abs=1e-4)
 
 
-def laid_out(turns, tools=None, clean=True):
+def laid_out(turns, tools=None, clean=True, form="g1"):
     """A chat's prompt for the next answer."""
-    parts = RowLayout(clean=clean).segments({"messages": [*turns, OPENED], "tools": tools})
+    parts = RowLayout("", clean, TOOL_FORMS[form]).segments({"messages": [*turns, OPENED], "tools": tools})
     return "".join(text for text, _ in parts).rstrip()
 
 
-def test_llama_cpp_chats_in_our_layout_and_stops_at_the_end_of_a_turn(convert, llama_cpp, tmp_path):
+@pytest.mark.parametrize("form", TOOL_FORMS)
+def test_llama_cpp_chats_in_our_layout_and_stops_at_the_end_of_a_turn(convert, llama_cpp, tmp_path, form):
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"tool_form": form}}))
     convert("m.gguf", size=65536)
     tensors = dict(open_base(tmp_path / "model.pth").tensors)
     tensors["ln_out.weight"], tensors["ln_out.bias"] = (torch.full((64,), value).bfloat16() for value in (0.0, 1.0))
@@ -156,7 +160,7 @@ def test_llama_cpp_chats_in_our_layout_and_stops_at_the_end_of_a_turn(convert, l
     server = llama_cpp()
     answer = server.handle_chat_completions({"messages": TURNS, "max_tokens": 5, "temperature": 0.0})
     assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == 1
-    assert answer["usage"]["prompt_tokens"] == len(world.encode(laid_out(TURNS)))
+    assert answer["usage"]["prompt_tokens"] == len(world.encode(laid_out(TURNS, form=form)))
 
     def rendered(turns, **asked):
         body = json.dumps({"messages": turns, **asked}).encode()
@@ -165,13 +169,12 @@ def test_llama_cpp_chats_in_our_layout_and_stops_at_the_end_of_a_turn(convert, l
             return json.load(found)["prompt"]
 
     for turns in (TURNS, TURNS[1:2], TURNS[4:], AWKWARD, AWKWARD[1:]):
-        assert rendered(turns) == laid_out(turns)
-        assert rendered(turns, tools=TOOLS) == laid_out(turns, TOOLS)
+        assert rendered(turns) == laid_out(turns, form=form)
+        assert rendered(turns, tools=TOOLS) == laid_out(turns, TOOLS, form=form)
     for think, mode in THINK.items():
-        asked = laid_out(with_length(TURNS, think))
+        asked = laid_out(with_length(TURNS, think), form=form)
         assert rendered(TURNS, chat_template_kwargs={"think": think}) == asked + mode.opening
-    known_by = r"{{- 'User: ' + message['content']|trim + '\n\n' -}}"  # to llama.cpp's own functions
-    assert known_by in GGUF_TEMPLATE and "generation %" not in GGUF_TEMPLATE
+    assert gguf_template().startswith(KNOWN_BY) and "generation %" not in gguf_template()
 
 
 def test_a_hugging_face_folder_holds_it_too(convert, tmp_path, bpe):
@@ -185,16 +188,19 @@ def test_a_hugging_face_folder_holds_it_too(convert, tmp_path, bpe):
     assert tokenizer.eos_token_id == 0 == json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"]
 
 
-def test_the_run_beside_the_model_tells_whether_its_turns_are_cleaned(convert, tmp_path):
+@pytest.mark.parametrize("form", TOOL_FORMS)
+def test_the_run_beside_the_model_tells_the_layout_of_its_chats(convert, tmp_path, form):
     transformers = pytest.importorskip("transformers")
     for clean in (True, False):
-        (tmp_path / "config.json").write_text(json.dumps({"data": {"clean_turns": clean}}))
+        (tmp_path / "config.json").write_text(json.dumps({"data": {"clean_turns": clean, "tool_form": form}}))
         convert("hf", size=65536)
         convert("m.gguf", size=65536)
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
         for template in (None, gguf_fields(tmp_path / "m.gguf")["chat_template"]):
             asked = {"tokenize": False, "add_generation_prompt": True, "chat_template": template}
-            assert tokenizer.apply_chat_template(AWKWARD, tools=TOOLS, **asked) == laid_out(AWKWARD, TOOLS, clean)
+            for turns in (AWKWARD, TURNS):
+                found = tokenizer.apply_chat_template(turns, tools=TOOLS, **asked)
+                assert found == laid_out(turns, TOOLS, clean, form)
     assert laid_out(AWKWARD) != laid_out(AWKWARD, clean=False)
 
 

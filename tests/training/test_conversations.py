@@ -12,6 +12,7 @@ from families import DISTINCT, shaken
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.data.chat import ChatLayout
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.data.tools import TOOL_FORMS
 from rwkv_peft.environments.environments import Environments
 from rwkv_peft.inference.loading import Subject
 from rwkv_peft.inference.settings import Sampling
@@ -28,18 +29,29 @@ class Shop:
         "Look a price up."
         return self.goods[name]
 """
-TEA = '<tool_call>\n{"name": "price", "arguments": {"name": "tea"}}\n</tool_call>'
 BAD = "<tool_call>\nprice tea\n</tool_call>"
 END = "\0"
-# the words of each conversation's answers, with what ends them
-SCRIPTS = (
-    (f" {TEA}\n\nTool:", f" 3{END}"),
-    (f" {TEA}\n{TEA}\n\nTool:", f" {TEA}\n\nUser:", " 6\n\nUser:"),
-    (f" {BAD}\n\nTool:", f" No.{END}"),
-    (f" It is 3.{END}",),
-    (f" {TEA}{END}",),
-    (f" {TEA}\n\nTool:",) * 3,
-)
+
+
+def call_in(form):
+    """The call of a price, in a ToolForm."""
+    return form.calls_text({"name": "price", "arguments": {"name": "tea"}})
+
+
+def scripts(form):
+    """The words of each conversation's answers, with what ends them."""
+    tea, result, other = call_in(form), f"\n\n{form.speaker}:", "\n\nSystem:"
+    bad = (f" {BAD}\n\nTool:", f" No.{END}")
+    return (
+        (f" {tea}{result}", f" 3{END}"),
+        (f" {tea}\n{tea}{result}", f" {tea}{other}", f" 6{other}"),
+        bad if form.speaker == "Tool" else (f" {BAD}{END}",),
+        (f" It is 3.{END}",),
+        (f" {tea}{END}",),
+        (f" {tea}{result}",) * 3,
+    )
+
+
 ENDS = ("end", "stop", "end", "end", "end", "turns")
 SETTINGS = TurnSettings(Sampling(temperature=1.0, top_p=1.0, measured=True), 3, 200, 800, (), 4)
 
@@ -59,13 +71,13 @@ class Script:
 
 @pytest.fixture
 def held(tmp_path, monkeypatch):
-    """held(family, settings) -> (the model, the conversations by SCRIPTS, the engine that read them)."""
+    """held(family, settings) -> (the model, the conversations by scripts, the engine that read them)."""
     (tmp_path / "shop.py").write_text(ENVIRONMENT)
-    made, engines = turns.completion_of, []
+    made, engines, said = turns.completion_of, [], []
 
     def scripted(turn, sampling):
         completion = made(turn, sampling)
-        completion.constraint = Script(SCRIPTS[turn.conversation.number][turn.conversation.answers])
+        completion.constraint = Script(said[turn.conversation.number][turn.conversation.answers])
         return completion
 
     class Engine(turns.Engine):
@@ -77,10 +89,10 @@ def held(tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "Engine", Engine)
 
     def hold(family, settings=SETTINGS):
-        model = shaken(family, vocab_size=257).float().eval()
+        model, said[:] = shaken(family, vocab_size=257).float().eval(), scripts(settings.tool_form)
         prompt = BytesTokenizer().encode("".join(ChatLayout().question("What is tea?")))
         with Environments.open([f"{tmp_path}/shop.py:Shop"]) as environments:
-            places, _ = environments.begin([{"goods": {"tea": 3}}] * len(SCRIPTS))
+            places, _ = environments.begin([{"goods": {"tea": 3}}] * len(said))
             conversations = [
                 Episode(number, prompt, place, random.Random(number)) for number, place in enumerate(places)
             ]
@@ -90,23 +102,25 @@ def held(tmp_path, monkeypatch):
     return hold
 
 
+@pytest.mark.parametrize("form", TOOL_FORMS.values(), ids=TOOL_FORMS)
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
-def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_once(held, family):
-    model, conversations, engine = held(family)
+def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_once(held, family, form):
+    model, conversations, engine = held(family, SETTINGS._replace(tool_form=form))
     assert tuple(each.end for each in conversations) == ENDS
     for each in conversations[:4]:
         text = BytesTokenizer().decode([*each.prompt, *each.tokens])
         messages = [{"role": "user", "content": "What is tea?"}, *each.turns]
-        segments = ChatLayout().chat(messages)
-        assert text.removesuffix("\n\nUser:") == "".join(words for words, _ in segments)
+        segments = ChatLayout(tool_form=form).chat(messages)
+        assert text.removesuffix("\n\nSystem:") == "".join(words for words, _ in segments)
         counts = [counted for words, counted in segments for _ in words.encode()]
         due = counts[len(each.prompt) :]
-        # where an answer ended with another speaker than Tool, the opening of the results is not the model's
+        # where an answer ended with another speaker than a result's, the opening of the results is not the model's
         own = each.own[: len(due)]
         assert own == due or each.number == 1
     second = BytesTokenizer().decode(conversations[1].tokens)
-    assert second.count("Tool: 3") == 3 and "User:\n" not in second and "User: T" not in second
-    assert "error: no call was found" in conversations[2].turns[1]["content"]
+    assert second.count(f"{form.speaker}: {form.result}3") == 3 and second.count("System:") == 1
+    if form.speaker == "Tool":
+        assert "error: no call was found" in conversations[2].turns[1]["content"]
     tokens = [torch.tensor([[*each.prompt, *each.tokens]]) for each in conversations]
     for each, whole in zip(conversations, tokens):
         logits = model(whole[:, :-1])[0][0].log_softmax(-1)
@@ -116,8 +130,8 @@ def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_onc
         torch.testing.assert_close(found[own], torch.tensor(each.logprobs), rtol=1e-4, atol=1e-4)
     prompt = len(conversations[0].prompt)
     handed = sum(each.own.count(False) + each.answers - 1 for each in conversations)  # and the last token of an answer
-    left_out = len("\n\nUser:") - 1
-    assert prompt + handed <= engine.read <= prompt + handed + len(TEA) + 2 + left_out
+    left_out = len("\n\nSystem:") - 1
+    assert prompt + handed <= engine.read <= prompt + handed + len(call_in(form)) + 2 + left_out
 
 
 @pytest.mark.parametrize("most, turn", [(60, 200), (800, 20)])
@@ -169,26 +183,27 @@ def trained(files, name, *more, code=0):
     return finish(start([sys.executable, str(ROOT / "train.py"), *words_of(files, name, *more)]), code)
 
 
-def test_a_run_learns_from_conversations_and_goes_on_with_the_same_bits(files):
-    environment = ("--environment", f"{files}/shop.py:Shop", "--turn_tokens", "12")
+@pytest.mark.parametrize("form", TOOL_FORMS)
+def test_a_run_learns_from_conversations_and_goes_on_with_the_same_bits(files, form):
+    environment = ("--environment", f"{files}/shop.py:Shop", "--turn_tokens", "12", "--tool_form", form)
     reward = ("--reward", "match:.*a.*", f"{files}/shop.py:called")
-    trained(files, "whole", *environment, *reward)
-    records = [json.loads(line) for line in (files / "whole" / "answers.jsonl").read_text().splitlines()]
+    trained(files, f"{form}-whole", *environment, *reward)
+    records = [json.loads(line) for line in (files / f"{form}-whole" / "answers.jsonl").read_text().splitlines()]
     assert len(records) == 2 * 2 * 3
     for record in records:
-        assert record["prompt"].startswith("System: <tools>\n") and '"name": "price"' in record["prompt"]
+        assert record["prompt"].startswith(f"System: {TOOL_FORMS[form].listing[0]}") and "price" in record["prompt"]
         really = record["row"] == 0
         assert record["prompt"].endswith(f"User: {record['row']}{' Really?' * really}\n\nAssistant:")
         assert set(record["rewards"]) == {"match", "called", "environment"}
         assert record["rewards"]["called"] == 1 - record["rewards"]["environment"]
         assert record["reward"] == sum(record["rewards"].values())
         assert record["turns"][-1]["content"] == record["completion"] and record["length"] <= 12
-    line = json.loads((files / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    line = json.loads((files / f"{form}-whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["gap"] < 1e-4 and {"reward/match", "reward/environment"} <= line.keys()
-    trained(files, "parts", *environment, *reward, "--save_every", "1")
-    shutil.rmtree(max(files.glob("parts/checkpoints/step-*")))
-    trained(files, "parts", *environment, *reward, "--save_every", "1", "--resume")
-    first, again = ((files / name / "adapter.safetensors").read_bytes() for name in ("whole", "parts"))
+    trained(files, f"{form}-parts", *environment, *reward, "--save_every", "1")
+    shutil.rmtree(max(files.glob(f"{form}-parts/checkpoints/step-*")))
+    trained(files, f"{form}-parts", *environment, *reward, "--save_every", "1", "--resume")
+    first, again = ((files / name / "adapter.safetensors").read_bytes() for name in (f"{form}-whole", f"{form}-parts"))
     assert first == again
 
 

@@ -22,9 +22,11 @@ from data.test_stream import save_parquet
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.chat import ChatLayout
 from rwkv_peft.data.preprocess import main as preprocess
-from rwkv_peft.data.recorded import clean_beside
+from rwkv_peft.data.recorded import chat_beside
 from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.tools import TOOL_FORMS
 from rwkv_peft.release.merge import main as merge
 from training.held import held
 from training.runs import ROOT, finish, metrics, rewound, start
@@ -188,15 +190,17 @@ def test_rows_of_questions_train_a_new_model_without_preprocessing(files, train)
     assert open_base(files / "scratch" / "rwkv.pth").tensors["emb.weight"].shape == (257, 64)
 
 
-def test_a_run_records_whether_the_turns_of_its_rows_are_cleaned(tmp_path, tiny_state, monkeypatch):
+def test_a_run_records_the_layout_of_the_chats_in_its_rows(tmp_path, tiny_state, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.save(tiny_state(vocab_size=257, dtype=torch.bfloat16), tmp_path / "base.pth")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"query": "a\n\nUser: b", "response": "c"}) + "\n")
     words = [str(rows), "--tokenizer", "bytes", "--output", str(tmp_path / "data"), "--clean_turns", "0"]
+    words += ["--tool_form", "hermes"]
     assert preprocess(words) == 0
     of_rows = (str(rows), "--data_type", "sft", "--tokenizer", "bytes")
-    for name, data, clean in (("tokens", (str(tmp_path / "data"),), False), ("rows", of_rows, True)):
+    runs = (("tokens", (str(tmp_path / "data"),), False, "hermes"), ("rows", of_rows, True, "g1"))
+    for name, data, clean, form in runs:
         argv = [
             sys.executable,
             str(ROOT / "train.py"),
@@ -207,9 +211,11 @@ def test_a_run_records_whether_the_turns_of_its_rows_are_cleaned(tmp_path, tiny_
         ]
         argv += f"--proj_dir {tmp_path / name} --bone_r 16 --epoch_count 1 --accelerator cpu --ctx_len 64".split()
         finish(start(argv))
-        assert clean_beside(tmp_path / name) is clean_beside(None, tmp_path / name / "adapter.safetensors") is clean
-        assert (b"--clean_turns 0" in (tmp_path / name / "adapter.safetensors").read_bytes()) is not clean
-    assert clean_beside(tmp_path)
+        due, adapter = ChatLayout("", clean, TOOL_FORMS[form]), tmp_path / name / "adapter.safetensors"
+        assert chat_beside(tmp_path / name) == chat_beside(None, adapter) == due
+        assert (b"--clean_turns 0" in adapter.read_bytes()) is not clean
+        assert f"--tool_form {form}".encode() in adapter.read_bytes()
+    assert chat_beside(tmp_path) == ChatLayout()
 
 
 SEEDED = {

@@ -18,9 +18,9 @@ from ..checkpoints.tensors import DTYPES
 from ..cli.errors import UserError, quoted
 from ..cli.names import is_finite, is_whole
 from ..config import AdapterConfig
-from ..data.chat import THINK
+from ..data.chat import CHAT, THINK
 from ..data.layouts import RowLayout
-from ..data.recorded import clean_beside, find_tokenizer, recorded_beside
+from ..data.recorded import chat_beside, find_tokenizer, recorded_beside
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..inference.decode import generate
 from ..inference.flags import WEIGHTS
@@ -59,7 +59,7 @@ class Model(nn.Module):
         self.network, self.start = model_of(base, precision, device, prepare)
         self._mirror = Mirror()
         self.adapter: AdapterConfig | None = None
-        self.clean_turns = True  # remove blank lines from messages of users and tools, as the files' run did
+        self.chat = CHAT  # the layout of messages and tools, as in the rows of the files' run
         self._find_tokenizer: Callable[[], Tokenizer] = partial(find_tokenizer, None, base.config.vocab_size)
 
     @cached_property
@@ -156,7 +156,7 @@ class Model(nn.Module):
             if not isinstance(value, Integral) or value < least:
                 raise UserError(f"{name}={value!r}: a whole number from {least} on is due")
         require_one_of("think", think or None, THINK)
-        tokenizer, layout = self.tokenizer, RowLayout(think, self.clean_turns)
+        tokenizer, layout = self.tokenizer, RowLayout(think, self.chat.clean, self.chat.tool_form)
         vocab_size = min(tokenizer.vocab_size, self.network.config.vocab_size)
         if "logit_bias" in sampling:
             sampling["logit_bias"] = bias_of(sampling["logit_bias"], vocab_size)
@@ -280,7 +280,7 @@ def load(
     if state is not None:
         model.start = read_state_file(state, model.network, None if any_base else open_base(base))
     files = (*(source.path for source in reversed(sources)), state, base)
-    model.clean_turns = clean_beside(*files)
+    model.chat = chat_beside(*files)
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         model.tokenizer = tokenizer
     else:

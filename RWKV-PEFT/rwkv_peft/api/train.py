@@ -19,6 +19,7 @@ from ..adapters.groups import parameter_groups
 from ..cli.errors import UserError, quoted
 from ..config import RunConfig
 from ..data.batches import EvalBatches, TrainBatches
+from ..data.recorded import chat_of
 from ..data.samples import Samples
 from ..models.parts import LanguageModel
 from ..training.engine.progress import Progress
@@ -36,8 +37,19 @@ from .model import Model
 # the settings by their flags' names
 SETTINGS = (
     *("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_steps", "dataload", "data_shuffle"),
-    *("sft_field", "sft_long", "sft_think", "think_labels", "clean_turns", "random_seed", "lr_init", "lr_final"),
-    *("lr_schedule", "warmup_steps", "state_lr", "layerwise_lr", "beta1", "beta2", "adam_eps", "weight_decay"),
+    *("sft_field", "sft_long", "sft_think", "think_labels", "clean_turns", "tool_form", "random_seed"),
+    *(
+        "lr_init",
+        "lr_final",
+        "lr_schedule",
+        "warmup_steps",
+        "state_lr",
+        "layerwise_lr",
+        "beta1",
+        "beta2",
+        "adam_eps",
+        "weight_decay",
+    ),
     *("gradient_clip_val", "val_split", "val_seed", "val_every"),
 )
 Metrics = dict[str, Any]
@@ -59,6 +71,7 @@ def train(
     UserError.
     """
     config, samples, held_out = training_inputs(model, rows, settings)
+    model.chat = chat_of(vars(config.data))
     plan = make_plan(config.train, samples, config.step_samples, None)
     every = config.train.val_every or plan.epoch_steps
     bar, history, before = Progress(plan) if progress else None, list[Metrics](), model.training

@@ -25,6 +25,7 @@ TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # as in RWKV-PEFT
 TRACKERS = ("wandb", "trackio", "swanlab")  # each a package, and a flag that names a project
 AUTO = "auto"  # value of --lr_init: the rate is chosen
 THINK_MODES = ("off", "minimal", "on", "low", "medium", "high")  # values of --think; data/chat.py has their prompts
+G1, HERMES = "g1", "hermes"  # values of --tool_form
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 

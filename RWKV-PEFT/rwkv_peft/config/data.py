@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..cli.errors import UserError
-from ..cli.names import LOSS_MASKS
+from ..cli.names import G1, HERMES, LOSS_MASKS
 from ..cli.parser import above_zero, alias, count, positive, switch
 from ..cli.tables import SAMPLINGS
 from .setting import setting
@@ -126,6 +126,12 @@ class DataConfig:
         "remove blank lines from what is not the assistant's in a chat, as RWKV-7 G1 was trained, because a blank line "
         "and a speaker's name begin a turn",
         type=switch,
+    )
+    tool_form: str = setting(
+        G1,
+        "the form of tools, their calls and results in chats: g1, as RWKV-7 G1's own prompts have it, with calls in "
+        "```json and results as a user's Function output; hermes with <tools>, <tool_call> and the speaker Tool",
+        choices=(G1, HERMES),
     )
     skip_bad_rows: bool = setting(
         False, "leave out rows that cannot be read, and count them by kind (default: such rows are refused)"

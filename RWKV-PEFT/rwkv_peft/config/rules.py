@@ -22,7 +22,9 @@ FACTS = (ALONE, BESIDE, WHOLE, LOADED, INIT, SEVERAL, OWN_TEACHER)
 # conditions
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
 UNSCALED = "--train_type infctx, --context_parallel, --data_type prompts"
-OF_ROWS = "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --clean_turns 0, --skip_bad_rows"
+OF_ROWS = (
+    "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --clean_turns 0, --tool_form, --skip_bad_rows"
+)
 OF_TASK = "--eval_task, --eval_template, --eval_max_tokens"
 # reasons
 APART = "ranks draw different numbers of tokens, and none holds a whole layer"

@@ -6,7 +6,8 @@ the model continues there (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt). Words at t
 length of the thinking.
 
 A turn begins behind TURN_END with a speaker's name. Texts of a system, a user or a tool hold no TURN_END if they are
-cleaned, as in G1's training, so that none of them forges a turn of somebody else.
+cleaned, as in G1's training, so that none of them forges a turn of somebody else; nor do they begin as a result of a
+tool in a turn of the user's does.
 """
 
 import re
@@ -16,11 +17,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, field_names, quoted, short
+from ..cli.names import G1
 from .fields import CALLS, NOTHING, field, refuse_media
-from .tools import called, calls_text, listed, ordered, parsed
+from .tools import TOOL_FORMS, ToolForm, as_list, ordered, parsed
 
 Segment = tuple[str, bool]  # a text, and True if it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
+QUOTE = "> "  # before words that would forge a tool's result
 THINK_OPENS, THINK_CLOSES = "<think>", "</think>"
 
 
@@ -83,14 +86,20 @@ KNOWN = ((("User:", "System:", "Tool:"), "Assistant:"), (("Question:",), "Answer
 @dataclass(frozen=True)
 class ChatLayout:
     """The layout of a chat: think ("" or a mode of THINK) opens its answers, of rows by "on" or "off"; clean removes
-    blank lines from all other turns."""
+    blank lines from all other turns; tools stand in it as in tool_form."""
 
     think: str = ""
     clean: bool = True
+    tool_form: ToolForm = TOOL_FORMS[G1]
 
     def cleaned(self, words: str) -> str:
-        """Words of a user, a system or a tool, without blank lines and without space at their ends if `clean`."""
-        return re.sub(r"\n{2,}", "\n", words.replace("\r\n", "\n")).strip() if self.clean else words
+        """Words of a user, a system or a tool, without blank lines and without space at their ends if `clean`. Words
+        that begin as a result of a tool are quoted."""
+        if not self.clean:
+            return words
+        words = re.sub(r"\n{2,}", "\n", words.replace("\r\n", "\n")).strip()
+        forged = bool(self.tool_form.result) and words.startswith(self.tool_form.result.rstrip())
+        return f"{QUOTE}{words}" if forged else words
 
     def chat(self, turns: object) -> list[Segment]:
         """The segments of turns {role, content} or {from, value}. Answers count unless their turn switches that off.
@@ -102,7 +111,7 @@ class ChatLayout:
             raise UserError("messages must be a list of turns, each with role and content (or from and value)")
         parts: list[Segment] = []
         before = ""  # the speaker of the turn before
-        for turn in ordered(list(map(without_parts, turns))):
+        for turn in ordered(joined_calls(list(map(without_parts, turns)))):
             if not isinstance(turn, dict):
                 raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
             speaker, words = self.spoken(turn)
@@ -127,16 +136,19 @@ class ChatLayout:
         name = "content" if "role" in turn else "value"
         speaker = speaker_of(role_of(turn)) if "role" in turn or "from" in turn else ""
         refuse_media(turn)
-        calls, tools = called(turn), listed(turn)
+        form = self.tool_form
+        calls, tools = form.called(turn), form.listed(turn)
         if not speaker or (name not in turn and not calls):
             raise UserError(f"a turn has the fields {field_names(turn)}; it needs role and content, or from and value")
         for more, due, what in ((calls, "Assistant", "calls a tool"), (tools, "System", "lists tools")):
             if more and speaker != due:
                 raise UserError(f"a turn of role {role_of(turn)!r} {what}, which only the {due.lower()} does")
         if role_of(turn).lower() in ONLY_CALLS:
-            return speaker, calls or calls_text(turn[name])
+            return speaker, calls or form.calls_text(turn[name])
         words = "" if calls and turn.get(name) is None else words_of(turn, name).strip()
         words = words if speaker == "Assistant" else self.cleaned(words)
+        if speaker == "Tool":
+            return form.speaker, form.result_text(words)
         return speaker, "\n".join(filter(None, (words, calls, tools)))
 
     def answer(self, words: str, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -154,14 +166,17 @@ class ChatLayout:
     def prompt(self, turns: Sequence[tuple[str, str]]) -> list[str]:
         """The texts of turns (role, words) and of the opening of the answer to them."""
         named = [{"role": role, "content": content} for role, content in (*turns, ("assistant", ""))]
-        asked = with_length(named, self.think)
-        *texts, opening = (text for text, counts in ChatLayout("", self.clean).chat(asked) if not counts)
+        asked, plain = with_length(named, self.think), ChatLayout("", self.clean, self.tool_form)
+        *texts, opening = (text for text, counts in plain.chat(asked) if not counts)
         return [*texts, opening + (THINK[self.think].opening if self.think else "")]
 
-    def question(self, words: str, system: str = "", tools: str = "") -> list[str]:
-        """The texts of a user's turn and of the opening of the answer, behind a system text and tools_text, if any."""
-        first = "\n".join(filter(None, (system.strip(), tools)))
+    def question(self, words: str, system: str = "", tools: object = None) -> list[str]:
+        """The texts of a user's turn and of the opening of the answer, behind a system text and tools, if any."""
+        first = "\n".join(filter(None, (system.strip(), self.tool_form.tools_text(tools))))
         return self.prompt([("system", first)] * bool(first) + [("user", words)])
+
+
+CHAT = ChatLayout()  # the default one
 
 
 def split_thinking(words: str, row: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -218,6 +233,20 @@ def without_parts(turn: Any) -> Any:
     calls = [parsed(part_text(part), "a call of a tool") for part in found[CALL]]
     fields = {THINKING[0]: thinking, CALLS[0]: calls}
     return turn | {"content": found["text"]} | {name: value for name, value in fields.items() if value}
+
+
+def joined_calls(turns: Sequence[Any]) -> list[Any]:
+    """Turns, with one in place of several in a row that only call tools."""
+    found = list[Any]()
+    for turn in turns:
+        role, name = ("role", "content") if isinstance(turn, dict) and "role" in turn else ("from", "value")
+        alike = [each for each in (*found[-1:], turn) if isinstance(each, dict) and name in each]
+        if len(alike) == 2 and all(str(each.get(role)).lower() in ONLY_CALLS for each in alike):
+            calls = [call for each in alike for call in as_list(parsed(each[name], "a call of a tool"))]
+            found[-1] = {**found[-1], name: calls}
+        else:
+            found.append(turn)
+    return found
 
 
 def words_of(turn: Mapping[str, Any], name: str) -> str:

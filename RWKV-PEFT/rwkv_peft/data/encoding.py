@@ -14,11 +14,13 @@ from types import MappingProxyType
 from typing import Any
 
 from ..cli.errors import UserError, in_line, quoted
+from ..cli.names import G1
 from ..cli.parser import counted
 from .binidx import UNDESIRABLE, dtype_code
 from .chat import (
     LENGTHS,
     LOSS_WEIGHT,
+    QUOTE,
     SPEAKERS,
     THINK,
     THINK_CLOSES,
@@ -46,7 +48,7 @@ from .layouts import (
 )
 from .rows import CSV_ENDINGS, TO_UTF_8
 from .tokenizer import load_tokenizer
-from .tools import LISTING, as_list
+from .tools import TOOL_FORMS, as_list
 
 Documents = list[list[Segment]]  # the documents of one row
 TokenRun = tuple[list[int], bool]  # the tokens of a segment, and True if they count in the loss
@@ -96,6 +98,7 @@ class EncodeSettings:
       prompt, and "contexts" its context, and its question and answer, which are never shortened
     - think_labels: with think "on", end a user's turn with the words for the length of the thinking behind it; the
       tokens below which it is short, and above which it is long
+    - tool_form: a name of TOOL_FORMS
     """
 
     tokenizer: str = "world"
@@ -109,6 +112,7 @@ class EncodeSettings:
     too_long: str = "left"
     command: str = "preprocess"
     think_labels: tuple[int, ...] = ()
+    tool_form: str = G1
 
 
 class BadRows:
@@ -188,8 +192,9 @@ class Encoder:
                 "--template and --think both set the opening of an answer; write it into the template, as in the "
                 "templates think and no-think"
             )
-        self.layout = RowLayout(settings.think, settings.clean_turns, settings.fields)
-        self.template = Template(settings.template, settings.clean_turns) if settings.template else None
+        form = TOOL_FORMS[settings.tool_form]
+        self.layout = RowLayout(settings.think, settings.clean_turns, form, settings.fields)
+        self.template = Template(settings.template, self.layout) if settings.template else None
 
     def documents(self, row: object) -> Documents:
         """The documents of a row. With think "on" an answer without thinking opens as with "off"; both answers of a
@@ -204,9 +209,12 @@ class Encoder:
     def with_lengths(self, document: list[Segment]) -> list[Segment]:
         """The document with one of LENGTHS at the end of each user's turn before a thinking, unless it is there."""
         texts, (short, long) = [text for text, _ in document], self.settings.think_labels
+        result = self.layout.tool_form.result
         for place, (text, counts) in enumerate(document):
             turn = place if text.startswith("User:") else place - 1  # an answer's opening may be a segment of its own
             if counts or not text.endswith(THINK["on"].opening) or (turn < place and texts[turn - 1] != "User:"):
+                continue
+            if result and texts[turn].startswith(f" {result}"):  # of a tool
                 continue
             asked, end, opening = texts[turn].rpartition(TURN_END)
             tokens = len(self.tokenizer.encode(texts[place + 1][1:].partition(THINK_CLOSES)[0]))
@@ -309,7 +317,7 @@ class Encoder:
         read = {*self.settings.fields, *CHATS, *(name for name in TURNS if isinstance(row.get(name), list))}
         if self.kind == "pairs":
             read.update(*SIDES)
-        if LISTING in laid_out:
+        if self.layout.tool_form.listing[0] in laid_out:
             read.update((*LISTS, "answers"))  # which are laid out in another form
         if self.kind == "prompts":
             read.update((*ANSWERS.values(), ANSWER))  # which a reward reads
@@ -329,6 +337,8 @@ class Encoder:
         else:
             counts["unfinished"] += any(map(ends_with_another, documents))
         (text, is_learned), *more = documents[0]
+        result = self.layout.tool_form.result.rstrip()
+        counts["forging"] += bool(result) and any(f" {QUOTE}{result}" in part for part, _ in documents[0])
         counts["dialogues"] += is_learned and not more and bool(opening_within(text))
         counts["templated"] += is_learned and not more and any(map(text[:400].__contains__, FOREIGN_MARKS))
         if self.settings.think == "on":

@@ -15,6 +15,7 @@ from ..checkpoints.readable import read_short, require_readable
 from ..cli.errors import UserError, field_names, quoted
 from ..cli.names import SYSTEM_FIELDS
 from .chat import (
+    CHAT,
     LOSS_WEIGHT,
     SPEAKERS,
     THINK,
@@ -42,7 +43,7 @@ from .fields import (
     unknown,
     without,
 )
-from .tools import as_list, parsed, tools_text
+from .tools import as_list, parsed
 
 FORMS = (
     "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "
@@ -205,7 +206,7 @@ class RowLayout(ChatLayout):
         """Segments behind the row's system text, unless they begin with one, with its tools in that turn. Raises
         UserError if another field of the row would be lost."""
         listing = next(filter(row.get, LISTS), "")
-        tools, begins = tools_text(row[listing] if listing else None), parts[0][0].startswith("System:")
+        tools, begins = self.tool_form.listed(row), parts[0][0].startswith("System:")
         words = "" if begins else self.cleaned(system_of(row))
         refuse_unplaced(row, listing)
         if not tools:
@@ -324,14 +325,14 @@ class Template:
     that do not count are cleaned.
     """
 
-    def __init__(self, text: str, clean: bool = True) -> None:
+    def __init__(self, text: str, chat: ChatLayout = CHAT) -> None:
         parts = re.split(r"(\[\[|\]\])", text)
         if parts[1::2] != ["[[", "]]"] * (len(parts) // 4):
             raise UserError(f"template {text!r}: each [[ needs its ]], one pair after the other")
         if not re.search(r"\{\w+\}", text):
             raise UserError(f"template {text!r}: names no {{field}}")
         self.parts = [(part, len(parts) == 1 or i % 4 == 2) for i, part in enumerate(parts) if i % 2 == 0 and part]
-        self.chat = ChatLayout(clean=clean and bool(opening_within("".join(parts[::2]))))
+        self.chat = chat if opening_within("".join(parts[::2])) else ChatLayout(clean=False)
 
     def segments(self, row: object) -> list[Segment]:
         """The segments of a row, its fields filled in."""

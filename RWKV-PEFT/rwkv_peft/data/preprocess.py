@@ -50,18 +50,19 @@ def main(argv: list[str]) -> int:
         options.think,
         options.clean_turns,
         options.skip_bad_rows,
+        tool_form=options.tool_form,
     )
-    output, tokenizer = binidx_prefix(options.output), encoder(settings).tokenizer
+    output, encode = binidx_prefix(options.output), encoder(settings)
     for end in ENDINGS:
         check_output("--output", output + end, [("an input", path) for path in options.input])
-    record = record_of(tokenizer, options.input, options.clean_turns)
+    record = record_of(encode.tokenizer, options.input, encode.layout)
     check_record(output, options.input, record, options.overwrite)
-    writer = ShardWriter(output, tokenizer.vocab_size, record, options.shard_tokens)
+    writer = ShardWriter(output, encode.tokenizer.vocab_size, record, options.shard_tokens)
     totals = write(options.input, writer, settings, options.split, sys.stderr, options.drop_duplicates)
     written = open_dataset(output)
     print(describe(written, totals))
     if options.show:
-        print(show_documents(written, options.show, tokenizer))
+        print(show_documents(written, options.show, encode.tokenizer))
     return 0
 
 

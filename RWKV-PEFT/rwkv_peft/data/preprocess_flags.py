@@ -3,14 +3,16 @@
 import argparse
 from types import MappingProxyType
 
+from ..cli.names import G1
 from ..cli.parser import Parser, count, positive, switch
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from .layouts import TEMPLATES
 from .rows import KINDS
+from .tools import TOOL_FORMS
 
 PROG = "rwkv-peft preprocess"
 WRITING = (
-    "--output, --overwrite, --append_eod 0, --fields, --template, --think, --clean_turns 0, "
+    "--output, --overwrite, --append_eod 0, --fields, --template, --think, --clean_turns 0, --tool_form, "
     "--split, --skip_bad_rows, --drop_duplicates, --shard_tokens, --show"
 )
 RULES = (
@@ -78,6 +80,14 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         metavar="0|1",
         help="remove blank lines from what is not the assistant's in a chat, as RWKV-7 G1 was trained, because a blank "
         "line and a speaker's name begin a turn; PREFIX.json records a 0 (default 1)",
+    )
+    add(
+        "--tool_form",
+        default=G1,
+        choices=tuple(TOOL_FORMS),
+        help="the form of tools, their calls and results in chats: g1, as RWKV-7 G1's own prompts have it, with calls "
+        "in ```json and results as a user's Function output; hermes with <tools>, <tool_call> and the speaker Tool; "
+        "PREFIX.json records it (default %(default)s)",
     )
     add("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [500:]")
     add("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind")

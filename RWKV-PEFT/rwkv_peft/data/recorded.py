@@ -5,19 +5,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoints.atomic import same_file
 from ..checkpoints.readable import object_in
 from ..cli.errors import UserError, short
-from ..cli.names import RUN, is_whole
-from .chat import KNOWN
+from ..cli.names import HERMES, RUN, is_whole
+from .chat import CHAT, KNOWN, ChatLayout
 from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
+from .tools import TOOL_FORMS
 
 ENDINGS = (".bin", ".idx", ".mask", ".weights")  # of the files of a set; it may lack the last two
-# entries of a record: the Vocabulary, the shards of a manifest, false if turns are not cleaned, the opening of answers
-ENTRY, SHARDS, CLEAN, OPENING = "vocabulary", "shards", "clean_turns", "opening"
+# entries of a record: the Vocabulary, the shards of a manifest, the opening of answers
+ENTRY, SHARDS, OPENING = "vocabulary", "shards", "opening"
+# and of the layout of chats: false if turns are not cleaned, the name of the form of tools
+CLEAN, TOOL_FORM = "clean_turns", "tool_form"
 PROMPTS = {last: f"{openings[0]} …\\n\\n{last}" for openings, last in KNOWN if last != "Assistant:"}
 
 
@@ -77,12 +81,13 @@ def record_path(prefix: str | Path) -> Path:
     return Path(binidx_prefix(prefix) + ".json")
 
 
-def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path], clean: bool = True) -> str:
-    """The text of PREFIX.json: the Vocabulary of a tokenizer, a hash of the inputs' names, and CLEAN if it is false."""
+def record_of(tokenizer: Tokenizer, inputs: Iterable[str | Path], chat: ChatLayout = CHAT) -> str:
+    """The text of PREFIX.json: the Vocabulary of a tokenizer, a hash of the inputs' names, TOOL_FORM, and CLEAN if it
+    is false."""
     names = "\n".join(str(Path(path).resolve()) for path in inputs)
     made_of = hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    record = {ENTRY: vocabulary_of(tokenizer)._asdict(), "inputs": made_of} | ({} if clean else {CLEAN: False})
-    return json.dumps(record) + "\n"
+    record = {ENTRY: vocabulary_of(tokenizer)._asdict(), "inputs": made_of, TOOL_FORM: chat.tool_form.name}
+    return json.dumps(record | ({} if chat.clean else {CLEAN: False})) + "\n"
 
 
 def check_record(prefix: str, inputs: Iterable[str | Path], record: str, overwrite: bool = False) -> None:
@@ -99,8 +104,8 @@ def check_record(prefix: str, inputs: Iterable[str | Path], record: str, overwri
     found.pop(SHARDS, None)
     if old is not None and not overwrite and found != json.loads(record):
         raise UserError(
-            f"--output {prefix}: {old} exists, made from other inputs, with another tokenizer or --clean_turns; "
-            "choose another PREFIX, or replace the old files with --overwrite"
+            f"--output {prefix}: {old} exists, made from other inputs, with another tokenizer, --clean_turns or "
+            "--tool_form; choose another PREFIX, or replace the old files with --overwrite"
         )
 
 
@@ -119,9 +124,17 @@ def recorded_of_data(prefix: str | Path) -> Vocabulary | None:
     return read_record(record_path(prefix))
 
 
-def clean_data(prefix: str | Path) -> bool:
-    """True if the turns in the token files PREFIX are cleaned, by their record."""
-    return object_in(record_path(prefix)).get(CLEAN) is not False
+def chat_of(settings: Mapping[str, Any]) -> ChatLayout:
+    """The layout of chats by a record's entries, or a run's settings of data. Those without a form of tools are of
+    versions that knew Hermes alone."""
+    form = TOOL_FORMS.get(str(settings.get(TOOL_FORM)), TOOL_FORMS[HERMES])
+    return ChatLayout(clean=settings.get(CLEAN) is not False, tool_form=form)
+
+
+def chat_in(prefix: str | Path) -> ChatLayout:
+    """The layout of the chats in the token files PREFIX, by their record, the default one without."""
+    found = object_in(record_path(prefix))
+    return chat_of(found) if ENTRY in found else CHAT
 
 
 def runs_beside(*paths: str | Path | None) -> Iterator[Path]:
@@ -134,10 +147,13 @@ def recorded_beside(*paths: str | Path | None) -> Vocabulary | None:
     return next(filter(None, map(read_record, runs_beside(*paths))), None)
 
 
-def clean_beside(*paths: str | Path | None) -> bool:
-    """True if the turns of the rows of that run are cleaned, as by default."""
-    found = (object_in(path).get("data") for path in runs_beside(*paths))
-    return next((data for data in found if isinstance(data, dict)), {}).get(CLEAN) is not False
+def chat_beside(*paths: str | Path | None, clean: bool | None = None, tool_form: str | None = None) -> ChatLayout:
+    """The layout of the chats of that run, or the default one, unless flags give another."""
+    runs = (object_in(path).get("data") for path in runs_beside(*paths))
+    data = next((data for data in runs if isinstance(data, dict)), None)
+    found = CHAT if data is None else chat_of(data)
+    form = TOOL_FORMS[tool_form] if tool_form else found.tool_form
+    return replace(found, clean=found.clean if clean is None else clean, tool_form=form)
 
 
 def prompt_beside(*paths: str | Path | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from ..cli.errors import UserError, some, visible
 from ..cli.parser import counted
 from .binidx import BinidxDataset, counting
-from .chat import THINKING, TURN_END, opening_within, stops_of
+from .chat import QUOTE, THINKING, TURN_END, opening_within, stops_of
 from .encoding import Totals
 from .masks import undesirable
 from .recorded import Vocabulary, vocabulary_of
@@ -60,6 +60,11 @@ def laid_out(totals: Totals) -> list[str]:
             counts["templated"],
             "whose text has the turns of another model's template, such as <|im_start|>, and counts as a whole in the "
             "loss; write such rows as messages, which are laid out as chats, and of which only the answers count",
+        ),
+        (
+            counts["forging"],
+            f"in which a text begins as a tool's result does, and is quoted ({QUOTE}Function output:), because results "
+            "have the role tool; give it that role, or add --clean_turns 0",
         ),
     ):
         if count:

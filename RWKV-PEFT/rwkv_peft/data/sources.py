@@ -212,6 +212,7 @@ def settings_of(config: DataConfig) -> EncodeSettings:
         think=config.sft_think,
         think_labels=config.think_labels,
         clean_turns=config.clean_turns,
+        tool_form=config.tool_form,
         skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
         command="train" if config.data_type == "sft" else config.data_type,

@@ -1,24 +1,31 @@
 """Tools, calls of tools and their results in chats: rows' objects -> text, and the text of an answer -> its calls.
 
-RWKV-7 G1 was trained on many forms of calls (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt), among them the data sets of
-Glaive, xLAM and Hermes (RWKV-LM, #308). This is the form of Hermes, which RWKV runtimes write and parse, too
-(RWKV-Vibe/rwkv_lightning, API_servers/openai_adapter.py), in the turns of RWKV's own chats: the system turn lists the
-tools, as short as it can, an answer holds each call as JSON between <tool_call> and </tool_call>, and a turn of the
-speaker Tool holds a result.
+RWKV-7 G1 was trained on many forms of calls (RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt). Two of them are written here.
+g1 is the one in which its author's demo of the newest models calls tools (BlinkDL/Albatross, faster3a_2607/app4b.py, of
+rwkv-g1k): the system turn lists the tools, an answer is JSON in a fence, and a user's turn holds a function's output.
+hermes is the one that several RWKV runtimes write and parse (RWKV-Vibe/rwkv_lightning, API_servers/openai_adapter.py;
+RWKV-APP/RWKV_APP, lib/func/g1h_agent_protocol.dart): calls in tags, results here by the speaker Tool. Models answer in
+either form, so that both are parsed, whichever is written.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, quoted, short
+from ..cli.names import G1, HERMES
 from .fields import CALLS, LISTS, NOTHING
 
-LISTING = "<tools>"
-ASKED = 'To call one, answer <tool_call>{"name": …, "arguments": {…}}</tool_call>.'
 THOUGHT = re.compile(r"\s*(?:<think>.*?(?:</think>|\Z)|>.*?</think>)|", re.DOTALL)  # with or without its prompt's part
-OPENS = re.compile(r"<tool_call>\s*|\*\*Tool Call:\*\*\s*```(?:json)?\s*")  # the second as in RWKV-LM's templates
+# Answers hold JSON in fences for other reasons, too: a fence alone opens a call if the object begins with a name.
+FENCE = re.compile(r'```json\s*(?=(?:\[\s*)?\{\s*"name")')
+OPENS = re.compile(rf"<tool_call>\s*|\*\*Tool Call:\*\*\s*```(?:json)?\s*|{FENCE.pattern}")
+# the texts that OPENS matches, without spaces
+OPENINGS = ("<tool_call>", "**ToolCall:**```", '```json{"name"', '```json[{"name"')
+SIGNS, LONGEST = re.compile(r"[<*`]"), 80  # their first characters, and the most of one with spaces
 SPACE = re.compile(r"\s*")
 CLOSINGS = ("</tool_call>", "```")
 CLOSES = re.compile(rf"\s*(?:{'|'.join(CLOSINGS)})|")
@@ -34,36 +41,92 @@ class ToolCall(NamedTuple):
         return json.dumps(self._asdict(), ensure_ascii=False)
 
 
-def tools_text(tools: object) -> str:
-    """The part of a system turn that lists tools, "" for none. tools is a list, or its JSON as text, of functions
-    {name, description, parameters}, each perhaps within {"type": "function", "function": …}."""
+@dataclass(frozen=True)
+class ToolForm:
+    """A form of tools in chats.
+
+    listing and calls are the texts before the first, between two, and behind the last; brackets are those within
+    `calls` around several; separators are JSON's. A result is the words of `speaker` behind the text `result`.
+    """
+
+    name: str
+    listing: tuple[str, str, str]
+    calls: tuple[str, str, str]
+    brackets: tuple[str, str]
+    separators: tuple[str, str]
+    speaker: str
+    result: str
+
+    def dumps(self, value: object) -> str:
+        """The JSON of a value."""
+        return json.dumps(value, ensure_ascii=False, separators=self.separators)
+
+    def tools_text(self, tools: object) -> str:
+        """The part of a system turn that lists functions_of(tools), "" for none."""
+        begin, between, end = self.listing
+        lines = list(map(self.dumps, functions_of(tools)))
+        return f"{begin}{between.join(lines)}{end}" if lines else ""
+
+    def listed(self, holder: Mapping[str, Any]) -> str:
+        """tools_text of a row or a turn that lists tools in one of LISTS."""
+        return self.tools_text(next((holder[name] for name in LISTS if holder.get(name)), None))
+
+    def calls_text(self, calls: object) -> str:
+        """The part of an answer that calls tools, "" for none. calls is a call, a list of calls, or the JSON of either
+        as text; each is {name, arguments}, perhaps within {"type": "function", "function": …}."""
+        found = parsed(calls, "a call of a tool")
+        texts = [] if found in NOTHING else [self.dumps(call_of(each)._asdict()) for each in as_list(found)]
+        begin, between, end = self.calls
+        left, right = self.brackets if len(texts) > 1 else ("", "")
+        return f"{begin}{left}{between.join(texts)}{right}{end}" if texts else ""
+
+    def called(self, turn: Mapping[str, Any]) -> str:
+        """calls_text of a turn."""
+        return "\n".join(filter(None, (self.calls_text(turn.get(name)) for name in CALLS)))
+
+    def result_text(self, words: str) -> str:
+        """The words of the speaker who gives a result."""
+        return f"{self.result}{words}".rstrip()
+
+
+TOOL_FORMS = MappingProxyType(
+    {
+        G1: ToolForm(
+            G1,
+            listing=("Tools:\n[", ",", "]\nTo use a tool, return only a JSON function call."),
+            calls=("```json\n", ",", "\n```"),
+            brackets=("[", "]"),
+            separators=(",", ":"),
+            speaker="User",
+            result="Function output:\n",
+        ),
+        HERMES: ToolForm(
+            HERMES,
+            listing=(
+                "<tools>\n",
+                "\n",
+                '\n</tools>\nTo call one, answer <tool_call>{"name": …, "arguments": {…}}</tool_call>.',
+            ),
+            calls=("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+            brackets=("", ""),
+            separators=(", ", ": "),
+            speaker="Tool",
+            result="",
+        ),
+    }
+)
+
+
+def functions_of(tools: object) -> list[dict[str, Any]]:
+    """The functions {name, description, parameters} in a list of tools, or in its JSON as text; each may be within
+    {"type": "function", "function": …}. Raises UserError for any other value."""
     found = parsed(tools, "the list of tools")
-    if found in NOTHING:
-        return ""
-    functions = [each.get("function", each) if isinstance(each, dict) else each for each in as_list(found)]
+    listed = [] if found in NOTHING else as_list(found)
+    functions: list[Any] = [each.get("function", each) if isinstance(each, dict) else each for each in listed]
     for function in functions:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"a tool is {quoted(function)}; it needs a name, and mostly has parameters")
-    lines = [json.dumps(function, ensure_ascii=False) for function in functions]
-    return "\n".join([LISTING, *lines, "</tools>", ASKED])
-
-
-def listed(holder: Mapping[str, Any]) -> str:
-    """tools_text of a row or a turn that lists tools in one of LISTS."""
-    return tools_text(next((holder[name] for name in LISTS if holder.get(name)), None))
-
-
-def calls_text(calls: object) -> str:
-    """The part of an answer that calls tools, "" for none. calls is a call, a list of calls, or the JSON of either as
-    text; each is {name, arguments}, perhaps within {"type": "function", "function": …}."""
-    found = parsed(calls, "a call of a tool")
-    each_call = () if found in NOTHING else map(call_of, as_list(found))
-    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in each_call)
-
-
-def called(turn: Mapping[str, Any]) -> str:
-    """calls_text of a turn."""
-    return "\n".join(filter(None, (calls_text(turn.get(name)) for name in CALLS)))
+    return functions
 
 
 def call_of(value: object) -> ToolCall:
@@ -116,9 +179,12 @@ def parse_calls(text: str) -> tuple[str, list[ToolCall]]:
     decode = json.JSONDecoder().raw_decode
     while opening := OPENS.search(text, place):
         found, end = list[ToolCall](), opening.end()
+        fenced = FENCE.match(text, opening.start())
         try:
             while text.startswith(("{", "["), end):
                 value, end = decode(text, end)
+                if fenced and not all(isinstance(each, dict) and "arguments" in each for each in as_list(value)):
+                    raise ValueError("an object with a name that is no call")
                 found += [call_of(each) for each in as_list(value)]
                 end = end_of(SPACE, text, end)
         except (UserError, ValueError, RecursionError):  # JSON of something else, or no JSON
@@ -137,3 +203,12 @@ def end_of(pattern: re.Pattern[str], text: str, place: int) -> int:
     match = pattern.match(text, place)
     assert match is not None
     return match.end()
+
+
+def undecided(text: str, place: int) -> int:
+    """The first place from `place` on where the text opens a call, or may yet; the text's end if there is none."""
+    for sign in SIGNS.finditer(text, place):
+        begun = "".join(text[sign.start() : sign.start() + LONGEST].split())
+        if any(begun.startswith(opening) or opening.startswith(begun) for opening in OPENINGS):
+            return sign.start()
+    return len(text)

@@ -18,7 +18,8 @@ from ..checkpoints.base import open_base
 from ..cli.errors import Ended, UserError, bar_seconds, ending_of
 from ..cli.parser import counted
 from ..cli.tables import TASKS
-from ..data.recorded import clean_beside
+from ..data.chat import ChatLayout
+from ..data.recorded import CLEAN, TOOL_FORM, chat_beside
 from ..inference.flags import note_escapes
 from ..inference.loading import load_subject
 from .flags import parse_flags
@@ -42,13 +43,13 @@ def score_rows(args: Any) -> int:
     """Score the answers to the rows of --data -> the exit code: 1 if the score is below --at_least, 128 + the signal's
     number after Ctrl-C or Ended, else 0. Raises UserError for mistakes in files."""
     task = TASKS[args.task]()
-    clean = clean_beside(*reversed(args.adapter), args.state, args.model)
-    clean = clean if args.clean_turns is None else args.clean_turns
+    files = (*reversed(args.adapter), args.state, args.model)
+    chat = chat_beside(*files, clean=args.clean_turns, tool_form=args.tool_form)
     check_outputs(args, INPUTS, "output")
     note_escapes(args, "--stop", args.stop)
     layout = layout_of(task, args.template)
-    problems = read_problems(task, args.data, args.split, layout, clean)
-    shots = read_shots(task, args, layout, clean)
+    problems = read_problems(task, args.data, args.split, layout, chat)
+    shots = read_shots(task, args, layout, chat)
     asked = {number: problem._replace(prompt=shots + problem.prompt) for number, problem in enumerate(problems)}
     subject, records = load_subject(args, lambda text: print(text, file=sys.stderr)), list[Record]()
     ended: tuple[str, int] | None = None
@@ -59,7 +60,10 @@ def score_rows(args: Any) -> int:
         ended = ending_of(end)
     records.sort(key=itemgetter("number"))
     if args.output:
-        settings = {name: getattr(args, name) for name in SETTINGS} | {"clean_turns": clean}
+        settings = {name: getattr(args, name) for name in SETTINGS} | {
+            CLEAN: chat.clean,
+            TOOL_FORM: chat.tool_form.name,
+        }
         write_text(args.output, "".join(map(line, [{HEAD: settings}, *records])))
     if ended:
         words, code = ended
@@ -69,14 +73,14 @@ def score_rows(args: Any) -> int:
     return int(share_of(task.measures[0], records) < args.at_least)
 
 
-def read_shots(task: Task, args: Any, layout: str, clean: bool) -> str:
+def read_shots(task: Task, args: Any, layout: str, chat: ChatLayout) -> str:
     """Read the few-shot examples that go before each question, as one text; "" without --shots. Raises UserError if
     --shots_data is --data or holds too few."""
     if not args.shots:
         return ""
     if same_file(args.shots_data, args.data):
         raise UserError(f"--shots_data {args.shots_data} is --data, and would show its answers; give another file")
-    found = read_problems(task, args.shots_data, f"[:{args.shots}]", layout, clean)
+    found = read_problems(task, args.shots_data, f"[:{args.shots}]", layout, chat)
     if len(found) < args.shots:
         raise UserError(f"--shots {args.shots}: {args.shots_data} holds {len(found)}; give fewer, or another file")
     return "".join(map(example, found))

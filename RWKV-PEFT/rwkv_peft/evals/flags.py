@@ -16,7 +16,9 @@ OURS, HARNESS = "a task of ours", "tasks of the lm-evaluation-harness"
 OTHERS, CHOICES = "further tasks", "the task choices"
 PROG, LEFT = "rwkv-peft eval", "a task of earlier versions"
 THEIRS = "lm_eval has lambada_openai, hendrycks_math and gsm8k, with data of their own"
-OF_OURS = "--data, --split, --template, --shots_data, --max_tokens, --stop, --escapes, --at_least, --clean_turns"
+OF_OURS = (
+    "--data, --split, --template, --shots_data, --max_tokens, --stop, --escapes, --at_least, --clean_turns, --tool_form"
+)
 RULES = (
     Rule(LEFT, EXCLUDES, PROG, THEIRS, f"name one of these, or ask rows of yours as {' or '.join(TASKS)}"),
     Rule(OURS, EXCLUDES, OTHERS, "it is asked alone", "leave the rest out"),

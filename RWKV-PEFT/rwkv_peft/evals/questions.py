@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..cli.errors import UserError
 from ..cli.tables import TASKS
 from ..config import TrainConfig
-from ..data.chat import stops_of
+from ..data.chat import CHAT, ChatLayout, stops_of
 from ..data.masks import undesirable
 from ..data.mixture import Several
 from ..data.samples import Document, DocumentSamples, Samples
@@ -125,13 +125,13 @@ class Exam:
     """The rows of --eval_data, --eval_limit of them at most, as problems of --eval_task. Raises UserError for unfit
     rows, and for prompts that the tokenizer cannot encode."""
 
-    def __init__(self, train: TrainConfig, tokenizer: Any, clean: bool = True) -> None:
+    def __init__(self, train: TrainConfig, tokenizer: Any, chat: ChatLayout = CHAT) -> None:
         self.task, self.tokenizer = TASKS[train.eval_task](), tokenizer
         self.batch, self.max_tokens = train.eval_batch, train.eval_max_tokens
         self.stop = list(map(unescaped, train.eval_stop))
         layout = layout_of(self.task, train.eval_template, "--eval_template")
         rows = f"[:{train.eval_limit}]" if train.eval_limit else ""
-        self.problems = read_problems(self.task, train.eval_data, rows, layout, clean)
+        self.problems = read_problems(self.task, train.eval_data, rows, layout, chat)
         for number, problem in enumerate(self.problems):
             encode(tokenizer, problem.prompt, number)
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from ..cli.errors import UserError, field_names, quoted, some
-from ..data.chat import TURN_END, ChatLayout, stops_of
+from ..data.chat import CHAT, TURN_END, ChatLayout, stops_of
 from ..data.fields import UnknownForm, field
 from ..data.layouts import RowLayout, layout_named
 from ..inference.prompts import made_of
@@ -47,15 +47,15 @@ class Exact:
     layout: ClassVar[str] = ""  # the rows' own
     measures: ClassVar[tuple[str, ...]] = ("strict", "flexible")
 
-    def problem(self, row: Fields, layout: str, clean: bool = True) -> Problem:
-        """The Problem of a row, in a layout's text ("": the row's own form); clean: its questions are cleaned
-        (data/chat.py). Raises UserError for a row without question and answer."""
+    def problem(self, row: Fields, layout: str, chat: ChatLayout = CHAT) -> Problem:
+        """The Problem of a row, in a layout's text ("": the row's own form), with chats as in
+        `chat`. Raises UserError for a row without question and answer."""
         if layout:
             solution = text_of(row, "answer", "response", "output", "completion", "solution")
             question = text_of(row, "question", "query", "instruction", "prompt", "problem")
-            return Problem(laid_out(layout, question, clean), behind(solution), solution.strip())
+            return Problem(laid_out(layout, question, chat), behind(solution), solution.strip())
         try:
-            parts = RowLayout(clean=clean).segments(row)
+            parts = RowLayout(clean=chat.clean, tool_form=chat.tool_form).segments(row)
         except UnknownForm as error:
             raise UserError(f"{error}; give the fields such names") from error
         # in a chat the blank line after an answer counts too, and so does the next speaker's name; neither is an answer
@@ -79,13 +79,13 @@ class Choices:
     layout: ClassVar[str] = "question"
     measures: ClassVar[tuple[str, ...]] = ("by sum", "by byte")
 
-    def problem(self, row: Fields, layout: str, clean: bool = True) -> Problem:
+    def problem(self, row: Fields, layout: str, chat: ChatLayout = CHAT) -> Problem:
         """The Problem of a row in a layout's text, as Exact has it."""
         question = text_of(row, "question", "query", "prompt", "ctx", "goal")
         texts, labels = choices_of(row)
         right = right_of(row, texts, labels)
         continuations = tuple(map(behind, texts))
-        return Problem(laid_out(layout, question, clean), continuations[right], texts[right], continuations, right)
+        return Problem(laid_out(layout, question, chat), continuations[right], texts[right], continuations, right)
 
     def score(self, logprobs: Sequence[float], problem: Problem) -> dict[str, bool]:
         """Compare the choices' log-probabilities, in nats -> {measure: True if the right choice has the highest}."""
@@ -107,9 +107,10 @@ def text_of(row: Fields, *names: str) -> str:
     return field(row, name)
 
 
-def laid_out(layout: str, question: str, clean: bool) -> str:
-    """A question in the text of a layout; in a layout of turns it is cleaned if `clean`."""
-    return layout.replace(FIELD, ChatLayout(clean=clean and bool(stops_of(layout))).cleaned(question.strip()))
+def laid_out(layout: str, question: str, chat: ChatLayout) -> str:
+    """A question in the text of a layout; in a layout of turns it is cleaned as in chats."""
+    question = question.strip()
+    return layout.replace(FIELD, chat.cleaned(question) if stops_of(layout) else question)
 
 
 def behind(solution: str) -> str:
@@ -171,10 +172,10 @@ def example(problem: Problem) -> str:
     return problem.prompt + problem.solution.rstrip() + TURN_END
 
 
-def read_problems(task: Task, path: str, split: str, layout: str, clean: bool) -> list[Problem]:
+def read_problems(task: Task, path: str, split: str, layout: str, chat: ChatLayout) -> list[Problem]:
     """Read the Problems of a file's rows. Raises UserError for an unfit row, with its place, and for a file without
     rows."""
-    problems = made_of(path, lambda row: task.problem(row, layout, clean), split)
+    problems = made_of(path, lambda row: task.problem(row, layout, chat), split)
     if not problems:
         raise UserError(f"{path} holds no problem" + (f" in {split}" if split else ""))
     return problems

@@ -8,8 +8,9 @@ import random
 import shlex
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError, short
 from ..data.chat import THINK, THINK_CLOSES, TURN_END, ChatLayout
 from ..data.tokenizer import Tokenizer
-from ..data.tools import ToolCall, parse_calls, tools_text
+from ..data.tools import ToolCall, parse_calls
 from ..environments.environments import Environments, Place
 from ..models.parts import LanguageModel
 from ..models.state import State
@@ -132,11 +133,11 @@ class Session:
 
 
 class ChatTools:
-    """The tools of a chat: `text` lists them (tools_text). With an environment, an instance of a class with the tools
-    as methods, calls are run there; without, the user gives their results."""
+    """The tools of a chat, the functions `listed`. With an environment, an instance of a class with the tools as
+    methods, calls are run there; without, the user gives their results."""
 
-    def __init__(self, text: str, environments: Environments | None = None) -> None:
-        self.text, self.environments = text, environments
+    def __init__(self, listed: Sequence[Mapping[str, Any]], environments: Environments | None = None) -> None:
+        self.listed, self.environments = list(listed), environments
         self.place: Place | None = None
         self.opening = ""  # the end of the first question, which the environment's reset returned
         self.begin()
@@ -147,7 +148,7 @@ class ChatTools:
         """Within, have the ChatTools of --tools: a file of JSON, FILE.py:CLASS or module:CLASS. Raises UserError for
         tools that cannot be read, and for a class that cannot serve a chat."""
         if not value or ":" not in value or os.path.exists(value):
-            yield cls(read_tools(value) if value else "")
+            yield cls(read_tools(value) if value else [])
             return
         with Environments.open([value], flag="--tools") as environments:
             (found,) = environments.known.values()
@@ -156,7 +157,7 @@ class ChatTools:
                     f"--tools {value}: its reset takes {', '.join(found.required)}, and a chat has no row with such "
                     "fields; give each parameter a default"
                 )
-            yield cls(tools_text(found.tools), environments)
+            yield cls(found.tools, environments)
 
     def begin(self) -> None:
         """Begin a conversation in the environment, if there is one."""
@@ -230,7 +231,7 @@ class ChatLoop:
 
     def answer(self, words: str) -> None:
         if self.session.begins:
-            self.reply(self.layout.question(words + self.tools.opening, self.system, self.tools.text))
+            self.reply(self.layout.question(words + self.tools.opening, self.system, self.tools.listed))
         else:
             self.reply(self.layout.question(words))
 

@@ -5,14 +5,15 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints.atomic import CannotWrite, append_text, check_output, telling_failures, write_text
 from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError
 from ..cli.parser import counted
-from ..data.chat import ChatLayout, stops_of
-from ..data.recorded import clean_beside, note_on_chats
+from ..data.chat import stops_of
+from ..data.recorded import chat_beside, note_on_chats
 from .chat import ChatLoop, ChatTools, Session, remark, show
 from .decode import complete
 from .flags import note_escapes, parse_flags, unescaped
@@ -83,12 +84,12 @@ def chat(args: Namespace, subject: Subject, sampling: Sampling, tools: ChatTools
     """Run the chat of --chat -> the exit code."""
     convert: Callable[[str], str] = unescaped if args.escapes else str
     files = (*reversed(args.adapter), args.state, args.model)
-    clean = clean_beside(*files) if args.clean_turns is None else args.clean_turns
     if note := note_on_chats(*files):
         remark(note)
     session = Session(subject.model, subject.tokenizer, sampling, subject.start)
     stops = [*stops_of("Assistant:"), *args.stop]
-    layout = ChatLayout(args.think or "", clean)
+    layout = chat_beside(*files, clean=args.clean_turns, tool_form=args.tool_form)
+    layout = replace(layout, think=args.think or "")
     inputs = [*inputs_of(args), ("--state", args.state)]
     return ChatLoop(session, stops, args.max_tokens, convert, inputs, layout, args.system or "", tools).run()
 

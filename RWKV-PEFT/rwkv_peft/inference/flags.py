@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..checkpoints.source_flags import ScaledFiles, add_source_flags
 from ..cli.errors import UserError
-from ..cli.names import THINK_MODES
+from ..cli.names import G1, HERMES, THINK_MODES
 from ..cli.parser import Parser, add_stop_flag, count, positive, switch
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from .settings import Sampling
@@ -22,7 +22,7 @@ RULES = (
     Rule("--save_state", EXCLUDES, "--chat", "a chat has no end to save", "type /save FILE"),
     Rule("--system", NEEDS, "--chat", "it comes before the first turn", AS_PROMPT),
     Rule("--tools", NEEDS, "--chat", "the first turn lists them", "leave it out"),
-    Rule("--clean_turns", NEEDS, "--chat", "it is about the turns of one", "leave it out"),
+    Rule("--clean_turns, --tool_form", NEEDS, "--chat", "it is about the turns of one", "leave it out"),
     Rule(
         "--think",
         NEEDS,
@@ -150,6 +150,12 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
         metavar="0|1",
         help="remove blank lines from what is not the assistant's in a chat, as from rows (default: as the run did "
         "whose folder holds the adapter or model, else 1)",
+    )
+    add(
+        "--tool_form",
+        choices=(G1, HERMES),
+        help="the form of tools, calls and results in a chat, as of rows: g1, RWKV-7 G1's own, or hermes (default: "
+        f"that of the run whose folder holds the adapter or model, else {G1})",
     )
     add(
         "--any_base",

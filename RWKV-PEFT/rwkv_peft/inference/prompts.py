@@ -10,7 +10,7 @@ from ..cli.errors import UserError
 from ..data.encoding import parse
 from ..data.rows import JSON_ENDINGS, read_rows
 from ..data.tokenizer import Tokenizer
-from ..data.tools import tools_text
+from ..data.tools import functions_of
 
 WRITTEN = ("generated", "tokens", "end")  # the fields of an output line that describe the continuation
 ENDS = ("end", "stop", "length")
@@ -48,16 +48,16 @@ def read_text(path: str | Path, flag: str = "--prompt_file") -> str:
     return text.removeprefix("\ufeff")
 
 
-def read_tools(path: str) -> str:
-    """The tools_text of the tools in a file of JSON. Raises UserError if it cannot be read or lists none."""
+def read_tools(path: str) -> list[dict[str, Any]]:
+    """The functions of the tools in a file of JSON. Raises UserError if it cannot be read or lists none."""
     listed = read_text(path, "--tools")
     try:
-        text = tools_text(listed)
+        functions = functions_of(listed)
     except UserError as error:
         raise UserError(f"--tools {path}: {error}") from error
-    if not text:
+    if not functions:
         raise UserError(f"--tools {path} lists no tool; write one, or leave the flag out")
-    return text
+    return functions
 
 
 def made_of(path: str | Path, make: Callable[[Any], Made], split: str = "", flag: str = "") -> list[Made]:

@@ -22,7 +22,7 @@ from ..checkpoints.state_file import is_own, read_states, write_states
 from ..checkpoints.tensors import DTYPES, read_safetensors, read_tensors
 from ..cli.errors import UserError, short, some
 from ..cli.parser import counted
-from ..data.recorded import clean_beside, find_tokenizer, recorded_beside
+from ..data.recorded import chat_beside, find_tokenizer, recorded_beside
 from ..models.state import check_time_states, is_time_state, split_time_states
 from .flags import convert_flags
 from .formats import FLA, FOLDER, GGUF_TYPE, HF, Wanted, cast, describe, format_of, write_gguf_lora
@@ -209,7 +209,7 @@ def convert_model(source: Path, target: Path, args: argparse.Namespace) -> list[
     tokenizer = None
     if form.vocabulary:
         tokenizer = find_tokenizer(args.tokenizer, base.config.vocab_size, recorded_beside(source), print)
-    what = form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer, clean_beside(source)))
+    what = form.write_model(target, base, Wanted(dtype, args.gguf_type or GGUF_TYPE, tokenizer, chat_beside(source)))
     if base.has_states and not (form.states_in_model and not base.family.unread_states(tensors)):
         print(
             f"note: {target} holds tuned states, and its runtimes take those only as a separate file, if at all: the "

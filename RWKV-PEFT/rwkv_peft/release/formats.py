@@ -22,12 +22,13 @@ from ..checkpoints.readable import choice_in, read_settings
 from ..checkpoints.tensors import TensorSpec, dtype_name, read_safetensors, read_tensors, write_pth, write_safetensors
 from ..cli.errors import UserError, summarize
 from ..cli.names import all_finite
+from ..data.chat import CHAT, ChatLayout
 from ..models import FAMILIES
 from ..models.family import Family
 from ..models.gguf import gguf_module
 from ..models.layout import WKV
 from ..models.state import is_time_state, swapped
-from .vocabulary import GGUF_TEMPLATE, GgufVocabulary, Tokenizer, cleaning, gguf_vocabulary, hf_files
+from .vocabulary import GgufVocabulary, Tokenizer, gguf_template, gguf_vocabulary, hf_files
 
 GGUF_TYPE = "f16"  # the default type of a GGUF's large matrices
 Q8_RUN = 32  # q8_0 packs this many values of a row into one block
@@ -42,13 +43,13 @@ class Wanted(NamedTuple):
     """The settings for writing a model.
 
     dtype is its tensors' (None: each keeps its own); gguf_type the type of a GGUF's large matrices; tokenizer goes with
-    it if the format holds one; clean makes its chat template clean turns.
+    it if the format holds one, with the template of the layout `chat`.
     """
 
     dtype: torch.dtype | None = None
     gguf_type: str = GGUF_TYPE
     tokenizer: Tokenizer | None = None
-    clean: bool = True
+    chat: ChatLayout = CHAT
 
 
 class Format(NamedTuple):
@@ -108,7 +109,7 @@ def read_gguf(path: Path) -> NoReturn:
 
 def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> str:
     assert wanted.tokenizer is not None  # because the format's vocabulary is True
-    vocabulary = gguf_vocabulary(wanted.tokenizer, base.config.vocab_size)._replace(clean=wanted.clean)
+    vocabulary = gguf_vocabulary(wanted.tokenizer, base.config.vocab_size)._replace(chat=wanted.chat)
     with atomic_write(path) as temporary:
         number = write_gguf(temporary, base, wanted.gguf_type, vocabulary)
     return f"{number} tensors, the large ones {wanted.gguf_type}"
@@ -166,7 +167,7 @@ def _write_folder(
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_id)
     files = {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
     with ExitStack() as stack:  # renames the files after all are written, in reverse order, so config.json comes last
-        for name, content in (files | hf_files(tokenizer, base.config.vocab_size, wanted.clean)).items():
+        for name, content in (files | hf_files(tokenizer, base.config.vocab_size, wanted.chat)).items():
             stack.enter_context(atomic_write(folder / name)).write_bytes(content)
         weights = stack.enter_context(atomic_write(folder / "model.safetensors"))
         _fill(weights, write_safetensors, tensors, wanted.dtype)
@@ -318,5 +319,5 @@ def _write_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
         writer.add_eos_token_id(vocabulary.end)
     if vocabulary.turn_end is not None:
         writer.add_eot_token_id(vocabulary.turn_end)
-    writer.add_chat_template(cleaning(GGUF_TEMPLATE, vocabulary.clean))
+    writer.add_chat_template(gguf_template(vocabulary.chat))
     writer.add_add_bos_token(False)

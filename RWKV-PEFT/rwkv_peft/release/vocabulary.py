@@ -1,10 +1,10 @@
 """A tokenizer's vocabulary and the layout of chats in the forms of other tools: GGUF's lists, a Hugging Face folder.
 
-The chat template is the layout of training (data/chat.py, data/tools.py) in Jinja. It differs from the layout of rows
-in three things: a blank line ends the last turn, too; arguments of a call that are given as text stay as they are
-spelled; results of tools stay in the order in which they are given. The parts that count in the loss are marked as
-generated: an answer, the blank line behind it, and the name of the next speaker. `think`, a mode of --think, opens the
-next answer, and ends the last turn of the user, as --think does.
+The chat template is the layout of training (data/chat.py) in Jinja, and holds its ToolForm (data/tools.py) as a
+variable. It differs from the layout of rows in three things: a blank line ends the last turn, too; arguments of a call
+that are given as text stay as they are spelled; results of tools stay in the order in which they are given. The parts
+that count in the loss are marked as generated: an answer, the blank line behind it, and the name of the next speaker.
+`think`, a mode of --think, opens the next answer, and ends the last turn of the user, as --think does.
 
 World takes the longest token that begins at a place, which no order of merges does. A regular expression does: the tree
 of the tokens' bytes, with branches that begin with different bytes and optional ends. The last token that ended on the
@@ -18,10 +18,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
-from ..data.chat import LENGTHS, ONLY_CALLS, SPEAKERS, THINK, TURN_END
+from ..data.chat import CHAT, LENGTHS, ONLY_CALLS, QUOTE, SPEAKERS, THINK, TURN_END, ChatLayout
 from ..data.tokenizer import JsonTokenizer, Tokenizer
-from ..data.tools import ASKED
 
+SEPARATORS = (", ", ": ")  # tojson's own
 CLEANING = (  # as ChatLayout.cleaned
     "{%- if name != 'Assistant' -%}"
     r"{%- set lines = turn.words.replace('\r\n', '\n').split('\n') -%}"
@@ -29,6 +29,10 @@ CLEANING = (  # as ChatLayout.cleaned
     "{%- for line in lines if line -%}"
     r"{%- set turn.words = turn.words + ('\n' if turn.words else '') + line -%}"
     "{%- endfor -%}"
+    "{%- set turn.words = turn.words|trim -%}"
+    "{%- if form.result and turn.words.startswith(form.result|trim) -%}"
+    f"{{%- set turn.words = '{QUOTE}' + turn.words -%}}"
+    "{%- endif -%}"
     "{%- endif -%}"
 )
 LENGTHENING = (  # as with_length
@@ -40,17 +44,18 @@ LENGTHENING = (  # as with_length
     "{%- set turn.words = turn.words + told.ending -%}"
     "{%- endif -%}"
 )
-CHAT_TEMPLATE = (
+TEMPLATE = (  # of a layout with the ToolForm `form`
     f"{{%- set names = { {role: name for role, name in SPEAKERS.items() if role not in ONLY_CALLS} } -%}}"
     "{%- set told = namespace(tools='', asked=-1, ending='') -%}"
     "{%- for message in messages -%}"
     "{%- if names[message['role']|lower] == 'User' -%}{%- set told.asked = loop.index0 -%}{%- endif -%}"
     "{%- endfor -%}"
     "{%- for tool in tools or [] -%}"
-    "{%- set told.tools = told.tools + (tool['function'] if tool['function'] is defined else tool)|tojson + '\n' -%}"
+    "{%- set told.tools = told.tools + (form.listing[1] if told.tools else '') -%}"
+    "{%- set told.tools = told.tools + (tool['function'] if tool['function'] is defined else tool)|tojson -%}"
     "{%- endfor -%}"
     "{%- if tools -%}"
-    f"{{%- set told.tools = '<tools>\n' + told.tools + '</tools>\n{ASKED}' -%}}"
+    "{%- set told.tools = form.listing[0] + told.tools + form.listing[2] -%}"
     "{%- if names[messages[0]['role']|lower] != 'System' -%}{{- 'System: ' + told.tools + '\n\n' -}}{%- endif -%}"
     "{%- endif -%}"
     "{%- for message in messages -%}"
@@ -64,15 +69,23 @@ CHAT_TEMPLATE = (
     f"{CLEANING}"
     "{%- set turn.words = turn.words|trim -%}"
     f"{LENGTHENING}"
-    "{%- for called in message['tool_calls'] or [] -%}"
+    "{%- set calls = message['tool_calls'] or [] -%}"
+    "{%- set brackets = form.brackets if calls|length > 1 else ['', ''] -%}"
+    "{%- for called in calls -%}"
     "{%- set call = called['function'] if called['function'] is defined else called -%}"
     "{%- set given = call['arguments'] or {} -%}"
     "{%- set given = given if given is string else given|tojson -%}"
-    "{%- set call = '{\"name\": ' + call['name']|tojson + ', \"arguments\": ' + given + '}' -%}"
-    "{%- set turn.words = turn.words + ('\n' if turn.words else '') + '<tool_call>\n' + call + '\n</tool_call>' -%}"
+    "{%- set given = form.separators[0] + '\"arguments\"' + form.separators[1] + given -%}"
+    "{%- set begin = ('\n' if turn.words else '') + form.calls[0] + brackets[0] if loop.first else form.calls[1] -%}"
+    "{%- set call = begin + '{\"name\"' + form.separators[1] + call['name']|tojson + given + '}' -%}"
+    "{%- set turn.words = turn.words + call + (brackets[1] + form.calls[2] if loop.last else '') -%}"
     "{%- endfor -%}"
     "{%- if loop.first and name == 'System' and tools -%}"
     "{%- set turn.words = turn.words + ('\n' if turn.words else '') + told.tools -%}"
+    "{%- endif -%}"
+    "{%- if name == 'Tool' -%}"
+    "{%- set name = form.speaker -%}"
+    "{%- set turn.words = (form.result + turn.words)|trim -%}"
     "{%- endif -%}"
     "{%- set words = ' ' + turn.words + '\n\n' -%}"
     "{%- if name == 'Assistant' -%}{{- 'Assistant:' -}}{% generation %}{{- words -}}{% endgeneration %}"
@@ -84,14 +97,28 @@ CHAT_TEMPLATE = (
     f"{{{{- 'Assistant:' + ({ {name: mode.opening for name, mode in THINK.items()} }[think] if think else '') -}}}}"
     "{%- endif -%}"
 )
-UNMARKED = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", CHAT_TEMPLATE)
+MARKS_OF_LOSS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Parts of llama.cpp do not interpret templates but recognize some by a piece of their text, which a comment holds here.
-GGUF_TEMPLATE = r"{#- {{- 'User: ' + message['content']|trim + '\n\n' -}} -#}" + UNMARKED
+KNOWN_BY = r"{#- {{- 'User: ' + message['content']|trim + '\n\n' -}} -#}"
+
+
+def chat_template(chat: ChatLayout = CHAT) -> str:
+    """The template of a layout of chats."""
+    form = {name: value if isinstance(value, str) else list(value) for name, value in vars(chat.tool_form).items()}
+    template = TEMPLATE if chat.clean else TEMPLATE.replace(CLEANING, "")
+    if chat.tool_form.separators != SEPARATORS:
+        template = template.replace("|tojson", "|tojson(separators=form.separators)")
+    return f"{{%- set form = {form} -%}}{template}"
+
+
+def gguf_template(chat: ChatLayout = CHAT) -> str:
+    """The template of a layout of chats for llama.cpp, without marks of the parts that count in the loss."""
+    return KNOWN_BY + MARKS_OF_LOSS.sub("", chat_template(chat))
 
 
 FOLDER_SETTINGS = MappingProxyType(
     {
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template(),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ("input_ids", "attention_mask"),
         "padding_side": "left",  # what is generated goes on from the right
@@ -114,7 +141,7 @@ class GgufVocabulary(NamedTuple):
 
     model and pre are llama.cpp's names for the tokenizer and its pre-tokenizer; tokens and types have an entry for each
     id of the model; merges are byte-level BPE's; end is the token that ends a document and turn_end the one that
-    ends a turn of a chat, or None; clean makes its template clean turns.
+    ends a turn of a chat, or None; chat is the layout of its template.
     """
 
     model: str
@@ -124,7 +151,7 @@ class GgufVocabulary(NamedTuple):
     turn_end: int | None
     pre: str = ""
     merges: tuple[str, ...] = ()
-    clean: bool = True
+    chat: ChatLayout = CHAT
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> GgufVocabulary:
@@ -179,22 +206,17 @@ def _byte_level_bpe(tokenizer: JsonTokenizer, size: int) -> GgufVocabulary:
     return GgufVocabulary("gpt2", tokens, types, tokenizer.end_id, one, "gpt-2", merges)
 
 
-def hf_files(tokenizer: Tokenizer, size: int, clean: bool = True) -> dict[str, bytes]:
-    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which transformers loads by itself; clean
-    makes its chat template clean turns."""
+def hf_files(tokenizer: Tokenizer, size: int, chat: ChatLayout = CHAT) -> dict[str, bytes]:
+    """Make {name: bytes} of a tokenizer's files in a Hugging Face folder, which transformers loads by itself, with
+    the template of a layout of chats."""
     if isinstance(tokenizer, JsonTokenizer):
         content = tokenizer.path.read_bytes()
         marks: Mapping[str, str] = {"eos_token": tokenizer.end_token} if tokenizer.end_token else {}
     else:
         content, marks = world_json(tokenizer.token_bytes, size), MARKS
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **marks, **FOLDER_SETTINGS}
-    settings["chat_template"] = cleaning(CHAT_TEMPLATE, clean)
+    settings["chat_template"] = chat_template(chat)
     return {"tokenizer.json": content, "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
-
-
-def cleaning(template: str, clean: bool) -> str:
-    """The template with cleaning of other turns than the assistant's, or without."""
-    return template if clean else template.replace(CLEANING, "")
 
 
 def world_json(table: Sequence[bytes | None], size: int) -> bytes:

@@ -11,7 +11,7 @@ from ..cli.names import METRICS
 from ..config import RunConfig, TrainConfig
 from ..data.answer_samples import PromptSamples, overlap_notes
 from ..data.mixture import Joined
-from ..data.recorded import clean_data, default_mask, recorded_beside, remarks, require_same
+from ..data.recorded import chat_in, default_mask, recorded_beside, remarks, require_same
 from ..data.rows import held_out_split, parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
@@ -90,8 +90,9 @@ def find_inputs(request: Request) -> Inputs:
     config = replace(config, train=train)
     if not config.data.of_rows:  # token files were made before, with the recorded tokenizer ("": none is recorded)
         name = samples.vocabulary.name if samples.vocabulary else ""
-        clean = all(map(clean_data, (config.data.path, *config.data.more)))
-        config = replace(config, data=replace(config.data, tokenizer=name, clean_turns=clean))
+        chats = list(map(chat_in, (config.data.path, *config.data.more)))
+        clean, form = all(chat.clean for chat in chats), chats[0].tool_form.name
+        config = replace(config, data=replace(config.data, tokenizer=name, clean_turns=clean, tool_form=form))
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))

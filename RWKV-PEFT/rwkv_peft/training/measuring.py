@@ -18,7 +18,7 @@ from ..cli.parser import counted
 from ..config import RunConfig, TrainConfig
 from ..data.batches import EvalBatches
 from ..data.mixture import Several
-from ..data.recorded import find_tokenizer
+from ..data.recorded import chat_of, find_tokenizer
 from ..data.samples import Samples
 from ..data.tokenizer import KNOWN_SIZES
 from ..evals.questions import OF, Exam, Record, RowsExam, rows_of
@@ -140,7 +140,7 @@ def find_exam(config: RunConfig, samples: Samples) -> Exam | None:
             f"--eval_data {train.eval_data}: no record beside {config.data.path} names its tokenizer, and no known "
             f"tokenizer has {vocab_size} tokens; make the data with rwkv-peft preprocess, which records it"
         )
-    exam = Exam(train, find_tokenizer(None, vocab_size, samples.vocabulary), config.data.clean_turns)
+    exam = Exam(train, find_tokenizer(None, vocab_size, samples.vocabulary), chat_of(vars(config.data)))
     often = f"every {counted(train.eval_every, 'step')}" if train.eval_every else "every epoch"
     samples.notes.append(f"{counted(len(exam), 'question')} of {train.eval_data}, asked {often} and at the end")
     return exam

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
+from ..cli.names import G1
 from ..data.chat import TURN_END, ChatLayout, stops_of
 from ..data.encoding import EncodeSettings, encoder
 from ..data.layouts import ANSWERS, CHATS
 from ..data.tokenizer import Tokenizer
-from ..data.tools import ToolCall, parse_calls
+from ..data.tools import TOOL_FORMS, ToolCall, ToolForm, parse_calls
 from ..environments.environments import Environments, Place
 from ..inference.batch import DAMAGED
 from ..inference.decode import damaged_error
@@ -27,7 +28,7 @@ from ..inference.speakers import Speaker
 from ..inference.text import Continuation
 from ..models.state import State
 
-TOOL, ANSWER = f"{TURN_END}Tool:", f"{TURN_END}Assistant:"
+ANSWER = f"{TURN_END}Assistant:"
 UNCALLED = ToolCall("", {})  # of an answer that hands over to a tool and holds no call
 MALFORMED = 'error: no call was found; answer <tool_call>{"name": …, "arguments": {…}}</tool_call>'
 CACHED = 3  # states of each conversation: after its prompt or results, after its answer, and one that is made
@@ -82,7 +83,8 @@ class Turn:
 
 class TurnSettings(NamedTuple):
     """At most `turns` answers of a conversation, `turn_tokens` tokens in each, and `longest` tokens behind the prompt,
-    results included; `batch` answers are sampled at a time, each up to a text of `stop` or of a known layout."""
+    results included, which are in a form of tools; `batch` answers are sampled at a time, each up to a text of `stop`
+    or of a known layout."""
 
     sampling: Sampling
     turns: int
@@ -90,6 +92,12 @@ class TurnSettings(NamedTuple):
     longest: int
     stop: tuple[str, ...]
     batch: int
+    tool_form: ToolForm = TOOL_FORMS[G1]
+
+    @property
+    def result(self) -> str:
+        """The opening of a result's turn behind an answer."""
+        return f"{TURN_END}{self.tool_form.speaker}:"
 
 
 def converse(
@@ -197,12 +205,13 @@ def completion_of(turn: Turn, sampling: Sampling) -> Completion:
 def answered(turn: Turn, tokenizer: Tokenizer, settings: TurnSettings) -> list[ToolCall]:
     """Add an answer to its conversation -> its calls, [] if the conversation ends with it.
 
-    An answer hands over to a tool by the name of that speaker, or by a call. If another speaker's name follows a call,
-    it is left out, so that the results can follow."""
+    An answer hands over to a tool by a call, or by the name of the speaker Tool. If a name follows a call that opens no
+    result, it is left out, so that the results can follow."""
     conversation, text = turn.conversation, turn.text
     _, calls = parse_calls(text.text)
-    hands_over = text.end == "stop" and tokenizer.decode(text.tokens).startswith(text.text + TOOL)
-    tokens = text.tokens if hands_over or not calls or text.end != "stop" else text.shown_tokens()
+    opens = text.end == "stop" and tokenizer.decode(text.tokens).startswith(text.text + settings.result)
+    hands_over = opens and settings.tool_form.speaker == "Tool"
+    tokens = text.tokens if opens or not calls or text.end != "stop" else text.shown_tokens()
     kept = len(tokens) if tokens == text.tokens[: len(tokens)] else len(text.tokens)
     conversation.add(text.tokens[:kept], own=True)
     logprobs, entropies = zip(*turn.measures[:kept]) if kept else ((), ())
@@ -233,11 +242,12 @@ def results_of(environments: Environments, calling: Sequence[tuple[Episode, Sequ
 def hand_back(conversation: Episode, results: Sequence[str], tokenizer: Tokenizer, settings: TurnSettings) -> None:
     """Add the results of an answer's calls to its conversation, and the opening of the next answer. A conversation ends
     if they leave it no room, or if its environment is lost."""
-    cleaned = [ChatLayout().cleaned(result) for result in results]
+    form = settings.tool_form
+    cleaned = [ChatLayout(tool_form=form).cleaned(result) for result in results]
     conversation.turns += [{"role": "tool", "content": result} for result in cleaned]
     before = tokenizer.decode(conversation.tokens[-16:])
-    text = "".join(f"{TOOL} {result}" for result in cleaned) + ANSWER
-    tokens = tokenizer.encode(text.removeprefix(TOOL) if before.endswith(TOOL) else text)
+    text = "".join(f"{settings.result} {form.result_text(result)}" for result in cleaned) + ANSWER
+    tokens = tokenizer.encode(text.removeprefix(settings.result) if before.endswith(settings.result) else text)
     if conversation.place.lost:
         conversation.end = "lost"
     elif len(conversation.tokens) + len(tokens) >= settings.longest:

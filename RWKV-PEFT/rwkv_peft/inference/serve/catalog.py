@@ -10,7 +10,7 @@ from ...checkpoints.adapters import adapter_of_run, source_of
 from ...checkpoints.base import open_base
 from ...checkpoints.readable import within
 from ...cli.errors import UserError, short
-from ...data.recorded import clean_beside, find_tokenizer, note_on_chats, recorded_beside
+from ...data.recorded import chat_beside, find_tokenizer, note_on_chats, recorded_beside
 from ..chat import remark
 from ..loading import load_model, resolve_device
 from ..speakers import Speaker, adapter_speaker, combined, mixed_speaker, state_speaker
@@ -34,7 +34,7 @@ class Catalog:
         files = [given.path for given in (*args.adapter, *args.state)]
         files = [*reversed(files), args.model]
         recorded = recorded_beside(*files)
-        self.clean = clean_beside(*files) if args.clean_turns is None else args.clean_turns
+        self.chat = chat_beside(*files, clean=args.clean_turns, tool_form=args.tool_form)
         if note := note_on_chats(*files):
             remark(note)
         self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ...cli.errors import UserError
-from ...data.chat import LEADS, TURN_END, shown_opening, stops_of
+from ...data.chat import CHAT, LEADS, TURN_END, ChatLayout, shown_opening, stops_of
 from ...data.layouts import RowLayout, begins_answer
 from ...data.tokenizer import Tokenizer
 from ..prompts import encode
@@ -89,14 +89,14 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most completions of a request, tokens of a prompt and of a completion; the vocabulary's size; clean removes
-    blank lines from messages of users, systems and tools."""
+    """The most completions of a request, tokens of a prompt and of a completion; the vocabulary's size; and the
+    layout of chats."""
 
     completions: int
     prompt: int
     tokens: int
     vocabulary: int
-    clean: bool = True
+    chat: ChatLayout = CHAT
 
     def check_length(self, *texts: str) -> None:
         """Raise RequestError for the texts of a prompt if they would take long to tokenize, to be refused then."""
@@ -350,7 +350,7 @@ class ChatBody(GenerationBody):
         if self.prefilled and self.think:
             raise RequestError(400, "think: the last message has begun the answer already; leave think out", "think")
         try:
-            layout = RowLayout(self.mode, limits.clean)
+            layout = RowLayout(self.mode, limits.chat.clean, limits.chat.tool_form)
             texts = layout.chat_prompt(self.messages, self.tools if self.calls else None)
             limits.check_length(*texts)
             encoded = [tokenizer.encode(text) for text in texts]

@@ -10,15 +10,13 @@ from typing import Any, NamedTuple
 
 from ...cli.errors import encoded
 from ...data.tokenizer import Tokenizer
-from ...data.tools import OPENS, ToolCall, parse_calls
+from ...data.tools import ToolCall, parse_calls, undecided
 from ..requests import Logprobs
-from ..text import overlap
 from ..thinking import ThinkingStream
 
 Fields = dict[str, Any]
 UTF_8 = codecs.getincrementaldecoder("utf-8")
 REASONING = "reasoning_content"  # the field of a message or a delta that holds its thinking
-CALL_OPENINGS = ("<tool_call>", "**Tool Call:**")  # texts that OPENS matches
 
 
 class Token(NamedTuple):
@@ -195,9 +193,7 @@ class CallStream:
     def feed(self, text: str) -> str:
         """The text that is certain now."""
         self.text += text
-        found = OPENS.search(self.text, self.released)
-        held = max(overlap(self.text, opening) for opening in CALL_OPENINGS)
-        certain = max(found.start() if found else len(self.text) - held, self.released)
+        certain = undecided(self.text, self.released)
         new, self.released = self.text[self.released : certain], certain
         return new
 

@@ -16,8 +16,10 @@ import llguidance
 import numpy as np
 import torch
 
+from ...cli.names import G1
 from ...data.chat import THINK
 from ...data.tokenizer import Tokenizer
+from ...data.tools import TOOL_FORMS, ToolForm
 from .requests import ChatBody
 from .trial import MEMORY, SECONDS, compiles
 from .web import RequestError
@@ -27,8 +29,6 @@ ANY = MappingProxyType({"type": "object"})  # the schema of a json_object
 OPTIONS = MappingProxyType(
     {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "coerce_one_of": True}
 )
-# of a call, as the next request lays it out (data/tools.py): the cache then holds the state behind it
-CALL_OPTIONS = MappingProxyType({**OPTIONS, "item_separator": ", ", "key_separator": ": "})
 LARGEST = 1 << 19  # characters of a schema; llguidance takes no larger ones
 REMEMBERED = 10_000  # grammars that are known to compile
 # ChatBody.mode -> the opening of an answer before its JSON
@@ -70,10 +70,11 @@ class SchemaConstraint:
 
 
 class SchemaCompiler:
-    """Compiles schemas for a tokenizer with `token_bytes`; its first `size` tokens may be sampled."""
+    """Compiles schemas for a tokenizer with `token_bytes`; its first `size` tokens may be sampled. Calls
+    are in a ToolForm."""
 
-    def __init__(self, tokenizer: Tokenizer, size: int) -> None:
-        self.tokenizer, self.size = tokenizer, size
+    def __init__(self, tokenizer: Tokenizer, size: int, form: ToolForm = TOOL_FORMS[G1]) -> None:
+        self.tokenizer, self.size, self.form = tokenizer, size, form
         self._tried: set[bytes] = set()
 
     @cached_property
@@ -84,13 +85,15 @@ class SchemaCompiler:
     def compiled(self, body: ChatBody) -> SchemaConstraint | None:
         """The constraint of a chat's answers at their beginning, None for free text; not thread-safe. Raises
         RequestError for a schema that cannot be followed."""
-        field, text, options = "response_format", "body", OPTIONS
+        field, text, options = "response_format", "body", dict(OPTIONS)
         schema = schema_of(body.response_format) if body.response_format else None
         if body.must_call:
             if schema is not None:
                 raise wrong("tool_choice", "a call has a form of its own; leave response_format out")
-            field, text, schema = "tool_choice", '"<tool_call>\\n" body "\\n</tool_call>"', call_schema(body)
-            options = CALL_OPTIONS
+            begin, _, end = map(json.dumps, self.form.calls)
+            field, text, schema = "tool_choice", f"{begin} body {end}", call_schema(body)
+            # as the next request lays the call out: the cache then holds the state behind it
+            options |= dict(zip(("item_separator", "key_separator"), self.form.separators))
         if schema is None:
             return None
         opening = OPENINGS.get(body.mode)
@@ -99,7 +102,7 @@ class SchemaCompiler:
         opening = opening.removesuffix("?") if body.must_call else opening
         if not hasattr(self.tokenizer, "token_bytes"):
             raise wrong(field, f"tokenizer {self.tokenizer.name} does not tell the bytes of its tokens")
-        written = json.dumps({**schema, "x-guidance": dict(options)})
+        written = json.dumps({**schema, "x-guidance": options})
         if len(written) > LARGEST:
             message = f"{field}: the schema is larger than {LARGEST:,} characters; make it simpler"
             raise RequestError(413, message, field)

@@ -125,10 +125,10 @@ class Service:
     def __init__(self, args: argparse.Namespace, defaults: Sampling, catalog: Catalog) -> None:
         self.catalog, self.defaults, self.seconds = catalog, defaults, args.max_seconds
         vocabulary = min(catalog.tokenizer.vocab_size, catalog.base_speaker.model.config.vocab_size)
-        self.limits = Limits(args.batch, args.max_prompt, args.max_tokens, vocabulary, catalog.clean)
+        self.limits = Limits(args.batch, args.max_prompt, args.max_tokens, vocabulary, catalog.chat)
         self.places, self.open = args.batch + args.queue, 0
         self.metrics = Metrics()
-        self.schemas = SchemaCompiler(catalog.tokenizer, vocabulary)
+        self.schemas = SchemaCompiler(catalog.tokenizer, vocabulary, catalog.chat.tool_form)
         # so that few of the pool's threads wait
         self.compiling, self.reading, self.mixing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
         cache, overlap = PrefixCache(args.known_mib << 20), catalog.base_speaker.model.emb.weight.is_cuda

@@ -11,7 +11,7 @@ from typing import Any
 from ...checkpoints.atomic import write_text
 from ...checkpoints.readable import reading
 from ...cli.errors import UserError
-from ...cli.names import ADAPTER, METRICS, MODEL, is_number
+from ...cli.names import ADAPTER, HERMES, METRICS, MODEL, is_number
 from ...cli.parser import counted
 from ...config import AdapterConfig, DataConfig, RunConfig, TrainConfig, to_json
 from ...config.data import think_bounds
@@ -95,6 +95,8 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     }
     if not config.data.clean_turns:
         del settings["clean_turns"]  # as in runs from before there was such a setting
+    if config.data.tool_form == HERMES:
+        del settings["tool_form"]  # likewise; if rows hold tools, their hashes differ in another form
     if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
         settings["rows_share_batches"] = config.data.buckets
     settings["mix"] = shares_of(config.data.mix)  # 7 3 is the mix 0.7 0.3
