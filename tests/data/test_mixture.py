@@ -47,8 +47,7 @@ def test_each_file_has_its_share_of_the_tokens_at_every_place(config, dataload, 
     samples = build_samples(replace(config, dataload=dataload, mix=mix, ctx_len=64), 80)
     read, whole = Counter(), 4 * len(samples)
     for n in range(whole):
-        rows = samples[n] if isinstance(samples[n], list) else [samples[n]]
-        read[source_of(samples[n])] += sum(len(tokens) - 1 for tokens, _ in rows)
+        read[source_of(samples[n])] += sum(len(mask) for _, mask in rows_of(samples[n]))
     shares = mix or [part.tokens for part in samples.parts]
     total = sum(read.values())
     for number, share in enumerate(shares, 1):
@@ -60,6 +59,29 @@ def test_each_file_has_its_share_of_the_tokens_at_every_place(config, dataload, 
         assert counts[number] / len(part) == pytest.approx(seen[name], abs=3 / len(part))
     if not mix:
         assert all(times == pytest.approx(4, rel=0.05) for times in seen.values())
+
+
+@pytest.mark.parametrize("dataload", ["get", "pad", "only", "pack"])
+@pytest.mark.parametrize("number, share", [(1, 0.1), (1, 0.5), (2, 0.05)])
+def test_replay_has_its_share_between_data_that_keeps_its_epochs(config, dataload, number, share):
+    own = replace(config, more=config.more[: number - 1], dataload=dataload, ctx_len=64)
+    with_replay = replace(own, replay=config.more[1], replay_share=share)
+    alone, samples = build_samples(own, 80), build_samples(with_replay, 80)
+    read, places = Counter(), [samples.place(n) for n in range(4 * len(samples))]
+    for part, place in places:
+        read[part is samples.parts[-1]] += sum(len(mask) for _, mask in rows_of(part[place]))
+    assert read[True] / read.total() == pytest.approx(share, abs=64 * 3 / read.total(), rel=0.02)
+    for part, alike in zip(samples.parts[:-1], alone.parts):  # in the order without it
+        read = [place for found, place in places if found is part]
+        assert read == list(range(len(read))) and 4 * len(alike) - number < len(read) <= 4 * (len(alike) + 1)
+    train, held_out = split_samples(with_replay, 80, 0.2)
+    assert held_out.tokens == split_samples(own, 80, 0.2)[1].tokens
+    assert len(train.parts[-1]) == len(samples.parts[-1])
+
+
+def rows_of(sample):
+    """The documents of a sample, which may be packed."""
+    return sample if isinstance(sample, list) else [sample]
 
 
 def test_samples_come_in_the_order_of_their_file_and_by_their_number_alone(config):
@@ -138,5 +160,8 @@ def test_files_that_do_not_go_together_are_refused(config, tmp_path):
             writer.add(range(1, 40))
         (tmp_path / f"{name}.json").write_text(record_of(load_tokenizer(vocabulary), []))
     other = replace(config, path=str(tmp_path / "d"), more=(str(tmp_path / "e"),))
-    with pytest.raises(UserError, match="--data_file e was made with world .*, and --data_file d with bytes"):
-        build_samples(other, 1 << 17)
+    for flag, files in (("--data_file", other), ("--replay", replace(other, more=(), replay=other.more[0]))):
+        with pytest.raises(UserError, match=f"{flag} e was made with world .*, and --data_file d with bytes"):
+            build_samples(files, 1 << 17)
+    with pytest.raises(UserError, match="--replay .*a is the data itself"):
+        build_samples(replace(config, replay=config.path), 80)

@@ -8,8 +8,7 @@ from rwkv_peft.data.shard_writer import ShardWriter
 from training.runs import metrics, rewound
 
 FLAGS = (
-    *"--precision fp32 --data_mix 0.25 0.75 --val_split 0.2 --lr_schedule constant --epoch_steps 3".split(),
-    *"--micro_bsz 2 --answer_rows 0".split(),
+    *"--precision fp32 --val_split 0.2 --lr_schedule constant --epoch_steps 3 --micro_bsz 2 --answer_rows 0".split(),
 )
 
 
@@ -18,7 +17,7 @@ def mixed(files):
     with ShardWriter(files / "code", vocab_size=80) as writer:
         for start in range(30):
             writer.add([1 + (3 * start + 5 * i) % 79 for i in range(30)] + [0])
-    return (*FLAGS, "--data_file", str(files / "data"), str(files / "code"))
+    return (*FLAGS, "--data_mix", "0.25", "0.75", "--data_file", str(files / "data"), str(files / "code"))
 
 
 def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed):
@@ -47,12 +46,32 @@ def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed)
     assert "has data {'mix': [0.25, 0.75]" in err and "this command {'mix': [0.5, 0.5]" in err
 
 
+def test_replay_is_read_between_the_data_and_validates_nothing(files, train, mixed):
+    """And a run goes on to the bit, with the same share alone."""
+    flags = (*FLAGS, "--replay", str(files / "code"), "--replay_share", "0.25")
+    out, _ = train("replay-whole", *flags)
+    assert "75.0% of the tokens are of data, read 1.01 times an epoch\n" in out, out
+    assert "25.0% of the tokens are of code, read " in out and " times an epoch (--replay)\n" in out
+    rewound(files / "replay-whole", "replay")
+    train("replay", *flags, "--resume")
+    whole, parts = (metrics(files, name) for name in ("replay-whole", "replay"))
+    keys = ("loss", "val_loss", "loss/data", "loss/code")
+    assert [[line.get(key) for key in keys] for line in parts] == [[line.get(key) for key in keys] for line in whole]
+    assert any("loss/code" in line for line in whole) and not any("val_loss/code" in line for line in whole)
+    first, second = ((files / name / "adapter.safetensors").read_bytes() for name in ("replay-whole", "replay"))
+    assert first == second
+    _, err = train("replay", *flags, "--replay_share", "0.3", "--epoch_count", "3", "--resume", code=2)
+    assert "has data {'replay_share': 0.25" in err and "this command {'replay_share': 0.3" in err
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
         (("--data_mix", "1"), "--data_mix 1: 1 share of 2 files of --data_file; give one for each"),
         (("--data_mix", "1", "0"), "argument --data_mix"),
         (("--data_type", "pairs"), "several --data_file does not go with --data_type pairs"),
+        (("--replay", "absent"), "absent.idx: no such file"),
+        (("--replay", "absent", "--replay_share", "1"), "--replay_share: 1 must be below 1"),
     ],
 )
 def test_shares_that_do_not_fit_are_refused(train, mixed, more, words):

@@ -228,6 +228,7 @@ seed = constrained(whole, lambda value: -(2**63) <= value < 2**63, "does not fit
 not_negative = constrained(finite, lambda value: value >= 0, "is negative")
 above_zero = constrained(finite, lambda value: value > 0, "is not above 0")
 below_one = constrained(not_negative, lambda value: value < 1, "must be below 1")
+open_share = constrained(above_zero, lambda value: value < 1, "must be below 1")
 share = constrained(not_negative, lambda value: value <= 1, "is no share, which is from 0 to 1, as 0.9 for 90 %")
 port = constrained(
     whole, lambda value: 0 <= value <= 65535, "is no port, which is a number from 0 (any free one) to 65535"

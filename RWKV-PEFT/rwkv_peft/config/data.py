@@ -1,13 +1,13 @@
 """Settings of the data that a run reads."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
 from ..cli.errors import UserError
 from ..cli.names import G1, HERMES, LOSS_MASKS
-from ..cli.parser import above_zero, alias, count, positive, switch
+from ..cli.parser import above_zero, alias, count, open_share, positive, switch
 from ..cli.tables import SAMPLINGS
 from .setting import setting
 
@@ -52,7 +52,8 @@ def think_bounds(given: Sequence[int]) -> tuple[int, ...]:
 class DataConfig:
     """The data, and the order in which it is read.
 
-    path and `more` are the data files, mixed by the shares of `mix`. Each is the prefix of a .bin/.idx pair (data_type
+    path and `more` are the data files, mixed by the shares of `mix`, and replay is one that has replay_share of the
+    tokens. Each is the prefix of a .bin/.idx pair (data_type
     "binidx"), or a file or folder of rows that tokenizer turns into tokens: questions and answers ("sft"), prompts with
     two answers each ("pairs"), prompts with an answer and its label ("labels"), prompts that the model answers itself
     ("prompts"), or questions and answers with a context that only a teacher reads ("contexts"). seed draws the order of
@@ -76,6 +77,18 @@ class DataConfig:
         "(default: each file's own share, so that all are read equally often)",
         flag="data_mix",
         type=above_zero,
+        metavar="SHARE",
+    )
+    replay: str = setting(
+        "",
+        "also read this file, text or rows that the base knows, between those of --data_file, so that the run forgets "
+        "less; it is of the same --data_type, and its fields are recognised",
+        metavar="PREFIX",
+    )
+    replay_share: float = setting(
+        0.1,
+        "the share of the tokens that --replay has; an epoch still reads all of --data_file once",
+        type=open_share,
         metavar="SHARE",
     )
     data_type: str = setting(
@@ -183,6 +196,16 @@ class DataConfig:
         "prompts: the most tokens of an answer, which is cut there; a prompt has --ctx_len less these",
         type=positive,
     )
+
+    @property
+    def own(self) -> "DataConfig":
+        """The same without replay."""
+        return replace(self, replay="", replay_share=DataConfig.replay_share)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that a run trains on, replay last."""
+        return (self.path, *self.more, *filter(None, [self.replay]))
 
     @property
     def of_rows(self) -> bool:

@@ -27,6 +27,7 @@ OF_ROWS = (
 )
 OF_TASK = "--eval_task, --eval_template, --eval_max_tokens"
 # reasons
+MIXED = "only tokens and rows of sft are mixed"
 APART = "ranks draw different numbers of tokens, and none holds a whole layer"
 # remedies
 TUNE = "leave --peft out, or give --train_parts state instead to tune them along"
@@ -92,7 +93,10 @@ RULES = (
     Rule("--stream", EXCLUDES, "--dataload get|pack", "lengths of rows are not known before", "take --dataload pad"),
     Rule("--stream", EXCLUDES, "--loss_mask qa|se", "a window may lack the markers", "lay rows out as answers"),
     Rule("--data_mix", NEEDS, SEVERAL, "it is the share of each", "name several, or leave it out"),
-    Rule(SEVERAL, EXCLUDES, "--data_type pairs|labels|prompts|contexts", "only tokens and rows of sft are mixed", ONE),
+    Rule(SEVERAL, EXCLUDES, "--data_type pairs|labels|prompts|contexts", MIXED, ONE),
+    Rule("--replay", EXCLUDES, "--data_type pairs|labels|prompts|contexts", MIXED, OUT),
+    Rule("--replay", EXCLUDES, "--stream", "how many tokens are to be read beside it is not known before", OUT),
+    Rule("--replay_share", NEEDS, "--replay", "it is the share of that file's tokens"),
     Rule("--val_data", EXCLUDES, "--val_split", "both name the validation samples"),
     Rule("--val_seed", NEEDS, "--val_split", "it draws what that keeps"),
     Rule("--val_every", NEEDS, "--val_data, --val_split, --retain_data", "it needs samples to validate on"),

@@ -1,5 +1,6 @@
 """Samples of several data sets: mixed by shares of the tokens, or one set after the other."""
 
+import math
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from .samples import Sample, Samples
 
 WHOLE = 1 << 32  # shares are whole numbers of this part, so that every machine mixes alike
 HALF = WHOLE // 2
+ROUNDING = 1e-6  # of a number of samples, by which floating point may be off
 
 
 class Several(Samples):
@@ -54,15 +56,22 @@ class Mixture(Several):
     row, a source has its share to within a sample for each source before it.
 
     The order follows from the shares alone: a sample depends on its number only. An epoch reads as many tokens as the
-    sources hold; a source goes through epochs of its own.
+    sources hold; a source goes through epochs of its own. replay, if it is not 0, is the share of the last source, and
+    an epoch then reads as many tokens of the others as these hold.
     """
 
-    def __init__(self, sources: Mapping[str, Samples], shares: Sequence[float]) -> None:
+    def __init__(self, sources: Mapping[str, Samples], shares: Sequence[float], replay: float = 0.0) -> None:
         tokens = [source.tokens for source in sources.values()]
-        self.shares = shares_of(shares or tokens)
+        own = tokens[:-1] if replay else tokens
+        self.shares = shares_of(shares or own)
+        if replay:
+            self.shares = [*(share * (1 - replay) for share in self.shares), replay]
         means = [held / len(source) for held, source in zip(tokens, sources.values())]
         each = [share / mean for share, mean in zip(self.shares, means)]  # samples, for a token of the mixture
-        length = max(1, round(sum(tokens) * sum(each)))
+        wanted = sum(own) / (1 - replay) * sum(each)
+        length = (
+            math.ceil(wanted - ROUNDING) if replay else max(1, round(wanted))
+        )  # with replay, all of the others once
         rest = reversed(list(accumulate(reversed(each))))
         self._cuts = [
             round(WHOLE * part / left) for part, left in zip(each, rest)
@@ -70,13 +79,13 @@ class Mixture(Several):
         self.of_samples = dict(zip(sources, (part / sum(each) for part in each)))
         super().__init__(sources, length)
         read = self.seen(length)
-        self.notes = [
-            *(
-                f"{share:.1%} of the tokens are of {name}, read {read[name]:.3g} times an epoch"
-                for name, share in zip(sources, self.shares)
-            ),
-            *self.notes,
+        shown = [
+            f"{share:.1%} of the tokens are of {name}, read {read[name]:.3g} times an epoch"
+            for name, share in zip(sources, self.shares)
         ]
+        if replay:
+            shown[-1] += " (--replay)"
+        self.notes = shown + self.notes
 
     def place(self, n: int) -> tuple[Samples, int]:
         for cut, source in zip(self._cuts, self.parts):

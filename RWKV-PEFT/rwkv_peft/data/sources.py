@@ -61,7 +61,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that contradict each other.
     """
     require_none(check_settings, config)
-    if config.more:
+    if config.more or config.replay:
         return mixed({name: build_samples(part, vocab_size) for name, part in parts_of(config).items()}, config)
     notes: list[str] = []
     vocabulary = recorded_of_data(config.path)
@@ -112,13 +112,16 @@ def split_samples(
     """Split the samples of build_samples -> (training samples, validation samples); `fraction` of them validate, drawn
     by `seed`, or if it is None by the seed of the order.
 
-    The two share no sample; with dataload "get" a document on the edge of a window may lie in both.
+    The two share no sample; with dataload "get" a document on the edge of a window may lie in both. Samples to replay
+    all train.
     """
-    if config.more:
+    if config.more or config.replay:
         parts = parts_of(config)
+        replayed = dict([parts.popitem()]) if config.replay else {}
         halves = {name: split_samples(part, vocab_size, fraction, seed) for name, part in parts.items()}
         train, held_out = ({name: pair[half] for name, pair in halves.items()} for half in (0, 1))
-        return mixed(train, config), Joined(held_out)
+        train |= {name: build_samples(part, vocab_size) for name, part in replayed.items()}
+        return mixed(train, config), Joined(held_out) if config.more else next(iter(held_out.values()))
     samples = build_samples(config, vocab_size)
     count = max(1, round(fraction * len(samples)))
     if not 0 < fraction < 1 or count >= len(samples):
@@ -138,29 +141,36 @@ def split_samples(
 
 
 def parts_of(config: DataConfig, flag: str = "--data_file") -> dict[str, DataConfig]:
-    """The settings of each data file of a flag, by the file's name, or its whole path if names are alike. Token files
-    without a .mask count every token, even beside others that have one."""
-    paths = (config.path, *config.more)
+    """The settings of each data file of a flag, by the file's name, or its whole path if names are alike; config.replay
+    is the last. Token files without a .mask count every token, even beside others that have one."""
+    paths = config.files
     names = [Path(path).name for path in paths]
     found = {}
-    for name, path in zip(names, paths):
+    for number, (name, path) in enumerate(zip(names, paths)):
         masked = config.loss_mask == "file" and not config.of_rows
         mask = default_mask(path) if masked else config.loss_mask
         key = name if names.count(name) == 1 else path
+        replayed = number > len(config.more)
+        if key in found and replayed:
+            raise UserError(f"--replay {path} is the data itself; name text or rows that the base knows")
         if key in found:
             raise UserError(
                 f"{flag} {path} is given twice; leave one out (of --data_file, give its share to the other)"
             )
-        found[key] = replace(config, path=path, more=(), mix=(), loss_mask=mask)
+        found[key] = replace(config.own, path=path, more=(), mix=(), loss_mask=mask)
+        if replayed:  # flags on the form of rows are for the run's own
+            found[key] = replace(found[key], sft_field=(), sft_split="", sft_think="", think_labels=())
     return found
 
 
 def mixed(sources: Mapping[str, Samples], config: DataConfig) -> Mixture:
-    """Mix samples of several data files by --data_mix. Raises UserError if they were made with different tokenizers."""
+    """Mix samples of several data files by --data_mix, the last by --replay_share if it is config.replay's. Raises
+    UserError if they were made with different tokenizers."""
     first, *others = sources.items()
-    for name, other in others:
-        require_same(first[1].vocabulary, first[0], other.vocabulary, f"--data_file {name}")
-    return Mixture(sources, config.mix)
+    for number, (name, other) in enumerate(others):
+        flag = "--replay" if number == len(config.more) else "--data_file"
+        require_same(first[1].vocabulary, first[0], other.vocabulary, f"{flag} {name}")
+    return Mixture(sources, config.mix, config.replay_share if config.replay else 0.0)
 
 
 def require_counted(samples: Samples, config: DataConfig) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..cli.parser import above_zero, constrained, positive, share
+from ..cli.parser import above_zero, constrained, open_share, positive, share
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config.objective import TEACHER, Batch, Figure, Losses, Passes, number_of_tokens
 from ..config.setting import setting
@@ -99,7 +99,7 @@ class Distill(Draws):
         "jsd: share of the teacher in the mean that both are compared with; near 0 it is like forward, near 1 like "
         "reverse",
         flag="distill_beta",
-        type=constrained(above_zero, lambda value: value < 1, "must be below 1"),
+        type=open_share,
     )
     temperature: float = setting(
         1.0,

@@ -78,7 +78,7 @@ def describe(
         for what, kernels in KERNELS:
             reason = kernels.unavailable()
             say(f"          {what}: {'cuda' if reason is None else f'plain torch ({reason})'}")
-    files = ", ".join((data.path, *data.more))
+    files = ", ".join(data.files)
     say(f"data      {files}: {counted(len(samples), samples.kind)} of up to {data.ctx_len} tokens")
     for note in notes:
         say(f"          {note}")

@@ -90,7 +90,7 @@ def find_inputs(request: Request) -> Inputs:
     config = replace(config, train=train)
     if not config.data.of_rows:  # token files were made before, with the recorded tokenizer ("": none is recorded)
         name = samples.vocabulary.name if samples.vocabulary else ""
-        chats = list(map(chat_in, (config.data.path, *config.data.more)))
+        chats = list(map(chat_in, config.data.files))
         clean, form = all(chat.clean for chat in chats), chats[0].tool_form.name
         config = replace(config, data=replace(config.data, tokenizer=name, clean_turns=clean, tool_form=form))
     plan = make_plan(train, samples, step_samples, state)
@@ -119,7 +119,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
     # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders
-    whole = replace(data, sft_split=parse_split(data.sft_split)[0], more=(), mix=(), stream=0)
+    whole = replace(data.own, sft_split=parse_split(data.sft_split)[0], more=(), mix=(), stream=0)
     if train.val_split:
         samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split, train.val_seed)
     else:
@@ -136,7 +136,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         named = f"{other.path}, split {split}" if split else other.path
         samples.notes.append(f"validation on {len(found):,} samples of {named}: {found.notes[0]}")
         samples.notes += [f"--val_data {other.path}: {note}" for note in found.row_notes]
-        if realpath(other.path) in map(realpath, (data.path, *data.more)) and other.sft_split == whole.sft_split:
+        if realpath(other.path) in map(realpath, data.files) and other.sft_split == whole.sft_split:
             samples.notes.append(
                 f"note: --val_data {named} is the training data, so that its loss says nothing about other text; "
                 "--val_split 0.01 keeps samples back for validation"
@@ -155,5 +155,10 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
         samples.notes.append(f"forgetting is measured on {len(kept):,} samples of {other.path}: {kept.notes[0]}")
         samples.notes += [f"--retain_data {other.path}: {note}" for note in kept.row_notes]
+        if data.replay and realpath(other.path) == realpath(data.replay):
+            samples.notes.append(
+                f"note: --retain_data {other.path} is replayed, so that its loss says nothing about other text; name "
+                "other data"
+            )
     samples.notes += remarks(samples.vocabulary, recorded_beside(train.load_model), vocab_size)
     return samples, measured

@@ -103,7 +103,7 @@ def digest_of_data(comparison: Comparison) -> str:
     """The digests of the files that the runs train and validate on, as they are on the disk now."""
     flags = parse_flags([*comparison.train, "--proj_dir", comparison.output])
     data, train = flags.data, flags.train
-    paths = filter(None, (data.path, *data.more, train.val_data, *train.more_val, train.retain_data))
+    paths = filter(None, (*data.files, train.val_data, *train.more_val, train.retain_data))
     digests = (
         digest_below(path) or "".join(digest_of(prefix + end) for prefix in prefixes_of(path) for end in ENDINGS)
         for path in paths

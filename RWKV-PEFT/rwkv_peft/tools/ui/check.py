@@ -30,10 +30,10 @@ def check_data(config: RunConfig) -> None:
     split = parse_split(data.sft_split)[0]
     if data.of_rows:
         find_tokenizer(data.tokenizer, config.model.vocab_size)
-    for path in (data.path, *data.more, train.val_data, *train.more_val, train.retain_data):
+    for path in (*data.files, train.val_data, *train.more_val, train.retain_data):
         if path and data.of_rows:
             settings_of(replace(data, path=path))
-            own = path in (data.path, *data.more)
+            own = path in data.files
             next(read_rows(path, split if own else held_out_split(path) or split), None)
         elif path:
             open_dataset(path)

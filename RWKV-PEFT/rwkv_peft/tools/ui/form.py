@@ -37,6 +37,7 @@ PATHS = (  # flags that name a file or folder
     "proj_dir",
     "tokenizer",
     "val_data",
+    "replay",
     "retain_data",
     "eval_data",
     "adapter",

@@ -92,7 +92,7 @@ def check_overwriting(
     folder = Path(train.proj_dir)
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
     teacher = (objective.teacher, objective.stored)
-    rows = (data.path, *data.more, train.val_data, *train.more_val, train.retain_data, train.eval_data)
+    rows = (*data.files, train.val_data, *train.more_val, train.retain_data, train.eval_data)
     sources = {os.path.realpath(path): path for path in (*models, *teacher, *rows) if path}
     for name in os.listdir(folder) if folder.is_dir() else ():
         written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS)

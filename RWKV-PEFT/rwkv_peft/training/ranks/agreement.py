@@ -20,7 +20,7 @@ from .world import World
 
 # settings that may differ from node to node: paths, because contents are compared instead, and two that no step uses
 FREE = (
-    "load_model path more tokenizer val_data more_val retain_data eval_data eval_template "
+    "load_model path more replay tokenizer val_data more_val retain_data eval_data eval_template "
     "proj_dir load init state_load teacher wandb trackio swanlab join_minutes"
 ).split()
 LIBRARIES = ("torch", "deepspeed", "lightning", "numpy")

@@ -91,7 +91,7 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in asdict(config.data).items()
-        if name not in ("path", "more", "tokenizer", "micro_bsz", "bucketed")
+        if name not in ("path", "more", "replay", "tokenizer", "micro_bsz", "bucketed")
     }
     if not config.data.clean_turns:
         del settings["clean_turns"]  # as in runs from before there was such a setting
