@@ -31,9 +31,9 @@ def plain(student, teacher, targets, mask, count, settings):
     p, q = ((logits / settings.temperature).softmax(1) for logits in (ours, theirs))
     kl = settings.temperature**2 * apart(p, q, settings.kind, settings.beta).sum() / count
     nll = F.cross_entropy(ours, targets[mask], reduction="sum") / count
-    loss = settings.weight * kl + (1 - settings.weight) * nll
+    loss = settings.weight * kl + settings.nll * nll
     penalty = 0.5 * cross_entropy.L2WRAP * ours.max(dim=1).values.square().sum() / count
-    return loss, kl, nll, loss + (1 - settings.weight) * penalty
+    return loss, kl, nll, loss + settings.nll * penalty
 
 
 def problem(B=2, T=7, C=12, D=10, V=33, dtype=torch.float64):
@@ -56,12 +56,12 @@ def found(student, teacher, targets, mask, count, settings):
 
 
 @pytest.mark.parametrize("elements", [1, 33 * 4 * module.ALIVE, 2**25])
-@pytest.mark.parametrize("temperature, weight", [(1.0, 1.0), (2.5, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize("temperature, weight, beside", [(1, 1, None), (2.5, 0.3, None), (1, 0, None), (1, 0.3, 1)])
 @pytest.mark.parametrize("kind, beta", [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.93)])
-def test_values_and_gradients(monkeypatch, elements, kind, beta, temperature, weight):
+def test_values_and_gradients(monkeypatch, elements, kind, beta, temperature, weight, beside):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", elements)
     student, teacher, targets, mask = problem()
-    settings = Divergence(kind, beta, temperature, weight)
+    settings = Divergence(kind, beta, temperature, weight, beside)
     *values, due = plain(student, teacher, targets, mask, 5, settings)
     ours = found(student, teacher, targets, mask, 5, settings)
     torch.testing.assert_close(ours, torch.stack(values), rtol=1e-12, atol=1e-12)
@@ -80,6 +80,11 @@ def test_weights_multiply_what_tokens_add():
     ours = linear_divergence(student, (rows[once], head), targets, once, 5, settings, weights)
     due = linear_divergence(student, (rows[often], head), targets, often, 5, settings)
     torch.testing.assert_close(ours, due, rtol=1e-12, atol=0)
+    parts = torch.rand(3, len(once), generator=torch.Generator().manual_seed(2)) < 0.5
+    of_parts = linear_divergence(student, (rows[once], head), targets, once, 5, settings, weights, parts)[3:]
+    for part, share in zip(parts, of_parts):
+        alone = linear_divergence(student, (rows[once[part]], head), targets, once[part], 5, settings, weights)[2]
+        torch.testing.assert_close(share, alone, rtol=1e-12, atol=1e-15)
     logits = [F.linear(side.reshape(-1, side.shape[-1]), matrix) for side, matrix in (student, (hidden, head))]
     gradient = torch.zeros_like(logits[0])
     gradient.index_add_(

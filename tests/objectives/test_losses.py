@@ -201,6 +201,30 @@ def test_every_method_is_asked_for_the_bases_word(family, adapter):
     compare("dpo", family, ADAPTERS[adapter])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
+def test_a_step_near_the_base_adds_its_divergence(family, adapter, packed):
+    """And validation measures the cross-entropy alone."""
+    model, base, weight = shake(make(family, ADAPTERS[adapter])), make(family), 0.7
+    rows = list(documents(LENGTHS))
+    step, batch = Whole(NextToken(weight)), collate([rows] if packed else rows)
+    ours, theirs = (torch.cat([with_all(one, *row) for row in rows]) for one in (model, base))
+    kl = (theirs[:, 1:].exp() * (theirs - ours)[:, 1:]).sum() / 2
+    nll = -ours[:, 0].sum() / 2
+    loss = step.loss(model, batch, 2.0)
+    found = torch.stack([loss, step.measures["kl"], step.measures["nll"]])
+    torch.testing.assert_close(found, torch.stack([nll + weight * kl, kl, nll]), rtol=1e-6, atol=1e-8)
+    plain = Whole()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    of_base = torch.autograd.grad(kl, trained, allow_unused=True)
+    alone = torch.autograd.grad(plain.loss(model, batch, 2.0), trained, allow_unused=True)  # with L2Wrap's part
+    for mine, *parts in zip(torch.autograd.grad(loss, trained, allow_unused=True), alone, of_base):
+        if mine is not None:
+            torch.testing.assert_close(mine, parts[0] + weight * parts[1], rtol=1e-5, atol=1e-7)
+    assert torch.equal(step.total(model, batch), plain.total(model, batch)) and not step.measures
+
+
 @pytest.mark.parametrize("name", [name for name, (one, _) in FORMULAS.items() if not (one.asks_base or one.of_tokens)])
 def test_a_whole_model_learns_without_a_base_its_head_too(name):
     compare(name, DISTINCT[1], None)

@@ -61,8 +61,8 @@ def case(family, name):
 class Noted(NextToken):
     """NextToken that notes the logits."""
 
-    def head(self, targets, counted, count, weights=None):
-        loss = super().head(targets, counted, count, weights)
+    def head(self, *of):
+        loss = super().head(*of)
 
         def head(x, weight):
             noted.append((x @ weight.t()).detach())
@@ -85,6 +85,11 @@ def taught(step):
     """found_by of a step that learns from a teacher of the other generation."""
     model, batch = case(FAMILIES[0], "packed")
     return found_by(step(Distill(), teacher=case(FAMILIES[1], "packed")[0]), model, batch)
+
+
+def near(step):
+    """found_by of a step that keeps the model near its base."""
+    return found_by(step(NextToken(kl_to_base=0.5)), *case(FAMILIES[0], "packed"))
 
 
 def note_messages(line):
@@ -113,7 +118,8 @@ def main(rank, ranks, port, file):
         if rank >= parts:
             line.open_ring()  # as all ranks do
             continue  # what the group of the others finds
-        found["taught", parts] = taught(partial(SharedRows, line=line))
+        for compute in (taught, near):
+            found[compute.__name__, parts] = compute(partial(SharedRows, line=line))
         for family in FAMILIES[:2]:  # as tests/families.py has them
             for name in CASES:
                 steps = {"SharedRows": SharedRows(Noted(), line), "in flight": SharedRows(Noted(), line, least=16)}

@@ -121,6 +121,26 @@ def same(name, ours, theirs, rel=1e-3):
             assert line[number] == pytest.approx(expected[number], rel=rel, abs=1e-5), (line["step"], number)
 
 
+def test_a_step_near_the_base_shows_how_far_it_is(folder, train):
+    """Validation has the cross-entropy alone; a run goes on to the bit, and ranks that gather weights find the same."""
+    near = ("--kl_to_base", 0.3, "--dataload", "pack", "--ctx_len", 32, "--epoch_count", 4)
+    out = train("next_token", "near", "--micro_bsz", 2, *near)
+    assert "objective the next token's loss, and 0.3 times KL(base | model)\n" in out and ", kl " in out
+    first, *_, last = lines = metrics(folder, "near")
+    assert first["kl"] == 0 < last["kl"] and "val_ppl" in last and "val_kl" not in last
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["nll"] + 0.3 * line["kl"], rel=1e-5)
+    rewound(folder / "near", "near-parts")
+    train("next_token", "near-parts", "--micro_bsz", 2, *near, "--resume")
+    adapters = [(folder / one / "adapter.safetensors").read_bytes() for one in ("near", "near-parts")]
+    assert adapters[0] == adapters[1]
+    spread = ("--micro_bsz", 1, "--devices", 2, "--strategy", "deepspeed_stage_3", "--grad_cp", 1)
+    train("next_token", "near-spread", *spread, *near)
+    for line, expected in zip(metrics(folder, "near-spread"), lines, strict=True):
+        for number in ("loss", "kl", "nll", "grad_norm"):
+            assert line[number] == pytest.approx(expected[number], rel=1e-3, abs=1e-5), (line["step"], number)
+
+
 def test_prompts_are_computed_once(folder, learned, train):
     """Losses are those of whole rows."""
     if learned[0] != "dpo":

@@ -52,7 +52,8 @@ def refusals(*conditions):
 @pytest.mark.parametrize("rule, subject, others", CASES, ids=lambda part: part if isinstance(part, str) else "")
 def test_a_command_that_breaks_a_rule_is_refused_in_its_words(rule, subject, others):
     if rule.verb == NEEDS:
-        assert f"{NEEDS} {worded(' or '.join(others))}: {rule.why}; " in refusals(subject)
+        other = ["--objective ipo"] * (others == ["--objective next_token"])  # which is that of no flag
+        assert f"{NEEDS} {worded(' or '.join(others))}: {rule.why}; " in refusals(subject, *other)
         for other in others:
             assert rule.why not in refusals(subject, other)
         return

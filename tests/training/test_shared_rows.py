@@ -9,7 +9,7 @@ from families import DISTINCT
 from rwkv_peft.training.step.context_parallel import MOST, in_flight, waiting
 from rwkv_peft.training.step.steps import Whole
 from training.runs import ROOT, finish, free_port, start
-from training.shared_rows import CASES, Noted, case, found_by, taught
+from training.shared_rows import CASES, Noted, case, found_by, near, taught
 
 RANKS = 4
 
@@ -61,8 +61,9 @@ def test_two_ranks_name_the_messages_of_a_channel_in_one_order(found):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_teacher_reads_in_parts_too(found, parts):
-    agree([rank["taught", parts] for rank in found[:parts]], taught(Whole))
+@pytest.mark.parametrize("compute", [taught, near])
+def test_a_teacher_and_the_base_read_in_parts_too(found, compute, parts):
+    agree([rank[compute.__name__, parts] for rank in found[:parts]], compute(Whole))
 
 
 def simulated(parts, blocks, segments):

@@ -37,12 +37,14 @@ OF_BASE: tuple[Exclusion, ...] = (
 class Passes(NamedTuple):
     """Passes over a step's batch, for an objective to compute with: through the model, with gradients; and without,
     through the model as it was before training, and through its teacher. figures are those that the objective reported
-    of all rows of the step before, on all ranks; {} in the first step."""
+    of all rows of the step before, on all ranks; {} in the first step. trains: False while the loss is only measured.
+    """
 
     model: Pass
     base: Pass
     teacher: Pass
     figures: Mapping[str, float]
+    trains: bool = True
 
 
 def number_of_tokens(batch: Batch) -> "Tensor":
@@ -70,7 +72,7 @@ class Objective(ABC):
     cross-entropy of tokens, so that rows may be computed in segments, and
       methods compared
     - pace: its learning rate over that of next tokens, if none is given
-    - figures: the numbers that it reports, the first also in the progress bar
+    - figures: the numbers that it always reports
     - teacher: the file of the model that it learns from, if it needs a TEACHER and the model is not its own; stored: a
       file of that model's log-probabilities in its place; store: the file to write them to
     - reward, weights: what judges answers, and what each is multiplied by (() for 1), if it needs REWARDS;
@@ -94,6 +96,11 @@ class Objective(ABC):
     reward = tuple[str, ...]()
     weights = tuple[float, ...]()
     environments = tuple[str, ...]()
+
+    @property
+    def shown(self) -> tuple[Figure, ...]:
+        """The figures of the progress bar."""
+        return self.figures[:1]
 
     @property
     def of_preferences(self) -> bool:

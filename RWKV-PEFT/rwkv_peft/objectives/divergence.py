@@ -50,12 +50,18 @@ ALIVE = 8  # tensors of a chunk's logits that are alive at once, so that a chunk
 
 class Divergence(NamedTuple):
     """Settings of a divergence: kind ("forward", "reverse" or "jsd"), beta of the last, temperature; and its weight in
-    the loss, beside 1 - weight of the next token's cross-entropy."""
+    the loss. beside: the weight of the next token's cross-entropy, 1 - weight if it is None."""
 
     kind: str
     beta: float
     temperature: float
     weight: float
+    beside: float | None = None
+
+    @property
+    def nll(self) -> float:
+        """The weight of the next token's cross-entropy."""
+        return 1 - self.weight if self.beside is None else self.beside
 
 
 def divergence(student: Tensor, teacher: Tensor | Stored, settings: Divergence) -> tuple[Tensor, Tensor]:
@@ -108,9 +114,11 @@ def linear_divergence(
     count: float | Tensor,
     settings: Divergence,
     weights: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> Tensor:
     """Sums over the counted tokens, each times its weight, divided by `count`: the loss, the divergence, the
-    cross-entropy of the next token: (3,); only the first has a gradient.
+    cross-entropy of the next token, and the share of each of `parts` in this: (3,) or (3 + k,); only the first has a
+    gradient.
 
     student: hidden (B, T, C) and the weight of its head (V, C); teacher: hidden (n, D) of the counted tokens alone, and
     the weight of its head (V, D), or the Stored of these tokens; the others as in linear_cross_entropy, and so is the
@@ -122,12 +130,13 @@ def linear_divergence(
     count, after = divisors(hidden, count)
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        own = None if weights is None else weights[part]
+        own, marks = (None if each is None else each[..., part] for each in (weights, parts))
         said = teacher.part(part) if isinstance(teacher, Stored) else linear(teacher[0][part], teacher[1])
-        found, grad = of_logits(logits, said, targets[part], count, settings, own)
+        found, grad = of_logits(logits, said, targets[part], count, settings, own, marks)
         return found, grad.to(logits.dtype)
 
-    return ChunkedHead.apply(hidden, weight, counted, taught_rows(weight.shape[0], weight.is_cuda), 3, rule) / after
+    sums, size = 3 + (0 if parts is None else len(parts)), taught_rows(weight.shape[0], weight.is_cuda)
+    return ChunkedHead.apply(hidden, weight, counted, size, sums, rule) / after
 
 
 def taught_rows(vocabulary: int, on_gpu: bool) -> int:
@@ -142,9 +151,11 @@ def of_logits(
     count: float | Tensor,
     settings: Divergence,
     weights: Tensor | None = None,
+    parts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Student and teacher as in divergence -> the sums of linear_divergence (3,), the first one's gradient (n, V)."""
-    mixes, share = settings.weight < 1, (1 - settings.weight) / count
+    """Student and teacher as in divergence -> the sums of linear_divergence (3,), with `parts` (3 + k,), the first
+    one's gradient (n, V)."""
+    mixes, share = settings.nll > 0, settings.nll / count
     nll, pull = cross_entropy_(student.clone(), targets, share, L2WRAP, gradient=mixes, each=True)
     apart, gradient = divergence(student, teacher, settings)
     gradient.mul_(settings.weight / count)
@@ -154,8 +165,9 @@ def of_logits(
         apart, nll = apart * weights, nll * weights
         gradient.mul_(weights[:, None])
     total = torch.stack([apart.sum() / count, nll.sum() / count])
-    loss = settings.weight * total[0] + (1 - settings.weight) * total[1]
-    return torch.cat([loss[None], total]), gradient
+    loss = settings.weight * total[0] + settings.nll * total[1]
+    of_parts = [] if parts is None else [(nll * parts).sum(1) / count]
+    return torch.cat([loss[None], total, *of_parts]), gradient
 
 
 def linear_entropy(hidden: Tensor, weight: Tensor, counted: Tensor, weights: Tensor) -> Tensor:

@@ -70,6 +70,11 @@ def test_a_pair_of_answers_is_two_rows():
     assert pairs.parts(3, 128) == rows.parts(6, 128)
 
 
+def test_a_step_near_the_base_keeps_its_hidden_states():
+    parts = estimate("--kl_to_base", "0.1").parts(2, 128)
+    assert size(parts, "hidden states of the base") > 0 and not size(parts, "weights of the teacher")
+
+
 def test_drawing_takes_states_and_logits_of_its_own():
     flags = "--data_type", "prompts", "--reward", "gsm8k", "--num_generations", "8", "--max_completion_length", "64"
     told, few = (estimate(*flags, *more).parts(2, 128) for more in ((), ("--draw_batch", "4")))

@@ -142,7 +142,8 @@ def estimate_of(flags: Flags, accelerator: str) -> Estimate:
     is assumed to have the dtype of the training; a new model is made in memory. Raises UserError for a run that
     train.py refuses, in its words."""
     config, sizes, teacher = of_headers(flags) or of_request(flags)
-    if teacher is None and TEACHER in config.objective.needs:
+    one = config.objective
+    if teacher is None and (TEACHER in one.needs or (one.of_tokens and one.asks_base)):
         teacher = config.model  # which teaches itself
     mapped = set(sizes) <= {config.train.precision} if sizes else config.adapter.method != NONE
     return Estimate(config, accelerator, sum(sizes.values()), mapped, teacher, frozenset(sizes))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ...cli.names import NONE, STATE
 from ...cli.tables import GENERATIONS
 from ...config import BUCKET, AdapterConfig, ModelConfig, RunConfig, TrainConfig, forms
+from ...config.objective import TEACHER
 from ...models.layout import time_state_shapes
 from ...objectives.draws import Draws
 from .activations import CPU, GPU, ITEM, METHODS, SINGLE, Activations, MethodFormula
@@ -284,8 +285,9 @@ class Estimate:
         ]
 
     def taught(self, rows: int, tokens: int) -> list[Part]:
-        """The parts of a teacher, which is whole on each device unless the model teaches itself, and its pass comes
-        before the student's and keeps only the hidden states; none if its log-probabilities are stored."""
+        """The parts of a teacher, which is whole on each device unless the model teaches itself, as the base does for
+        --kl_to_base. Its pass comes before the student's and keeps only the hidden states; none if its
+        log-probabilities are stored."""
         teacher, item, here, train = self.teacher, self.item, self.accelerator, self.config.train
         if teacher is None or self.config.objective.stored:
             return []
@@ -293,11 +295,12 @@ class Estimate:
         step = activations_of(teacher, frozen, replace(train, grad_cp=False), here)
         weights = item * (count(teacher, frozen).total - sum(map(math.prod, tables_of(teacher))))
         contexts = self.config.data.of_contexts and (self.config.objective.teacher or train.stage < 3)
+        name = "teacher" if TEACHER in self.config.objective.needs else "base"
         return [
             Part("weights of the teacher", here, weights if self.config.objective.teacher else 0),
-            Part("work of a block of the teacher", here, step.kept(rows, tokens) // teacher.n_layer, (LOSS,)),
+            Part(f"work of a block of the {name}", here, step.kept(rows, tokens) // teacher.n_layer, (LOSS,)),
             Part("contexts that are kept, at most", CPU, ROOM if contexts else 0),
-            Part("hidden states of the teacher", here, rows * tokens * teacher.n_embd * item, (LOSS,)),
+            Part(f"hidden states of the {name}", here, rows * tokens * teacher.n_embd * item, (LOSS,)),
         ]
 
     def unread(self) -> int:

@@ -153,7 +153,7 @@ class RunCallback(pl.Callback):
         for line in lines:
             self.progress.say(f"step {done:,}: {line}")
         loss = f"loss {lit.step_loss:.4f}" if lit.step_tokens else "no token counts in the loss"
-        for figure in objective.figures[:1]:
+        for figure in objective.shown:
             loss += f", {figure.name} {metrics[figure.name]:.2f}"
         if metrics.get("skipped"):
             loss += f", step skipped: loss scale {metrics['loss_scale']:g}"

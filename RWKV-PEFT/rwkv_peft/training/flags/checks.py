@@ -145,6 +145,11 @@ def check_tuned_states(name: str, adapter: AdapterConfig, data: DataConfig, obje
             f"{name} holds tuned time states, which train here, so that as its own teacher it would begin "
             "without them; name it as --teacher_model too"
         )
+    elif objective.asks_base:
+        yield (
+            f"{name} holds tuned time states, which train here, and --kl_to_base reads the base without them; leave it "
+            "out"
+        )
 
 
 def draw_seed(args: argparse.Namespace, world: World) -> int:

@@ -108,6 +108,7 @@ class Whole(Step):
             partial(self.reference_pass, model, batch),
             partial(self.teacher_pass, model, batch),
             self.figures,
+            torch.is_grad_enabled(),
         )
         loss, self.measures = self.objective.loss(passes, batch, count)
         return loss
