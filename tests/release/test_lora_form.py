@@ -74,7 +74,7 @@ def test_the_lora_of_a_method_is_its_change(method, tiny_state):
 def test_a_method_without_a_rank_needs_that_of_the_lora(tmp_path, tiny_state, capsys):
     base = tiny_state(vocab_size=257)
     save_model(tmp_path / "base.pth", base)
-    save_adapter(tmp_path / "shira.safetensors", *random_adapter(METHODS["shira"], base))
+    save_adapter(tmp_path / "shira.safetensors", *random_adapter(METHODS["shira"], base)[:2])
     with pytest.raises(UserError, match="shira has no rank that a LoRA could take: give --lora_rank"):
         convert(tmp_path, "shira.safetensors", "lora.safetensors")
     convert(tmp_path, "shira.safetensors", "lora.safetensors", "--lora_rank", "4")
@@ -98,7 +98,7 @@ def files(tmp_path, tiny_state):
     save_model(tmp_path / "base.pth", state)
     for name in ("bone", "bat-in"):
         adapter = random_adapter(METHODS[name], state, base.fingerprint)
-        save_adapter(tmp_path / f"{name}.safetensors", *adapter)
+        save_adapter(tmp_path / f"{name}.safetensors", adapter.tensors, adapter.metadata)
     return tmp_path, base
 
 
@@ -240,7 +240,7 @@ def test_llama_cpp_takes_the_lora_of_every_layer_of_an_rwkv7(tmp_path):
     layers = [f"blocks.{i}.{target}" for i in range(base.config.n_layer) for target in base.family.targets]
     bones = {f"{name}.bone": 0.05 * torch.randn(RANK, base.tensors[f"{name}.weight"].shape[0]) for name in layers}
     adapter = Adapter(bones, AdapterMetadata("bone", rank=RANK, targets=base.family.targets))
-    save_adapter(tmp_path / "bone.safetensors", *adapter)
+    save_adapter(tmp_path / "bone.safetensors", adapter.tensors, adapter.metadata)
     check_llama_cpp(tmp_path, base)
 
 

@@ -106,7 +106,7 @@ def test_a_file_of_rwkv_peft_of_another_kind_is_told_as_what_it_is(base, tmp_pat
 )
 def test_an_own_file_of_other_settings_is_refused(base, tmp_path, config, now, words):
     adapter = Adapter(trained(base, replace(config, quant="none"))[1].tensors, AdapterMetadata.from_config(config))
-    save_adapter(tmp_path / "adapter.safetensors", *adapter)
+    save_adapter(tmp_path / "adapter.safetensors", adapter.tensors, adapter.metadata)
     with pytest.raises(UserError) as error:
         start_adapter(replace(config, load=str(tmp_path / "adapter.safetensors"), **now), base_of(base))
     assert all(word in str(error.value) for word in words), str(error.value)

@@ -51,7 +51,8 @@ def count(batch, mask):
 def gradients(model, loss):
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     found = torch.autograd.grad(loss, [parameter for _, parameter in trained], allow_unused=True)
-    return {name: torch.zeros(()) if grad is None else grad for (name, _), grad in zip(trained, found)}
+    nothing = torch.zeros((), device=loss.device)
+    return {name: nothing if grad is None else grad for (name, _), grad in zip(trained, found)}
 
 
 def compare(found, expected, rtol=1e-9):

@@ -71,10 +71,9 @@ def keeps_all(config: RunConfig, base: Base | None) -> bool:
 
 def data_flags(data: DataConfig) -> str:
     """The flags by which rows became samples, as on a command line."""
-    names = (
-        "data_type sft_field sft_think think_labels tool_form dataload loss_mask mask_id mask_end_id ctx_len".split()
-    )
-    values = {name: getattr(data, name) for name in names} | {"clean_turns": "" if data.clean_turns else "0"}
+    names = "data_type sft_field sft_think think_labels dataload loss_mask mask_id mask_end_id ctx_len".split()
+    values = {name: getattr(data, name) for name in names}
+    values |= {"tool_form": data.tool_form if data.of_rows else "", "clean_turns": "" if data.clean_turns else "0"}
     words = {name: map(str, value if isinstance(value, tuple) else (value,)) for name, value in values.items() if value}
     return " ".join(f"--{name} {' '.join(word)}" for name, word in words.items())
 
