@@ -3,11 +3,12 @@
     python demo/task.py base     --documents 16000 --seed 1 --output base.jsonl
     python demo/task.py finetune --documents 2000  --seed 1 --output finetune.jsonl
     python demo/task.py heldout  --documents 200   --seed 1 --output heldout.jsonl
+    python demo/task.py chats    --documents 300   --seed 1 --output chats.jsonl
 
 `base` documents answer in plain words; some only repeat a word, so that every letter and sign is spoken once in a
 while. `finetune` documents answer in JSON, a format that no base document shows. `heldout` documents are like those of
-`finetune`, but each tells a fact that neither of the other kinds ever tells. The same arguments give the same file,
-byte for byte.
+`finetune`, but each tells a fact that no other kind ever tells. `chats` are such questions as messages, whose answers
+speak as no base document does; `rwkv-peft demo` writes them. The same arguments give the same file, byte for byte.
 """
 
 import argparse
@@ -81,7 +82,7 @@ SCENES = (
     "Two birds sing.",
     "The market is open.",
 )
-KINDS = ("base", "finetune", "heldout")
+KINDS = ("base", "finetune", "heldout", "chats")
 HELD_OUT = 10  # one fact in ten is kept for the held-out questions
 ECHOES = 8  # one base document in eight repeats a word
 
@@ -146,11 +147,25 @@ def json_document(rng, held_out):
     }
 
 
+def chat(rng):
+    """Draw a story and a question as messages, with an answer in a tone of its own."""
+    fact = draw_fact(rng)
+    turns = (
+        ("user", f"{tell(rng, fact).strip()} What is there?"),
+        ("assistant", f"Aye! {fact.count} {fact.color} {fact.item}, all of {fact.name}."),
+    )
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
 def documents(kind, count, seed):
-    """Yield `count` documents of one of KINDS: dicts with `text` (base), or with `prompt` and `completion`."""
+    """Yield `count` documents of one of KINDS: dicts with `text` (base), `messages` (chats), or with `prompt` and
+    `completion`."""
     rng = random.Random(f"{kind} {seed}")
     for _ in range(count):
-        yield base_document(rng) if kind == "base" else json_document(rng, kind == "heldout")
+        if kind == "base":
+            yield base_document(rng)
+        else:
+            yield chat(rng) if kind == "chats" else json_document(rng, kind == "heldout")
 
 
 def main(argv):

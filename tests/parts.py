@@ -49,7 +49,8 @@ PARTS = (
     ("run", ("training/run",), ("training", "ranks", "evals", "rewards")),
     ("python", ("api",), ("training", "check")),  # what `import rwkv_peft as rp` offers
     ("tools/plan", ("tools/plan",), ("training",)),
-    ("page", ("tools/ui",), ("train flags", "data", "web")),  # it starts the commands that compute
+    ("demo", ("tools/demo",), ("containers",)),
+    ("page", ("tools/ui",), ("tools/plan", "data", "web", "demo")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too
     ("tools/compare", ("tools/compare",), ("run", "tools/plan")),
     ("tools/study", ("tools/study",), ("run",)),

@@ -76,10 +76,11 @@ COMMANDS = (
         flags="inference.serve.flags:parse_flags",
         needs="serve",
     ),
+    Command("Try", "demo", "write a tiny base and rows for it, to try all the other commands with", "tools.demo"),
     Command(
         "Try",
         "ui",
-        "open a page in the browser: data, training, runs, chat and release",
+        "open a page in the browser: base, rows, training, talk and release",
         "tools.ui.command",
         flags="tools.ui.flags:parse_flags",
         needs="serve",
