@@ -102,13 +102,19 @@ def left_out(totals: Totals) -> list[str]:
 def lengths(sizes: np.ndarray) -> list[str]:
     """The lines on document lengths, and a --ctx_len with room for 95 % of them (16 to 4096)."""
     half, most = (int(np.percentile(sizes, part, method="higher")) for part in (50, 95))
-    ctx_len = min(max(1 << max(most - 2, 0).bit_length(), 16), 4096)
+    ctx_len = fitting(sizes)
     longer = int((sizes > ctx_len + 1).sum())
     cut = f"; {counted(longer, 'document')} {'is' if longer == 1 else 'are'} longer, and cut there" if longer else ""
     return [
         f"half of them have at most {counted(half, 'token')}, 95 % at most {most:,}, the longest has {sizes.max():,}",
         f"a start: --ctx_len {ctx_len}{cut}",
     ]
+
+
+def fitting(sizes: np.ndarray) -> int:
+    """A --ctx_len with room for 95 % of documents with `sizes` tokens (16 to 4096)."""
+    most = int(np.percentile(sizes, 95, method="higher"))
+    return min(max(1 << max(most - 2, 0).bit_length(), 16), 4096)
 
 
 def opening_of(dataset: BinidxDataset, vocabulary: Vocabulary | None) -> str:

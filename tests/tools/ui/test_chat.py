@@ -65,7 +65,7 @@ class Models:
 def models(open_page):
     """A chat that offers to open a model with two adapters."""
     models = Models(open_page())
-    go(models.page, "Chat")
+    go(models.page, "Talk")
     models.page.get_by_label("message", exact=True).wait_for()
     return models
 
@@ -220,7 +220,7 @@ def test_an_answer_that_is_stopped_or_left_is_not_whole(talk, why):
         press(page, "Stop")
     else:
         go(page, "Runs")
-        go(page, "Chat")
+        go(page, "Talk")
     expect(talk.answer("base")).to_contain_text(why)
     expect(page.get_by_role("button", name="Copy as a row").first).to_be_disabled()
     expect(page.get_by_role("button", name="Send")).to_be_visible()

@@ -10,7 +10,9 @@ import pytest
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.tools.ui.files import LONGEST, MOST, TAIL, Places, Uploads, cleaned, last_of, lines_of
 from rwkv_peft.tools.ui.jobs import Jobs, close_chats, port_of
+from rwkv_peft.tools.ui.proposals import proposals
 from rwkv_peft.tools.ui.runs import LEAST, find_runs, folders, measured
+from tools.ui.pages import ROOT
 
 
 @pytest.mark.parametrize(
@@ -125,8 +127,32 @@ def test_near_runs_are_found_with_their_steps_and_links_and_hidden_folders_passe
     (tmp_path / "link").symlink_to(tmp_path / "a")
     found = {run["folder"]: (run["done"], run["steps"]) for run in find_runs(Places(tmp_path))}
     assert found == {"a": (50_000, 50_000), "a/b/c/d/e": (2, 50_000)}
-    monkeypatch.setattr("rwkv_peft.tools.ui.runs.LOOKED", 2)
+    monkeypatch.setattr("rwkv_peft.tools.ui.files.LOOKED", 2)
     assert list(folders(tmp_path)) == [tmp_path / "a"]
+
+
+def test_models_and_rows_are_proposed_and_other_files_are_not(tmp_path):
+    base = (ROOT / "demo/rwkv7-demo.pth").read_bytes()
+    run = {"config.json": b"{}", "metrics.jsonl": b"", "rows.jsonl": b"", "merged.pth": base}
+    files = {
+        **{f"out/a/{name}": content for name, content in run.items()},
+        **{
+            "base.pth": base,
+            "state.pth": base[:1000],
+            ".hidden.jsonl": b"",
+            "rows.csv": b"a,b",
+            "deep/rows.jsonl": b"{}",
+        },
+        **{"list.json": b"\n[{}]", "settings.json": b"{}", "notes.md": b"", "checkpoints/c.jsonl": b""},
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link.jsonl").symlink_to("/etc/passwd")
+    found = proposals(Places(tmp_path))
+    assert [one["name"] for one in found["rows"]] == ["list.json", "rows.csv", "deep/rows.jsonl"]
+    facts = {"generation": "RWKV-7", "layers": 3, "channels": 128, "parameters": 786_304, "tokenizer": "bytes"}
+    assert found["bases"] == [{"name": name, "bytes": len(base)} | facts for name in ("base.pth", "out/a/merged.pth")]
 
 
 FLAGS = {"load_model": "base.pth", "data_file": ["rows.jsonl"], "micro_bsz": "8"}

@@ -1,5 +1,7 @@
 """Parts of the pages of rows, of training and of release in a real browser."""
 
+import re
+
 import pytest
 
 from tools.ui.pages import go, press
@@ -10,6 +12,7 @@ expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test
 def test_the_rank_goes_to_the_method(open_page, server):
     page = open_page()
     go(page, "Train")
+    page.get_by_text("More settings").click()
     page.get_by_label("Rank", exact=True).fill("8")
     command = page.locator("#command")
     expect(command).to_contain_text("--bone_r 8")
@@ -17,7 +20,7 @@ def test_the_rank_goes_to_the_method(open_page, server):
     for method in methods.locator("option").evaluate_all("all => all.map((one) => one.value).filter(Boolean)"):
         methods.select_option(method)
         expect(command).to_contain_text(f"--peft {method}")
-        given = command.inner_text()
+        given = command.text_content()
         assert ("--bone_r 8" in given) == (method == "bone")
         assert ("""--peft_config '{"r":8}'""" in given) == (method not in ("bone", "none"))
     assert page.get_by_label("Rank", exact=True).is_disabled()
@@ -26,18 +29,20 @@ def test_the_rank_goes_to_the_method(open_page, server):
 def test_settings_are_named_found_and_have_their_defaults(open_page, folder):
     page = open_page()
     go(page, "Train")
-    assert not [
-        text for text in page.locator(".help, option").all_text_contents() if "--" in text or "PREFIX.idx" in text
-    ]
-    for label, default in {"Rank": "64", "Learning rate": "auto", "weight_decay": "0.0", "val_every": "0"}.items():
+    page.get_by_text("More settings").click()
+    texts = page.locator(".help, option, label, summary").all_text_contents()
+    assert len(texts) > 200 and not [text for text in texts if re.search("--|…$|PREFIX.idx", text)]
+    assert not [name for name in page.locator("label, summary").all_text_contents() if "_" in name]
+    defaults = {"Rank": "64", "Learning rate": "auto", "Weight decay": "0.0", "Validation every": "0"}
+    for label, default in defaults.items():
         assert page.get_by_label(label, exact=True).get_attribute("placeholder") == default
     find = page.get_by_label("find a setting")
     find.fill("weight decay")
-    expect(page.get_by_label("weight_decay", exact=True)).to_be_visible()
+    expect(page.get_by_label("Weight decay", exact=True)).to_be_visible()
     find.fill("rows step")
-    press(page, "Rows a step")
-    expect(page.get_by_label("Rows a step", exact=True)).to_be_focused()
-    missing = page.get_by_text("no setting has all of these words")
+    expect(page.get_by_label("Rows a step", exact=True)).to_be_visible()
+    expect(page.get_by_label("Weight decay", exact=True)).to_be_hidden()
+    missing = page.get_by_text("No setting has all of these words")
     for words in ("batch size", "gradient accumulation", "scheduler", "lora alpha"):
         find.fill(words)
         expect(missing).to_be_hidden()
@@ -48,9 +53,11 @@ def test_settings_are_named_found_and_have_their_defaults(open_page, folder):
 def test_how_many_models_merge_when_saved_writes_is_said(open_page, folder):
     page = open_page()
     go(page, "Train")
-    given = {"Base model": "base.pth", "Data": "rows.jsonl", "Tokenizer": "bytes", "Epochs": "4"}
+    page.get_by_text("More settings").click()
+    given = {"Base": "base.pth", "Rows": "rows.jsonl", "Tokenizer": "bytes", "Times through the rows": "4"}
     for label, value in given.items():
         page.get_by_label(label, exact=True).fill(value)
+    page.get_by_label("Merge when saved", exact=True).check()
     expect(page.locator("#plan")).to_contain_text("“Merge when saved” writes 5 merged models")
     press(page, "Save at the end only")
     expect(page.locator("#command")).to_contain_text("--epoch_save 0")
@@ -71,32 +78,36 @@ def test_a_file_that_is_dropped_beside_its_field_is_taken(open_page, folder):
         data = page.evaluate_handle(script, [name, size])
         page.get_by_role("heading", level=1).dispatch_event("drop", {"dataTransfer": data})
 
-    page.get_by_role("heading", level=1).wait_for()
+    go(page, "Rows")
     drop("large.jsonl", 20_000_000)
-    expect(page.get_by_label("File or folder of rows", exact=True)).to_have_value("large.jsonl")
+    expect(page.get_by_label("Another file or folder", exact=True)).to_have_value("large.jsonl")
     assert (folder / "large.jsonl").stat().st_size == 20_000_000
     assert len([request for request in sent if request.method == "POST"]) <= 5
-    go(page, "Train")
+    go(page, "Base")
     drop("mine.pth")
-    expect(page.get_by_label("Base model", exact=True)).to_have_value("mine.pth")
+    expect(page.get_by_label("Another file", exact=True)).to_have_value("mine.pth")
+    go(page, "Train")
+    page.get_by_text("More settings").click()
     drop("mine.csv")
-    expect(page.get_by_label("Data", exact=True)).to_have_value("mine.csv")
+    expect(page.get_by_label("Rows", exact=True)).to_have_value("mine.csv")
 
 
 def test_a_gguf_has_the_type_that_is_chosen(open_page):
     page, asked = open_page(), []
-    go(page, "Release")
+    go(page, "Take home")
 
     def refuse(route):
         asked.append(route.request.post_data_json["words"])
         route.fulfill(status=400, json={"error": {"message": "no"}})
 
     page.route("**/api/jobs", refuse)
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Run, or adapter", exact=True).fill("rwkv.pth")  # which needs no merge
     page.get_by_label("Merged model", exact=True).fill("x.pth")
-    for form, kind, words in ((".gguf", "q8_0", ["x.gguf", "--gguf_type", "q8_0"]), (".st", None, ["x.st"])):
-        page.get_by_label("format", exact=True).select_option(form)
-        kind and page.get_by_label("type of its matrices").select_option(kind)
-        press(page, "Convert")
+    for form, kind, words in (("GGUF", "q8_0", ["x.gguf", "--gguf_type", "q8_0"]), ("Ai00", None, ["x.st"])):
+        page.get_by_role("radio", name=form).check()
+        kind and page.get_by_label("Numbers of the GGUF").select_option(kind)
+        press(page, "Make the file")
         expect(page.get_by_role("alert")).to_have_text("no")
         assert asked.pop() == ["convert", "x.pth", *words]
-    expect(page.get_by_label("type of its matrices")).to_be_hidden()
+    expect(page.get_by_label("Numbers of the GGUF")).to_be_hidden()

@@ -186,10 +186,29 @@ def test_fields_have_the_defaults_of_their_flags():
 
 def test_a_preview_shows_what_counts(server):
     found = server.json("/api/preview", {"path": "rows.jsonl", "tokenizer": "bytes"})
-    first = found["documents"][0]["pieces"]
-    assert [counts for _, counts in first] == [False, True] and first[1][0] == ' {"name": "Ann"}\n<end>'
+    given, said = found["documents"][0]["turns"]
+    assert (given["learned"], said["learned"]) == (False, True)
+    assert said["pieces"] == [[' {"name": "Ann"}\n<end>', True]]
     assert len(found["sizes"]) == 40 and found["bad"] == 0
     assert 0 < found["counted"] < sum(found["sizes"])
+
+
+def test_a_preview_shows_a_chat_turn_by_turn(server, folder):
+    turns = [
+        ("system", "Be kind."),
+        ("user", "Hi"),
+        ("assistant", "One.\n\nTwo."),
+        ("user", "Bye"),
+        ("assistant", "Aye"),
+    ]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (folder / "chat.jsonl").write_text(json.dumps(row))
+    found = server.json("/api/preview", {"path": "chat.jsonl", "tokenizer": "bytes"})["documents"][0]["turns"]
+    assert [turn["speaker"].lower() for turn in found] == [role for role, _ in turns]
+    assert [turn["learned"] for turn in found] == [False, False, False, True, False]  # "User:" ends an answer
+    said = ["".join(text for text, _ in turn["pieces"]).strip() for turn in found]
+    assert said == ["Be kind.", "Hi", "One.\n\nTwo.", "Bye", "Aye<end>"]
+    assert [counts for turn in found for _, counts in turn["pieces"]] == [False, False, True, False, True]
 
 
 def test_a_preview_reads_named_columns_a_folder_and_the_start_of_a_text(server, folder):
@@ -198,7 +217,7 @@ def test_a_preview_reads_named_columns_a_folder_and_the_start_of_a_text(server, 
     status, text = server.ask("/api/preview", asked)
     assert status == 400 and "name yours, as --sft_field QUESTION ANSWER" in text
     found = server.json("/api/preview", asked | {"fields": ["问题", "答案"]})
-    assert found["documents"][0]["pieces"][1] == [" 一<end>", True]
+    assert found["documents"][0]["turns"][1]["pieces"] == [[" 一<end>", True]]
     (folder / "texts").mkdir()
     for name in "ab":
         (folder / f"texts/{name}.txt").write_text("é" * 10)

@@ -20,9 +20,11 @@ from ...cli.errors import UserError, visible
 from ...cli.names import CARD, GGUF_TYPES, METRICS
 from ...data.chat import THINK
 from ...inference.serve.web import Gate, new_app
+from .. import demo
 from .files import Places, Uploads, is_plain, last_of, lines_of, read
 from .form import chat_form, form
 from .jobs import Jobs, ask, interrupt, serve
+from .proposals import proposals
 from .runs import ANSWERS, find_runs, measured, taken
 
 PAGE = Path(__file__).parent / "page"
@@ -33,6 +35,7 @@ LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rwkv-pef
 <h1>This page needs its key</h1>
 <p>Open the address that <code>rwkv-peft ui</code> printed in its terminal, behind the word <code>page</code>.
 This browser then remembers the key until the command is started anew.</p>
+<p lang="zh">请打开 <code>rwkv-peft ui</code> 在终端里打印的地址，在 <code>page</code> 后面。</p>
 """
 
 
@@ -106,8 +109,12 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
 
     @app.get("/api/about")
     def about() -> dict[str, Any]:
-        about = {"version": __version__, "root": str(places.root)}
+        about = {"version": __version__, "root": str(places.root), "demo": demo.settings()}
         return about | {"form": form(), "chat": chat_form(), "think": [*THINK], "gguf": GGUF_TYPES}
+
+    @app.get("/api/proposals")
+    def proposed() -> dict[str, list[dict[str, Any]]]:
+        return proposals(places)
 
     @app.get(FILES)
     def files(path: str = "") -> list[dict[str, Any]]:

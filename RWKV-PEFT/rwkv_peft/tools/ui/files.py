@@ -17,6 +17,9 @@ from ...checkpoints.readable import home_meant, within
 from ...cli.errors import UserError
 
 SHOWN = 2000  # entries of a folder, at most
+DEEP = 5  # levels of folders that are looked through
+LOOKED = 3000  # folders that are: the page asks every 3 seconds, and a home folder may hold a hundred thousand
+SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
 
 
 def hidden(root: Path, name: str) -> Path:
@@ -27,6 +30,22 @@ def hidden(root: Path, name: str) -> Path:
         raise UserError(f"{folder} leads elsewhere by a link; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def walk(root: Path) -> Iterator[tuple[Path, dict[str, "os.DirEntry[str]"]]]:
+    """Yield the folders from `root` down with {name: entry}, the nearest first, without hidden entries; links to
+    folders are not followed."""
+    level, looked = [str(root)], 0
+    for _ in range(DEEP + 1):
+        below = []
+        for place in level[: LOOKED - looked]:
+            looked += 1
+            with suppress(OSError), os.scandir(place) as found:
+                entries = {entry.name: entry for entry in found if not entry.name.startswith(".")}
+                yield Path(place), entries
+                inner = (entry for name, entry in entries.items() if name not in SKIPPED)
+                below += [entry.path for entry in inner if entry.is_dir(follow_symlinks=False)]
+        level = below
 
 
 class Places:

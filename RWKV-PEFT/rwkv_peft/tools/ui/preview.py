@@ -5,9 +5,12 @@ python -m rwkv_peft.tools.ui.preview '{"path": …, "tokenizer": …}'
 
 import codecs
 import json
+import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,18 @@ import numpy as np
 from ...cli.errors import UserError
 from ...config import DATA_TYPES, OF_ROWS
 from ...data.binidx import BinidxDataset
+from ...data.chat import KNOWN, TURN_END
 from ...data.encoding import EncodeSettings, encoder
 from ...data.preprocess import write
-from ...data.report import counted_in, laid_out, left_out, pieces
+from ...data.report import counted_in, fitting, laid_out, left_out, pieces
 from ...data.rows import TRAIN, is_saved, row_files
 
 ROWS = 2000  # rows that are read, from the start
 SPLIT = f"[:{ROWS}]"
 BYTES = 4 << 20  # of a text that are read
 SHOWN = 3  # documents that are shown as text
+NAMES = "|".join(name for openings, last in KNOWN for name in (*openings, last))
+SPEAKER = re.compile(rf"(?:\A|{TURN_END})({NAMES})")
 
 
 def preview(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,8 +38,8 @@ def preview(options: Mapping[str, Any]) -> dict[str, Any]:
     data_type, fields.
 
     -> sizes: tokens of each document; counted: tokens that count in the loss; notes: on rows that may be mistakes or
-    were left out; texts: True if a run cuts long texts into several rows; documents: the first as [{"title",
-    "pieces": [[text, counts], …]}]. Raises UserError if the file has no row that can be read."""
+    were left out; texts: True if a run cuts long texts into several rows; ctx_len: tokens that most rows fit in;
+    documents: the first as [{"tokens", "learned", "turns"}]. Raises UserError if no row can be read."""
     path, data_type = options["path"], options.get("data_type") or "sft"
     if data_type not in OF_ROWS:
         raise UserError(f"--data_type {data_type}: one of {', '.join(OF_ROWS)}")
@@ -54,11 +60,12 @@ def preview(options: Mapping[str, Any]) -> dict[str, Any]:
         tokenizer, documents = encoder(settings).tokenizer, []
         for index in range(min(SHOWN, len(data))):
             tokens, counted = data[index], counted_in(data, index)
-            title = f"{len(tokens):,} tokens, {int(counted.sum()):,} of them learned"
-            documents.append({"title": title, "pieces": pieces(tokens, counted, tokenizer)})
+            turns = turns_of(pieces(tokens, counted, tokenizer))
+            documents.append({"tokens": len(tokens), "learned": int(counted.sum()), "turns": turns})
         return {
             "rows": ROWS,
             "sizes": np.asarray(data.sizes).tolist(),
+            "ctx_len": fitting(np.asarray(data.sizes)),
             "counted": int(np.count_nonzero(data.mask)) if data.mask is not None else int(sum(data.sizes)),
             "notes": [f"These are the first {BYTES:,} bytes of the text."] * (begin != Path(path))
             + laid_out(totals)
@@ -67,6 +74,25 @@ def preview(options: Mapping[str, Any]) -> dict[str, Any]:
             "texts": is_text or is_folder_of_texts(Path(path)),
             "documents": documents,
         }
+
+
+def turns_of(found: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """Pieces (text, counts) as the turns of a chat, each with its speaker, True if the speaker's name counts, and the
+    pieces behind it. A text without speakers is a turn for each piece, with "" as its speaker."""
+    letters = [(letter, counts) for text, counts in found for letter in text]
+    text = "".join(letter for letter, _ in letters)
+    heads = list(SPEAKER.finditer(text)) if SPEAKER.match(text) else []
+    if not heads:
+        return [{"speaker": "", "learned": counts, "pieces": [(text, counts)]} for text, counts in found]
+    turns = list[dict[str, Any]]()
+    for head, end in zip(heads, [*(head.start() for head in heads[1:]), len(text)]):
+        said = joined(letters[head.end() : end])
+        turns.append({"speaker": head[1].rstrip(":"), "learned": letters[head.start(1)][1], "pieces": said})
+    return turns
+
+
+def joined(letters: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    return [("".join(map(itemgetter(0), run)), counts) for counts, run in groupby(letters, key=itemgetter(1))]
 
 
 def is_folder_of_texts(path: Path) -> bool:

@@ -2,7 +2,6 @@
 earlier run with the same settings on the same files.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,14 +12,11 @@ from ...checkpoints.lock import LOCK, holder
 from ...cli.errors import UserError
 from ...cli.names import METRICS, RUN
 from ...training.flags.parser import entries_of, parser_of_train
-from .files import Places, last_of, lines_of, objects, read
+from .files import Places, last_of, lines_of, objects, read, walk
 
-DEEP = 5  # levels of folders that are looked through
-LOOKED = 3000  # folders that are: the page asks every 3 seconds, and a home folder may hold a hundred thousand
 LINE = 1 << 12  # bytes of a step's line in METRICS, and more
 ANSWERS = ("rows.jsonl", "answers.jsonl")
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
-SKIPPED = ("checkpoints", "tensorboard", "wandb", "swanlab", "node_modules")
 
 
 def find_runs(places: Places) -> list[dict[str, Any]]:
@@ -35,19 +31,8 @@ def find_runs(places: Places) -> list[dict[str, Any]]:
 
 
 def folders(root: Path) -> Iterator[Path]:
-    """Yield the folders of runs below `root`, the nearest first; links are not followed."""
-    level, looked = [str(root)], 0
-    for _ in range(DEEP + 1):
-        below = []
-        for place in level[: LOOKED - looked]:
-            looked += 1
-            with suppress(OSError), os.scandir(place) as found:
-                entries = {entry.name: entry for entry in found if not entry.name.startswith(".")}
-                if RUN in entries and METRICS in entries:
-                    yield Path(place)
-                inner = (entry for name, entry in entries.items() if name not in SKIPPED)
-                below += [entry.path for entry in inner if entry.is_dir(follow_symlinks=False)]
-        level = below
+    """Yield the folders of runs below `root`, the nearest first."""
+    return (folder for folder, entries in walk(root) if RUN in entries and METRICS in entries)
 
 
 def modified(folder: Path) -> float:

@@ -46,7 +46,7 @@ export async function chatPage(place, about, signal, folder) {
     [t("chat.edit"), () => { text.value = conversation.takeBack() || text.value; text.focus(); }],
     [t("chat.new"), () => { conversation.clear(); text.focus(); }],
   ].map(([label, onclick]) => el("button", { type: "button", hidden: true, onclick }, label));
-  const form = el("form", { className: "composer", onsubmit: submit }, text, el("div", { className: "row" }, say, stop, buttons));
+  const form = el("form", { className: "composer", onsubmit: submit }, text, el("div", { className: "row" }, say, stop, buttons, el("a", { className: "button leads", href: "#release" }, t("nav.release"))));
   text.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return; // an input method's Enter ends its word
     event.preventDefault();

@@ -1,91 +1,112 @@
-// Data: rows as the model will see them.
-import { asListed, el, figure, flagField, helpLine, listed, number, pathField, post, recall, remember, tell } from "./lib.js";
+// Rows: what the model will learn of a file, as conversations in which the learned words are marked.
+import { demoOffer } from "./base.js";
+import { asListed, cards, el, figure, flagField, folded, get, listed, number, pathField, post, settings, settle, size, tell } from "./lib.js";
+import { labelOf, t } from "./texts.js";
 
-export async function dataPage(place, about) {
-  const asked = { path: "", tokenizer: "world", data_type: "sft", ctx_len: "1024", sft_field: "", ...recall("data", {}) };
-  const path = pathField("path", "File or folder of rows", { value: asked.path, folders: true, help: ".jsonl, .json, .csv, .tsv, .parquet, .txt" });
-  const flags = new Map(about.form.flatMap((group) => group.fields).map((field) => [field.flag, field]));
-  const made = flags.get("data_type");
-  const values = made.values.filter((value) => value !== "binidx");
-  const type = flagField({ ...made, values, default: "sft" }, "Rows are", asked.data_type, (value) => { asked.data_type = value || "sft"; });
-  const tokenizer = el("input", { id: "tokenizer", value: asked.tokenizer, spellcheck: false });
-  const columns = flagField(flags.get("sft_field"), "Columns", asked.sft_field, (value) => { asked.sft_field = value; });
-  const limit = el("input", { id: "ctx", type: "number", min: 1, value: asked.ctx_len });
-  const show = el("button", { className: "main" }, "Show");
+const FLAGS = ["data_type", "tokenizer", "ctx_len", "sft_field"]; // under More
+const EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}';
+
+export async function dataPage(place, about, signal) {
+  const { rows } = await get("/api/proposals"), set = settings(), names = rows.map((one) => one.name);
+  const asked = Object.fromEntries(FLAGS.map((flag) => [flag, (set.data_file || flag === "tokenizer" ? set[flag] : "") ?? ""]));
+  asked.path = listed(set.data_file ?? "")[0] ?? names[0] ?? "";
+  const other = pathField("path", t("rows.other"), { value: names.includes(asked.path) ? "" : asked.path, folders: true, help: t("rows.other.help") });
+  const list = cards(t("rows.found"), rows.map(({ name, bytes }) => ({ value: name, title: name, text: size(bytes) })), asked.path, (name) => { other.input.value = ""; choose(name); });
+  const made = new Map(about.form.flatMap((group) => group.fields).map((field) => [field.flag, field]));
+  const fields = new Map(FLAGS.map((flag) => [flag, flagField(fit(made.get(flag)), labelOf(flag), asked[flag], (value) => { asked[flag] = value; })]));
+  const inputOf = (flag) => fields.get(flag).querySelector("input, select");
+  const more = folded(t("more"), el("div", { className: "fields" }, ...fields.values()), el("div", { className: "row" }, el("button", {}, t("rows.show"))));
+  const form = el("form", { onsubmit: (event) => { event.preventDefault(); choose(other.input.value.trim() || asked.path); } }, other.box, more);
+  const take = el("button", { type: "button", className: "main", hidden: true, onclick: train }, t("rows.take"));
   const error = el("div"), result = el("div", { "aria-live": "polite" });
-  const form = el("form", { onsubmit: look }, el("div", { className: "fields" }, path.box, type,
-    el("div", {}, el("label", { htmlFor: "tokenizer" }, "Tokenizer"), tokenizer, helpLine(tokenizer, "that of the base model: world, bytes (the demo's), or a vocabulary file")),
-    el("div", {}, el("label", { htmlFor: "ctx" }, "Longest row, tokens"), limit, helpLine(limit, "the same field of Train")), columns),
-  el("div", { className: "row" }, show));
-  place.append(el("h1", {}, "Data"), el("p", { className: "lead" },
-    "Choose a file of rows, or drop one from your computer onto the page. You see what the model will see, with the tokens that it learns marked, before anything trains."), form, error, result);
+  place.append(el("h1", {}, t("nav.data")), el("p", { className: "lead" }, t("rows.lead")),
+    ...(rows.length ? [list] : [el("p", { className: "note" }, t("rows.none")), el("pre", {}, EXAMPLE), demoOffer(about, signal)]),
+    form, error, el("div", { className: "row" }, take), result);
+  other.input.addEventListener("change", () => choose(other.input.value.trim()));
+  let found = null, looking = 0;
+  if (asked.path) look();
 
-  async function look(event) {
-    event?.preventDefault();
-    Object.assign(asked, { path: path.input.value.trim(), tokenizer: tokenizer.value.trim(), ctx_len: limit.value });
-    remember("data", asked);
-    show.disabled = true;
+  // Shows a file; another one has a limit of its own again.
+  function choose(name) {
+    if (name !== asked.path) asked.ctx_len = inputOf("ctx_len").value = "";
+    asked.path = name;
+    for (const radio of list.querySelectorAll("input")) radio.checked = radio.value === name;
+    look();
+  }
+
+  async function look() {
+    const mine = (looking += 1);
     tell(error, null);
-    columns.classList.remove("wrong");
-    result.replaceChildren("reading …");
+    take.hidden = true;
+    for (const box of fields.values()) box.classList.remove("wrong");
+    result.replaceChildren(t("rows.reading"));
     try {
-      if (!asked.path) throw new Error("name a file first");
-      draw(await post("/api/preview", { ...asked, fields: listed(asked.sft_field) }));
+      if (!asked.path) throw new Error(t("rows.first"));
+      const answer = await post("/api/preview", { path: asked.path, tokenizer: asked.tokenizer || "world", data_type: asked.data_type || "sft", fields: listed(asked.sft_field) });
+      if (mine === looking) draw(found = answer);
     } catch (problem) {
+      if (mine !== looking) return;
       result.replaceChildren();
       tell(error, problem);
-      columns.classList.toggle("wrong", problem.message.includes("--sft_field"));
-      const other = /--data_type (\w+)/.exec(problem.message)?.[1];
-      if (values.includes(other)) offer(other);
+      for (const [flag, box] of fields) if (problem.message.includes(`--${flag}`)) box.classList.add("wrong");
+      more.open ||= more.querySelector(".wrong") !== null;
+      const kind = /--data_type (\w+)/.exec(problem.message)?.[1];
+      if ([...inputOf("data_type").options].some((one) => kind && one.value === kind)) offer(kind);
     }
-    show.disabled = false;
   }
 
   // A button that looks again, at rows of another kind.
   function offer(kind) {
-    const field = type.querySelector("select");
-    result.append(el("button", { type: "button", onclick: () => { field.value = kind; field.dispatchEvent(new Event("input")); look(); } }, `Show them as ${kind}`));
+    const field = inputOf("data_type");
+    result.append(el("button", { type: "button", onclick: () => { field.value = kind; field.dispatchEvent(new Event("input")); look(); } }, t("rows.as", t(`value.data_type.${kind}`))));
   }
 
-  function draw(found) {
-    const longest = Number(asked.ctx_len) || Infinity;
-    const total = found.sizes.reduce((sum, size) => sum + size, 0);
-    const cut = found.sizes.filter((size) => size > longest + 1).length;
-    const most = found.sizes.reduce((a, b) => Math.max(a, b), 0);
+  function draw({ sizes, counted, bad, texts, notes, rows: most, ctx_len, documents }) {
+    inputOf("ctx_len").placeholder = ctx_len;
+    take.hidden = false;
+    const limit = Number(asked.ctx_len) || ctx_len, total = sizes.reduce((sum, one) => sum + one, 0);
+    const cut = sizes.filter((one) => one > limit + 1).length, note = (text) => el("p", { className: "note" }, text);
     result.replaceChildren(
-      el("div", { className: "figures" }, figure("rows read", number(found.sizes.length + found.bad)), figure("tokens", number(total)),
-        figure("of them learned", `${Math.round((100 * found.counted) / Math.max(total, 1))} %`), figure("tokens of the longest row", number(most)),
-        figure(`rows longer than ${number(longest)}`, number(cut), cut > 0 && !found.texts), figure("rows refused", number(found.bad), found.bad > 0)),
-      found.texts ? el("p", { className: "note" }, `All of a text is learned, in rows of ${number(longest)} tokens.`) : "",
-      cut && !found.texts ? el("p", { className: "note" }, `${cut === 1 ? "1 row is" : `${number(cut)} rows are`} cut to ${number(longest)} tokens, the front of the prompt first; a longer longest row keeps them whole.`) : "",
-      found.bad ? el("p", { className: "note" }, "Train on this leaves such rows out.") : "",
-      ...found.notes.map((line) => el("p", { className: "note" }, line)),
-      found.sizes.length >= found.rows ? el("p", { className: "note" }, `These are the first ${number(found.rows)} rows.`) : "",
-      el("div", { className: "row" }, el("button", { className: "main", type: "button", onclick: () => train(found.bad) }, "Train on this")),
-      el("h2", {}, "As the model sees them"),
-      ...found.documents.map((row, n) => el("div", { className: "document" }, el("h3", {}, `row ${n + 1}: ${row.title}`),
-        ...row.pieces.map(([text, counts]) => (counts ? el("mark", {}, text) : text)))),
-      el("h2", {}, "Lengths"), histogram(found.sizes));
+      el("div", { className: "figures" }, figure(t("rows.read"), number(sizes.length + bad)), figure(t("rows.tokens"), number(total)),
+        figure(t("rows.learned"), `${Math.round((100 * counted) / Math.max(total, 1))} %`), figure(t("rows.longest"), number(sizes.reduce((a, b) => Math.max(a, b), 0))),
+        cut && !texts ? figure(t("rows.cut", number(limit)), number(cut), true) : "", bad ? figure(t("rows.refused"), number(bad), true) : ""),
+      ...[texts && t("rows.text.note", number(limit)), cut && !texts && t("rows.cut.note", number(limit)), bad && t("rows.refused.note"),
+        ...notes, sizes.length >= most && t("rows.some", number(most))].filter(Boolean).map(note),
+      ...documents.map(({ tokens, learned, turns }, n) => el("section", { className: "document" },
+        el("h3", {}, t("rows.title", n + 1, number(tokens), number(learned))), turns.map(bubble))),
+      folded(t("rows.lengths"), histogram(sizes)));
   }
 
-  function train(bad) {
-    const { path: name, data_type, tokenizer, ctx_len, sft_field } = asked;
-    remember("train", { ...recall("train", {}), data_file: asListed(name), data_type, tokenizer, ctx_len, sft_field, skip_bad_rows: bad ? "on" : "" });
+  function train() {
+    const { path: name, ...flags } = asked;
+    settle({ ...flags, data_file: asListed(name), data_type: asked.data_type || "sft", ctx_len: asked.ctx_len || String(found.ctx_len), skip_bad_rows: found.bad ? "on" : "" });
     location.hash = "#train";
   }
+}
 
-  if (asked.path) look();
+// The field of a flag as this page has it: rows are no tokens, and the limit comes from the rows.
+function fit(made) {
+  if (made.flag === "data_type") return { ...made, values: made.values.filter((value) => value !== "binidx"), default: "sft" };
+  return made.flag === "ctx_len" ? { ...made, default: "" } : made;
+}
+
+// A turn of a row: who speaks, and the words, of which the learned ones are marked.
+function bubble({ speaker, learned, pieces }) {
+  const name = t(`speaker.${speaker || (learned ? "learned" : "given")}`), mark = (text, counts) => (counts ? el("mark", {}, text) : text);
+  if (speaker && pieces.length) pieces[0][0] = pieces[0][0].trimStart();
+  return el("div", { className: `turn ${/^(User|Question|Instruction)$/.test(speaker) ? "user" : ""}`, dir: "auto" },
+    el("small", {}, mark(name, speaker && learned)), pieces.map(([text, counts]) => mark(text, counts)));
 }
 
 function histogram(sizes) {
   const classes = new Map();
-  for (const size of sizes) {
-    const power = Math.ceil(Math.log2(Math.max(size, 1)));
+  for (const one of sizes) {
+    const power = Math.ceil(Math.log2(Math.max(one, 1)));
     classes.set(power, (classes.get(power) ?? 0) + 1);
   }
   const most = Math.max(...classes.values());
-  return el("table", { className: "bars" }, el("tr", {}, el("th", {}, "tokens"), el("th", {}, "rows"), el("td", {})),
+  return el("table", { className: "bars" }, el("tr", {}, el("th", {}, t("rows.tokens")), el("th", {}, t("rows.read")), el("td", {})),
     [...classes].sort(([a], [b]) => a - b).map(([power, count]) => el("tr", {},
-      el("td", {}, power ? `${number(2 ** (power - 1) + 1)} to ${number(2 ** power)}` : "1"), el("td", {}, number(count)),
-      el("td", {}, el("progress", { max: most, value: count, "aria-label": `${count} rows` })))));
+      el("td", {}, power ? t("rows.from", number(2 ** (power - 1) + 1), number(2 ** power)) : "1"), el("td", {}, number(count)),
+      el("td", {}, el("progress", { max: most, value: count, "aria-label": t("rows.count", count) })))));
 }

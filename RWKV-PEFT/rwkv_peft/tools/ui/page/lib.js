@@ -1,4 +1,5 @@
 // What all pages share: elements, requests, files, fields. Text from files is put in as text, never as HTML.
+import { has, labelOf, t } from "./texts.js";
 
 export function el(tag, props = {}, ...children) {
   const node = document.createElement(tag);
@@ -17,13 +18,13 @@ async function answer(response) {
   try {
     found = JSON.parse(text);
   } catch {
-    throw new Error(text || `the server answered ${response.status}`);
+    throw new Error(text || t("server.status", response.status));
   }
   if (!response.ok) throw new Error(found.error?.message ?? found.error ?? text);
   return found;
 }
 
-const gone = () => { throw new Error("the page's server does not answer; is rwkv-peft ui still running?"); };
+const gone = () => { throw new Error(t("server.gone")); };
 
 export async function get(path, query = {}) {
   return answer(await fetch(`${path}?${new URLSearchParams(query)}`).catch(gone));
@@ -71,7 +72,7 @@ const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replac
 
 export function duration(seconds) {
   const s = Math.round(seconds), h = Math.floor(s / 3600), m = Math.floor((s % 3600) / 60);
-  return h ? `${h} h ${m} min` : m ? `${m} min ${s % 60} s` : `${s} s`;
+  return h ? t("time.hours", h, m) : m ? t("time.minutes", m, s % 60) : t("time.seconds", s);
 }
 
 export const number = (value, digits = 4) =>
@@ -81,11 +82,11 @@ export function figure(name, value, warns = false) {
   return el("div", { className: `figure ${warns ? "warns" : ""}` }, el("b", {}, String(value)), el("span", {}, name));
 }
 
-export function copyButton(text, label = "Copy") {
+export function copyButton(text, label = t("copy")) {
   const button = el("button", { type: "button" }, label);
   button.addEventListener("click", async () => {
     await navigator.clipboard.writeText(text());
-    button.textContent = "Copied";
+    button.textContent = t("copied");
     setTimeout(() => { button.textContent = label; }, 1500);
   });
   return button;
@@ -95,13 +96,13 @@ export function copyButton(text, label = "Copy") {
 async function upload(file, place) {
   for (let begin = 0; ;) {
     const part = file.slice(begin, begin + PART);
-    place.textContent = `${file.name}: ${size(begin)} of ${size(file.size)} …`;
+    place.textContent = t("file.coming", file.name, size(begin), size(file.size));
     const query = new URLSearchParams({ name: file.name, begin, size: file.size });
-    const body = await part.arrayBuffer().catch(() => { throw new Error(`the browser cannot read ${file.name}; choose a file, and no folder`); });
+    const body = await part.arrayBuffer().catch(() => { throw new Error(t("file.unreadable", file.name)); });
     const { name } = await answer(await fetch(`/api/files?${query}`, { method: "POST", body }).catch(gone));
     begin += part.size;
     if (!name) continue;
-    place.textContent = `${name} is in the folder now`;
+    place.textContent = t("file.came", name);
     return name;
   }
 }
@@ -111,22 +112,29 @@ const PART = 8 << 20; // bytes
 export const listed = (text) => (text.match(/"[^"]*"|\S+/g) ?? []).map((word) => word.replace(/^"(.*)"$/, "$1"));
 export const asListed = (name) => (/\s/.test(name) ? `"${name}"` : name);
 
-// Help below a field, which a screen reader reads with it. A long one shows its beginning until it is opened.
-export function helpLine(input, text) {
-  const line = text.length > LONG ? el("details", { className: "help" }, el("summary", {}, el("span", {}, text))) : el("p", { className: "help" }, text);
-  line.id = `${input.id}-help`;
+// Help below a field, which a screen reader reads with it.
+function helpLine(input, text) {
+  const line = el("p", { id: `${input.id}-help`, className: "help" }, text);
   input.setAttribute("aria-describedby", line.id);
   return line;
 }
-const LONG = 70; // characters: two lines of a narrow field
+
+// A choice of one among cards: options = [{value, title, text}]; change(value) hears of each choice.
+export function cards(legend, options, chosen, change) {
+  return el("fieldset", { className: "picks" }, el("legend", {}, legend), options.map(({ value, title, text }) =>
+    el("label", { className: "pick" }, el("input", { type: "radio", name: legend, value, checked: value === chosen, onchange: () => change(value) }),
+      el("b", {}, title), el("span", { className: "help" }, text))));
+}
+
+export const folded = (title, ...children) => el("details", {}, el("summary", {}, title), ...children);
 
 // A labelled field for a file below the root, with a button that looks for it.
 export function pathField(name, label, { value = "", help = "", folders = false, endings = [], several = false } = {}) {
   const input = el("input", { id: name, name, value, spellcheck: false, autocomplete: "off" });
-  const browse = el("button", { type: "button", title: `look for ${label}`, "aria-label": `look for ${label}` }, "…");
+  const browse = el("button", { type: "button", title: t("file.look", label), "aria-label": t("file.look", label) }, "…");
   const take = (found) => {
     input.value = several ? asListed(found) : found;
-    input.dispatchEvent(new Event("input", { bubbles: true }));
+    for (const kind of ["input", "change"]) input.dispatchEvent(new Event(kind, { bubbles: true }));
   };
   browse.addEventListener("click", async () => {
     const found = await choose(label, several ? listed(input.value)[0] ?? "" : input.value, folders, endings);
@@ -162,6 +170,16 @@ export function takeDrops(place) {
   });
 }
 
+// Starts a command, waits for its end -> {id, code}.
+export async function ended(command) {
+  const { id } = await post("/api/jobs", { words: command });
+  for (;;) {
+    const { state, code } = await get(`/api/jobs/${id}`);
+    if (state !== "running") return { id, code };
+    await new Promise((resolve) => { setTimeout(resolve, 300); });
+  }
+}
+
 // A choice between what trained last in a run and what held best for other rows, if the run has both; told(file) hears of
 // the one that is to be taken and of each other choice. -> {box, show, choose}; show(folder) fills the box -> the files.
 export function adapterChoice(told) {
@@ -171,10 +189,10 @@ export function adapterChoice(told) {
     const found = folder ? await get("/api/runs/taken", { folder }).catch(() => null) : null;
     if (!found) return [];
     const files = [found.file, found.other].filter(Boolean);
-    const named = (file) => `${file.split("/").at(-1)}: ${/-best\.\w+$/.test(file) ? "the lowest loss of held-out rows" : "trained last"}`;
+    const called = (file) => t(/-best\.\w+$/.test(file) ? "which.best" : "which.last", file.split("/").at(-1));
     const select = el("select", { id: "which", onchange: () => told(select.value) },
-      files.map((file) => el("option", { value: file }, named(file))));
-    box.replaceChildren(el("label", { htmlFor: "which" }, "Of this run"), select, helpLine(select, found.note || "the last holds as well for other rows as any before"));
+      files.map((file) => el("option", { value: file }, called(file))));
+    box.replaceChildren(el("label", { htmlFor: "which" }, t("which")), select, helpLine(select, found.note || t("which.note")));
     box.hidden = !found.other;
     told(found.file);
     return files;
@@ -186,30 +204,14 @@ export function adapterChoice(told) {
   return { box, show, choose };
 }
 
-// What the page calls flags that a person meets first, and what it says of them in place of the flag's help.
-export const NAMES = {
-  load_model: "Base model", data_file: "Data", data_type: "Rows are", proj_dir: "Folder of the run", tokenizer: "Tokenizer",
-  objective: "Objective", peft: "Method", bone_r: "Rank", ctx_len: "Longest row, tokens", micro_bsz: "Rows a step",
-  epoch_count: "Epochs", optim: "Optimizer", lr_init: "Learning rate", val_split: "Share held out", precision: "Precision",
-  merge_on_save: "Merge when saved", sft_field: "Columns",
-};
-const HELP = {
-  load_model: "a .pth, which has the model's dimensions",
-  data_file: "a file or folder of rows (.jsonl, .json, .csv, .parquet, .txt), or tokens of preprocess by their name before .bin",
-  tokenizer: "world, bytes (the demo's), or a tokenizer.json",
-  objective: "what a step minimizes; by default what learns from such rows",
-  bone_r: "size of what a method adds; Bone's divides all dimensions",
-  epoch_count: "passes over the data",
-  merge_on_save: "also writes the merged model at each save, for any runtime",
-};
-const GREY = { epoch_count: "by the number of rows", objective: "by the kind of rows" };
-export const named = (flag) => `“${NAMES[flag] ?? flag}”`;
+export const named = (flag) => `“${labelOf(flag)}”`;
 const inNames = (text) => text.replace(/--(\w+)/g, (_, flag) => named(flag));
+const orElse = (key, text) => (has(key) ? t(key) : text);
 
 // A field made from a flag (form.py), with what its help says of the value that is chosen; change(value) hears of it.
 export function flagField(made, label, value, change, endings = []) {
   const { flag, kind, values, words: told, required } = made, id = `flag-${flag}`;
-  const help = HELP[flag] ?? inNames(made.help), grey = GREY[flag] ?? inNames(made.default);
+  const help = orElse(`help.${flag}`, inNames(made.help)), grey = orElse(`grey.${flag}`, inNames(made.default));
   let box, input;
   if (kind === "path" || kind === "paths") {
     ({ box, input } = pathField(id, label, { value, endings, several: kind === "paths", folders: flag === "proj_dir" || flag === "data_file", help }));
@@ -217,14 +219,13 @@ export function flagField(made, label, value, change, endings = []) {
   } else {
     if (kind === "on") input = el("input", { id, type: "checkbox", checked: value === "on" });
     else if (kind === "choice" || kind === "switch") {
-      const short = (one) => (told[one] ? `${one}: ${told[one].length > 60 ? `${told[one].slice(0, 60)} …` : told[one]}` : one);
-      input = el("select", { id }, el("option", { value: "" }, grey ? `default: ${grey}` : "default"),
-        values.map((one) => el("option", { value: one, selected: one === value }, inNames(short(one)))));
+      input = el("select", { id }, el("option", { value: "" }, grey ? t("default", orElse(`value.${flag}.${grey}`, grey)) : t("default.none")),
+        values.map((one) => el("option", { value: one, selected: one === value }, orElse(`value.${flag}.${one}`, one))));
     } else input = el("input", { id, value, placeholder: grey, spellcheck: false, autocomplete: "off" });
     box = el("div", {}, el("label", { htmlFor: id }, label), input, helpLine(input, help));
   }
   const explain = () => {
-    const text = inNames(told[input.value || made.default] ?? help);
+    const chosen = input.value || made.default, text = told[chosen] && !has(`value.${flag}.${chosen}`) ? `${help} ${chosen}: ${inNames(told[chosen])}.` : help;
     if (box.lastElementChild.textContent !== text) box.lastElementChild.replaceWith(helpLine(input, text));
   };
   explain();
@@ -243,26 +244,26 @@ function choose(label, start, folders, endings) {
     const list = el("ul", { className: "list" }), where = el("p", { className: "note" }), error = el("div");
     const done = (value) => { dialog.close(); dialog.remove(); resolve(value); };
     const here = { path: "" };
-    const pick = folders ? el("button", { type: "button", className: "main", onclick: () => done(here.path || ".") }, "This folder") : null;
+    const pick = folders ? el("button", { type: "button", className: "main", onclick: () => done(here.path || ".") }, t("file.here")) : null;
     const came = el("p", { className: "note", role: "status" });
     const other = el("input", { id: "other", type: "file", accept: endings.join(), onchange: () => {
       upload(other.files[0], came).then(done, (problem) => tell(error, problem));
     } });
     const dialog = el("dialog", { oncancel: (event) => { if (event.target === dialog) done(null); }, "aria-label": label }, el("h2", {}, label), where, error, list,
-      el("label", { htmlFor: "other" }, "Or a file from elsewhere on this computer, such as Downloads: it is copied here"), other, came,
-      el("div", { className: "row" }, pick, el("button", { type: "button", onclick: () => done(null) }, "Cancel")));
+      el("label", { htmlFor: "other" }, t("file.elsewhere")), other, came,
+      el("div", { className: "row" }, pick, el("button", { type: "button", onclick: () => done(null) }, t("cancel"))));
     async function open(path) {
       try {
         const entries = await get("/api/files", { path });
         here.path = path;
-        where.textContent = path || "in the folder that was opened";
+        where.textContent = path || t("file.root");
         const rows = entries.filter((entry) => entry.folder || !endings.length || endings.some((end) => entry.name.endsWith(end)));
         const up = path ? [{ name: path.split("/").slice(0, -1).join("/"), folder: true, up: true }] : [];
         list.replaceChildren(...[...up, ...rows].map((entry) => el("li", {}, el("button", {
           type: "button", className: "entry", onclick: () => (entry.folder ? open(entry.name) : done(entry.name)),
-        }, entry.up ? "↑ up" : `${entry.folder ? "▸ " : ""}${entry.name.split("/").at(-1)}`),
+        }, entry.up ? t("file.up") : `${entry.folder ? "▸ " : ""}${entry.name.split("/").at(-1)}`),
         entry.folder ? null : el("span", { className: "state" }, size(entry.bytes)))));
-        if (!list.childElementCount) list.append(el("li", { className: "note" }, endings.length ? `no folder, and no file that ends in ${endings.join(" or ")}` : "nothing here"));
+        if (!list.childElementCount) list.append(el("li", { className: "note" }, endings.length ? t("file.none", endings.join(", ")) : t("file.nothing")));
         tell(error, null);
       } catch (problem) {
         if (path) open(""); else tell(error, problem);
@@ -280,14 +281,23 @@ export function size(bytes) {
   return `${(bytes / 1000 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
 }
 
+// What the page remembers of a folder; keepFor says of which.
+let root = "";
+export const keepFor = (folder) => { root = folder; };
+const keyOf = (name) => `rwkv-peft ${root} ${name}`;
+
 export function remember(name, value) {
-  localStorage.setItem(`rwkv-peft ${name}`, JSON.stringify(value));
+  localStorage.setItem(keyOf(name), JSON.stringify(value));
 }
 
 export function recall(name, otherwise) {
   try {
-    return JSON.parse(localStorage.getItem(`rwkv-peft ${name}`)) ?? otherwise;
+    return JSON.parse(localStorage.getItem(keyOf(name))) ?? otherwise;
   } catch {
     return otherwise;
   }
 }
+
+// The flags that are set for the next training, by name; settle(changes) sets some.
+export const settings = () => recall("train", {});
+export const settle = (changes) => remember("train", { ...settings(), ...changes });

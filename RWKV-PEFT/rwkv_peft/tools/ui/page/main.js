@@ -1,34 +1,32 @@
-// The pages by their names, and which of them is open: the part of the address after #.
-import { el, get, takeDrops, tell } from "./lib.js";
-import { dataPage } from "./data.js";
-import { trainPage } from "./train.js";
-import { runsPage } from "./runs.js";
+// The pages by their names, which of them is open (the part of the address after #), and which steps are done.
+import { basePage } from "./base.js";
 import { chatPage } from "./chat.js";
+import { dataPage } from "./data.js";
+import { el, get, keepFor, recall, repeat, settings, takeDrops, tell } from "./lib.js";
 import { releasePage } from "./release.js";
+import { runsPage } from "./runs.js";
 import { language, LANGUAGES, speak, t } from "./texts.js";
+import { trainPage } from "./train.js";
 
-const PAGES = { data: dataPage, train: trainPage, runs: runsPage, chat: chatPage, release: releasePage };
-const main = document.getElementById("main");
+const PAGES = { base: basePage, data: dataPage, train: trainPage, chat: chatPage, release: releasePage, runs: runsPage };
+const main = document.getElementById("main"), nav = document.querySelector("nav");
 let leaving = new AbortController();
 let about = null;
 
 async function open(event) {
   leaving.abort();
-  leaving = new AbortController();
-  const [name, ...rest] = decoded(location.hash.slice(1)).split(":");
-  const page = PAGES[name] ?? dataPage;
-  for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash === `#${page === dataPage ? "data" : name}`) {
-      link.setAttribute("aria-current", "page");
-      document.title = `${link.textContent}: rwkv-peft`;
-    } else link.removeAttribute("aria-current");
-  }
+  const { signal } = (leaving = new AbortController());
+  const [asked, ...rest] = decoded(location.hash.slice(1)).split(":"), name = asked in PAGES ? asked : "base";
+  for (const link of nav.children) link.ariaCurrent = link.hash === `#${name}` ? "page" : null;
+  document.title = `${t(`nav.${name}`)}: rwkv-peft`;
   const place = el("div");
   main.replaceChildren(place);
   try {
     about ??= await get("/api/about");
     document.getElementById("root").textContent = about.root;
-    await page(place, about, leaving.signal, rest.join(":"));
+    keepFor(about.root);
+    repeat(signal, 5, tick);
+    await PAGES[name](place, about, signal, rest.join(":"));
   } catch (error) {
     tell(place, error);
   }
@@ -36,6 +34,17 @@ async function open(event) {
   if (!event || !heading || main.contains(document.activeElement)) return;
   heading.tabIndex = -1; // what had the focus is gone, or is the link that led here
   heading.focus({ preventScroll: true });
+}
+
+// Marks the steps that are done.
+async function tick() {
+  const runs = await get("/api/runs").catch(() => []), { load_model, data_file } = settings();
+  const wrote = (ending) => runs.some((run) => !run.running && run.files.some((file) => ending.test(file)));
+  const done = { base: load_model, data: data_file, train: wrote(/\.(safetensors|pth)$/), chat: recall("talk", null), release: wrote(/^merged.*\.(pth|gguf|st)$/) };
+  for (const link of nav.children) {
+    const step = link.hash.slice(1);
+    link.replaceChildren(t(`nav.${step}`), done[step] ? el("span", { className: "tick", role: "img", ariaLabel: t("nav.done") }, "✓") : "");
+  }
 }
 
 function decoded(text) {
@@ -47,12 +56,13 @@ function decoded(text) {
 }
 
 document.documentElement.lang = language;
-document.querySelector("nav").ariaLabel = t("nav.label");
-document.querySelector("nav").append(...Object.keys(PAGES).map((name) => el("a", { href: `#${name}` }, t(`nav.${name}`))));
-document.getElementById("language").replaceWith(el("select", { id: "language", "aria-label": t("language"), onchange: ({ target }) => speak(target.value) },
+nav.ariaLabel = t("nav.label");
+nav.append(...Object.keys(PAGES).map((name) => el("a", { href: `#${name}` }, t(`nav.${name}`))));
+document.querySelector("header").append(el("select", { id: "language", ariaLabel: t("language"), onchange: ({ target }) => speak(target.value) },
   Object.entries(LANGUAGES).map(([value, name]) => el("option", { value, selected: value === language, lang: value }, name))));
-document.querySelector(".skip").textContent = t("to the content");
-document.querySelector(".skip").addEventListener("click", (event) => {
+const skip = document.querySelector(".skip");
+skip.textContent = t("to the content");
+skip.addEventListener("click", (event) => {
   event.preventDefault(); // its address would open another page
   main.focus();
 });

@@ -121,7 +121,7 @@ export async function runsPage(place, about, signal, chosen) {
         run.running && stopping ? el("button", { type: "button", onclick: stop }, t("runs.stop at once")) : "",
         !run.running && !begun && total > done && Object.keys(run.flags).length ? el("button", { type: "button", className: "main", onclick: () => resume(run) }, t("runs.resume")) : "",
         run.files.some((file) => /\.(safetensors|pth)$/.test(file)) ? el("a", { className: "button", href: address("release", folder) }, t("nav.release")) : "",
-        run.files.length ? el("a", { className: "button", href: address("chat", folder) }, t("nav.chat")) : "",
+        run.files.length ? el("a", { className: `button ${total && done >= total ? "main" : ""}`, href: address("chat", folder) }, t("nav.chat")) : "",
         command && !output ? el("a", { className: "button", href: `#runs:job:${command.id}` }, t("job.output")) : "");
       files.replaceChildren(t("runs.files"), " ", ...[...run.files, "metrics.jsonl"].flatMap((name) => [download(`${folder}/${name}`, name), " "]));
       const others = [...compared].filter((one) => one !== folder);

@@ -1,31 +1,34 @@
-// Train: the flags of train.py as a form, the command that they make, and the memory and time that it takes.
-import { copyButton, duration, el, figure, flagField, get, listed, named, NAMES, number, post, recall, remember, tell, words } from "./lib.js";
+// Train: what is trained on what, how often; the command, and the memory and time that it takes; behind it all flags.
+import { copyButton, duration, el, figure, flagField, folded, get, listed, named, number, post, remember, settings, tell, words } from "./lib.js";
+import { labelOf, t } from "./texts.js";
 
-const ENDINGS = { load_model: [".pth"] };
-const STARTED = { data_type: "sft", val_split: "0.1", merge_on_save: "on", proj_dir: "out/mine" };
+const ENDINGS = { load_model: [".pth"], data_file: [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"] };
+const STARTED = { data_type: "sft", val_split: "0.1", proj_dir: "out/mine" };
+const ASKED = ["proj_dir", "epoch_count"]; // the others are under More
+const STEPS = { load_model: "base", data_file: "data" }; // chosen in steps of their own
 
 export async function trainPage(place, about, signal) {
-  const state = { ...STARTED, ...recall("train", {}) };
+  const state = { ...STARTED, ...settings() };
   state.proj_dir = unused(state.proj_dir, (await get("/api/runs").catch(() => [])).map((run) => run.folder));
   const fields = new Map(), known = new Map(about.form.flatMap((group) => group.fields).map((made) => [made.flag, made]));
   const command = el("pre", { id: "command", tabIndex: 0 }), plan = el("div", { id: "plan", "aria-live": "polite" }), error = el("div");
-  const start = el("button", { className: "main", type: "button", onclick: begin }, "Start");
-  const [first, ...others] = about.form;
-  const find = el("input", { type: "search", placeholder: "find a setting, such as batch size or wandb", "aria-label": "find a setting", oninput: search });
-  const hits = el("div", { className: "row", hidden: true });
-  const groups = others.map((group) => el("details", {}, el("summary", {}, group.title), el("div", { className: "fields" }, group.fields.map(field))));
-  const form = el("form", { onsubmit: (event) => { event.preventDefault(); begin(); } },
-    el("div", { className: "fields" }, first.fields.map(field)));
-  place.append(el("h1", {}, "Train"), el("p", { className: "lead" },
-    "Name a base model (docs/start/models.md says which there are, and how to download one) and data; fields that are left empty take the default in grey. Memory, time and mistakes are shown as you type."),
-  el("div", { className: "columns" }, form, el("div", { className: "stays" }, error,
-    el("h2", {}, "The command"), command, el("div", { className: "row" }, start, copyButton(() => command.textContent),
-      el("button", { type: "button", onclick: reset }, "Clear all")),
-    el("h2", {}, "Memory, time and disk"), plan), el("div", {}, el("h2", {}, "All other settings"), find, hits, groups)));
+  const start = el("button", { className: "main", type: "button", onclick: begin }, t("train.start"));
+  const find = el("input", { type: "search", placeholder: t("train.find"), "aria-label": t("train.find"), oninput: search });
+  const missing = el("p", { className: "note", hidden: true }, t("train.not found")), taken = el("dl", { className: "taken" });
+  const form = el("form", { className: "fields", onsubmit: (event) => { event.preventDefault(); begin(); } }, ASKED.map((flag) => field(known.get(flag))));
+  const made = about.form.map((group) => group.fields.filter(({ flag }) => !ASKED.includes(flag)));
+  const groups = made.map((group, n) => folded(t(n ? `group.${about.form[n].title}` : "train.first"), el("div", { className: "fields" }, group.map(field))));
+  groups[0].open = true;
+  const more = folded(t("train.more"), find, missing, groups, el("div", { className: "row" }, el("button", { type: "button", onclick: reset }, t("train.reset"))));
+  place.append(el("h1", {}, t("nav.train")), el("p", { className: "lead" }, t("train.lead")), el("div", { className: "columns" },
+    el("div", {}, taken, form),
+    el("div", { className: "stays" }, error, el("div", { className: "row" }, start), el("h2", {}, t("plan.title")), plan,
+      folded(t("train.command"), command, copyButton(() => command.textContent))),
+    more));
 
-  function field(made) {
-    const { flag } = made;
-    fields.set(flag, flagField(made, NAMES[flag] ?? flag, state[flag] ?? "", (given) => {
+  function field(one) {
+    const { flag } = one;
+    fields.set(flag, flagField(one, labelOf(flag), state[flag] ?? "", (given) => {
       state[flag] = given;
       remember("train", state);
       changed();
@@ -33,23 +36,19 @@ export async function trainPage(place, about, signal) {
     return fields.get(flag);
   }
 
-  // Shows only the settings of which something has each word, in open groups, and the way to those above them.
+  // Shows only the settings of which something has each word, in open groups.
   function search() {
     const asked = plain(find.value).split(" "), any = Boolean(find.value.trim());
     const has = ({ flag, help, search: other = "", words: told }) => {
-      const text = plain([flag, NAMES[flag], help, other, ...Object.values(told)].join(" "));
+      const text = plain([flag, labelOf(flag), help, other, ...Object.values(told)].join(" "));
       return asked.every((word) => text.includes(word));
     };
     for (const [n, group] of groups.entries()) {
-      const found = others[n].fields.filter((made) => !(fields.get(made.flag).hidden = !has(made)));
+      const found = made[n].filter(({ flag }, m) => !(fields.get(flag).hidden = !has(made[n][m])));
       group.hidden = !found.length;
-      group.open = any && found.length > 0;
+      group.open = any ? found.length > 0 : n === 0;
     }
-    const above = any ? first.fields.filter(has) : [];
-    hits.hidden = !any;
-    hits.replaceChildren(...(above.length ? ["Above:"] : []), ...above.map(({ flag }) =>
-      el("button", { type: "button", onclick: () => fields.get(flag).querySelector("input, select").focus() }, NAMES[flag])),
-    above.length || groups.some((group) => !group.hidden) ? "" : "no setting has all of these words");
+    missing.hidden = groups.some((group) => !group.hidden);
   }
 
   // The words of the command. A rank goes to the method that is chosen; Bone has a flag of its own for it.
@@ -73,6 +72,8 @@ export async function trainPage(place, about, signal) {
   let waiting = null, busy = false, stale = false;
   function changed() {
     command.textContent = words(["train", ...argv()]);
+    taken.replaceChildren(...Object.entries(STEPS).flatMap(([flag, step]) => [el("dt", {}, labelOf(flag)),
+      el("dd", {}, state[flag] || "–", " ", el("a", { href: `#${step}` }, t(state[flag] ? "train.change" : "train.choose")))]));
     fields.get("bone_r").querySelector("input").disabled = state.peft === "none";
     clearTimeout(waiting);
     waiting = setTimeout(judge, 600);
@@ -83,8 +84,8 @@ export async function trainPage(place, about, signal) {
     stale = busy;
     if (busy || signal.aborted) return;
     const note = (text) => plan.replaceChildren(el("p", { className: "note" }, text));
-    if (!state.data_file || !(state.load_model || state.n_layer)) return note("is shown when a base model and data are named");
-    note("counting …");
+    if (!state.data_file || !(state.load_model || state.n_layer)) return note(t("plan.needs"));
+    note(t("plan.counting"));
     busy = true;
     const found = await post("/api/plan", { words: argv() }).catch((problem) => ({ problem }));
     busy = false;
@@ -92,19 +93,21 @@ export async function trainPage(place, about, signal) {
     const refusal = found.code === 2 ? found.text.trim() : "";
     mark(refusal);
     tell(error, found.problem ?? refusal);
-    if (found.problem || refusal) note("is shown when the flags go together"); else showPlan(found);
+    if (found.problem || refusal) note(t("plan.refused")); else showPlan(found);
   }
 
   // The peak of each device and the time first, then what `rwkv-peft plan` prints.
   function showPlan({ text, time }) {
     const merged = /^ {2}merged.* ([\d.,]+ \w+) x (\d+)$/m.exec(text), disk = /^disk +([\d.,]+ \w+) in (.*)$/m.exec(text);
-    const peaks = [...text.matchAll(/^(GPU|main memory)( of [\d.,]+ \w+)?.*\n(?: {2}.*\n)*? {2}peak +([\d.,]+ \w+)(.*)$/gm)];
-    plan.replaceChildren(el("div", { className: "figures" }, peaks.map(([, device, whole, peak, verdict]) =>
-      figure(`${device}${whole ?? ""}${verdict}`, peak)), disk ? figure(`disk, in ${disk[2]}`, disk[1]) : "", time ? figure(`about, for ${number(time.steps)} steps`, duration(time.seconds)) : ""),
-    el("p", { className: "note" }, time ? `The time is that of the steps of ${time.run}, which had the same settings and data; reading the model, validation and saving take some more.`
-      : "No run here has had these settings and this data yet, so that its time is not known: Runs shows the time left once 5 steps are done."),
-    merged?.[2] > 1 ? el("p", { className: "note" }, `${named("merge_on_save")} writes ${merged[2]} merged models of ${merged[1]}: one for each epoch that is saved, and the best. `,
-      state.epoch_save === "0" ? "" : el("button", { type: "button", onclick: () => set("epoch_save", "0") }, "Save at the end only")) : "", el("details", { open: !peaks.length }, el("summary", {}, "Part by part"), el("pre", { tabIndex: 0 }, text)));
+    const peaks = [...text.matchAll(/^(GPU|main memory)(?: of ([\d.,]+ \w+))?.*\n(?: {2}.*\n)*? {2}peak +([\d.,]+ \w+)(, fits|, does not fit)?/gm)];
+    const verdict = (found) => (found ? t(found === ", fits" ? "plan.fits" : "plan.too large") : "");
+    plan.replaceChildren(el("div", { className: "figures" }, peaks.map(([, device, whole, peak, found]) =>
+      figure(t(`plan.${device}`, whole ? t("plan.of", whole) : "") + verdict(found), peak, found === ", does not fit")), disk ? figure(t("plan.disk"), disk[1]) : "",
+    time ? figure(t("plan.time", number(time.steps)), duration(time.seconds)) : ""),
+    el("p", { className: "note" }, time ? t("plan.time.note", time.run) : t("plan.time.unknown")),
+    merged?.[2] > 1 ? el("p", { className: "note" }, t("plan.merged", named("merge_on_save"), merged[2], merged[1]), " ",
+      state.epoch_save === "0" ? "" : el("button", { type: "button", onclick: () => set("epoch_save", "0") }, t("plan.merged.end"))) : "",
+    folded(t("plan.parts"), el("pre", { tabIndex: 0 }, text)));
   }
 
   function set(flag, value) {
@@ -118,7 +121,7 @@ export async function trainPage(place, about, signal) {
     const named = new Set([...message.matchAll(/--(\w+)/g)].map((found) => found[1]));
     for (const [flag, box] of fields) {
       box.classList.toggle("wrong", named.has(flag));
-      if (named.has(flag) && box.closest("details")) box.closest("details").open = true;
+      for (let around = box.closest("details"); named.has(flag) && around; around = around.parentElement.closest("details")) around.open = true;
     }
   }
 
@@ -135,7 +138,7 @@ export async function trainPage(place, about, signal) {
   }
 
   function reset() {
-    if (!confirm("Empty all fields of this page?")) return;
+    if (!confirm(t("train.reset.sure"))) return;
     remember("train", {});
     dispatchEvent(new Event("hashchange"));
   }

@@ -1,0 +1,79 @@
+// Base: the model that a run begins with, one of the folder, the demo's, or an official one.
+import { cards, copyButton, el, ended, folded, get, pathField, settings, settle, size, tell } from "./lib.js";
+import { showJob } from "./runs.js";
+import { t } from "./texts.js";
+
+const OFFICIAL = [ // the newest of each size (docs/start/models.md)
+  "rwkv7-g1d-0.1b-20260129-ctx8192.pth", "rwkv7-g1d-0.4b-20260210-ctx8192.pth", "rwkv7-g1k-1.5b-20260930-ctx25600.pth",
+  "rwkv7-g1k-2.9b-20260930-ctx25600.pth", "rwkv7-g1k-7.2b-20260930-ctx25600.pth", "rwkv7-g1k-13.3b-20260930-ctx25600.pth",
+];
+
+export async function basePage(place, about, signal) {
+  const { bases } = await get("/api/proposals");
+  const kept = settings().load_model ?? "", found = (name) => bases.find((one) => one.name === name);
+  let chosen = kept || bases[0]?.name || "";
+  const other = pathField("base", t("base.other"), { value: found(kept) ? "" : kept, endings: [".pth"], help: t("base.other.help") });
+  const list = cards(t("base.found"), bases.map(({ name, generation, parameters, bytes }) =>
+    ({ value: name, title: name, text: t("base.facts", generation, large(parameters), size(bytes)) })), chosen, (name) => { chosen = name; other.input.value = ""; });
+  other.input.addEventListener("input", () => {
+    chosen = other.input.value.trim();
+    for (const radio of list.querySelectorAll("input")) radio.checked = radio.value === chosen;
+  });
+  const error = el("div", { "aria-live": "polite" }), more = [demoOffer(about, signal), official()];
+  place.append(el("h1", {}, t("nav.base")), el("p", { className: "lead" }, t("base.lead")),
+    ...(bases.length ? [list] : [el("p", { className: "note" }, t("base.none")), ...more]), other.box, error,
+    el("div", { className: "row" }, el("button", { type: "button", className: bases.length ? "main" : "", onclick: take }, t("base.take"))),
+    bases.length ? folded(t("base.more"), ...more) : "");
+
+  async function take() {
+    if (!chosen) return tell(error, t("base.first"));
+    const { bases: now } = await get("/api/proposals"); // it may have come by a drop
+    const tokenizer = now.find((one) => one.name === chosen)?.tokenizer, { demo } = about;
+    const leaves = kept === demo.load_model && chosen !== kept; // what suits the demo suits no other base
+    settle({ ...(leaves ? Object.fromEntries(Object.keys(demo).map((flag) => [flag, ""])) : {}), load_model: chosen, ...(tokenizer ? { tokenizer } : {}) });
+    location.hash = "#data";
+  }
+}
+
+// Offers the bundled model and rows: a click writes them into the folder, chooses both, and leads to the rows.
+export function demoOffer({ demo }, signal) {
+  const result = el("div", { "aria-live": "polite" }), button = el("button", { type: "button", className: "main", onclick: take }, t("demo.take"));
+
+  async function take() {
+    button.disabled = true;
+    result.replaceChildren(t("demo.coming"));
+    try {
+      const { id, code } = await ended(["demo", "."]);
+      result.replaceChildren();
+      if (code !== 0) return showJob(result, id, signal);
+      settle(demo);
+      location.hash = "#data";
+    } catch (problem) {
+      tell(result, problem);
+    }
+    button.disabled = false;
+  }
+
+  return demo.load_model ? el("section", { className: "panel" }, el("h2", {}, t("demo.title")), el("p", {}, t("demo.text")), button, result) : "";
+}
+
+// The lines that download an official base of the size that is chosen.
+function official() {
+  const lines = el("div"), sizeOf = (name) => name.split("-")[2].toUpperCase();
+  const select = el("select", { id: "size", onchange: show }, OFFICIAL.map((name) => el("option", { value: name, selected: name.includes("-1.5b-") }, sizeOf(name))));
+
+  function show() {
+    const commands = [
+      `pip install huggingface_hub && hf download BlinkDL/rwkv7-g1 ${select.value} --local-dir .`,
+      `pip install modelscope && modelscope download --model RWKV/rwkv7-g1 ${select.value} --local_dir .`,
+    ];
+    lines.replaceChildren(...commands.flatMap((command) => [el("pre", { tabIndex: 0 }, command), copyButton(() => command)]));
+  }
+
+  show();
+  return el("section", { className: "panel" }, el("h2", {}, t("official.title")), el("p", {}, t("official.text")),
+    el("label", { htmlFor: "size" }, t("official.size")), select, lines,
+    el("div", { className: "row" }, el("button", { type: "button", onclick: () => dispatchEvent(new Event("hashchange")) }, t("official.again"))));
+}
+
+const large = (count) => (count >= 1e9 ? `${(count / 1e9).toFixed(1)}B` : `${(count / 1e6).toFixed(1)}M`);

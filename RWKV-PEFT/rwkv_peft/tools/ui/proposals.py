@@ -1,0 +1,51 @@
+"""What the page proposes to begin with: the bases and the files of rows below a folder, by their names and headers."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.pth_header import read_header
+from ...cli.names import METRICS, RUN, generation
+from ...data.rows import ENDINGS
+from ..plan.command import dimensions_of
+from .files import Places, is_plain, read, walk
+
+MOST = 30  # of each kind
+BYTES = 257  # tokens of the byte vocabulary
+
+
+def proposals(places: Places) -> dict[str, list[dict[str, Any]]]:
+    """{"bases": the models, "rows": the files of rows}, each with name and bytes, the nearest first; a model also has
+    its generation, dimensions and tokenizer. A run's own records are no rows."""
+    bases, rows = list[dict[str, Any]](), list[dict[str, Any]]()
+    for folder, entries in walk(places.root):
+        is_run = RUN in entries and METRICS in entries
+        for name in sorted(entries):
+            path = folder / name
+            if not is_plain(path):
+                continue
+            status = path.stat()
+            named = {"name": places.name(path), "bytes": status.st_size}
+            if name.endswith(".pth") and len(bases) < MOST:
+                bases += [named | found for found in model_of(path, status.st_size, status.st_mtime_ns)]
+            elif not is_run and holds_rows(path) and len(rows) < MOST:
+                rows.append(named)
+    return {"bases": bases, "rows": rows}
+
+
+@lru_cache(maxsize=1024)
+def model_of(path: Path, size: int, changed: int) -> tuple[dict[str, Any], ...]:
+    """(generation, dimensions and tokenizer of a .pth,), or () if it holds no whole model; size and changed make the
+    file's answer its own."""
+    header = read_header(path) or {}
+    model = dimensions_of(header)
+    if model is None:
+        return ()
+    found = {"generation": generation(model.version), "layers": model.n_layer, "channels": model.n_embd}
+    sizes = (each.nbytes // (4 if each.dtype == "fp32" else 2) for each in header.values())
+    return (found | {"parameters": sum(sizes), "tokenizer": "bytes" if model.vocab_size == BYTES else "world"},)
+
+
+def holds_rows(path: Path) -> bool:
+    """True for a file that is named as rows are; a .json is one if it begins a list, as settings do not."""
+    return path.name.endswith(ENDINGS) and (path.suffix != ".json" or read(path, 100).lstrip()[:1] == b"[")
