@@ -393,6 +393,7 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: model.generate([HI[0], "a"]), "is no prompt"),
         (lambda: model.generate([{"role": "friend", "content": "Hi"}]), "role 'friend'; known are user"),
         (lambda: model.generate("a", n=0), "n=0: a whole number from 1 on is due"),
+        (lambda: model.generate("a", batch=0), "batch=0: a whole number from 1 on is due"),
         (lambda: model.generate("a", top_logprobs=-1), "top_logprobs -1: it is a number of tokens"),
         (lambda: model.generate("a", logit_bias={300: 1}), r"logit_bias={300: 1}: {token id: number} is due, .* 257"),
         (lambda: model.generate("a", logit_bias=3), "logit_bias=3: {token id: number} is due"),
@@ -425,7 +426,10 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: rp.save_adapter(model, tmp_path / "a.pth"), "a name that ends in .safetensors is due"),
         (lambda: rp.merge(base, base, tmp_path / "m.st"), "a name that ends in .pth is due"),
         (lambda: rp.merge(base, base, base), "must not be overwritten"),
-        (lambda: rp.load(base, {base: 0}), "base.pth has the scale 0; a finite number other than 0 is due"),
+        *(
+            (lambda scale=scale: rp.load(base, {base: scale}), f"base.pth has the scale {scale}; a number from -100 to")
+            for scale in (0, 101, float("nan"))
+        ),
     ):
         with pytest.raises(UserError, match=words):
             mistake()

@@ -16,7 +16,7 @@ from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.base import Base, open_base
 from ..checkpoints.tensors import DTYPES
 from ..cli.errors import UserError, quoted
-from ..cli.names import is_finite, is_whole
+from ..cli.names import LARGEST_SCALE, is_finite, is_scale, is_whole
 from ..config import AdapterConfig
 from ..data.chat import CHAT, THINK
 from ..data.layouts import RowLayout
@@ -152,7 +152,7 @@ class Model(nn.Module):
         if unknown := sorted(set(sampling) - {field.name for field in fields(Sampling)}):
             known = ", ".join(field.name for field in fields(Sampling))
             raise UserError(f"{unknown[0]}={sampling[unknown[0]]!r} is no setting of generate; known are {known}")
-        for name, value, least in (("max_tokens", max_tokens, 0), ("n", 1 if n is None else n, 1)):
+        for name, value, least in (("max_tokens", max_tokens, 0), ("n", 1 if n is None else n, 1), ("batch", batch, 1)):
             if not isinstance(value, Integral) or value < least:
                 raise UserError(f"{name}={value!r}: a whole number from {least} on is due")
         require_one_of("think", think or None, THINK)
@@ -241,8 +241,9 @@ def sources_in(adapters: Iterable[Source] | Mapping[Source, float]) -> list[Adap
     if not isinstance(adapters, Mapping):
         return sources
     for source, scale in zip(sources, adapters.values()):
-        if not is_finite(scale) or not scale:
-            raise UserError(f"adapters: {source.path} has the scale {scale!r}; a finite number other than 0 is due")
+        if not is_scale(scale):
+            due = f"a number from -{LARGEST_SCALE} to {LARGEST_SCALE} other than 0 is due"
+            raise UserError(f"adapters: {source.path} has the scale {scale!r}; {due}")
     return [replace(source, amount=float(scale)) for source, scale in zip(sources, adapters.values())]
 
 

@@ -5,11 +5,16 @@ import argparse
 import os
 from typing import Any
 
+from ..cli.names import LARGEST_SCALE, is_scale
 from ..cli.parser import alias, constrained, finite
 from ..config import forms
 from ..config.adapter import MODE_ALIASES
 
-factor = constrained(finite, bool, "would leave nothing of the change; give another number, or leave the adapter out")
+factor = constrained(
+    constrained(finite, bool, "would leave nothing of the change; give another number, or leave the adapter out"),
+    is_scale,
+    f"is larger than {LARGEST_SCALE}, the most that a scale may be",
+)
 
 
 class ScaledFiles(argparse.Action):

@@ -25,6 +25,7 @@ TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # as in RWKV-PEFT
 TRACKERS = ("wandb", "trackio", "swanlab")  # each a package, and a flag that names a project
 AUTO = "auto"  # value of --lr_init: the rate is chosen
 THINK_MODES = ("off", "minimal", "on", "low", "medium", "high")  # values of --think; data/chat.py has their prompts
+LARGEST_SCALE = 100  # of an adapter's change, as of serve's adapter_scale
 G1, HERMES = "g1", "hermes"  # values of --tool_form
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -54,6 +55,11 @@ if TYPE_CHECKING:
 def is_whole(value: object, least: int | None = None) -> TypeGuard[int]:
     """True for a whole number, at least `least` if that is given."""
     return type(value) is int and (least is None or value >= least)
+
+
+def is_scale(value: object) -> bool:
+    """True for a number by which an adapter's change may be multiplied."""
+    return is_finite(value) and 0 < abs(value) <= LARGEST_SCALE
 
 
 def is_finite(value: object) -> TypeGuard[float]:
