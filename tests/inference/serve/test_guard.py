@@ -160,6 +160,23 @@ def test_a_mistaken_chat_is_told_by_its_field(server, more, field):
     assert error_of(answer) == 400 and answer[2]["error"]["param"] == field
 
 
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({"stop": ""}, "stop '': String"),
+        ({"adapters": {"poet": 1e9}}, "adapters.poet 1000000000.0: Input"),
+        ({"max_tokens": "5"}, "max_tokens '5': Input"),
+        ({"best_of": 2}, "best_of 2: it is not supported; leave it out"),
+        ({"prompt": None}, "prompt: Field required"),
+        ({"echo": True, "logprobs": 1}, "body: echo repeats the prompt's text"),
+        (b"{", "body: JSON decode error"),
+    ],
+)
+def test_a_mistake_is_reported_with_its_value(server, body, message):
+    answer = server.send("POST", "/v1/completions", body if isinstance(body, bytes) else ASK | body)
+    assert error_of(answer) == 400 and answer[2]["error"]["message"].startswith(message)
+
+
 def test_unknown_routes_are_refused_in_the_same_form(server):
     assert error_of(server.send("GET", "/v1/nothing")) == 404 and error_of(server.send("GET", "/v1/completions")) == 405
     absent = server.send("GET", "/docs")

@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
-from ...cli.errors import Ended, UserError, encoded, short
+from ...cli.errors import Ended, UserError, encoded, quoted, short
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -40,6 +40,7 @@ RETRY = 5  # seconds until a client without a place may try again
 LONGEST_MESSAGE = 2000  # characters; a message may quote a name of any length
 CONNECTIONS = 512  # the most at a time, if the process may open twice as many files
 BACKLOG = 64  # connections that are accepted at once, before the first of them is looked at
+VALUELESS = ("missing", "value_error", "json_invalid")  # mistakes of no single value
 KINDS = MappingProxyType(
     {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 )
@@ -266,9 +267,11 @@ def request_error(error: Exception) -> RequestError:
         case RequestValidationError():
             # of several mistakes that of the innermost field: for a union, pydantic lists those of each alternative
             mistake = max(error.errors(), key=lambda mistake: len(mistake["loc"]))
-            field = short(".".join(str(part) for part in mistake["loc"] if part not in ("body", "query")))
-            words = "there is no such field here" if mistake["type"] == "extra_forbidden" else short(mistake["msg"])
-            return RequestError(400, f"{field or 'body'}: {words}", field or None)
+            field = short(".".join(fields_of(mistake["loc"], error.body)))
+            words = short(mistake["msg"].removeprefix("Value error, "))
+            words = "it is not supported; leave it out" if mistake["type"] == "extra_forbidden" else words
+            value = "" if mistake["type"] in VALUELESS else f" {quoted(mistake['input'])}"
+            return RequestError(400, f"{field or 'body'}{value}: {words}", field or None)
         case HTTPException():
             return RequestError(error.status_code, short(str(error.detail)))
         case UserError() | OSError():  # the latter of a full disk, or of a folder that is gone
@@ -276,6 +279,16 @@ def request_error(error: Exception) -> RequestError:
         case RecursionError():
             return RequestError(400, "the body has lists and objects that nest too deep")
     return RequestError(500, "the server failed; see what it has printed")
+
+
+def fields_of(place: Sequence[Any], body: Any) -> list[str]:
+    """The fields and indices in pydantic's place of a mistake in a body, without its names of a union's types."""
+    found, value = list[str](), body
+    for part in place[1:]:
+        if isinstance(value, dict) or (isinstance(value, list) and isinstance(part, int)):
+            found.append(str(part))
+            value = dict(enumerate(value) if isinstance(value, list) else value).get(part)
+    return found
 
 
 class Protocol(H11Protocol):
