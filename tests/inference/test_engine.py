@@ -322,8 +322,6 @@ def test_prefixes_are_cached_up_to_a_limit_and_the_latest_used_stay(plain):
     cache.add(plain, [3], logits, state)
     assert cache.longest(plain, [2]) is None and cache.longest(plain, [1]) and cache.longest(plain, [3, 1])
     assert cache.size == 2 * one and cache.longest(Speaker("other", plain.model), [1]) is None
-    cache.forget(plain)
-    assert cache.size == 0 == len(cache.prefixes)
 
 
 def test_a_teacher_reads_rows_behind_contexts_of_other_lengths(growing):

@@ -17,7 +17,6 @@ from ..models.state import State
 from .batch import DAMAGED, ModelBatch, Slot, on_device
 from .forward import Forward, forward_of, prefill, read_packed
 from .requests import CachedPrefix, Completion, GenerationRequest, PrefixCache
-from .speakers import Speaker
 
 LEAST, MOST = 16, 4096  # tokens of a PrefillBudget
 CROWD = 8  # times as many tokens at most are read while more wait for their first token than for their next
@@ -123,10 +122,9 @@ class Engine:
         for completion in [completion for completion in self._open if completion not in waiting]:
             self._end(completion, reason)
 
-    def forget(self, speaker: Speaker) -> None:
-        """Free the cache and the graphs of a speaker that has left."""
-        self.cache.forget(speaker)
-        self.forwards.pop(speaker.model, None)
+    def forget(self, model: LanguageModel) -> None:
+        """Free the graphs of a model that has left."""
+        self.forwards.pop(model, None)
 
     @torch.inference_mode()
     def step(self) -> None:

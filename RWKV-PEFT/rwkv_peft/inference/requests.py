@@ -119,11 +119,6 @@ class PrefixCache:
         while self.size > self.limit:
             self._remove(next(iter(self.prefixes)))
 
-    def forget(self, speaker: Speaker) -> None:
-        """Drop all prefixes of a speaker."""
-        for key in [key for key in self.prefixes if key[0] == speaker.identity]:
-            self._remove(key)
-
     def _remove(self, key: tuple[object, bytes]) -> None:
         if key in self.prefixes:
             self.size -= cached_bytes(key, self.prefixes.pop(key))

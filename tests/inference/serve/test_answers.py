@@ -205,18 +205,17 @@ def test_a_request_scales_adapters(client, server, files, models):
     assert server.send("POST", "/v1/completions", {"prompt": "x", "adapters": {"none": 1}})[0] == 404
 
 
-def test_a_dropped_adapter_takes_what_was_made_of_it_along(client, server):
+def test_a_name_that_gets_another_adapter_answers_as_that_one(server, files):
+    """Prefixes are cached by what read them: those of the same content are found again, and no others."""
+    (files / "loadable" / "coder.safetensors").write_bytes((files / "coder.safetensors").read_bytes())
     ask = {"prompt": "Once upon a time", "max_tokens": 2, "adapters": {"late": 0.5}, "state": "calm"}
-    for cached in (False, True, False):
-        if not cached:
-            loaded = {"name": "late", "file": "poet.safetensors"}
-            assert server.send("POST", "/v1/adapters", loaded)[0] == 200
+    for name, cached in (("poet", False), ("poet", True), ("coder", False)):
+        loaded = {"name": "late", "file": f"{name}.safetensors"}
+        assert server.send("POST", "/v1/adapters", loaded)[0] == 200
         usage = server.send("POST", "/v1/completions", ask)[2]["usage"]
         assert (usage["prompt_tokens_details"]["cached_tokens"] > 0) is cached
-        if cached:
-            assert server.send("DELETE", "/v1/adapters/late")[0] == 200
-            assert server.send("POST", "/v1/completions", ask)[0] == 404
-    assert server.send("DELETE", "/v1/adapters/late")[0] == 200
+        assert server.send("DELETE", "/v1/adapters/late")[0] == 200
+        assert server.send("POST", "/v1/completions", ask)[0] == 404
 
 
 def test_messages_and_tools_are_laid_out_as_chat_data_and_forge_no_turns(formed):

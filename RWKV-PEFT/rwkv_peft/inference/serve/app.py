@@ -108,7 +108,8 @@ def add_routes(app: APIRouter, service: Service) -> None:
 
     @app.delete("/adapters/{name}")
     async def drop(name: str) -> dict[str, Any]:
-        catalog.drop(name)
+        async with service.mixing:
+            catalog.drop(name)
         return {"id": name, "object": "model", "deleted": True}
 
     @app.post("/completions")
@@ -141,7 +142,8 @@ def add_state_routes(app: APIRouter, service: Service) -> None:
 
     @app.delete("/states/{name}")
     async def delete(name: str) -> dict[str, Any]:
-        states.delete(name)
+        async with service.mixing:
+            states.delete(name)
         return {"id": name, "object": "state", "deleted": True}
 
 

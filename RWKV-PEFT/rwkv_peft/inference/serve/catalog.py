@@ -11,6 +11,7 @@ from ...checkpoints.base import open_base
 from ...checkpoints.readable import within
 from ...cli.errors import UserError, short
 from ...data.recorded import chat_beside, find_tokenizer, note_on_chats, recorded_beside
+from ...models.parts import LanguageModel
 from ..chat import remark
 from ..loading import load_model, resolve_device
 from ..speakers import Speaker, adapter_speaker, combined, mixed_speaker, state_speaker
@@ -19,6 +20,7 @@ from .states import NAMES, StateFolder
 from .web import RequestError
 
 MIXES = 8  # the most adapters, or sets of them, at scales of requests that are kept ready
+Parts = tuple[tuple[Speaker, float], ...]  # adapters at scales, in order
 
 
 class Catalog:
@@ -39,18 +41,15 @@ class Catalog:
             remark(note)
         self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)
         self.speakers = {args.name: self.base_speaker}
-        self.pairs: dict[tuple[Speaker, Speaker], Speaker] = {}  # (model, state)
-        self.mixes: dict[
-            tuple[tuple[Speaker, float], ...], Speaker
-        ] = {}  # adapters at scales, least recently used first
-        self.forget: Callable[[Speaker], object] = lambda speaker: None  # called with each speaker that has left
+        self.mixes: dict[Parts, Speaker] = {}  # least recently used first
+        self.forget: Callable[[LanguageModel], object] = lambda model: None  # called with each model that has left
         self.since = int(time.time())
         for given in args.adapter:
             self.speakers[given.name] = self._adapter(given.name, given.path)
         for given in args.state:
             self.speakers[given.name] = self._state(given.name, given.path)
         trained = None if args.any_base else self.base
-        self.states = StateFolder(args.states, self.base_speaker, trained, self._forget, args.max_prompt)
+        self.states = StateFolder(args.states, self.base_speaker, trained, args.max_prompt)
         self.lasting = frozenset(self.speakers)
         self.most = len(self.speakers) + args.max_loaded
 
@@ -88,7 +87,7 @@ class Catalog:
         other = self[state] if by_name else self.states.speaker(state)
         if other.model is not self.base_speaker.model or other.start is None:
             raise RequestError(400, f"state: {state} is none; load one by --state, or as the kind state", "state")
-        return self.pairs.setdefault((speaker, other), speaker.beginning(other))
+        return speaker.beginning(other)
 
     def _mixed(self, scales: Mapping[str, float], field: str) -> Speaker:
         """The speaker of the base with adapters at scales, made if it is not among the last MIXES. Raises RequestError
@@ -145,12 +144,11 @@ class Catalog:
         self._forget(speaker)
 
     def _forget(self, speaker: Speaker) -> None:
-        """Remove what was made of a speaker that has left."""
-        self.forget(speaker)
+        """Remove a speaker that has left, and the mixes of it."""
+        if speaker.model is not self.base_speaker.model:
+            self.forget(speaker.model)
         for parts in [parts for parts in [*self.mixes] if any(own is speaker for own, _ in parts)]:
             self._forget(self.mixes.pop(parts))
-        for pair in [pair for pair in [*self.pairs] if speaker in pair]:
-            self.forget(self.pairs.pop(pair))
 
     def below(self, file: str) -> Path:
         """The path of a file, or a folder of files, below --files. Raises RequestError for any other, also behind a

@@ -137,7 +137,7 @@ class Service:
             self.file.read()
         self.engine = Engine(vocabulary, args.batch, cache, PrefillBudget(PIECE, STEP_SECONDS), overlap)
         self.thread = EngineThread(self.engine, partial(os.kill, os.getpid(), signal.SIGTERM))
-        catalog.forget = lambda speaker: self.thread.call(partial(self.engine.forget, speaker))
+        catalog.forget = lambda model: self.thread.call(partial(self.engine.forget, model))
 
     async def converse(self, body: CompletionBody | ChatBody, size: int) -> Conversation:
         """Admit a request with a body of `size` bytes, and start it. Raises RequestError."""

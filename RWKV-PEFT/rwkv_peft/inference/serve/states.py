@@ -2,7 +2,7 @@
 cache of prefixes in --cache_folder, from one run of the server to the next."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,11 @@ NAMES = "a name has at most 64 letters, digits and ._:+-"
 
 class StateFolder:
     """States NAME.pth of a folder (None: there is none, and every name is refused) for the model of a speaker, the last
-    LOADED of them in memory. `base` is the only one that a file may name (None: any). forget(speaker) is called if a
-    state is replaced, deleted or no longer in memory. `most` is the largest file in bytes: twice a state, of so many
-    tokens if it grows."""
+    LOADED of them in memory. `base` is the only one that a file may name (None: any). `most` is the largest file in
+    bytes: twice a state, of so many tokens if it grows."""
 
-    def __init__(
-        self, folder: str | None, speaker: Speaker, base: Base | None, forget: Callable[[Speaker], object], tokens: int
-    ) -> None:
-        self.folder, self.plain, self.base, self.forget = folder, speaker, base, forget
+    def __init__(self, folder: str | None, speaker: Speaker, base: Base | None, tokens: int) -> None:
+        self.folder, self.plain, self.base = folder, speaker, base
         self.loaded: dict[str, Speaker] = {}  # least recently used first
         self.most = 2 * State.zeros(speaker.model.config, 1, "meta", tokens=tokens).nbytes + (1 << 20)
 
@@ -77,7 +74,7 @@ class StateFolder:
                 raise RequestError(400, str(error).replace(str(path), name), "state") from error
         self.loaded[name] = found
         if len(self.loaded) > LOADED:
-            self._leave(next(iter(self.loaded)))
+            del self.loaded[next(iter(self.loaded))]
         return found
 
     def upload(self, name: str, content: bytes) -> None:
@@ -93,21 +90,17 @@ class StateFolder:
             except UserError as error:
                 message = str(error).replace(str(path), name).replace(str(place), name)
                 raise RequestError(400, message, "state") from error
-        self._leave(name)
+        self.loaded.pop(name, None)
 
     def save(self, name: str, state: State) -> None:
         """Write the State of one sequence under a name."""
         save_state_file(self.path(name, new=True), state, self.plain.model)
-        self._leave(name)
+        self.loaded.pop(name, None)
 
     def delete(self, name: str) -> None:
         """Delete the file of a name. Raises RequestError for an unknown one."""
         self.path(name).unlink()
-        self._leave(name)
-
-    def _leave(self, name: str) -> None:
-        if (speaker := self.loaded.pop(name, None)) is not None:
-            self.forget(speaker)
+        self.loaded.pop(name, None)
 
 
 class CacheFile:
