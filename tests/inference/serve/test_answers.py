@@ -369,16 +369,23 @@ ANSWERS = {  # (words, cities)
     'As JSON:\n```json\n{"city": 1}\n``` and `x`': ('As JSON:\n```json\n{"city": 1}\n``` and `x`', []),
     'As JSON:\n```json\n{"name": "Ann"}\n``` ``': ('As JSON:\n```json\n{"name": "Ann"}\n``` ``', []),
     "no calls": ("no calls", []),
+    " \n two lines\n\nand space \n": ("two lines\n\nand space", []),
+    f"Just one.\n{CALL}\n Two.\n\n{CALL} Three. ": ("Just one.\n\n Two.\n\n Three.", ["Köln", "Köln"]),
     **{CALL[:-cut]: ("", ["Köln"]) for cut in (1, 5, 11, 12, 13)},  # by max_tokens, within the closing
     **{G1_CALL[:-cut]: ("", ["Köln"]) for cut in (1, 2, 3, 4)},
 }
+
+
+def whole_of(text, end="stop", forced=False):
+    response = ChatResponse("m", BytesTokenizer(), False, True, forced)
+    return response.choice(response.split(CompletionPart(0, text, (), end)))
 
 
 def parts_of(text, width):
     response = ChatResponse("m", BytesTokenizer(), False, True)
     cuts = [text[begin : begin + width] for begin in range(0, len(text), width)]
     pieces = [CompletionPart(0, cut, ()) for cut in cuts] + [CompletionPart(0, "", (), "stop")]
-    found = [response.delta(piece, place == 0) for place, piece in enumerate(pieces)]
+    found = [response.delta(response.split(piece), place == 0) for place, piece in enumerate(pieces)]
     return [part for part in found if part is not None]
 
 
@@ -389,7 +396,7 @@ def arguments(calls):
 @pytest.mark.parametrize("text", ANSWERS)
 def test_calls_of_tools_are_found_apart_from_words(text):
     words, cities = ANSWERS[text]
-    answer = ChatResponse("m", BytesTokenizer(), False, True).choice(CompletionPart(0, text, (), "stop"))
+    answer = whole_of(text)
     assert (answer["message"]["content"] or "") == words
     assert arguments(answer["message"].get("tool_calls", ())) == cities
     assert answer["finish_reason"] == ("tool_calls" if cities else "stop")
@@ -400,7 +407,7 @@ def test_calls_of_tools_are_found_apart_from_words(text):
 def test_a_stream_tells_words_at_once_and_calls_at_the_end(text, width):
     words, cities = ANSWERS[text]
     parts = parts_of(text, width)
-    assert "".join(part["delta"]["content"] for part in parts).strip() == words
+    assert "".join(part["delta"]["content"] for part in parts) == words
     assert arguments(parts[-1]["delta"].get("tool_calls", ())) == cities
     assert parts[-1]["finish_reason"] == ("tool_calls" if cities else "stop")
     assert not any("tool_calls" in part["delta"] for part in parts[:-1])
@@ -411,9 +418,9 @@ def test_a_stream_tells_words_at_once_and_calls_at_the_end(text, width):
 @pytest.mark.parametrize("call", [CALL[: CALL.index("\n</")], G1_CALL[: G1_CALL.index("\n```")]])
 def test_a_forced_call_that_a_limit_cuts_leaves_no_text(call):
     for end in range(len(call)):
-        part = CompletionPart(0, call[:end], (), "length")
-        message = ChatResponse("m", BytesTokenizer(), False, True, True).choice(part)["message"]
-        delta = ChatResponse("m", BytesTokenizer(), False, True, True).delta(part, True)["delta"]
+        message = whole_of(call[:end], "length", True)["message"]
+        response = ChatResponse("m", BytesTokenizer(), False, True, True)
+        delta = response.delta(response.split(CompletionPart(0, call[:end], (), "length")), True)["delta"]
         assert message["content"] == delta["content"] == "" and "tool_calls" not in message | delta
 
 

@@ -99,7 +99,11 @@ def test_a_thinking_begins_and_is_reported_beside_the_answer(ask, mode):
         assert (found.message.reasoning_content, found.message.content) == ('"So?', "Yo")
     whole = ask(think=mode)
     assert whole.usage.completion_tokens == len(CHAIN) and whole.choices[0].finish_reason == "stop"
-    deltas = [part.choices[0].delta for part in ask(think=mode, stream=True)]
+    streamed = [*ask(think=mode, stream=True, stream_options={"include_usage": True})]
+    usages = whole.usage, streamed.pop().usage
+    thought = [usage.completion_tokens_details.reasoning_tokens for usage in usages]
+    assert thought == [CHAIN.index("\n") - 1] * 2  # "think" is the prompt's
+    deltas = [part.choices[0].delta for part in streamed]
     thought = [getattr(delta, "reasoning_content", None) for delta in deltas]
     assert "".join(filter(None, thought)) == '"So?' and "".join(delta.content or "" for delta in deltas) == "Yo"
     assert deltas[0].role == "assistant" and not any(one and delta.content for one, delta in zip(thought, deltas))
@@ -146,14 +150,16 @@ def test_an_answer_is_split_alike_in_any_pieces(text):
 def test_tools_are_called_behind_a_thinking():
     call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     text = f"<think>\nI might {call}\n</think>\nWell.\n{call}"
-    message = ChatResponse("m", BytesTokenizer(), False, True, splits=True).choice(CompletionPart(0, text, (), "stop"))
+    response = ChatResponse("m", BytesTokenizer(), False, True, splits=True)
+    message = response.choice(response.split(CompletionPart(0, text, (), "stop")))
     assert message["finish_reason"] == "tool_calls" and len(message["message"]["tool_calls"]) == 1
     assert (message["message"]["reasoning_content"], message["message"]["content"]) == (f"I might {call}", "Well.")
     response = ChatResponse("m", BytesTokenizer(), False, True, splits=True)
-    parts = [response.delta(CompletionPart(0, letter, ()), False) for letter in text]
-    parts = [part["delta"] for part in [*parts, response.delta(CompletionPart(0, "", (), "stop"), False)] if part]
+    pieces = [*(CompletionPart(0, letter, ()) for letter in text), CompletionPart(0, "", (), "stop")]
+    parts = [response.delta(response.split(piece), False) for piece in pieces]
+    parts = [part["delta"] for part in parts if part]
     assert "".join(part.get("reasoning_content", "") for part in parts) == f"I might {call}"
-    assert "".join(part.get("content", "") for part in parts).strip() == "Well."
+    assert "".join(part.get("content", "") for part in parts) == "Well."
     assert [len(part["tool_calls"]) for part in parts if "tool_calls" in part] == [1]
 
 

@@ -49,7 +49,9 @@ class Models:
             return route.fulfill(status=status, json={"error": {"message": deltas[0]}})
         deltas = [{"content": delta} if isinstance(delta, str) else delta for delta in deltas]
         lines = [{"delta": delta} for delta in deltas] + ([{"delta": {}, "finish_reason": end}] if end else [])
-        body = "".join(f"data: {json.dumps({'choices': [line]})}\n\n" for line in lines)
+        usage = {"choices": [], "usage": {"completion_tokens_details": {"reasoning_tokens": 7}}}
+        events = [*({"choices": [line]} for line in lines), usage]
+        body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
         return route.fulfill(content_type="text/event-stream", body=body)
 
     def say(self, text):
@@ -133,7 +135,7 @@ def test_the_drawer_is_reached_by_the_keyboard_and_holds_models_thinking_and_sam
     answer = models.answer("b")
     expect(answer.locator(".words")).to_have_text("Hello")
     expect(answer.get_by_text("A greeting: I greet.")).to_be_hidden()
-    answer.get_by_text("thought for about 2 tokens").click()
+    answer.get_by_text("thought for about 7 tokens").click()
     expect(answer.get_by_text("A greeting: I greet.")).to_be_visible()
     sent = {"temperature": 0.5, "top_p": 0.25, "max_tokens": 9, "think": "on"}
     assert models.asked[0].items() >= sent.items()

@@ -73,7 +73,7 @@ class Conversation:
             if part.tokens and waits:
                 waits = False
                 self.on_first(time.monotonic() - self.began)
-            yield part
+            yield self.response.split(part)
         if self.save is not None:
             await self.save()
 
@@ -99,11 +99,7 @@ class Conversation:
         found: dict[int, list[CompletionPart]] = {}
         async for part in self.parts():
             found.setdefault(part.number, []).append(part)
-        whole = []
-        for number, parts in sorted(found.items()):
-            tokens = tuple(token for part in parts for token in part.tokens)
-            whole.append(CompletionPart(number, "".join(part.text for part in parts), tokens, parts[-1].end))
-        return whole
+        return [CompletionPart.joined(parts) for _, parts in sorted(found.items())]
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The events of a streamed response."""
@@ -121,7 +117,8 @@ class Conversation:
 
     def usage(self) -> Usage:
         prompts = sum(len(request.tokens) for request in self.requests)
-        return Usage(prompts, sum(request.cached for request in self.requests), self.sampled)
+        cached, thought = sum(request.cached for request in self.requests), sum(self.response.thought.values())
+        return Usage(prompts, cached, self.sampled, thought)
 
 
 class CompletionStream:

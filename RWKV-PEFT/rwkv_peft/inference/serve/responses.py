@@ -4,7 +4,7 @@ import codecs
 import json
 import secrets
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,20 +27,32 @@ class Token(NamedTuple):
 
 
 class CompletionPart(NamedTuple):
-    """New text and tokens of the completion of this number; end is "" while it goes on, else the reason for its end."""
+    """New text and tokens of the completion of this number; end is "" while it goes on, else the reason for its end.
+    Once `split`, its thinking and its calls are apart from the text."""
 
     number: int
     text: str
     tokens: tuple[Token, ...]
     end: str = ""
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence["CompletionPart"]) -> "CompletionPart":
+        """All parts of a completion as one."""
+        tokens = tuple(token for part in parts for token in part.tokens)
+        calls = tuple(call for part in parts for call in part.calls)
+        text, thinking = "".join(part.text for part in parts), "".join(part.thinking for part in parts)
+        return cls(parts[0].number, text, tokens, parts[-1].end, thinking, calls)
 
 
 class Usage(NamedTuple):
-    """Tokens of prompts, those of them found in the cache, and tokens of completions."""
+    """Tokens of prompts, those of them found in the cache, tokens of completions, and those of them in thinkings."""
 
     prompt: int
     cached: int
     completions: int
+    thinking: int
 
     def fields(self) -> Fields:
         return {
@@ -48,6 +60,7 @@ class Usage(NamedTuple):
             "completion_tokens": self.completions,
             "total_tokens": self.prompt + self.completions,
             "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.thinking},
         }
 
 
@@ -59,6 +72,11 @@ class Response:
     def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
         self.head = {"id": f"{self.prefix}{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self.tokenizer, self.logprobs = tokenizer, logprobs
+        self.thought: dict[int, int] = {}  # tokens in the thinking of each completion
+
+    def split(self, part: CompletionPart) -> CompletionPart:
+        """A part with its thinking and calls apart from its text, and without text that is not certain yet."""
+        return part
 
     def choice(self, part: CompletionPart) -> Fields:
         """A whole completion."""
@@ -78,7 +96,7 @@ class Response:
         return event(fields | ({} if usage is None else {"usage": usage.fields()}))
 
     def is_empty(self, part: CompletionPart) -> bool:
-        return not (part.text or part.end or (part.tokens and self.logprobs))
+        return not (part.text or part.thinking or part.end or (part.tokens and self.logprobs))
 
     def spelled(self, token: int) -> tuple[str, list[int]]:
         """A token's text and bytes; a token of no whole characters has its bytes, spelled, as its text."""
@@ -104,45 +122,46 @@ class ChatResponse(Response):
     ) -> None:
         super().__init__(model, tokenizer, logprobs)
         self.calls, self.forced, self.splits = calls, forced, splits
-        self.streams: dict[int, CallStream] = defaultdict(CallStream)
+        self.calling: dict[int, CallStream] = defaultdict(CallStream)
         self.thinking: dict[int, ThinkingStream] = defaultdict(ThinkingStream)
+        self.tokens: Counter[int] = Counter()  # of each completion
+
+    def split(self, part: CompletionPart) -> CompletionPart:
+        whole, stream, calls = bool(part.end), self.thinking[part.number], list[ToolCall]()
+        thought, text = bool(stream.thinks), part.text
+        if self.splits:
+            self.tokens[part.number] += len(part.tokens)
+            thinking, text = stream.feed(text, whole)
+            part = part._replace(thinking=thinking)
+            if thought or stream.thinks or thinking:
+                self.thought[part.number] = self.tokens[part.number]
+        if self.calls:
+            text, calls = self.calling[part.number].feed(text, whole)
+        return part._replace(text="" if self.forced and not calls else text, calls=tuple(calls))
 
     def choice(self, part: CompletionPart) -> Fields:
-        thinking, text = ThinkingStream().feed(part.text, whole=True) if self.splits else ("", part.text)
-        text, calls = parse_calls(text) if self.calls else (text, [])
-        text = "" if self.forced and not calls else text
-        message: Fields = {"role": "assistant", "content": text, "refusal": None}
-        if thinking:
-            message[REASONING] = thinking
-        if calls:
-            message |= {"content": text or None, "tool_calls": call_fields(calls)}
-        return {"index": part.number, "message": message, **self._rest(part, bool(calls))}
+        message: Fields = {"role": "assistant", "content": part.text, "refusal": None}
+        if part.thinking:
+            message[REASONING] = part.thinking
+        if part.calls:
+            message |= {"content": part.text or None, "tool_calls": call_fields(part.calls)}
+        return {"index": part.number, "message": message, **self._rest(part)}
 
     def delta(self, part: CompletionPart, first: bool) -> Fields | None:
-        calls, thinking = list[ToolCall](), ""
-        if self.splits:
-            thinking, text = self.thinking[part.number].feed(part.text, bool(part.end))
-            part = part._replace(text=text)
-        if self.calls:
-            stream = self.streams[part.number]
-            part = part._replace(text=stream.feed(part.text))
-            if part.end:
-                rest, calls = stream.finish()
-                part = part._replace(text="" if self.forced and not calls else part.text + rest)
-        if self.is_empty(part) and not thinking:
+        if self.is_empty(part):
             return None
         delta: Fields = {"role": "assistant"} if first else {}
-        delta |= {REASONING: thinking} if thinking else {}
-        delta |= {"content": part.text} if part.text or not thinking else {}
-        if calls:
-            delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(call_fields(calls))]
-        return {"index": part.number, "delta": delta, **self._rest(part, bool(calls))}
+        delta |= {REASONING: part.thinking} if part.thinking else {}
+        delta |= {"content": part.text} if part.text or not part.thinking else {}
+        if part.calls:
+            delta["tool_calls"] = [{"index": place, **call} for place, call in enumerate(call_fields(part.calls))]
+        return {"index": part.number, "delta": delta, **self._rest(part)}
 
-    def _rest(self, part: CompletionPart, calls: bool) -> Fields:
+    def _rest(self, part: CompletionPart) -> Fields:
         content = [self._logprobs(token) for token in part.tokens] if self.logprobs else []
         logprobs = {"content": content, "refusal": None} if self.logprobs else None
         end = finish_reason(part.end)
-        return {"logprobs": logprobs, "finish_reason": "tool_calls" if calls and end == "stop" else end}
+        return {"logprobs": logprobs, "finish_reason": "tool_calls" if part.calls and end == "stop" else end}
 
     def _logprobs(self, token: Token) -> Fields:
         def one(token: int, logprob: float) -> Fields:
@@ -185,24 +204,21 @@ class CompletionResponse(Response):
 
 
 class CallStream:
-    """The text of an answer that may call tools, as it comes; the possible opening of a call is withheld."""
+    """An answer that may call tools as it comes, split into its words and its calls. The possible opening of a call is
+    withheld, and white space at the ends of the words is dropped."""
 
     def __init__(self) -> None:
         self.text, self.released = "", 0
 
-    def feed(self, text: str) -> str:
-        """The text that is certain now."""
-        self.text += text
-        certain = undecided(self.text, self.released)
-        new, self.released = self.text[self.released : certain], certain
-        return new
-
-    def finish(self) -> tuple[str, list[ToolCall]]:
-        """The text still withheld, and the calls."""
-        words, calls = parse_calls(self.text)
-        if not calls:
-            return self.text[self.released :], []
-        return words[len(self.text[: self.released].strip()) :], calls
+    def feed(self, text: str, whole: bool = False) -> tuple[str, list[ToolCall]]:
+        """The new words that are certain; with `whole`, all that are left, and the calls."""
+        self.text = self.text + text if self.released else (self.text + text).lstrip()
+        if whole:
+            words, calls = parse_calls(self.text)
+            return words[self.released :], calls
+        new = self.text[self.released : undecided(self.text, self.released)].rstrip()
+        self.released += len(new)
+        return new, []
 
 
 def call_fields(calls: Sequence[ToolCall]) -> list[Fields]:

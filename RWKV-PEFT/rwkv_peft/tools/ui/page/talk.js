@@ -71,17 +71,17 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
     draw();
     refresh();
     try {
-      const response = await send(address, { model: name, messages, stream: true, ...asked(name) }, control.signal);
+      const response = await send(address, { model: name, messages, stream: true, stream_options: { include_usage: true }, ...asked(name) }, control.signal);
       if (!response.ok) {
         const found = await response.json().catch(() => ({}));
         throw new Error(found.error?.message ?? found.error ?? t("chat.status", response.status));
       }
-      for await (const { choices, error } of events(response.body, control.signal)) {
+      for await (const { choices, usage, error } of events(response.body, control.signal)) {
         if (error) throw new Error(error.message ?? error);
         const { delta = {}, finish_reason } = choices?.[0] ?? {};
         message.content += delta.content ?? "";
         message.thought += delta.reasoning_content ?? "";
-        message.tokens += delta.reasoning_content ? 1 : 0;
+        message.tokens = usage?.completion_tokens_details.reasoning_tokens ?? message.tokens + Boolean(delta.reasoning_content);
         if (finish_reason) end = finish_reason === "length" ? t("chat.longest") : "";
         waiting ||= setTimeout(draw, Math.max(pause, 30));
       }
