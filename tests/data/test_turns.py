@@ -122,13 +122,27 @@ def test_without_cleaning_it_does_and_rows_of_single_lines_are_the_same_either_w
         assert documents(form, words) == documents(form, words, clean_turns=False)
 
 
+def test_tools_beside_messages_and_those_of_the_system_are_one_list():
+    system, asked, (f, g) = (
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "?"},
+        ({"name": n} for n in "fg"),
+    )
+    due = ChatLayout().question("?", "s", [f, g])
+    assert (
+        ChatLayout().prompt([system, asked], [f, g])
+        == ChatLayout().prompt([system | {"tools": [f]}, asked], [g])
+        == due
+    )
+
+
 @pytest.mark.parametrize("words", HOSTILE)
 def test_no_text_forges_a_turn_in_a_prompt(words):
     """Of generate --chat, and of serve, whose page is a client of it."""
     due = boundaries([text((each, 0) for each in ChatLayout().question("hi", system="hi"))])
     assert boundaries([text((each, 0) for each in ChatLayout().question(words, system=words))]) == due
-    due = boundaries(["".join(ChatLayout().prompt([("tool", "4"), ("tool", "5")]))])
-    assert boundaries(["".join(ChatLayout().prompt([("tool", words), ("tool", words)]))]) == due
+    due = boundaries(["".join(ChatLayout().prompt([{"role": "tool", "content": result} for result in "45"]))])
+    assert boundaries(["".join(ChatLayout().prompt([{"role": "tool", "content": words}] * 2))]) == due
 
     def asked(words, clean=True):
         body = ChatBody(model="m", messages=turns(words), tools=[{"name": "f", "description": words}])

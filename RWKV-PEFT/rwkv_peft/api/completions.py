@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, quoted
 from ..cli.names import is_whole
-from ..data.chat import LEADS, TURN_END, shown_opening, stops_of
-from ..data.layouts import RowLayout, begins_answer
+from ..data.chat import LEADS, TURN_END, ChatLayout, begins_answer, shown_opening, stops_of
 from ..data.tokenizer import Tokenizer
 from ..inference.decode import GeneratedToken
 from ..inference.prompts import encode
@@ -121,7 +120,7 @@ def prompts_in(given: Any) -> tuple[list[Any], bool]:
     return ([found], True) if alone else (found, False)
 
 
-def encode_prompt(prompt: Any, number: int, tokenizer: Tokenizer, vocab_size: int, layout: RowLayout) -> EncodedPrompt:
+def encode_prompt(prompt: Any, number: int, tokenizer: Tokenizer, vocab_size: int, layout: ChatLayout) -> EncodedPrompt:
     """The EncodedPrompt of the prompt of this number; messages are laid out, and their parts tokenized by themselves,
     as in training and by serve. Raises UserError for anything that is no prompt."""
     if isinstance(prompt, str):
@@ -129,7 +128,7 @@ def encode_prompt(prompt: Any, number: int, tokenizer: Tokenizer, vocab_size: in
     row = prompt if isinstance(prompt, Mapping) else {MESSAGES: prompt}
     turns = row.get(MESSAGES)
     if isinstance(turns, Sequence) and turns and all(isinstance(turn, Mapping) for turn in turns):
-        texts = layout.chat_prompt([dict(turn) for turn in turns], row.get("tools"))
+        texts = layout.prompt([dict(turn) for turn in turns], row.get("tools"))
         tokens = [token for text in texts for token in tokenizer.encode(text)]
         think = None if begins_answer(turns[-1]) else layout.think
         closing = tokenizer.encode(TURN_END)

@@ -19,7 +19,6 @@ from ..cli.errors import UserError, quoted
 from ..cli.names import LARGEST_SCALE, is_finite, is_scale, is_whole
 from ..config import AdapterConfig
 from ..data.chat import CHAT, THINK
-from ..data.layouts import RowLayout
 from ..data.recorded import chat_beside, find_tokenizer, recorded_beside
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..inference.decode import generate
@@ -156,7 +155,7 @@ class Model(nn.Module):
             if not isinstance(value, Integral) or value < least:
                 raise UserError(f"{name}={value!r}: a whole number from {least} on is due")
         require_one_of("think", think or None, THINK)
-        tokenizer, layout = self.tokenizer, RowLayout(think, self.chat.clean, self.chat.tool_form)
+        tokenizer, layout = self.tokenizer, replace(self.chat, think=think)
         vocab_size = min(tokenizer.vocab_size, self.network.config.vocab_size)
         if "logit_bias" in sampling:
             sampling["logit_bias"] = bias_of(sampling["logit_bias"], vocab_size)

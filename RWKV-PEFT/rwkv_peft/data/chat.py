@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, field_names, quoted, short
 from ..cli.names import G1
-from .fields import CALLS, NOTHING, field, refuse_media
-from .tools import TOOL_FORMS, ToolForm, as_list, ordered, parsed
+from .fields import CALLS, LISTS, NOTHING, field, refuse_media
+from .tools import TOOL_FORMS, ToolForm, as_list, functions_of, ordered, parsed
 
 Segment = tuple[str, bool]  # a text, and True if it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
@@ -163,17 +163,26 @@ class ChatLayout:
             return "", f" {answer}"
         return THINK["on"].opening, f">{thinking}</think>\n{answer}"
 
-    def prompt(self, turns: Sequence[tuple[str, str]]) -> list[str]:
-        """The texts of turns (role, words) and of the opening of the answer to them."""
-        named = [{"role": role, "content": content} for role, content in (*turns, ("assistant", ""))]
-        asked, plain = with_length(named, self.think), ChatLayout("", self.clean, self.tool_form)
-        *texts, opening = (text for text, counts in plain.chat(asked) if not counts)
-        return [*texts, opening + (THINK[self.think].opening if self.think else "")]
+    def prompt(self, turns: Sequence[Mapping[str, Any]], tools: object = None) -> list[str]:
+        """The texts of turns, with tools, and of the opening of the answer to them, or of its beginning if the last
+        turn is the assistant's."""
+        begun = begins_answer(turns[-1])
+        if begun and self.think:
+            raise UserError("think: the last message has begun the answer already; leave think out")
+        due = [*with_length(turns, self.think), *([] if begun else [{"role": "assistant", "content": ""}])]
+        if tools:
+            first = due.pop(0) if SPEAKERS.get(role_in(due[0])) == "System" else {"role": "system", "content": ""}
+            own = next(filter(None, map(first.get, LISTS)), None)
+            due.insert(0, {**first, LISTS[0]: [*functions_of(own), *functions_of(tools)]})
+        texts = [text for text, _ in ChatLayout("", self.clean, self.tool_form).chat(due)]
+        if not begun:
+            texts.pop()
+        return [*texts[:-1], texts[-1] + (THINK[self.think].opening if self.think else "")]
 
     def question(self, words: str, system: str = "", tools: object = None) -> list[str]:
         """The texts of a user's turn and of the opening of the answer, behind a system text and tools, if any."""
-        first = "\n".join(filter(None, (system.strip(), self.tool_form.tools_text(tools))))
-        return self.prompt([("system", first)] * bool(first) + [("user", words)])
+        first = [{"role": "system", "content": system}] if system.strip() else []
+        return self.prompt([*first, {"role": "user", "content": words}], tools)
 
 
 CHAT = ChatLayout()  # the default one
@@ -195,7 +204,7 @@ def split_thinking(words: str, row: Mapping[str, Any]) -> tuple[str | None, str]
 def with_length(turns: Sequence[Mapping[str, Any]], think: str) -> list[Mapping[str, Any]]:
     """Turns {role, content}, of which the last user's ends in the words of a mode, if it ends in none of LENGTHS."""
     found, words = list(turns), THINK[think].words if think else ""
-    asked = [place for place, turn in enumerate(turns) if SPEAKERS.get(str(turn.get("role")).lower()) == "User"]
+    asked = [place for place, turn in enumerate(turns) if SPEAKERS.get(role_in(turn)) == "User"]
     if words and asked and turns[asked[-1]].get("content"):
         said = words_of(turns[asked[-1]], "content").rstrip()
         if said and not said.endswith(LENGTHS):
@@ -206,6 +215,17 @@ def with_length(turns: Sequence[Mapping[str, Any]], think: str) -> list[Mapping[
 def shown_opening(think: str) -> str:
     """The end of the prompt that is shown as the beginning of an answer in this mode."""
     return THINK[think].opening.lstrip() if think and THINK[think].thinks else ""
+
+
+def role_in(turn: Mapping[str, Any]) -> str:
+    """The role of a turn in lower case, "" without one."""
+    return str(turn.get("role", turn.get("from", ""))).lower()
+
+
+def begins_answer(turn: Mapping[str, Any]) -> bool:
+    """True if a turn is the assistant's and has words and no calls, so that it may be an answer's beginning."""
+    speaker = SPEAKERS.get(role_in(turn))
+    return speaker == "Assistant" and bool(turn.get("content")) and not turn.get(CALLS[0])
 
 
 def role_of(turn: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ are recognized by their fields, unless the fields are named; a Template lays out
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
@@ -14,22 +14,8 @@ from typing import Any
 from ..checkpoints.readable import read_short, require_readable
 from ..cli.errors import UserError, field_names, quoted
 from ..cli.names import SYSTEM_FIELDS
-from .chat import (
-    CHAT,
-    LOSS_WEIGHT,
-    SPEAKERS,
-    THINK,
-    THINKING,
-    TRAIN,
-    TURN_END,
-    ChatLayout,
-    Segment,
-    opening_within,
-    speaker_of,
-    with_length,
-)
+from .chat import CHAT, LOSS_WEIGHT, THINKING, TRAIN, TURN_END, ChatLayout, Segment, opening_within, speaker_of
 from .fields import (
-    CALLS,
     LISTS,
     NOTHING,
     Row,
@@ -283,18 +269,6 @@ class RowLayout(ChatLayout):
             raise UserError("the prompt is empty; write one, or leave the row out")
         return [(text, False) for text, _ in prompt]
 
-    def chat_prompt(self, turns: Sequence[Mapping[str, Any]], tools: object = None) -> list[str]:
-        """The texts of a chat's turns, with tools, and of the opening of the answer to them, or of its beginning if the
-        last turn is the assistant's."""
-        begun = begins_answer(turns[-1])
-        if begun and self.think:
-            raise UserError("think: the last message has begun the answer already; leave think out")
-        due = [*with_length(turns, self.think), *([] if begun else [{"role": "assistant", "content": ""}])]
-        texts = [text for text, _ in replace(self, think="").segments({CHATS[0]: due, "tools": tools})]
-        if not begun:
-            texts.pop()
-        return [*texts[:-1], texts[-1] + (THINK[self.think].opening if self.think else "")]
-
     def in_context(self, row: object) -> list[list[Segment]]:
         """Two documents of a row: its context, which does not count, and its question and answer, which the student
         reads alone. Raises UserError if one of the three has no words."""
@@ -404,12 +378,6 @@ def is_answer(turn: object) -> bool:
     """True if a turn is the assistant's or has no role. Raises UserError for an unknown role."""
     role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
     return not isinstance(role, str) or speaker_of(role) == "Assistant"
-
-
-def begins_answer(turn: Mapping[str, Any]) -> bool:
-    """True if a turn is the assistant's and has words and no calls, so that it may be an answer's beginning."""
-    speaker = SPEAKERS.get(str(turn.get("role")).lower())
-    return speaker == "Assistant" and bool(turn.get("content")) and not turn.get(CALLS[0])
 
 
 def dialogue(text: str) -> list[Any]:

@@ -245,7 +245,7 @@ class ChatLoop:
 
     def after_tools(self, results: Sequence[str]) -> list[str]:
         """The texts of calls' results and of the opening of the answer to them."""
-        return self.layout.prompt([("tool", result) for result in results])
+        return self.layout.prompt([{"role": "tool", "content": result} for result in results])
 
     def reply(self, texts: Sequence[str]) -> None:
         """Print the answer to texts. If it calls tools that can be run, print and read their results, and go on, for

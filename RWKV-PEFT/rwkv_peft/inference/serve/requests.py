@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ...cli.errors import UserError
-from ...data.chat import CHAT, LEADS, TURN_END, ChatLayout, shown_opening, stops_of
-from ...data.layouts import RowLayout, begins_answer
+from ...data.chat import CHAT, LEADS, TURN_END, ChatLayout, begins_answer, shown_opening, stops_of
 from ...data.tokenizer import Tokenizer
 from ..prompts import encode
 from ..settings import Sampling
@@ -350,8 +349,8 @@ class ChatBody(GenerationBody):
         if self.prefilled and self.think:
             raise RequestError(400, "think: the last message has begun the answer already; leave think out", "think")
         try:
-            layout = RowLayout(self.mode, limits.chat.clean, limits.chat.tool_form)
-            texts = layout.chat_prompt(self.messages, self.tools if self.calls else None)
+            layout = replace(limits.chat, think=self.mode)
+            texts = layout.prompt(self.messages, self.tools if self.calls else None)
             limits.check_length(*texts)
             encoded = [tokenizer.encode(text) for text in texts]
         except UserError as error:
