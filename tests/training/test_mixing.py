@@ -17,12 +17,14 @@ def mixed(files):
     with ShardWriter(files / "code", vocab_size=80) as writer:
         for start in range(30):
             writer.add([1 + (3 * start + 5 * i) % 79 for i in range(30)] + [0])
+    (files / "code.json").write_text('{"vocabulary": null, "tool_form": "hermes"}')
     return (*FLAGS, "--data_mix", "0.25", "0.75", "--data_file", str(files / "data"), str(files / "code"))
 
 
 def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed):
     out, _ = train("mixed-whole", *mixed)
     assert "25.0% of the tokens are of data, read" in out and "is seen of data " in out, out
+    assert f"note: {files}/code has tools in another form than {files}/data; chats" in out
     rewound(files / "mixed-whole", "mixed")
     train("mixed", *mixed, "--data_mix", "1", "3", "--resume")  # the same mix
     whole, parts = (metrics(files, name) for name in ("mixed-whole", "mixed"))
@@ -71,10 +73,14 @@ def test_replay_is_read_between_the_data_and_validates_nothing(files, train, mix
         (("--data_mix", "1", "0"), "argument --data_mix"),
         (("--data_type", "pairs"), "several --data_file does not go with --data_type pairs"),
         (("--replay", "absent"), "absent.idx: no such file"),
+        (("--replay", "REPEATED"), "is the data itself; name text or rows that the base knows"),
+        (("--data_file", "DATA", "REPEATED"), "is given twice; leave one out"),
         (("--replay", "absent", "--replay_share", "1"), "--replay_share: 1 must be below 1"),
     ],
 )
-def test_shares_that_do_not_fit_are_refused(train, mixed, more, words):
+def test_shares_that_do_not_fit_are_refused(files, train, mixed, more, words):
+    paths = {"DATA": str(files / "data"), "REPEATED": f"{files}/../{files.name}/data"}
+    more = [paths.get(word, word) for word in more]
     _, err = train("refused", *mixed, *more, code=2)
     assert words in err and "Traceback" not in err
 

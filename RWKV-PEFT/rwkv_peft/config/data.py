@@ -53,12 +53,11 @@ class DataConfig:
     """The data, and the order in which it is read.
 
     path and `more` are the data files, mixed by the shares of `mix`, and replay is one that has replay_share of the
-    tokens. Each is the prefix of a .bin/.idx pair (data_type
-    "binidx"), or a file or folder of rows that tokenizer turns into tokens: questions and answers ("sft"), prompts with
-    two answers each ("pairs"), prompts with an answer and its label ("labels"), prompts that the model answers itself
-    ("prompts"), or questions and answers with a context that only a teacher reads ("contexts"). seed draws the order of
-    the samples; None keeps the file's. bucketed: True if dataload "pad" brings rows of similar length together; None:
-    if rows share a batch.
+    tokens. Each is the prefix of a .bin/.idx pair (data_type "binidx"), or a file or folder of rows that tokenizer
+    turns into tokens: questions and answers ("sft"), prompts with two answers each ("pairs"), prompts with an answer
+    and its label ("labels"), prompts that the model answers itself ("prompts"), or questions and answers with a context
+    that only a teacher reads ("contexts"). seed draws the order of the samples; None keeps the file's. bucketed: True
+    if dataload "pad" brings rows of similar length together; None: if rows share a batch.
     """
 
     path: str = setting(

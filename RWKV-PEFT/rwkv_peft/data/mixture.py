@@ -69,9 +69,8 @@ class Mixture(Several):
         means = [held / len(source) for held, source in zip(tokens, sources.values())]
         each = [share / mean for share, mean in zip(self.shares, means)]  # samples, for a token of the mixture
         wanted = sum(own) / (1 - replay) * sum(each)
-        length = (
-            math.ceil(wanted - ROUNDING) if replay else max(1, round(wanted))
-        )  # with replay, all of the others once
+        # with replay, all of the others once
+        length = math.ceil(wanted - ROUNDING) if replay else max(1, round(wanted))
         rest = reversed(list(accumulate(reversed(each))))
         self._cuts = [
             round(WHOLE * part / left) for part, left in zip(each, rest)

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from os.path import realpath
 from pathlib import Path
 from types import MappingProxyType
 
@@ -144,16 +145,17 @@ def parts_of(config: DataConfig, flag: str = "--data_file") -> dict[str, DataCon
     """The settings of each data file of a flag, by the file's name, or its whole path if names are alike; config.replay
     is the last. Token files without a .mask count every token, even beside others that have one."""
     paths = config.files
-    names = [Path(path).name for path in paths]
+    names, real = [Path(path).name for path in paths], [realpath(path) for path in paths]
     found = {}
     for number, (name, path) in enumerate(zip(names, paths)):
         masked = config.loss_mask == "file" and not config.of_rows
         mask = default_mask(path) if masked else config.loss_mask
         key = name if names.count(name) == 1 else path
         replayed = number > len(config.more)
-        if key in found and replayed:
+        repeated = real[number] in real[:number]
+        if repeated and replayed:
             raise UserError(f"--replay {path} is the data itself; name text or rows that the base knows")
-        if key in found:
+        if repeated:
             raise UserError(
                 f"{flag} {path} is given twice; leave one out (of --data_file, give its share to the other)"
             )

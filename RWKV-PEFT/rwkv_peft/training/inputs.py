@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.base import Base
+from ..cli.errors import some
 from ..cli.names import METRICS
 from ..config import RunConfig, TrainConfig
 from ..data.answer_samples import PromptSamples, overlap_notes
@@ -90,8 +91,13 @@ def find_inputs(request: Request) -> Inputs:
     config = replace(config, train=train)
     if not config.data.of_rows:  # token files were made before, with the recorded tokenizer ("": none is recorded)
         name = samples.vocabulary.name if samples.vocabulary else ""
-        chats = list(map(chat_in, config.data.files))
-        clean, form = all(chat.clean for chat in chats), chats[0].tool_form.name
+        chats = {file: chat_in(file) for file in config.data.files}
+        clean, form = all(chat.clean for chat in chats.values()), chats[config.data.path].tool_form.name
+        if others := [file for file, chat in chats.items() if chat.tool_form.name != form]:
+            samples.notes.append(
+                f"note: {some(others)} has tools in another form than {config.data.path}; chats with the result take "
+                f"--tool_form {form} unless they give another"
+            )
         config = replace(config, data=replace(config.data, tokenizer=name, clean_turns=clean, tool_form=form))
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
