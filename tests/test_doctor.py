@@ -120,6 +120,8 @@ def folder(tmp_path_factory, tiny_state):
     metadata = AdapterMetadata("bone", rank=8, targets=("att.key",), base_fingerprint=base_of(state).fingerprint)
     save_adapter(folder / "bone.safetensors", {"blocks.1.att.key.bone": torch.ones(8, 64)}, metadata)
     save_model(folder / "state.pth", {f"blocks.{i}.att.time_state": torch.zeros(4, 16, 16) for i in range(2)})
+    begun = {f"blocks.{i}.{half}.shift": torch.zeros(64) for i in range(2) for half in ("att", "ffn")}
+    save_model(folder / "begun.pth", state | begun)
     for name in ("model.st", "model.gguf", "hf"):
         main(["convert", str(folder / "base.pth"), str(folder / name)])
     config = (family := family_named("x070a")).new_dimensions(1, 64, 257)
@@ -136,6 +138,7 @@ def folder(tmp_path_factory, tiny_state):
         ("hf", "model, RWKV-6", CONVERT),
         ("bone.safetensors", "adapter, written by rwkv_peft", "make one model"),
         ("7a.pth", "model, RWKV-7a (x070a)", BASE),
+        ("begun.pth", "tuned, of 2 layers (with shifts", BASE),
         ("state.pth", "time states of 2 layers", "bring it to Ai00"),
     ],
 )
@@ -144,7 +147,10 @@ def test_a_file_is_named_with_the_commands_that_suit_it(folder, capsys, name, ki
     assert main(["doctor", "--model", str(folder / name)]) == 0
     about, commands = capsys.readouterr().out.split("\n\n")
     assert about.startswith("kind") and kind in about
-    assert ("convert" in commands) == (name not in ("7a.pth", "bone.safetensors"))  # for which there is no such form
+    assert ("convert" in commands) == (
+        name not in ("7a.pth", "begun.pth", "bone.safetensors")
+    )  # for which there is no such form
+    assert ("--train_parts state --state_parts shift" in commands) == (name == "begun.pth")
     quoted = shlex.quote(str(folder / name))
     assert any(line.startswith(f"{purpose}  ") and quoted in line for line in commands.split("\n"))
 

@@ -335,6 +335,8 @@ def test_what_was_learned_from_rows_is_answered_and_merged(base, model, tmp_path
     listed = TOOL_FORMS["hermes"].tools_text(asked["tools"])
     told = model.generate(f"System: {listed}\n\nUser: Hi\n\nAssistant:", 5, stop="\n\nUser:")
     assert model.generate(asked, 5) == told.lstrip()
+    with pytest.raises(UserError, match="the loss became nan.*; load the model again, and lower lr_init"):
+        rp.train(model, ROWS, progress=False, lr_init=1e9)
 
 
 def test_small_steps_add_up_in_bfloat16(base):
@@ -409,8 +411,9 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: rp.train(model, ROWS), "no adapter to train; rp.add_adapter puts one in"),
         (lambda: rp.train(adapted, ROWS, lr=1), "lr=1 is no setting of rp.train; known are ctx_len, .*; train.py has"),
         (lambda: rp.train(adapted, ROWS, lr_init="fast"), "--lr_init"),
-        (lambda: rp.train(adapted, [*ROWS, "Hi"]), "rows: 'Hi' is no row; a dict of texts"),
-        (lambda: rp.train(adapted, [ROWS[0], {"query": "Hi"}]), "row 2: .*known are text; segments; messages"),
+        (lambda: rp.train(adapted, [*ROWS, "Hi"]), "rows: 'Hi' is no row; rows are a list of dicts"),
+        (lambda: rp.train(adapted, [ROWS[0], {"query": "Hi"}]), "row 2: .*known are text; segments; messages.* TEXT$"),
+        (lambda: rp.train(adapted, "rows.jsonl"), "rows: 'r' is no row; rows are a list of dicts"),
         (lambda: rp.train(adapted, []), "rows: no document to write: there is no row"),
         (lambda: rp.save_adapter(model, "a.safetensors"), "no adapter to save; rp.add_adapter puts one in"),
         (lambda: rp.add_adapter(half), "in torch.float16, in which no adapter trains; load it with precision='fp32'"),

@@ -130,7 +130,7 @@ def test_a_run_that_reads_rows_tells_both_too(tmp_path):
     "row, flags, message",
     [
         (chat("Q", "A"), ["--think", "on"], "in.jsonl: no row holds thinking, neither <think> … </think> before"),
-        (chat("Q", "<think> </think>A"), ["--think", "on"], "or thinking; name the field so, or give --think off"),
+        (chat("Q", "<think> </think>A"), ["--think", "on"], "give --think off (train.py: --sft_think off)"),
         (chat("Q", "<think>hm"), ["--think", "on"], "line 1: an answer opens <think> and has no </think>"),
         ({"text": "t"}, ["--think", "off"], "line 1: only answers of chats"),
         ({"prompt": "a", "completion": "b"}, ["--think", "off"], "line 1: only answers of chats"),

@@ -171,6 +171,12 @@ def test_states_train_along_with_an_adapter_under_every_stage(files, train, base
     assert all(torch.equal(read_states(tmp_path / "s.pth").tensors[key], tensor) for key, tensor in moved.items())
     assert check([*of_base, "--merged", str(merged), "--state", str(tmp_path / "s.pth")]) == 0
     assert "do not explain" not in capsys.readouterr().out
+    _, err = train(
+        "further", *both[:4], "--bone_load", str(adapter / "adapter.safetensors"), "--epoch_count", "1", code=2
+    )
+    assert "would neither train nor save them; give --train_parts state --state_parts wkv shift" in err
+    _, err = train("further", "--load_model", str(adapter / "merged.pth"), code=2)
+    assert "add --train_parts state --state_parts wkv shift, or take the model without them" in err
     inside = open_base(adapter / "merged.pth").tensors
     assert all(torch.equal(inside[key], tensor) for key, tensor in moved.items())
 

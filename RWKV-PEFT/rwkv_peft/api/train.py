@@ -19,6 +19,7 @@ from ..adapters.groups import parameter_groups
 from ..cli.errors import UserError, quoted
 from ..config import RunConfig
 from ..data.batches import EvalBatches, TrainBatches
+from ..data.preprocess import SKIP
 from ..data.recorded import chat_of
 from ..data.samples import Samples
 from ..models.parts import LanguageModel
@@ -134,8 +135,8 @@ def take_steps(network: LanguageModel, config: RunConfig, samples: Samples, plan
         total = sum(map(float, losses))
         if not math.isfinite(total + norm):
             raise UserError(
-                f"the loss became {total:g}, its gradient's norm {norm:g}, at step {number + 1}; lower lr_init, or "
-                "load the model with precision='fp32'"
+                f"the loss became {total:g}, its gradient's norm {norm:g}, at step {number + 1}; load the "
+                "model again, and lower lr_init, or give it precision='fp32'"
             )
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
@@ -188,7 +189,8 @@ def training_inputs(
         try:
             samples, measured = find_samples(config)
         except UserError as error:
-            lines = (str(line).replace(f"{file}, line", "row").replace(str(file), "rows") for line in error.args)
+            told = [str(line) for line in error.args if SKIP not in str(line)]  # a list is filtered by its owner
+            lines = (line.replace(f"{file}, line", "row").replace(str(file), "rows") for line in told)
             raise UserError(*lines) from error
     train = with_chosen_epochs(config.train, -(-len(samples) // config.step_samples), None)
     return replace(config, train=train), samples, measured.get(VALIDATION)
@@ -201,4 +203,4 @@ def line_of(row: Any) -> str:
             return json.dumps(dict(row)) + "\n"
     except (TypeError, ValueError):
         pass
-    raise UserError(f"rows: {quoted(row)} is no row; a dict of texts, numbers and lists is due")
+    raise UserError(f"rows: {quoted(row)} is no row; rows are a list of dicts of texts, numbers and lists")

@@ -125,5 +125,6 @@ def refuse_useless(totals: Totals, documents: int, inputs: str, settings: Encode
     if settings.think == "on" and not totals.counts["thinking"]:
         raise UserError(
             f"{inputs}: no row holds thinking, neither <think> … </think> before an answer's words nor a field "
-            f"{' or '.join(THINKING)}; name the field so, or give --think off for answers without thinking"
+            f"{' or '.join(THINKING)}; name the field so, or give --think off (train.py: --sft_think off) for answers "
+            "without thinking"
         )

@@ -54,6 +54,12 @@ def state_parts(keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(part for part in STATE_PARTS if any(belongs(key, (part,)) for key in names))
 
 
+def state_parts_flag(keys: Iterable[str]) -> str:
+    """The --state_parts under which states with some keys train, as " --state_parts wkv shift"; "" for the default."""
+    parts = state_parts(keys)
+    return "" if parts in ((), ("wkv",)) else f" --state_parts {' '.join(parts)}"
+
+
 def time_state_shapes(config: ModelConfig, parts: Iterable[str] = ("wkv",)) -> dict[str, tuple[int, ...]]:
     """The keys and shapes of some STATE_PARTS, which a file has for every layer or for none."""
     fields = [*zip(config.layer_state.keys(), config.layer_state.shapes(config))]

@@ -277,11 +277,15 @@ def suited(path: str, contents: "Contents") -> Iterator[tuple[str, str]]:
     from ..checkpoints.adapters import product_of_run
     from ..checkpoints.base import Base
     from ..data.recorded import flags_beside
+    from ..models.layout import state_parts_flag
 
     kind, held = contents.what, contents.holds
     if kind == "model" and product_of_run(path).suffix != ".pth":
         kind = "model of another tool"
-    only_pth = isinstance(held, Base) and not held.family.gguf_architecture
+    only_pth, trains = isinstance(held, Base) and not held.family.gguf_architecture, ""
+    if isinstance(held, Base) and held.has_states:  # which no other form of a model starts from
+        only_pth, trains = True, f" --train_parts state{state_parts_flag(held.tensors)}"
     for purpose, command in COMMANDS.get(kind, ()):
         if not (only_pth and (purpose, command) in CONVERSIONS):
+            command += trains if " train " in command else ""
             yield purpose, command.format(shlex.quote(str(Path(path)))).replace("--chat", flags_beside(path))

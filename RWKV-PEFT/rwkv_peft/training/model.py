@@ -22,8 +22,9 @@ from ..config import WORDS, AdapterConfig, ModelConfig, RunConfig, forms
 from ..data.batches import TrainBatches
 from ..models import family_named
 from ..models.family import Family
+from ..models.layout import belongs, is_time_state, state_parts_flag
 from ..models.parts import LanguageModel
-from ..models.state import State, is_time_state, split_time_states, state_of
+from ..models.state import State, split_time_states, state_of
 from .flags.legacy import INIT
 from .inputs import Inputs
 from .saving.products import model_dtypes, write_model
@@ -181,11 +182,17 @@ def start_states(path: str, config: ModelConfig, family: Family, base: Base | No
 
 def check_parts(adapter: AdapterConfig, loaded: Adapter, family: Family) -> None:
     """Raise UserError for tensors of the base that the earlier run trained and this one would not save."""
-    frozen = [key for key in loaded.whole() if family.part_of(key) not in adapter.train_parts]
+    frozen = [
+        key
+        for key in loaded.whole()
+        if family.part_of(key) not in adapter.train_parts
+        or (is_time_state(key) and not belongs(key, adapter.state_parts))
+    ]
     if not frozen:
         return
     parts = [family.part_of(key) for key in frozen]
     named = " ".join(dict.fromkeys([*adapter.train_parts, *filter(None, parts)]))
+    named += state_parts_flag(loaded.whole())
     trainable = all(part in (*family.parts, STATE) for part in parts)
     raise UserError(
         f"{adapter.load} holds {len(frozen)} tensors of the base that trained along (such as {frozen[0]}), and "

@@ -43,6 +43,8 @@ def test_a_base_is_planned_from_its_header(tmp_path, tiny_state, capsys):
     )
     for words in ("GPU of 2.00 GiB", "fits      --micro_bsz up to ", "--grad_cp 1 ", "disk "):
         assert words in out
+    assert main(["plan", *flags[:2], "--train_type", "state", "--grad_cp", "1", "--ctx_len", "32"]) == 0
+    assert "instead" in out and "instead" not in capsys.readouterr().out  # nothing else is smaller
     assert not (tmp_path / "out").exists()
 
 

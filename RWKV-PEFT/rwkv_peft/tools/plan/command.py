@@ -399,9 +399,10 @@ def advice(estimate: Estimate, memory: dict[str, int]) -> Iterator[str]:
         f"fits      --micro_bsz up to {shown(rows)} at --ctx_len {data.ctx_len}; --ctx_len up to "
         f"{shown(tokens, TOKENS)} at --micro_bsz {data.micro_bsz}"
     )
-    yield f"{'instead':{COLUMN}}{'peak':>12}{'less':>12}   --micro_bsz up to"
-    now = peak(estimate.parts(), here)
-    for change in changes(estimate, room):
+    now, found = peak(estimate.parts(), here), changes(estimate, room)
+    if found:
+        yield f"{'instead':{COLUMN}}{'peak':>12}{'less':>12}   --micro_bsz up to"
+    for change in found:
         yield f"{change.flags:{COLUMN}}{gib(change.peak):>12}{gib(now - change.peak):>12}   {shown(change.rows)}"
 
 

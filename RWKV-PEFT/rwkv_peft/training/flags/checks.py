@@ -133,12 +133,15 @@ def check_model(
         )
 
 
-def check_tuned_states(name: str, adapter: AdapterConfig, data: DataConfig, objective: Objective) -> Iterator[str]:
-    """Yield refusals of a base, called `name`, that holds tuned time states."""
+def check_tuned_states(base: "Base", adapter: AdapterConfig, data: DataConfig, objective: Objective) -> Iterator[str]:
+    """Yield refusals of a base that holds tuned time states."""
+    from ...models.layout import state_parts_flag
+
+    name = base.path
     if STATE not in adapter.train_parts:
         yield (
             f"{name} holds tuned time states, which training does not carry on unless they train; add "
-            "--train_parts state, or take the model without them"
+            f"--train_parts state{state_parts_flag(base.tensors)}, or take the model without them"
         )
     elif data.of_contexts and not (objective.teacher or objective.stored):
         yield (

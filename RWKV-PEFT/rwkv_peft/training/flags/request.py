@@ -285,7 +285,7 @@ def look_up(
         fitted = None if adapter is None else replace(adapter, targets=targets_of(adapter.targets, family))
         layers = refusals.attempt(check_adapter, fitted, shapes, (*family.parts, STATE))
         if base is not None and base.has_states:
-            refusals.gather(check_tuned_states, args.load_model, adapter, data, objective)
+            refusals.gather(check_tuned_states, base, adapter, data, objective)
     vocab_size = None if model is None else model.vocab_size
     teacher = refusals.attempt(open_teacher, objective, vocab_size)
     stored = refusals.attempt(open_stored, objective, vocab_size)
