@@ -39,19 +39,8 @@ from .model import Model
 SETTINGS = (
     *("ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "epoch_steps", "dataload", "data_shuffle"),
     *("sft_field", "sft_long", "sft_think", "think_labels", "clean_turns", "tool_form", "random_seed"),
-    *(
-        "lr_init",
-        "lr_final",
-        "lr_schedule",
-        "warmup_steps",
-        "state_lr",
-        "layerwise_lr",
-        "beta1",
-        "beta2",
-        "adam_eps",
-        "weight_decay",
-    ),
-    *("gradient_clip_val", "val_split", "val_seed", "val_every"),
+    *("lr_init", "lr_final", "lr_schedule", "warmup_steps", "state_lr", "layerwise_lr", "beta1", "beta2", "adam_eps"),
+    *("weight_decay", "gradient_clip_val", "val_split", "val_seed", "val_every"),
 )
 Metrics = dict[str, Any]
 

@@ -72,9 +72,8 @@ class Mixture(Several):
         # with replay, all of the others once
         length = math.ceil(wanted - ROUNDING) if replay else max(1, round(wanted))
         rest = reversed(list(accumulate(reversed(each))))
-        self._cuts = [
-            round(WHOLE * part / left) for part, left in zip(each, rest)
-        ]  # of the samples that sources before it leave
+        # of the samples that the sources before it leave
+        self._cuts = [round(WHOLE * part / left) for part, left in zip(each, rest)]
         self.of_samples = dict(zip(sources, (part / sum(each) for part in each)))
         super().__init__(sources, length)
         read = self.seen(length)
