@@ -20,8 +20,8 @@ train() {  # RUN [--flags]: trains on the rows, and merges the adapter
     shift
     python train.py --load_model "$base" --data_file "$out/rows.jsonl" --data_type sft --sft_think on \
         --tokenizer bytes --bone_mode bat-in --bone_r 64 --train_parts time ln --dataload pack --ctx_len 3600 \
-        --epoch_count 1 --lr_init 5e-3 --lr_final 5e-4 --warmup_steps 5 --precision fp32 --accelerator cpu --answer_rows 0 \
-        --proj_dir "$run" "$@"
+        --epoch_count 1 --lr_init 5e-3 --lr_final 5e-4 --warmup_steps 5 --precision fp32 --accelerator cpu \
+        --answer_rows 0 --proj_dir "$run" "$@"
     python merge_bone.py --base_model "$base" --bone_checkpoint "$run/adapter.safetensors" --output "$run/merged.pth"
 }
 
