@@ -273,3 +273,9 @@ MIRRORED = {"Block", "TimeMix", "ChannelMix", "Products", "RWKV6Config", "RWKV7C
 def test_a_class_name_stands_for_one_class():
     names = [node.name for path in FILES for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
     assert {name for name in names if names.count(name) > 1} == MIRRORED
+
+
+def test_a_file_of_tests_has_a_name_of_its_own():
+    """pytest collects no two of one name in folders that are no packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in sorted({*names}) if names.count(name) > 1] == []

@@ -95,9 +95,12 @@ def test_a_client_that_does_not_read_gives_its_place_back():
 
 def test_an_answer_that_takes_too_long_ends():
     module = pytest.importorskip("rwkv_peft.inference.serve.conversation")
+    response = pytest.importorskip("rwkv_peft.inference.serve.responses").CompletionResponse
 
     async def ask():
-        conversation = module.Conversation(None, 1, 0.0, lambda seconds: None, lambda: None)
+        conversation = module.Conversation(
+            response("model", BytesTokenizer(), False), 1, 0.0, lambda seconds: None, lambda: None
+        )
         stream = module.CompletionStream(conversation, 0, Continuation({}, BytesTokenizer(), ()))
         assert stream.on_token(66, None) == stream.cancelled() == module.LATE
         stream.on_end(module.LATE)
