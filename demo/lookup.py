@@ -9,7 +9,6 @@
 Who answers at once can only guess. The same arguments give the same file, byte for byte.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -19,7 +18,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")]
 
 from rwkv_peft.environments.tool_schemas import tool_schema  # noqa: E402
-from task import COLORS, COUNTS, HELD_OUT, ITEMS, NAMES  # noqa: E402
+from task import COLORS, COUNTS, HELD_OUT, ITEMS, NAMES, run  # noqa: E402
 
 CHATS = ("calls", "guesses")
 NUMBERS = range(10, 100)
@@ -97,21 +96,7 @@ def ask(path, questions, at_least):
 
 
 def main(argv):
-    """Write rows as JSON lines, or ask a model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=(*CHATS, "prompts", "heldout", "ask"))
-    parser.add_argument("--documents", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output")
-    parser.add_argument("--model")
-    parser.add_argument("--questions")
-    parser.add_argument("--at_least", type=float, default=0.0, help="exit with 1 below this share of right answers")
-    args = parser.parse_args(argv)
-    if args.kind == "ask":
-        return ask(args.model, args.questions, args.at_least)
-    rows = documents(args.kind, args.documents, args.seed)
-    Path(args.output).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return 0
+    return run(argv, __doc__, (*CHATS, "prompts", "heldout"), documents, ask)
 
 
 if __name__ == "__main__":

@@ -168,18 +168,29 @@ def documents(kind, count, seed):
             yield chat(rng) if kind == "chats" else json_document(rng, kind == "heldout")
 
 
-def main(argv):
-    """Write the documents as JSON lines."""
-    parser = argparse.ArgumentParser(description="Write the demo's documents as JSON lines.")
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--documents", type=int, required=True)
+def run(argv, about, kinds, documents, ask=None):
+    """Write documents(kind, count, seed) of one of `kinds` as JSON lines, or call ask(model, questions, at_least), if
+    there is one -> the exit code."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=(*kinds, "ask") if ask else kinds)
+    parser.add_argument("--documents", type=int, required=not ask, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=not ask)
+    if ask:
+        parser.add_argument("--model")
+        parser.add_argument("--questions")
+        parser.add_argument("--at_least", type=float, default=0.0, help="exit with 1 below this share")
     args = parser.parse_args(argv)
+    if args.kind == "ask":
+        return ask(args.model, args.questions, args.at_least)
     with open(args.output, "w", encoding="utf-8") as file:
         for document in documents(args.kind, args.documents, args.seed):
             file.write(json.dumps(document) + "\n")
     return 0
+
+
+def main(argv):
+    return run(argv, "Write the demo's documents as JSON lines.", KINDS, documents)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The bounds 32 and 64 of --think_labels separate the lengths of `rows`. The same 
 byte.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")]
 
-from task import draw_fact, tell  # noqa: E402
+from task import draw_fact, run, tell  # noqa: E402
 
 SHORT = "{count} {color} {item}."
 MEDIUM = "{sentence} That is {count} {color} {item}."
@@ -71,21 +70,7 @@ def ask(path, questions, at_least):
 
 
 def main(argv):
-    """Write rows as JSON lines, or ask a model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("rows", "heldout", "ask"))
-    parser.add_argument("--documents", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output")
-    parser.add_argument("--model")
-    parser.add_argument("--questions")
-    parser.add_argument("--at_least", type=float, default=0.0, help="exit with 1 below this share")
-    args = parser.parse_args(argv)
-    if args.kind == "ask":
-        return ask(args.model, args.questions, args.at_least)
-    rows = documents(args.kind, args.documents, args.seed)
-    Path(args.output).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return 0
+    return run(argv, __doc__, ("rows", "heldout"), documents, ask)
 
 
 if __name__ == "__main__":

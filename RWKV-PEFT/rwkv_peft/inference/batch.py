@@ -149,7 +149,7 @@ def sample_slots(slots: Sequence[Slot], logits: torch.Tensor, sampling: Sampling
     constraints = [slot.completion.constraint for slot in slots]
     allowed = [None if constraint is None else constraint.allowed() for constraint in constraints]
     if any(mask is not None for mask in allowed):
-        logits = torch.stack([constrained(row, mask) for row, mask in zip(logits, allowed)])
+        logits = torch.stack([masked(row, mask) for row, mask in zip(logits, allowed)])
     tokens = sample(logits, on_device([slot.draws.random() for slot in slots], logits.device), sampling)
     if sampling.penalizes:
         count(counts, tokens, sampling.penalty_decay)
@@ -159,7 +159,7 @@ def sample_slots(slots: Sequence[Slot], logits: torch.Tensor, sampling: Sampling
     return torch.cat([tokens[None].double(), measures.double()])
 
 
-def constrained(logits: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+def masked(logits: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
     """logits (V) with -inf for the tokens that are not among the allowed ones (V,) bool."""
     return logits if allowed is None else logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 

@@ -50,6 +50,6 @@ def server(files):
 
 @pytest.fixture(scope="session")
 def client(server):
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=1, timeout=60) as client:
+    pytest.importorskip("openai")
+    with server.client() as client:
         yield client

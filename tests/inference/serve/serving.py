@@ -39,6 +39,12 @@ class Server:
             text = answer.read().decode()
         return answer.status, answer.headers, json.loads(text) if "json" in answer.headers["Content-Type"] else text
 
+    def client(self):
+        """The official client, whose package is installed."""
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=1, timeout=60)
+
     def figure(self, name):
         """A figure of /metrics."""
         lines = self.send("GET", "/metrics")[2].splitlines()

@@ -31,9 +31,9 @@ HI = [{"role": "user", "content": "Hi"}]
 @pytest.fixture(scope="module", params=TOOL_FORMS)
 def formed(request, files):
     """(ToolForm, client, server) of a server with that form of tools."""
-    openai = pytest.importorskip("openai")
+    pytest.importorskip("openai")
     running = Server("--model", files / "base.pth", "--tool_form", request.param)
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=1, timeout=60) as client:
+    with running.client() as client:
         yield TOOL_FORMS[request.param], client, running
     running.stop()
 

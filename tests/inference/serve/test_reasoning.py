@@ -59,8 +59,8 @@ def server(scripted):
 @pytest.fixture(scope="module")
 def ask(server):
     """ask(**fields) -> the chat's completion, by the official client."""
-    openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=1, timeout=60) as client:
+    pytest.importorskip("openai")
+    with server.client() as client:
 
         def ask(messages=HI, **fields):
             own = {name: fields.pop(name) for name in [*fields] if name not in ("stream", "max_tokens", "n")}

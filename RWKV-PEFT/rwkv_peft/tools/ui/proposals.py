@@ -1,5 +1,6 @@
 """What the page proposes to begin with: the bases and the files of rows below a folder, by their names and headers."""
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def model_of(path: Path, size: int, changed: int) -> tuple[dict[str, Any], ...]:
     if model is None:
         return ()
     found = {"generation": generation(model.version), "layers": model.n_layer, "channels": model.n_embd}
-    sizes = (each.nbytes // (4 if each.dtype == "fp32" else 2) for each in header.values())
+    sizes = (math.prod(each.shape) for each in header.values())
     return (found | {"parameters": sum(sizes), "tokenizer": "bytes" if model.vocab_size == BYTES else "world"},)
 
 
