@@ -21,6 +21,7 @@ from rwkv_peft.config import AdapterConfig, TrainConfig
 from rwkv_peft.inference import forward
 from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives import cross_entropy, divergence
+from rwkv_peft.ops import products as dense
 from rwkv_peft.ops.cross_entropy import CUDA
 from rwkv_peft.tools.plan import activations, memory
 from rwkv_peft.tools.plan.activations import CPU, GPU, ITEM
@@ -58,8 +59,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("version, name, precision, device, grad_cp, parts", CASES)
-def test_a_step_keeps_and_needs_what_the_formulas_say(version, name, precision, device, grad_cp, parts):
-    """Within 2 % of what is kept, and of the peak."""
+def test_a_step_keeps_and_needs_what_the_formulas_say(monkeypatch, version, name, precision, device, grad_cp, parts):
+    """Within 2 % of what is kept, and of the peak, on a processor that converts no factors of products."""
+    monkeypatch.setattr(dense, "converts", lambda x: False)
     family, rows, tokens = NAMES[version], 2, 512
     config, adapter = family.new_dimensions(2, 256, 80), adapter_of(name, family, parts)
     place = torch.device("meta" if device == GPU else "cpu")
