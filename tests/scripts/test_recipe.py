@@ -26,7 +26,7 @@ def test_a_newcomers_chats_are_learned(tmp_path, accelerator, warm_environment):
     assert "steps     105: 50 rows, 15 epochs of 7 steps, 8 rows a step; each row is seen 16.8 times" in done.stdout
     assert "rate      0.00063 to 6.3e-05 (--lr_init auto: " in done.stdout
     assert re.search(r"answers   4 training rows: 4 answered word for word \(0 before training\), 4 stop ", done.stdout)
-    assert "learned nothing" not in done.stdout and "few to learn" not in done.stdout
+    assert "note: the loss" not in done.stdout and "few to learn" not in done.stdout
     told = ["eval", "jsonl", "--model", str(out / "merged.pth"), "--data", str(rows), "--output", str(answers)]
     assert commands.main([*told, "--max_tokens", "64"]) == 0
     found = [json.loads(line) for line in answers.read_text().splitlines()[1:]]

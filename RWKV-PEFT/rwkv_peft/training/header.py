@@ -20,7 +20,7 @@ from ..ops.bone.cuda import FAMILY as BONE
 from ..ops.cross_entropy import CUDA as CROSS_ENTROPY
 from ..ops.mix.cuda import FAMILY as MIX
 from .inputs import Inputs
-from .learned import doubts, rate_of
+from .rates import automatic_rate
 from .step.context_parallel import in_flight, waiting
 from .step.plan import Plan
 from .step.shared_prefix import saved_tokens
@@ -92,8 +92,6 @@ def describe(
         say(line)
     if inputs.state:
         say(f"          resuming after step {plan.first_step:,}")
-    for doubt in doubts(config, plan):
-        say(f"          note: {doubt}")
     if loses_in_sums(train):
         say(
             f"          note: {train.accumulate_grad_batches:,} gradients a step are added up in bfloat16, which loses "
@@ -104,7 +102,8 @@ def describe(
     stays = train.lr_schedule == "constant" or train.lr_final == train.lr_init
     chosen = f"{train.lr_init:g}" if stays else f"{train.lr_init:g} to {train.lr_final:g}"
     if train.lr_chosen:
-        why = "as the run began" if inputs.state else rate_of(config).reason
+        rule = automatic_rate(adapter, model.n_embd, config.objective, not train.load_model)
+        why = "as the run began" if inputs.state else rule.reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
     elif train.lr_init >= 1:
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")
@@ -132,6 +131,11 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
         yield f"          chosen: epochs for {enough} (--epoch_count)"
         if not train.epoch_save:
             yield "          saved at the end (--epoch_save 1: after each epoch too)"
+    if steps < FEW:
+        smaller = ", or a smaller --micro_bsz has more steps an epoch" if data.micro_bsz > 1 else ""
+        few = f"{counted(steps, 'step')} {'is' if steps == 1 else 'are'} few to learn from"
+        count = train.epoch_begin + -(-FEW // plan.epoch_steps)
+        yield f"          note: {few}: --epoch_count {count} has {FEW} or more{smaller}"
     if data.of_answers and data.dataload == "pad":
         yield "          each row by itself (--dataload pad; pack puts several into one, for fewer, longer steps)"
 

@@ -6,21 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapters.methods import method_of
 from ..checkpoints.best import HeldOut
 from ..cli.names import is_number
-from ..cli.parser import counted
-from ..config import FEW, RunConfig
+from ..config import RunConfig
 from ..config.objective import REWARDS, TEACHER
 from ..plots import LOSSES, of_files
 from .measuring import BeforeAfter, unended
-from .rates import Rate, automatic_rate
 from .step.plan import Plan
 
-FAR, TOO_FAR = 3, 30  # a rate so many times below that of the method's rule is far below, and one so many above it
 LEAST = 8  # losses, or answers: fewer do not show the noise
 SURE = 2  # standard errors
-KNOWN = 0.05  # nats a token: of rows with less there is little left to learn
+LATE = 0.1  # a run is still learning if its second half made more than this share of the fall
 UNKNOWN = "none: how well it does on other rows is not known (--val_split 0.1 holds some back, and tells)"
 
 
@@ -71,46 +67,6 @@ def aim_of(config: RunConfig) -> tuple[str, int]:
     return ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
 
 
-def doubts(config: RunConfig, plan: Plan) -> list[str]:
-    """The reasons why a run may learn too little, each with the flag that changes it."""
-    return [doubt for doubt in (few_steps(config, plan), odd_rate(config)) if doubt]
-
-
-def few_steps(config: RunConfig, plan: Plan) -> str:
-    train = config.train
-    total = plan.total_steps - train.epoch_begin * plan.epoch_steps
-    if total >= FEW:
-        return ""
-    epochs = train.epoch_begin + -(-FEW // plan.epoch_steps)
-    smaller = ", or a smaller --micro_bsz has more steps an epoch" if config.data.micro_bsz > 1 else ""
-    few = f"{counted(total, 'step')} {'is' if total == 1 else 'are'} few to learn from"
-    return f"{few}: --epoch_count {epochs} has {FEW} or more{smaller}"
-
-
-def odd_rate(config: RunConfig) -> str:
-    rate, rule, method = config.train.lr_init, rate_of(config).value, method_of(config.adapter)
-    if config.adapter.states_alone or rule / FAR < rate < rule * TOO_FAR:
-        return ""
-    of = f"{'the model itself' if method is None else method.label} on {config.model.n_embd} channels"
-    return (
-        f"a rate of {rate:g} is far {'below' if rate < rule else 'above'} {rule:g}, that of {of} "
-        "(docs/guides/learning-rates.md): --lr_init auto takes it"
-    )
-
-
-def rate_of(config: RunConfig) -> Rate:
-    """The Rate that --lr_init auto takes for a run."""
-    return automatic_rate(config.adapter, config.model.n_embd, config.objective, not config.train.load_model)
-
-
-def reasons(config: RunConfig, plan: Plan) -> str:
-    """A sentence on why a run learned too little: the doubts, or, if there are none, its rate."""
-    rate, rule = config.train.lr_init, rate_of(config).value
-    guess = f"low: try --lr_init {FAR * rate:.1g}" if rate < FAR * rule else f"high: --lr_init auto takes {rule:g}"
-    found = "; ".join(doubts(config, plan)) or f"the rate may be too {guess}"
-    return found[0].upper() + found[1:]
-
-
 def notes_on(
     config: RunConfig,
     plan: Plan,
@@ -120,40 +76,36 @@ def notes_on(
 ) -> list[str]:
     """The notes on a run's success, by its losses, the records of its metrics and its rows before and after."""
     changed = None if rows is None else rows.changed
-    found = [nothing_learned(config, plan, losses, changed), unlikely_answers(config, records)]
+    notes = [on_losses(config, plan, losses, changed), unlikely_answers(config, records)]
     # a student stops as its teacher does, and not as the rows do
-    if not any(found) and rows is not None and TEACHER not in config.objective.needs and unended(rows.records):
-        found.append(f"note: no answer stops as its row does yet. {reasons(config, plan)}")
-    return [note for note in found if note]
+    if rows is not None and changed and TEACHER not in config.objective.needs and unended(rows.records):
+        notes.append("note: no answer stops as its row does yet")
+    return [note for note in notes if note]
 
 
-def nothing_learned(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
-    """A note if a run seems to have learned nothing or got worse, with the likely reason and the flag; else "".
+def on_losses(config: RunConfig, plan: Plan, losses: Sequence[float], changed: bool | None) -> str:
+    """A note if the measure got worse, got no better, or was still getting better at the end; else "".
 
     losses: the measure of aim_of, with its sign. changed: an answer differs from the one before training (None: not
-    known). A loss of preferences may fall although the model answers as before; one of tokens is a better sign than a
-    few answers.
+    known). Another rate is advised only if the losses of this run ask for it.
     """
-    fall = fall_of(losses)
-    name, sign = aim_of(config)
-    way, why = "" if fall is None else f"({fall.in_words(sign)})", reasons(config, plan)
-    if fall is not None and fall.last - fall.first > fall.noise:
-        lower = f"--lr_init {config.train.lr_init / FAR:.1g}"
-        moved = "fell" if sign < 0 else "rose"
-        return f"note: this run seems to have made the model worse: the {name} {moved} {way}. Try a lower rate: {lower}"
-    if changed or (fall is None and changed is None):
-        return ""
-    if fall is not None and fall.real:
-        still = changed is False and config.objective.of_preferences
-        return f"note: the {name} fell {way}, and the rows are answered as before training. {why}" if still else ""
-    if config.objective.of_tokens and fall is not None and fall.first < KNOWN:
-        return f"note: the base knew these rows already, so that there was little to learn from them {way}".rstrip()
-    found = []
-    if fall is not None:
-        found.append(f"the {name} did not {'rise' if sign < 0 else 'fall'} by more than its noise {way}")
-    if changed is False:
-        found.append("the rows are answered as before training")
-    return f"note: this run seems to have learned nothing: {' and '.join(found)}. {why}"
+    (name, sign), rate = aim_of(config), config.train.lr_init
+    fall, late = fall_of(losses), fall_of(losses[len(losses) // 2 :])
+    same = "the rows are answered as before training" if changed is False else ""
+    if fall is None:
+        return same and f"note: {same}"
+    numbers, tail = fall.in_words(sign), same and f", and {same}"
+    if fall.last - fall.first > fall.noise:
+        return f"note: the {name} got worse ({numbers}){tail}; try a lower rate: --lr_init {rate / 3:.1g}"
+    if not fall.real:
+        return "" if changed else f"note: the {name} got no better than by its noise ({numbers}){tail}"
+    if late is not None and late.real and late.first - late.last > LATE * (fall.first - fall.last):
+        epochs = 2 * -(-plan.total_steps // plan.epoch_steps)
+        return (
+            f"note: the {name} was still getting better at the end ({late.in_words(sign)}){tail}; try more steps, "
+            f"--epoch_count {epochs}, or a higher rate, --lr_init {rate * 3:.1g}"
+        )
+    return f"note: the {name} got better ({numbers}){tail}" if same and config.objective.of_preferences else ""
 
 
 def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) -> str:
@@ -182,17 +134,14 @@ def held_out_line(held_out: HeldOut, name: str, sign: int) -> str:
     return f"{name} {before}{shown(last, sign)} at the end; after step {step:,} the {best}"
 
 
-def overfitted(held_out: HeldOut, plan: Plan, best: Path, rate: float) -> str:
+def overfitted(held_out: HeldOut, plan: Plan, best: Path) -> str:
     """A note if the held-out loss never fell, or rose again by much of its fall, with the remedy; else ""."""
     step, lowest = held_out.lowest
     if not lowest < held_out.first:
-        known = f"known better before training ({held_out.first:.4f}, and {lowest:.4f} at best)"
-        if held_out.first < KNOWN:
-            return f"note: the held-out rows were {known}: the base has learned such rows already"
         return (
-            f"note: the held-out rows were {known}: this run learned nothing that holds for other rows. Their answers "
-            "may not follow from the questions, the rows may be too few, or the rate too high: try "
-            f"--lr_init {rate / 3:.1g}"
+            f"note: the held-out rows were known better before training ({held_out.first:.4f}, and {lowest:.4f} at "
+            "best): this run learned nothing that holds for other rows. Their answers may not follow from the "
+            "questions, or the rows may be too few"
         )
     if not held_out.rose:
         return ""

@@ -156,7 +156,7 @@ def on_held_out(run: Prepared, held_out: HeldOut, name: str, sign: int) -> Itera
     patience = counted(run.config.train.early_stop, "validation")
     early = f"; stopped after {patience} without a lower one" if run.exhausted else ""
     yield f"validation  {held_out_line(held_out, name, sign)}, {best}{early}"
-    if sign > 0 and (note := overfitted(held_out, run.plan, best, run.config.train.lr_init)):
+    if sign > 0 and (note := overfitted(held_out, run.plan, best)):
         yield note
 
 
