@@ -4,8 +4,8 @@
 #   needs=serve; . setup.sh        from another script of this folder: also sets `root`, `python` and `activate`
 #
 # An active environment (venv, conda) is taken, otherwise .venv beside this repository's files. uv installs from where
-# pip is configured to, and chooses torch's build by the driver. TORCH=cpu, cu126, … names another one (uv's
-# --torch-backend), TORCH=pip the package index's, on Linux one with CUDA.
+# pip is configured to, and chooses torch's build by the driver. TORCH installs torch anew: auto by the driver that is
+# there now, cpu, cu126, … by that name (uv's --torch-backend), pip from the package index, on Linux one with CUDA.
 
 say() { printf '%s\n' "$@"; }
 
@@ -36,16 +36,29 @@ take_pip_settings() {  # as uv's, unless those are set
     export UV_INDEX_STRATEGY=unsafe-best-match # as pip, which takes the best of all indexes
 }
 
-choose_torch() {  # -> build: a --torch-backend, or nothing for the torch that is there or in the package index
-    build="${TORCH:-auto}"
-    if [ "$build" = pip ] || { [ "$build" = auto ] && uv pip show --quiet --python "$python" torch 2>/dev/null; }; then
+choose_torch() {  # -> build: a --torch-backend, or ""; limit: what the package index's torch has to be, or ""
+    build="${TORCH:-auto}" limit=""
+    if [ -z "${TORCH:-}" ] && uv pip show --quiet --python "$python" torch 2>/dev/null; then
         build=""
-    elif [ "$build" = auto ] && nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>/dev/null |
-        awk -F '[., ]+' '10 * $1 + $2 < 75 && $3 >= 525 { old = 1 } END { exit !old }'; then
-        build=cu126 # CUDA 13 has no code for cards below 7.5, whatever the driver
+        return
     fi
-    if [ -n "$build" ] && ! UV_HTTP_RETRIES=1 UV_HTTP_TIMEOUT=5 UV_HTTP_CONNECT_TIMEOUT=5 \
+    cards="$(nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>/dev/null)"
+    age="$(say "$cards" | awk -F '[., ]+' '$3 >= 525 { print 10 * $1 + $2 < 75 ? "card" : $3 < 580 ? "driver" : "" }')"
+    case "$age" in
+    *card*) suited=cu126 limit="torch<2.8" ;; # CUDA 13 has no code for it, the index's torch has CUDA 12.6 until 2.7
+    *driver*) suited=auto limit="torch<2.11" ;; # CUDA 13 needs driver 580, the index's torch has CUDA 12 until 2.10
+    *) suited=auto ;;
+    esac
+    # without a driver uv may take Intel's graphics for a GPU, with gigabytes of libraries that nothing here uses
+    [ -n "$cards" ] || nvidia-smi -L >/dev/null 2>&1 || [ -e /proc/driver/nvidia ] ||
+        command -v rocm_agent_enumerator >/dev/null || suited=cpu
+    [ "$build" != auto ] || build=$suited
+    if [ "$build" = pip ]; then
+        build=""
+    elif UV_HTTP_RETRIES=1 UV_HTTP_TIMEOUT=5 UV_HTTP_CONNECT_TIMEOUT=5 \
         uv pip install --quiet --dry-run --python "$python" --torch-backend "$build" torch; then
+        limit=""
+    else
         [ -z "${TORCH:-}" ] || fail "TORCH=$TORCH: see above"
         say "setup: the package index's torch is taken, since its own builds cannot be had"
         build=""
@@ -63,7 +76,8 @@ put_in() {  # this package with $extras into the environment, while no other set
         take_pip_settings
         choose_torch
         UV_CONSTRAINT="${UV_CONSTRAINT:-} requirements.lock" uv pip install --python "$python" --editable ".$extras" \
-            --build-constraints requirements.lock ${build:+--torch-backend "$build"} ${TORCH:+--reinstall-package torch}
+            --build-constraints requirements.lock ${build:+--torch-backend "$build"} ${limit:+"$limit"} \
+            ${TORCH:+--reinstall-package torch}
     else
         say "setup: uv cannot be had, so pip installs, and checks no hashes"
         sed '/^ *--hash/d; s/ *\\$//' requirements.lock >"$environment/requirements.lock"

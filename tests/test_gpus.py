@@ -1,6 +1,7 @@
 """GPUs that torch cannot use: the driver is too old for its CUDA, or does not answer, or it has no code for the card.
 Every command that would use one ends with the reason; with the flags for the CPU it runs there."""
 
+import errno
 import os
 import re
 import sys
@@ -25,8 +26,9 @@ from rwkv_peft.training.model import own_device
 from rwkv_peft.training.ranks.world import World
 from rwkv_peft.training.run import main as train
 
-SCRIPT = "(TORCH=cu126 sh scripts/setup.sh)"
+SCRIPT = "(TORCH=cu126 sh scripts/setup.sh; TORCH=pip from a mirror of PyPI)"
 CUDA_13 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120".split()
+LINUX = "6.12.41-amd64\n"  # osrelease
 WORDS = "The NVIDIA driver on your system is too old (found version 11040)."
 
 
@@ -128,22 +130,42 @@ def test_a_card_that_torch_has_no_code_for_is_told_with_the_build_that_has_it(mo
         assert count_gpus("…") == 1
 
 
+ANSWER = "the driver does not answer; restart"
+
+
 @pytest.mark.parametrize(
-    "there, cuda, visible, words",
+    "there, cuda, visible, error, words",
     [
-        (2, "13.0", None, "this machine has 2 GPUs, and torch .* cannot use them: the driver does not answer; restart"),
-        (1, "13.0", "0", "this machine has 1 GPU, .* or train with --accelerator cpu"),
-        (1, "13.0", "", ""),  # hidden
-        (1, "13.0", "-1", ""),
-        (1, None, None, ""),  # a build for CPUs
-        (0, "13.0", None, ""),
+        (2, "13.0", None, 0, f"this machine has 2 GPUs, and torch .* cannot use them: {ANSWER}"),
+        (1, "13.0", "0", 0, "this machine has 1 GPU, .* or train with --accelerator cpu"),
+        (1, "13.0", "", 0, ""),  # hidden
+        (1, "13.0", "-1", 0, ""),
+        (2, None, None, 0, "them: it is built without CUDA; .*TORCH=auto sh"),  # set up on a login node
+        (2, "13.0", None, errno.EPERM, ""),  # a job of Slurm without a GPU
+        (2, None, None, errno.EPERM, ""),
+        (2, "13.0", None, errno.EACCES, ANSWER),
+        ("dxg", "13.0", None, 0, f"has 1 GPU, .*{ANSWER}"),  # WSL
+        ("dxg", None, None, 0, "it: it is built without CUDA"),
+        (0, "13.0", None, 0, ""),
     ],
 )
-def test_a_card_that_is_there_and_not_counted_is_not_passed_over(monkeypatch, tmp_path, there, cuda, visible, words):
+def test_a_card_that_is_there_and_not_counted_is_not_passed_over(
+    monkeypatch, tmp_path, there, cuda, visible, error, words
+):
     """As after an update of the driver, by which NVML breaks."""
-    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{number}" for number in range(there))):
+    devices = ["dxg"] if there == "dxg" else [f"nvidia{number}" for number in range(there)]
+    for name in ("nvidiactl", "nvidia-uvm", *devices):
         (tmp_path / name).touch()
-    monkeypatch.setattr(gpus, "Path", lambda _: tmp_path)
+    for name, path in {"DEVICES": "", "WSL_DEVICE": "dxg", "WSL_DRIVER": "dxg"}.items():
+        monkeypatch.setattr(gpus, name, tmp_path / path)
+    real = os.open
+
+    def opened(path, *how, **more):
+        if error and str(path).startswith(f"{tmp_path}/nvidia"):
+            raise OSError(error, os.strerror(error), str(path))
+        return real(path, *how, **more)
+
+    monkeypatch.setattr(os, "open", opened)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -153,7 +175,7 @@ def test_a_card_that_is_there_and_not_counted_is_not_passed_over(monkeypatch, tm
         with pytest.raises(UserError, match=words):
             count_gpus("train with --accelerator cpu")
         (finding,) = check_devices()
-        assert (finding.status, "driver does not answer" in finding.text) == (MISSING, True)
+        assert finding.status == MISSING and finding.text.endswith(("driver does not answer", "built without CUDA"))
     else:
         assert count_gpus("train with --accelerator cpu") == 0
 
@@ -191,17 +213,22 @@ def test_a_launcher_may_show_each_rank_one_gpu(monkeypatch, environment, fits):
 
 
 @pytest.mark.parametrize(
-    "flags, own, expected",
+    "flags, own, kernel, expected",
     [
-        (("--dataload", "pad"), {}, "expandable_segments:True"),
-        (("--dataload", "pad"), {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
-        (("--dataload", "pad"), {"PYTORCH_ALLOC_CONF": "backend:native"}, None),
-        (("--dataload", "get"), {}, None),
+        (("--dataload", "pad"), {}, LINUX, "expandable_segments:True"),
+        (("--dataload", "pad"), {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, LINUX, "backend:native"),
+        (("--dataload", "pad"), {"PYTORCH_ALLOC_CONF": "backend:native"}, LINUX, None),
+        (("--dataload", "pad"), {}, "5.15.153.1-microsoft-standard-WSL2\n", None),
+        (("--dataload", "get"), {}, LINUX, None),
     ],
 )
-def test_memory_is_in_segments_that_grow_where_rows_are_padded(monkeypatch, model, tmp_path, flags, own, expected):
+def test_memory_is_in_segments_that_grow_where_rows_are_padded(
+    monkeypatch, model, tmp_path, flags, own, kernel, expected
+):
     """From before CUDA starts, which is as GPUs are counted."""
     seen = []
+    (tmp_path / "osrelease").write_text(kernel)
+    monkeypatch.setattr(gpus, "KERNEL", tmp_path / "osrelease")
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that it is as before after the test
         monkeypatch.delenv(name)

@@ -1,5 +1,6 @@
 """The number of GPUs that torch can use here, and the message if it cannot use those that there are."""
 
+import errno
 import os
 import re
 from collections.abc import Mapping
@@ -11,7 +12,14 @@ from .cli.errors import UserError, summarize
 from .cli.parser import counted
 from .config import TrainConfig
 
-OLDER = "update the driver, install a build of torch for an older CUDA (TORCH=cu126 sh scripts/setup.sh)"
+OLDER = (
+    "update the driver, install a build of torch for an older CUDA (TORCH=cu126 sh scripts/setup.sh; TORCH=pip from a "
+    "mirror of PyPI)"
+)
+ANEW = "install a build with CUDA, on a machine with the card (TORCH=auto sh scripts/setup.sh)"
+DEVICES, WSL_DEVICE = Path("/dev"), Path("/dev/dxg")
+WSL_DRIVER = Path("/usr/lib/wsl/lib/libcuda.so.1")  # Windows' NVIDIA driver puts it there; /dev/dxg serves any vendor
+KERNEL = Path("/proc/sys/kernel/osrelease")
 CODE = re.compile(r"(sm|compute)_(\d+)(\d)(\D?)")  # of torch.cuda.get_arch_list
 
 
@@ -21,8 +29,10 @@ def refusal() -> tuple[str, str]:
     torch counts GPUs without CUDA, and so also counts GPUs with a driver too old for its CUDA.
     """
     if not torch.cuda.device_count():
-        if torch.version.cuda is None or not unseen():
+        if not unseen():
             return "", ""
+        if torch.version.cuda is None:
+            return "it is built without CUDA", ANEW
         return "the driver does not answer", "restart the machine if `nvidia-smi` fails as well"
     try:
         torch.cuda.init()
@@ -32,9 +42,23 @@ def refusal() -> tuple[str, str]:
 
 
 def unseen() -> list[Path]:
-    """The devices of NVIDIA GPUs on this machine, unless the user hides them all."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    return [] if hidden else [path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()]
+    """The devices of NVIDIA GPUs on this machine, unless the user hides them all, or a batch system hides one."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return []
+    devices = [path for path in DEVICES.glob("nvidia*") if path.name[6:].isdigit()]
+    if WSL_DEVICE.exists() and WSL_DRIVER.exists():
+        devices.append(WSL_DEVICE)
+    return [device for device in devices if may_open(device)]
+
+
+def may_open(device: Path) -> bool:
+    """False if a control group denies a device to this job, as Slurm does with those of other jobs: EPERM. EACCES is a
+    user who lacks a group, which is a mistake to report."""
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except OSError as error:
+        return error.errno != errno.EPERM
+    return True
 
 
 def without_code(device: int) -> tuple[str, str]:
@@ -79,8 +103,9 @@ def resolve_accelerator(train: TrainConfig) -> str:
 
 def grow_segments() -> None:
     """Let torch's allocator grow segments of a GPU's memory, unless the user has configured it. Rows of many lengths
-    would else leave gaps that none of them fits. CUDA must not have started."""
-    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+    would else leave gaps that none of them fits. CUDA must not have started. In WSL older drivers fail on it."""
+    in_wsl = KERNEL.is_file() and "microsoft" in KERNEL.read_text().lower()
+    if not in_wsl and not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 

@@ -33,7 +33,7 @@ case "$*" in
     printenv >"$HOME/environment"
     [ ! -e "$HOME/failing" ] || exit 1
     [ ! -e "$HOME/long" ] || sleep 60
-    sleep 0.2
+    [ ! -e "$HOME/slow" ] || sleep 0.2
     while [ "$1" != --editable ]; do shift; done
     echo "${2#.}" >"$HOME/held"
     touch "$(dirname "$0")/rwkv-peft"
@@ -46,7 +46,8 @@ esac
 def machine(tmp_path):
     """A folder with setup.sh in it, and a PATH that holds no Python yet."""
     (tmp_path / "repo/scripts").mkdir(parents=True)
-    shutil.copy(SCRIPTS / "setup.sh", tmp_path / "repo/scripts")
+    text = (SCRIPTS / "setup.sh").read_text().replace("/proc/", f"{tmp_path}/proc/")
+    (tmp_path / "repo/scripts/setup.sh").write_text(text)
     for name in ("requirements.txt", "pyproject.toml"):
         (tmp_path / "repo" / name).touch()
     (tmp_path / "repo/requirements.lock").write_text(
@@ -125,31 +126,43 @@ def test_without_uv_pip_installs_the_locks_versions(machine):
 
 
 @pytest.mark.parametrize(
-    "cards, present, variables, build, told",
+    "cards, present, variables, build, limit",
     [
-        ("", "", {}, "auto", ""),
-        ("", "unreachable", {}, "", "torch is taken, since its own builds cannot be had"),
+        ("", "", {}, "cpu", ""),  # also beside Intel's graphics
+        ("", "proc/driver/nvidia", {}, "auto", ""),
+        ("", "bin/rocm_agent_enumerator", {}, "auto", ""),
         ("", "torch", {}, "", ""),
         ("", "", {"TORCH": "pip"}, "", ""),
         ("", "torch", {"TORCH": "cpu"}, "cpu", ""),
+        ("9.0, 580.65.06", "torch", {"TORCH": "auto"}, "auto", ""),  # set up on a node without a card
+        ("", "torch", {"TORCH": "auto"}, "cpu", ""),
         ("7.0, 580.65.06", "", {}, "cu126", ""),
         ("7.0, 580.65.06", "torch", {}, "", ""),
         ("9.0, 580.65.06\n6.1, 580.65.06", "", {}, "cu126", ""),
         ("7.0, 470.82.01", "", {}, "auto", ""),  # whose driver has no CUDA 12
         ("7.5, 580.65.06", "", {}, "auto", ""),
         ("12.0, 580.65.06", "", {}, "auto", ""),
+        ("8.6, 550.54.14", "", {}, "auto", ""),
         ("7.0, 580.65.06", "", {"TORCH": "cpu"}, "cpu", ""),
+        ("8.6, 550.54.14", "", {"TORCH": "pip"}, "", "torch<2.11"),
+        ("", "unreachable", {}, "", ""),
+        ("8.6, 550.54.14", "unreachable", {}, "", "torch<2.11"),
+        ("7.0, 550.54.14", "unreachable", {}, "", "torch<2.8"),
+        ("8.6, 580.65.06", "unreachable", {}, "", ""),
+        ("8.6, 550.54.14", "torch", {}, "", ""),
     ],
 )
-def test_the_build_of_torch_suits_driver_card_and_user(machine, cards, present, variables, build, told):
+def test_the_build_of_torch_suits_driver_card_and_user(machine, cards, present, variables, build, limit):
     add_python(machine / "bin")
     if present:
-        (machine / present).touch()
-    executable(machine / "bin/nvidia-smi", f"#!/bin/sh\nprintf '%s' '{cards}'\n")
+        executable(machine / present, "#!/bin/sh\n")
+    executable(machine / "bin/nvidia-smi", f"#!/bin/sh\n[ -n '{cards}' ] && printf '%s' '{cards}'\n")
     done = setup(machine, **variables)
     (call,) = calls(machine)
-    assert done.returncode == 0 and told in done.stdout
+    assert done.returncode == 0
+    assert ("torch is taken, since its own builds cannot be had" in done.stdout) == (present == "unreachable")
     assert call.partition("--torch-backend ")[2].partition(" ")[0] == build
+    assert [word for word in call.split() if word.startswith("torch<")] == limit.split()
     assert ("--reinstall-package torch" in call) == bool(variables)
 
 
@@ -184,6 +197,7 @@ def test_uv_installs_from_where_pip_is_configured_to(machine, config, variables,
 
 def test_setups_that_begin_at_once_make_one_environment(machine):
     add_python(machine / "bin")
+    (machine / "slow").touch()
     processes = [start(machine) for _ in range(3)]
     told = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], told

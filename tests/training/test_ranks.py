@@ -3,6 +3,7 @@
 The nodes of a run are two processes that know each other by MASTER_ADDR alone.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -263,6 +264,21 @@ def test_meeting_and_collectives_have_limits_of_their_own_and_the_first_failure_
 def test_a_save_may_take_as_long_as_a_collective_before_ranks_are_killed(tmp_path):
     config = group.agent_config(World(1, 2), TrainConfig(devices=2), str(tmp_path))
     assert (config.shutdown_timeout, config.nproc_per_node, config.max_restarts) == (3600, 2, 0)
+
+
+@pytest.mark.parametrize("cores, asked, threads", [(16, None, "2"), (4, None, "1"), (16, "5", "5")])
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, cores, asked, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked or "")  # so that it is as before after the test
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.setattr("logging.disable", lambda level: None)  # for the rest of the process
+    seen = []
+    monkeypatch.setattr(
+        "torch.distributed.launcher.api.elastic_launch",
+        lambda *_: lambda *_: seen.append(os.environ["OMP_NUM_THREADS"]),
+    )
+    assert group.launch(World(1, 8), [], TrainConfig(devices=8)) == 0 and seen == [threads]
 
 
 def test_of_several_failures_the_cause_is_reported(tmp_path, capsys):

@@ -225,6 +225,8 @@ def launch(world: World, argv: Sequence[str], train: TrainConfig) -> int:
     from torch.distributed.launcher.api import elastic_launch
 
     logging.disable(logging.ERROR)  # the agent's log of failures, which are reported below
+    # each rank would else take as many threads as there are cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // world.devices)))
     place = f"{world.address}:{world.port}, within {train.join_minutes:g} minutes"
     command = python_command("rwkv_peft", "train", *argv)
     with tempfile.TemporaryDirectory(prefix="rwkv_peft-ranks-") as logs, keeping_handlers():
