@@ -257,7 +257,8 @@ def load(
     tokenizer: str | Path | Tokenizer | None = None,
     any_base: bool = False,
 ) -> Model:
-    """Load the .pth of a model, with adapters merged into it in memory, as merge_bone.py would merge them.
+    """Load the .pth of a model, with adapters merged into it in memory, as merge_bone.py would merge them, with
+    precision "fp32" by --output_dtype fp32.
 
     base and adapters may be folders of runs; {adapter: scale} multiplies the change of each. state is a file of time
     states or a saved session that every sequence starts from. precision is "fp32", "bf16" or "fp16" (default: bf16 on a
@@ -276,7 +277,8 @@ def load(
     device = resolve_device(device)
     sources = sources_in(adapters)
     precision = precision or ("bf16" if device == "cuda" else "fp32")
-    model = Model(merged_base(base, sources, any_base), precision, device, weights)
+    merged = merged_base(base, sources, any_base, torch.float32 if precision == "fp32" else None)
+    model = Model(merged, precision, device, weights)
     if state is not None:
         model.start = read_state_file(state, model.network, None if any_base else open_base(base))
     files = (*(source.path for source in reversed(sources)), state, base)

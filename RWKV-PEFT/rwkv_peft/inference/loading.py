@@ -18,7 +18,7 @@ from ..gpus import count_gpus
 from ..models import family_named
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states, state_of, state_tensors
-from ..release.merge import check_fingerprints, merged_tensors
+from ..release.merge import MergeOptions, check_fingerprints, merged_tensors
 from .forward import speed_up
 from .weights import place, quantize_products
 
@@ -53,9 +53,11 @@ def load_model(
     return model, start
 
 
-def merged_base(path: str | Path, adapters: Sequence[AdapterSource] = (), any_base: bool = False) -> Base:
-    """The Base in the .pth at path, with adapters merged into it in memory and all weights finite. Arguments and errors
-    are as for load_model."""
+def merged_base(
+    path: str | Path, adapters: Sequence[AdapterSource] = (), any_base: bool = False, dtype: torch.dtype | None = None
+) -> Base:
+    """The Base in the .pth at path, with adapters merged into it in memory, in a dtype (None: the file's), and all
+    weights finite. Other arguments and errors are as for load_model."""
     base = open_base(path)
     if not adapters:
         base.require_finite()  # merging checks it by itself
@@ -63,7 +65,7 @@ def merged_base(path: str | Path, adapters: Sequence[AdapterSource] = (), any_ba
     named = [(source.path, source.read(base.tensors)) for source in adapters]
     if not any_base:
         check_fingerprints(base, named)
-    return base_of(merged_tensors(base, named), path)
+    return base_of(merged_tensors(base, named, MergeOptions(dtype)), path)
 
 
 def model_of(

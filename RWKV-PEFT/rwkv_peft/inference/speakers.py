@@ -24,7 +24,7 @@ from ..checkpoints.base import Base, fingerprint
 from ..models.parts import LanguageModel
 from ..models.state import State, is_time_state, keyed, split_time_states
 from ..release.compatibility import Adapters
-from ..release.merge import Merge, check_fingerprints
+from ..release.merge import Merge, MergeOptions, check_fingerprints
 from .forward import speed_up
 from .loading import read_state, read_state_file
 from .weights import FrozenLinear, place, quantize_products, rounded
@@ -81,7 +81,7 @@ def adapter_speaker(name: str, source: AdapterSource, speaker: Speaker, base: Ba
 
 def mixed_speaker(name: str, parts: Sequence[tuple[Speaker, float]], speaker: Speaker, base: Base) -> Speaker:
     """The speaker of a Base with the adapters of speakers at scales, as merging would apply them, in their order; it
-    shares their layers. Raises UserError for a change that is lost in the base's dtype."""
+    shares their layers. Raises UserError for a change that is lost in the model's dtype."""
     adapters = [(*own.adapter, scale) for own, scale in parts if own.adapter is not None]
     pairs = [(path, adapter._replace(amount=scale)) for path, adapter, scale in adapters]
     model, start, complete = with_replaced(speaker, base, pairs)
@@ -100,7 +100,8 @@ def with_replaced(speaker: Speaker, base: Base, pairs: Adapters) -> tuple[Langua
     """A model over a speaker's memory with copies of the tensors that (path, Adapter) pairs replace, the State that it
     starts from, and True if these are all of the adapters' changes: because they change no other tensor, or as merged
     weights."""
-    merge, model = Merge(base, pairs), speaker.model  # refuses an adapter that does not fit
+    model = speaker.model
+    merge = Merge(base, pairs, MergeOptions(model.emb.weight.dtype))  # refuses an adapter that does not fit
     weights, states = split_time_states(merge.whole(base))
     own = [key for key in merge.changes if not is_time_state(key)]
     methods = [(adapter.metadata.quant, adapter.metadata.method) for _, adapter in pairs]

@@ -261,6 +261,12 @@ def test_names_are_told_apart_before_anything_is_loaded():
     assert parse_flags(["--model", "dir/My model.pth"])[0].name == "My-model"
 
 
+@pytest.mark.parametrize("flag", ["adapter", "state", "allow_host", "allow_origin"])
+def test_repeated_flags_add_up(flag):
+    args, _ = parse_flags(["--model", "m.pth", f"--{flag}", "a", "b", f"--{flag}", "c"])
+    assert [getattr(one, "name", one) for one in getattr(args, flag)] == ["a", "b", "c"]
+
+
 LIMITS = Limits(completions=4, prompt=10, tokens=10, vocabulary=257)
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 # what nobody expects in a field, as JSON

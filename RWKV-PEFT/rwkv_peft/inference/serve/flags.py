@@ -64,7 +64,7 @@ def build_parser() -> Parser:
     add("--name", type=model_name, help="its name in requests (default: the file's name without its ending)")
     for kind in ("adapter", "state"):
         text = f"{kind}s, each a model by its name (default: the file's)"
-        add(f"--{kind}", type=named, nargs="+", default=[], metavar="[NAME=]FILE", help=text)
+        add(f"--{kind}", type=named, nargs="+", action="extend", default=[], metavar="[NAME=]FILE", help=text)
     text = "keep states by name in this folder, for clients to save after answers, upload, download and delete"
     add("--states", metavar="FOLDER", help=text)
     add("--files", metavar="FOLDER", help="let clients load adapters and states from below this folder")
@@ -81,6 +81,7 @@ def build_parser() -> Parser:
     add(
         "--allow_host",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME",
         help="names by which clients may call it besides localhost",
@@ -88,6 +89,7 @@ def build_parser() -> Parser:
     add(
         "--allow_origin",
         nargs="+",
+        action="extend",
         default=[],
         metavar="ORIGIN",
         help="sites whose pages may call it from a browser, such as https://chat.example.org",
