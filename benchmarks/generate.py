@@ -64,8 +64,8 @@ def main():
                     subprocess.run([sys.executable, __file__, *command], env=environment, check=True)
 
 
-def make_model(path, version, layers, channels):
-    """A random World-vocabulary model of the official widths, float32."""
+def make_model(path, version, layers, channels, drawn=None):
+    """A random World-vocabulary model of the official widths, float32; greedily it draws the tokens `drawn` alone."""
     import torch
 
     from rwkv_peft.checkpoints.base import save_model
@@ -74,10 +74,12 @@ def make_model(path, version, layers, channels):
     torch.manual_seed(0)
     family = family_named(version)
     shapes = family.shapes(family.new_dimensions(n_layer=layers, n_embd=channels, vocab_size=65536))
-    save_model(
-        path,
-        {key: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape) for key, shape in shapes.items()},
-    )
+    tensors = {
+        key: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape) for key, shape in shapes.items()
+    }
+    if drawn is not None:  # a logit of 0 is below the largest of many random ones
+        tensors["head.weight"][torch.ones(65536, dtype=torch.bool).index_fill(0, torch.tensor(drawn), False)] = 0
+    save_model(path, tensors)
 
 
 def measure(args):

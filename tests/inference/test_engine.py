@@ -1,18 +1,20 @@
 """The engine: a completion is that of `generate`, whatever shares its batch and whatever is cached of its prompt."""
 
+import queue
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import rwkv_peft as rp
 from families import shaken
 from inference.engines import GREEDY, PROMPTS, Recording, ask, engine_of, finish, model_file
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import adapter_parameter
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.checkpoints.adapters import AdapterSource
-from rwkv_peft.checkpoints.base import base_of, open_base
+from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.cli.names import STATE_PARTS
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.inference import engine
@@ -22,11 +24,13 @@ from rwkv_peft.inference.engine import MOST, PrefillBudget
 from rwkv_peft.inference.forward import prefill, recordable
 from rwkv_peft.inference.loading import load_model, save_state_file
 from rwkv_peft.inference.requests import Completion, GenerationRequest, PrefixCache
+from rwkv_peft.inference.serve.service import EngineThread
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.inference.speakers import Speaker, adapter_speaker, mixed_speaker, state_speaker
 from rwkv_peft.models import family_named
 from rwkv_peft.models.layout import is_time_state
 from rwkv_peft.models.rwkv6.model import RWKV6
+from rwkv_peft.release.merge import MergeOptions, merged_tensors
 from rwkv_peft.training.step.shared_prefix import Contexts
 
 SAMPLINGS = [
@@ -267,6 +271,20 @@ def test_adapters_at_scales_compute_what_their_merge_does(files, plain, mix):
     assert all(re.search(r"^head|\bln", key) for key in copies) or any(n == 3 for n, _ in mix)  # pissa's are merged
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_merged_weights_are_rounded_to_the_models_dtype_alone(files, tmp_path, method):
+    """Whatever the base's file has: bfloat16 of the file does not reach a float32 model."""
+    tensors = {key: tensor.bfloat16() for key, tensor in open_base(files / "base.pth").tensors.items()}
+    save_model(tmp_path / "base.pth", tensors)
+    source = AdapterSource(adapter_file(tmp_path / "base.pth", tmp_path / "own.safetensors", method=method))
+    base = open_base(tmp_path / "base.pth")
+    exact = merged_tensors(base, [(source.path, source.read(base.tensors))], MergeOptions(torch.float32))
+    own = adapter_speaker("own", source, Speaker("base", *load_model(base.path)), base, False)
+    loaded = rp.load(base.path, adapters=[source.path], precision="fp32", tokenizer="bytes")
+    for weights in (own.model.state_dict(), loaded.network.state_dict()):
+        assert all(torch.equal(weights[key], tensor) for key, tensor in exact.items())
+
+
 def test_adapters_share_the_bases_weights_and_leave_them_unchanged(files, plain):
     base = open_base(files / "base.pth")
     before = {key: tensor.clone() for key, tensor in plain.model.state_dict().items()}
@@ -293,22 +311,46 @@ def read(budget, clock, tokens, seconds):
     budget.end()
 
 
+@pytest.mark.parametrize("waiting, running, steps", [(1, 10, 1.1), (42, 22, 64 / 22), (63, 1, 3), (64, 0, 8)])
 @pytest.mark.parametrize("rate", [400.0, 8000.0])
-def test_a_piece_of_a_prompt_takes_about_the_seconds_given(clock, rate):
+def test_a_pass_over_prompts_takes_about_the_seconds_of_those_who_wait(clock, rate, waiting, running, steps):
+    """Of a step, times the sequences for each that is sampled: by a real number, and at most three times. While none
+    is sampled, nobody's next token waits."""
     budget = PrefillBudget(64, 0.1)
     for _ in range(20):
-        tokens = budget.due(1, 0)
+        tokens = budget.due(0, 1)
         read(budget, clock, tokens, tokens / rate)
-    assert budget.due(1, 0) == pytest.approx(0.1 * rate, rel=0.1)
+    assert budget.due(waiting, running) == pytest.approx(min(0.1 * rate * steps, MOST), rel=0.1)
 
 
 def test_a_piece_of_a_prompt_takes_as_long_as_a_step_of_the_batch(clock):
     budget = PrefillBudget(64, 0.1)
     read(budget, clock, 64, 0.1)
-    for own, tokens in ((0.5, 320), (0.02, 64), (60.0, MOST)):
+    for own, tokens in ((0.5, 320), (0.02, 96), (60.0, MOST)):
         clock.now += own
         assert budget.due(10, 20) == pytest.approx(tokens, abs=1)
         budget.end()
+
+
+def test_requests_that_come_together_are_read_together():
+    """A thread without work waits a moment for the next request, and for the one behind it."""
+    done, pause = list[str](), object()
+    script = [lambda: done.append("one"), lambda: done.append("two"), pause, lambda: done.append("three"), None]
+
+    class Calls:
+        def empty(self):
+            return True
+
+        def get(self, timeout=None):
+            if script[0] is pause and timeout is not None:
+                del script[0]
+                raise queue.Empty
+            return script.pop(0)
+
+    thread = EngineThread(SimpleNamespace(busy=False, step=lambda: done.append("step")), lambda: None)
+    thread._calls = Calls()
+    thread.run()
+    assert done == ["one", "two", "step", "three"]
 
 
 def test_prefixes_are_cached_up_to_a_limit_and_the_latest_used_stay(plain):

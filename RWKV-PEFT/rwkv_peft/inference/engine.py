@@ -19,14 +19,14 @@ from .forward import Forward, forward_of, prefill, read_packed
 from .requests import CachedPrefix, Completion, GenerationRequest, PrefixCache
 
 LEAST, MOST = 16, 4096  # tokens of a PrefillBudget
-CROWD = 8  # times as many tokens at most are read while more wait for their first token than for their next
+CROWD, ALONE = 3.0, 8.0  # times as many tokens at most are read while many wait, beside running sequences or none
 
 
 class PrefillBudget:
     """The number of prompt `tokens` to read in a step, more while many wait and few are being sampled.
 
     With `seconds`, it follows the machine: as many tokens as are read in that time, or in the time of the batch's own
-    step if that is longer. No next token is delayed by much more than its own time.
+    step if that is longer. No next token is delayed by much more than its own time, or CROWD times `seconds`.
     """
 
     def __init__(self, tokens: int, seconds: float = 0.0) -> None:
@@ -35,11 +35,10 @@ class PrefillBudget:
 
     def due(self, waiting: int, running: int) -> int:
         """The tokens to read for `waiting` prompts beside `running` sequences."""
-        tokens = self.tokens * min(max(waiting // max(running, 1), 1), CROWD)
-        if not self.seconds or not running:
-            return tokens
-        own = time.perf_counter() - self.ended
-        return max(tokens, min(int(tokens * own / self.seconds), MOST))
+        share = min((waiting + running) / running, CROWD) if running else ALONE
+        if self.seconds and running:
+            share = max(share, (time.perf_counter() - self.ended) / self.seconds)
+        return min(int(self.tokens * share), MOST)
 
     def begin(self, tokens: int) -> None:
         """Start the clock of a pass over so many prompt tokens."""
