@@ -7,7 +7,8 @@ import pytest
 from data.documents import marked, shared, talk, valued
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.encoding import LAYOUTS
-from rwkv_peft.data.layouts import SIDES, RowLayout
+from rwkv_peft.data.forms import SIDES
+from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.tools import TOOL_FORMS
 

@@ -29,7 +29,7 @@ class DataType(NamedTuple):
 DATA_TYPES = MappingProxyType(
     {
         "binidx": DataType(),
-        "sft": DataType(1, (1, 2), "one field is a text, two are a prompt and its answer"),
+        "sft": DataType(1, (1, 2, 3), "one field is a text, two are a prompt and its answer, three those of a form"),
         "pairs": DataType(2, (3,), "pairs have three fields, the prompt, the better answer and the worse"),
         "labels": DataType(2, (3,), "labelled rows have three fields, the prompt, its answer and the label"),
         "prompts": DataType(8, (1,), "prompts have one field"),

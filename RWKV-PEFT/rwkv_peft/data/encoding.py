@@ -33,19 +33,8 @@ from .chat import (
     without_parts,
 )
 from .fields import LISTS, UnknownForm, unread
-from .layouts import (
-    ANSWER,
-    ANSWERS,
-    CHATS,
-    FOREIGN_MARKS,
-    SIDES,
-    TURNS,
-    RowLayout,
-    Template,
-    label_of,
-    loss_weight_of,
-    refuse_compared,
-)
+from .forms import ANSWER, ANSWERS, CHATS, SIDES, TURNS, label_of, loss_weight_of, refuse_compared
+from .layouts import FOREIGN_MARKS, RowLayout, Template
 from .rows import CSV_ENDINGS, TO_UTF_8
 from .tokenizer import load_tokenizer
 from .tools import TOOL_FORMS, as_list
@@ -238,14 +227,15 @@ class Encoder:
         try:
             return self._encode(item, totals)
         except UserError as error:
-            totals.bad.add(place, f"{error}{self._remedy(place) if isinstance(error, UnknownForm) else ''}")
+            totals.bad.add(place, f"{error}{self._remedy(place, error) if isinstance(error, UnknownForm) else ''}")
             return None
 
-    def _remedy(self, place: str) -> str:
-        """The end of the message about a row without the fields of any layout."""
+    def _remedy(self, place: str, error: UnknownForm) -> str:
+        """The end of the message about a row without the fields of any form, or with those of several."""
         if self.template:
             return ""
         flag, *fields = NAMED[self.kind]
+        fields = [" ".join(names) for names in error.choices] or fields
         named = " or ".join(f"{flag} {each}" for each in fields)
         return f"; name yours, as {named}" + (HEADER if place.rpartition(", ")[0].endswith(CSV_ENDINGS) else "")
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..cli.errors import UserError, quoted, short, some
@@ -20,7 +20,11 @@ BEGINNING = 30  # characters of a value in a message
 
 
 class UnknownForm(UserError):
-    """A row has none of the fields of any layout."""
+    """A row has none of the fields of any form, or those of two; `choices` are fields to name instead."""
+
+    def __init__(self, message: str, choices: Sequence[Sequence[str]] = ()) -> None:
+        super().__init__(message)
+        self.choices = choices
 
 
 def require_object(row: object, forms: str) -> dict[str, Any]:

@@ -1,27 +1,24 @@
-"""The layouts of rows: fields -> documents, each a list of segments (text, counts), as RWKV World models were trained.
+"""The layouts of rows: turns -> documents, each a list of segments (text, counts), as RWKV World models were trained.
 
-Rows of texts, questions and answers, chats, pairs of answers, labelled answers, prompts, and questions with a context
-are recognized by their fields, unless the fields are named; a Template lays out any others.
+forms.py says which turns a row has. Here they become documents: texts, chats, pairs of answers, labelled answers,
+prompts, and questions with a context. A Template lays out any other fields.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
 from ..checkpoints.readable import read_short, require_readable
-from ..cli.errors import UserError, field_names, quoted
-from ..cli.names import SYSTEM_FIELDS
-from .chat import CHAT, LOSS_WEIGHT, THINKING, TRAIN, TURN_END, ChatLayout, Segment, opening_within, speaker_of
+from ..cli.errors import UserError, field_names
+from .chat import CHAT, TURN_END, ChatLayout, Segment, opening_within
 from .fields import (
     LISTS,
-    NOTHING,
     Row,
     UnknownForm,
     field,
-    holds,
     refuse_unplaced,
     require_field,
     require_object,
@@ -29,12 +26,29 @@ from .fields import (
     unknown,
     without,
 )
-from .tools import as_list, parsed
-
-FORMS = (
-    "text; segments; messages or conversations; query and response; question and answer; query, tools and answers "
-    "(calls); instruction, input and output; prompt and completion; conversation (exchanges of human and assistant)"
+from .forms import (
+    ANSWER,
+    ANSWERS,
+    CALLED,
+    CHATS,
+    COMPLETION,
+    CONTEXT,
+    FORMS,
+    KNOWN_FORMS,
+    OPENAI,
+    Form,
+    conversation,
+    dialogue,
+    form_of,
+    is_answer,
+    label_field,
+    sides_of,
+    system_of,
+    turns_before,
+    turns_of,
+    unrolled,
 )
+
 PAIRS = (
     "chosen and rejected, each a text or turns (role and content), behind a prompt, query, question or instruction "
     "(and input), or behind messages; chosen_messages and rejected_messages; input, preferred_output and "
@@ -53,18 +67,6 @@ CONTEXTS = (
     "context beside a question and answer, a query and response, an instruction and output, a prompt and completion, "
     "or messages"
 )
-CHATS = ("messages", "conversations")
-TURNS = (*CHATS, "conversation", "prompt")  # fields that may hold turns
-CONTEXT, COMPLETION, ANSWER, HISTORY = "context", "completion", "answer", "history"
-LABELLED = ("label", "kto_tag")  # fields of a label; the second is LLaMA-Factory's
-# the field of a question -> the field of its answer
-ANSWERS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
-# the fields of the forms in which only answers count
-ANSWERED = (("segments",), *((name,) for name in CHATS), *ANSWERS.items())
-OPENAI = ("preferred_output", "non_preferred_output")  # beside an input, which holds messages and tools
-SIDES = (("chosen", "rejected"), OPENAI, ("chosen_messages", "rejected_messages"))  # the better and the worse answer
-EXCHANGE = ("human", "assistant")  # fields of two turns in one object, as Firefly and ms-swift have them
-DIALOGUE = re.compile(r"(?:^|\n\n)(System|Human|User|Assistant):")  # turns in one text, as Anthropic's HH has them
 # think -> an answer to lay out in place of the model's
 STAND_IN = MappingProxyType({"": ".", "off": ".", "on": "<think>.</think>."})
 # openings of turns in other models' templates; here they are text like any other
@@ -93,83 +95,48 @@ class RowLayout(ChatLayout):
 
     def segments(self, row: object) -> list[Segment]:
         """The segments of a row of text, which counts, or of questions and answers; then only answers count."""
-        row = self.unrolled(require_object(row, ", ".join(self.fields) or FORMS))
+        row = self.with_history(require_object(row, ", ".join(self.fields) or KNOWN_FORMS))
         if self.fields:
             return self.named(row, *self.fields)
-        if "text" in row and not self.think:
-            both = next((names for names in ANSWERED if holds(row, *names)), None)
-            if both and holds(row, "text"):
-                raise UnknownForm(
-                    f"a row has a text, which counts as a whole, and {' and '.join(both)}, of which only the "
-                    "answers count, and either may be meant; name the field text, give a template for the others, such "
-                    "as instruction, or leave one of them out of the rows"
-                )
-            if not both:
-                return [(field(row, "text"), True)]
-        for name in CHATS:
-            if name in row:
-                return self.turns_in(row, name)
-        if "query" in row and "answers" in row and any(map(row.get, LISTS)):
-            turns = [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]
-            return self.placed(row, self.chat(turns))
-        for question in ("query", "question"):
-            if question in row and ANSWERS[question] in row:
-                return self.answered(row, question, ANSWERS[question])
-        if isinstance(row.get("conversation"), list):
-            return self.turns_in(row, "conversation")
-        if self.think:
+        form = form_of(row, self.think)
+        if form is not None:
+            return self.formed(row, form)
+        if self.think and form_of(row):
             raise UserError(
                 "only answers of chats (messages, or query and response) open with a thinking, and this row has the "
                 f"fields {field_names(row)}; leave the flag out for such rows"
             )
-        if "segments" in row:
-            refuse_unplaced(row)
-            return given_segments(row["segments"])
-        if "instruction" in row and "output" in row:
-            return self.instruction(row)
-        if COMPLETION in row and isinstance(row.get("prompt"), list):
-            before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
-            answer = row[COMPLETION]
-            after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-            return self.placed(row, self.chat([*before, *after]))
-        if "prompt" in row and COMPLETION in row:
-            if system_of(row):
-                raise UnknownForm(
-                    "a row has a system text beside its prompt, and a prompt is used as it is, without one; if you "
-                    "name the fields, they are laid out as a chat, which begins with the system text"
-                )
-            refuse_unplaced(row)
-            return [(field(row, "prompt"), False), (field(row, COMPLETION), True)]
-        raise unknown(row, f"known are {FORMS}")
+        raise unknown(row, f"known are {KNOWN_FORMS}")
 
-    def unrolled(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its history of questions and answers, and its own question and answer, as turns."""
-        question = next((name for name in ANSWERS if name in row and name != "prompt"), "")
-        answer = ANSWERS.get(question, "")
-        if self.fields or row.get(HISTORY) in NOTHING or any(name in row for name in ("text", *CHATS)):
-            return row
-        if not question or not (answer in row or sides_of(row)):
-            return row
-        exchanges = parsed(row[HISTORY], f"field {HISTORY!r}")
-        if not isinstance(exchanges, list) or not all(isinstance(one, list) and len(one) == 2 for one in exchanges):
-            raise UserError(f"field {HISTORY!r} holds {quoted(exchanges)}; it takes a list of [question, answer]")
-        more = field(row, "input") if question == "instruction" and row.get("input") else ""
-        last = ("\n".join(filter(None, (field(row, question), more))), row.get(answer))
-        turns: list[dict[str, Any]] = []
-        for asked, answered in (*exchanges, last):
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        turns[-1] |= {name: row[name] for name in THINKING if name in row}
-        return without(row, HISTORY, question, answer) | {"messages": turns if answer in row else turns[:-1]}
+    def formed(self, row: Row, form: Form) -> list[Segment]:
+        """The segments of a row of a form."""
+        if form.layout == "plain":
+            return form.turns(row)
+        if form.layout == "instruction":
+            return self.instruction(row, *form.turns(row))
+        parts = self.chat(form.turns(row))
+        if form.layout == "question":
+            (*prompt, (answer, _)) = parts
+            parts = [("".join(text for text, _ in prompt), False), (answer, True)]
+        return self.placed(row, parts)
+
+    def with_history(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row if self.fields else unrolled(row)
 
     def named(self, row: dict[str, Any], *names: str) -> list[Segment]:
-        """The segments of a row's text or turns, in the field names[0], or of a prompt and its answer, in two."""
+        """The segments of a row's text or turns, in the field names[0], of a prompt and its answer, in two, or of a
+        form, by all of its fields."""
         for name in names:
             require_field(row, name)
         if len(names) == 1 and isinstance(row.get(names[0]), list):
             return self.turns_in(row, names[0])
+        if len(names) > 2 and (
+            form := next((form for form in FORMS if {*form.fields, *form.beside} == {*names}), None)
+        ):
+            return self.formed(row, form)
         if len(names) > 2 or (len(names) == 1 and self.think):
-            due = "one is a text, two are a prompt and its answer" + (", which thinking needs" if self.think else "")
-            raise UserError(f"{len(names)} fields named; {due}")
+            rule = "one is a text, two are a prompt and its answer" + (", which thinking needs" if self.think else "")
+            raise UserError(f"{len(names)} fields named; {rule}")
         return self.answered(row, *names) if len(names) == 2 else [(field(row, names[0]), True)]
 
     def turns_in(self, row: Row, name: str) -> list[Segment]:
@@ -182,11 +149,10 @@ class RowLayout(ChatLayout):
         words = self.cleaned(field(row, question).strip())
         return self.placed(row, [(f"User: {words}\n\nAssistant:{opening}", False), (rest, True)])
 
-    def instruction(self, row: Row) -> list[Segment]:
-        more = self.cleaned(field(row, "input")) if row.get("input") else ""
-        words = self.cleaned(field(row, "instruction"))
-        prompt = f"Instruction: {words}\n\n" + (f"Input: {more}\n\n" if more else "")
-        return self.placed(row, [(f"{prompt}Response:", False), (f" {field(row, 'output').strip()}", True)])
+    def instruction(self, row: Row, words: str, more: str, answer: str) -> list[Segment]:
+        more = self.cleaned(more)
+        prompt = f"Instruction: {self.cleaned(words)}\n\n" + (f"Input: {more}\n\n" if more else "")
+        return self.placed(row, [(f"{prompt}Response:", False), (f" {answer.strip()}", True)])
 
     def placed(self, row: Row, parts: list[Segment]) -> list[Segment]:
         """Segments behind the row's system text, unless they begin with one, with its tools in that turn. Raises
@@ -203,7 +169,7 @@ class RowLayout(ChatLayout):
 
     def pair(self, row: object) -> list[list[Segment]]:
         """The segments of a row's better and of its worse answer, each behind the prompt."""
-        row = self.unrolled(require_object(row, PAIRS))
+        row = self.with_history(require_object(row, PAIRS))
         if self.fields:
             prompt, *names = self.fields
             return [self.named(row, prompt, name) for name in names]
@@ -229,7 +195,7 @@ class RowLayout(ChatLayout):
 
     def labelled(self, row: object) -> list[Segment]:
         """The segments of a prompt and a labelled answer; of a chat only the last answer counts."""
-        row = self.unrolled(require_object(row, LABELS))
+        row = self.with_history(require_object(row, LABELS))
         label = label_field(row, self.fields)
         if label not in row:
             raise unknown(row, f"labelled rows have {LABELS}; rows without a label are for --data_type sft")
@@ -251,7 +217,7 @@ class RowLayout(ChatLayout):
     def opened(self, row: object) -> list[Segment]:
         """The segments of a row's prompt, up to the opening of its answer; none counts. think "on" opens every answer
         with a thinking. Raises UserError for an empty prompt."""
-        row, words = self.unrolled(require_object(row, PROMPTS)), STAND_IN[self.think]
+        row, words = self.with_history(require_object(row, PROMPTS)), STAND_IN[self.think]
         turns = None if self.fields else turns_before(row)
         question = next((name for name in ANSWERS if name in row), "")
         if self.fields:
@@ -261,7 +227,8 @@ class RowLayout(ChatLayout):
             before = turns[:-1] if turns and is_answer(turns[-1]) else turns
             parts = self.placed(row, self.chat([*before, {"role": "assistant", "content": words}]))
         elif question:
-            parts = self.segments(without(row, "text") | {ANSWERS[question]: words})
+            rest = without(row, "text")
+            parts = self.segments(rest if form_of(rest) is CALLED else rest | {ANSWERS[question]: words})
         else:
             raise unknown(row, f"prompts are {PROMPTS}")
         *prompt, _ = parts
@@ -273,7 +240,7 @@ class RowLayout(ChatLayout):
         """Two documents of a row: its context, which does not count, and its question and answer, which the student
         reads alone. Raises UserError if one of the three has no words."""
         name = self.fields[0] if self.fields else CONTEXT
-        row = self.unrolled(require_field(require_object(row, CONTEXTS), name))
+        row = self.with_history(require_field(require_object(row, CONTEXTS), name))
         rest = without(row, name, "text")
         question = next((key for key in ANSWERS if key in rest), "")
         answer = ANSWERS.get(question, "")
@@ -338,125 +305,3 @@ def read_template(path: str) -> str:
     """The text of a Template: one of TEMPLATES by its name, or a file's."""
     Template(text := layout_named(path, TEMPLATES))
     return text
-
-
-def turns_of(row: Row, name: str) -> object:
-    """The turns in a row's field, a list or its JSON as text; an object with the fields of EXCHANGE is two turns."""
-    turns = row[name] if isinstance(row.get(name), list) else parsed(row[name], f"field {name!r}")
-    if not isinstance(turns, list):
-        return turns
-    found = list[object]()
-    for turn in turns:
-        both = isinstance(turn, dict) and all(role in turn for role in EXCHANGE)
-        found += [{"role": role, "content": turn[role]} for role in EXCHANGE] if both else [turn]
-    return found
-
-
-def turns_before(row: Row) -> list[Any] | None:
-    """The turns that a row holds as a list, None if it has none."""
-    name = next((name for name in TURNS if isinstance(row.get(name), list)), "")
-    found = turns_of(row, name) if name else None
-    return found if isinstance(found, list) else None
-
-
-def conversation(row: Row, before: list[Any] | None, answer: object) -> list[Any]:
-    """The turns up to `answer`: a text, a turn, or a list of turns, which is the whole conversation if its first turn
-    is not the assistant's."""
-    if isinstance(answer, str):
-        answer = {"role": "assistant", "content": answer}
-    after = answer if isinstance(answer, list) else [answer]
-    if after and not is_answer(after[0]):
-        return after
-    if before and is_answer(before[-1]):
-        raise UserError("the turns before the answers end in one of the assistant's; leave it out")
-    if before is None and isinstance(row.get("prompt"), str):
-        before = [{"role": "user", "content": row["prompt"]}]
-    return [*(before or []), *after]
-
-
-def is_answer(turn: object) -> bool:
-    """True if a turn is the assistant's or has no role. Raises UserError for an unknown role."""
-    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    return not isinstance(role, str) or speaker_of(role) == "Assistant"
-
-
-def dialogue(text: str) -> list[Any]:
-    """The turns of a text in which each begins with its speaker's name; [] for any other text."""
-    front, *rest = DIALOGUE.split(text)
-    turns = [{"role": role, "content": words} for role, words in zip(rest[::2], rest[1::2])]
-    return [] if front.strip() else turns
-
-
-def given_segments(parts: object) -> list[Segment]:
-    """The segments that a row gives itself, {text, train} each; Axolotl's rows call train label."""
-    if not isinstance(parts, list) or not parts:
-        raise UserError("segments must be a list of objects with text and train")
-    found = []
-    for part in parts:
-        counts = part.get(TRAIN, part.get("label")) if isinstance(part, dict) else None
-        if not isinstance(counts, bool) or "text" not in part:
-            raise UserError(f"a segment is {quoted(part)}; it needs a text, and train, true or false")
-        found.append((field(part, "text"), counts))
-    return found
-
-
-def system_of(row: Row) -> str:
-    """The system text beside a question, "" if a row has none."""
-    name = next(filter(row.get, SYSTEM_FIELDS), None)
-    return field(row, name).strip() if name else ""
-
-
-def sides_of(row: Row) -> tuple[str, str] | None:
-    """The fields of a row's better and worse answer; None if it is no pair."""
-    return next((sides for sides in SIDES if sides[0] in row and sides[1] in row), None)
-
-
-def loss_weight_of(row: Row) -> Any:
-    """The loss_weight of the answers in a row that count, None if none has one. Raises UserError if they differ; it is
-    1 beside others if a turn has none."""
-    found = list[Any]()
-    for value in row.values():
-        turns = [turn for turn in as_list(value) if isinstance(turn, dict)]
-        if any(turn.get(LOSS_WEIGHT) is not None for turn in turns):
-            weights = [1 if turn.get(LOSS_WEIGHT) is None else turn[LOSS_WEIGHT] for turn in turns if is_answer(turn)]
-            found += [weight for weight in weights if weight != 0]
-    first, *others = found or [None]
-    if other := next((weight for weight in others if weight != first), None):
-        raise UserError(
-            f"answers of a row have the loss_weight {quoted(first)} and {quoted(other)}; the answers of a row count "
-            "alike, or with 0 not at all; make a row of each weight"
-        )
-    return first
-
-
-def label_field(row: Row, fields: Sequence[str]) -> str:
-    """The field of a row's label, among a RowLayout's fields."""
-    return fields[2] if fields else next((name for name in LABELLED if name in row), LABELLED[0])
-
-
-def label_of(row: Row, fields: Sequence[str]) -> bool:
-    """The label of a row. Raises UserError for anything but true and false."""
-    name = label_field(row, fields)
-    value = row[name]
-    if not isinstance(value, bool):
-        raise UserError(
-            f"field {name!r} holds {quoted(value)}; a label is true for a desirable answer, or false for an "
-            "undesirable one"
-        )
-    return value
-
-
-def refuse_compared(row: Row, named: bool = False) -> None:
-    """Raise UserError for a row with a label, and for a pair unless its fields are `named`: training on every answer
-    alike would learn the bad ones as good ones."""
-    if isinstance(label := row.get(label_field(row, ())), bool):
-        raise UserError(
-            f"a row has the label {str(label).lower()}, and here every answer is learned as a good one; "
-            "train.py --data_type labels learns from both kinds; rename the field if it means something else"
-        )
-    sides = sides_of(row)
-    if sides and holds(row, *sides) and not named:
-        raise UserError(
-            f"a row has two answers, {' and '.join(sides)}, which train.py --data_type pairs learns from; name the "
-            "fields to learn from others alone"
-        )

@@ -2,7 +2,7 @@
 
     rwkv-peft preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE]
 
-INPUT is .jsonl (a row a line; layouts.py lists the forms), .json, .csv (the first line names the
+INPUT is .jsonl (a row a line; forms.py lists them), .json, .csv (the first line names the
 fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
 datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
 loss, PREFIX.weights if rows have weights, and PREFIX.json, which names the tokenizer; with --shard_tokens in shards,

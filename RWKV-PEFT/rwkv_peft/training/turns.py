@@ -14,7 +14,7 @@ from ..cli.errors import UserError
 from ..cli.names import G1
 from ..data.chat import TURN_END, ChatLayout, stops_of
 from ..data.encoding import EncodeSettings, encoder
-from ..data.layouts import ANSWERS, CHATS
+from ..data.forms import ANSWERS, CHATS
 from ..data.tokenizer import Tokenizer
 from ..data.tools import TOOL_FORMS, ToolCall, ToolForm, parse_calls
 from ..environments.environments import Environments, Place

@@ -1,0 +1,306 @@
+"""The forms of rows, in one table: the fields that recognize a form, and a function of a row to its turns.
+
+The reader of rows, the messages and the guide are made of it. layouts.py lays turns out as text, and columns.py finds a
+question and an answer in the rows of files that have no form of this table.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, Literal
+
+from ..cli.errors import UserError, quoted
+from ..cli.names import SYSTEM_FIELDS
+from .chat import LOSS_WEIGHT, THINKING, TRAIN, Segment, speaker_of
+from .fields import LISTS, NOTHING, Row, UnknownForm, field, holds, refuse_unplaced, without
+from .tools import as_list, parsed
+
+CHATS = ("messages", "conversations")
+TURNS = (*CHATS, "conversation", "prompt")  # fields that may hold turns
+CONTEXT, COMPLETION, ANSWER, HISTORY = "context", "completion", "answer", "history"
+LABELLED = ("label", "kto_tag")  # fields of a label; the second is LLaMA-Factory's
+# the field of a question -> the field of its answer
+ANSWERS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
+OPENAI = ("preferred_output", "non_preferred_output")  # beside an input, which holds messages and tools
+SIDES = (("chosen", "rejected"), OPENAI, ("chosen_messages", "rejected_messages"))  # the better and the worse answer
+EXCHANGE = ("human", "assistant")  # fields of two turns in one object, as Firefly and ms-swift have them
+DIALOGUE = re.compile(r"(?:^|\n\n)(System|Human|User|Assistant):")  # turns in one text, as Anthropic's HH has them
+MOST_ROWS_OF_NAMES = 256  # lists of fields whose forms are remembered
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of rows, recognized by its fields, all of them, if it `fits`.
+
+    turns gives a row's turns {role, content}, for the layout "chat", and for "question", which has the text of a chat
+    in two segments. For "instruction" it gives the three texts, and for "plain" the segments themselves. `beside` are
+    fields that the form reads if a row has them.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    turns: Callable[[Row], Any]
+    layout: Literal["chat", "question", "instruction", "plain"] = "chat"
+    fits: Callable[[Row], bool] = lambda row: True
+    beside: tuple[str, ...] = ()
+
+    @property
+    def thinks(self) -> bool:
+        """True if its answers may open with a thinking."""
+        return self.layout in ("chat", "question")
+
+
+def turns_in(name: str) -> Callable[[Row], Any]:
+    return lambda row: turns_of(row, name)
+
+
+def holds_list(name: str) -> Callable[[Row], bool]:
+    return lambda row: isinstance(row.get(name), list)
+
+
+def asked(question: str) -> Callable[[Row], list[dict[str, Any]]]:
+    """The function of a row to the turns of a question and its answer."""
+    answer = ANSWERS[question]
+
+    def turns(row: Row) -> list[dict[str, Any]]:
+        thinking = {name: row[name] for name in THINKING if name in row}
+        turn = {"role": "assistant", "content": field(row, answer)}
+        return [{"role": "user", "content": field(row, question)}, turn | thinking]
+
+    return turns
+
+
+def called(row: Row) -> list[dict[str, Any]]:
+    """The turns of a question and of the calls that answer it, as in xLAM's rows."""
+    return [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]
+
+
+def completed(row: Row) -> list[Any]:
+    """The turns of a prompt that is a list, of which none counts, and of its completion."""
+    before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
+    answer = row[COMPLETION]
+    return [*before, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+
+
+def joined(row: Row) -> list[Segment]:
+    """The segments of a prompt that is used as it is, and of its completion."""
+    if system_of(row):
+        raise UnknownForm(
+            "a row has a system text beside its prompt, and a prompt is used as it is, without one; if you "
+            "name the fields, they are laid out as a chat, which begins with the system text"
+        )
+    refuse_unplaced(row)
+    return [(field(row, "prompt"), False), (field(row, COMPLETION), True)]
+
+
+def segments(row: Row) -> list[Segment]:
+    refuse_unplaced(row)
+    return given_segments(row["segments"])
+
+
+def instruction(row: Row) -> tuple[str, str, str]:
+    more = field(row, "input") if row.get("input") else ""
+    return field(row, "instruction"), more, field(row, "output")
+
+
+CALLED = Form(
+    "query, tools and answers (calls)",
+    ("query", "answers"),
+    called,
+    fits=lambda row: any(map(row.get, LISTS)),
+    beside=LISTS,
+)
+FORMS = (
+    Form("text", ("text",), lambda row: [(field(row, "text"), True)], "plain"),
+    *(Form(name, (name,), turns_in(name)) for name in CHATS),
+    CALLED,
+    Form("query and response", ("query", "response"), asked("query"), "question"),
+    Form("question and answer", ("question", "answer"), asked("question"), "question"),
+    Form(
+        "conversation (exchanges of human and assistant)",
+        ("conversation",),
+        turns_in("conversation"),
+        fits=holds_list("conversation"),
+    ),
+    Form("segments", ("segments",), segments, "plain"),
+    Form("instruction, input and output", ("instruction", "output"), instruction, "instruction", beside=("input",)),
+    Form("prompt (turns) and completion", ("prompt", COMPLETION), completed, fits=holds_list("prompt")),
+    Form(
+        "prompt and completion",
+        ("prompt", COMPLETION),
+        joined,
+        "plain",
+        fits=lambda row: not isinstance(row["prompt"], list),
+    ),
+)
+KNOWN_FORMS = "; ".join(form.name for form in FORMS)
+
+
+@lru_cache(MOST_ROWS_OF_NAMES)
+def named_so(names: tuple[str, ...]) -> tuple[Form, ...]:
+    """The forms whose fields are among the names."""
+    return tuple(form for form in FORMS if set(form.fields) <= set(names))
+
+
+def form_of(row: Row, think: str = "") -> Form | None:
+    """The form of a row, None if it has none; with `think`, among those that may think. Raises UnknownForm for a row
+    that two forms fit."""
+    forms = [form for form in named_so(tuple(row)) if (form.thinks or not think) and form.fits(row)]
+    if len(forms) < 2:
+        return forms[0] if forms else None
+    full = [form for form in forms if holds(row, *form.fields)]
+    if len(full) > 1:
+        first, second, *_ = full
+        if first.name == "text":
+            what = (
+                f"a text, which counts as a whole, and {' and '.join(second.fields)}, of which only the answers count"
+            )
+        else:
+            what = f"the fields of two forms, {first.name}, and {second.name}"
+        choices = [[*form.fields, *(name for name in form.beside if name in row)] for form in (first, second)]
+        raise UnknownForm(f"a row has {what}, and either may be meant", choices)
+    return (full or forms)[0]
+
+
+def unrolled(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its history of questions and answers, and its own question and answer, as turns."""
+    question = next((name for name in ANSWERS if name in row and name != "prompt"), "")
+    answer = ANSWERS.get(question, "")
+    if row.get(HISTORY) in NOTHING or any(name in row for name in ("text", *CHATS)):
+        return row
+    if not question or not (answer in row or sides_of(row)):
+        return row
+    exchanges = parsed(row[HISTORY], f"field {HISTORY!r}")
+    if not isinstance(exchanges, list) or not all(isinstance(one, list) and len(one) == 2 for one in exchanges):
+        raise UserError(f"field {HISTORY!r} holds {quoted(exchanges)}; it takes a list of [question, answer]")
+    more = field(row, "input") if question == "instruction" and row.get("input") else ""
+    last = ("\n".join(filter(None, (field(row, question), more))), row.get(answer))
+    turns: list[dict[str, Any]] = []
+    for question_words, answer_words in (*exchanges, last):
+        turns += [{"role": "user", "content": question_words}, {"role": "assistant", "content": answer_words}]
+    turns[-1] |= {name: row[name] for name in THINKING if name in row}
+    return without(row, HISTORY, question, answer) | {"messages": turns if answer in row else turns[:-1]}
+
+
+def turns_of(row: Row, name: str) -> object:
+    """The turns in a row's field, a list or its JSON as text; an object with the fields of EXCHANGE is two turns."""
+    turns = row[name] if isinstance(row.get(name), list) else parsed(row[name], f"field {name!r}")
+    if not isinstance(turns, list):
+        return turns
+    found = list[object]()
+    for turn in turns:
+        both = isinstance(turn, dict) and all(role in turn for role in EXCHANGE)
+        found += [{"role": role, "content": turn[role]} for role in EXCHANGE] if both else [turn]
+    return found
+
+
+def turns_before(row: Row) -> list[Any] | None:
+    """The turns that a row holds as a list, None if it has none."""
+    name = next((name for name in TURNS if isinstance(row.get(name), list)), "")
+    found = turns_of(row, name) if name else None
+    return found if isinstance(found, list) else None
+
+
+def conversation(row: Row, before: list[Any] | None, answer: object) -> list[Any]:
+    """The turns up to `answer`: a text, a turn, or a list of turns, which is the whole conversation if its first turn
+    is not the assistant's."""
+    if isinstance(answer, str):
+        answer = {"role": "assistant", "content": answer}
+    after = answer if isinstance(answer, list) else [answer]
+    if after and not is_answer(after[0]):
+        return after
+    if before and is_answer(before[-1]):
+        raise UserError("the turns before the answers end in one of the assistant's; leave it out")
+    if before is None and isinstance(row.get("prompt"), str):
+        before = [{"role": "user", "content": row["prompt"]}]
+    return [*(before or []), *after]
+
+
+def is_answer(turn: object) -> bool:
+    """True if a turn is the assistant's or has no role. Raises UserError for an unknown role."""
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return not isinstance(role, str) or speaker_of(role) == "Assistant"
+
+
+def dialogue(text: str) -> list[Any]:
+    """The turns of a text in which each begins with its speaker's name; [] for any other text."""
+    front, *rest = DIALOGUE.split(text)
+    turns = [{"role": role, "content": words} for role, words in zip(rest[::2], rest[1::2])]
+    return [] if front.strip() else turns
+
+
+def given_segments(parts: object) -> list[Segment]:
+    """The segments that a row gives itself, {text, train} each; Axolotl's rows call train label."""
+    if not isinstance(parts, list) or not parts:
+        raise UserError("segments must be a list of objects with text and train")
+    found = []
+    for part in parts:
+        counts = part.get(TRAIN, part.get("label")) if isinstance(part, dict) else None
+        if not isinstance(counts, bool) or "text" not in part:
+            raise UserError(f"a segment is {quoted(part)}; it needs a text, and train, true or false")
+        found.append((field(part, "text"), counts))
+    return found
+
+
+def system_of(row: Row) -> str:
+    """The system text beside a question, "" if a row has none."""
+    name = next(filter(row.get, SYSTEM_FIELDS), None)
+    return field(row, name).strip() if name else ""
+
+
+def sides_of(row: Row) -> tuple[str, str] | None:
+    """The fields of a row's better and worse answer; None if it is no pair."""
+    return next((sides for sides in SIDES if sides[0] in row and sides[1] in row), None)
+
+
+def loss_weight_of(row: Row) -> Any:
+    """The loss_weight of the answers in a row that count, None if none has one. Raises UserError if they differ; it is
+    1 beside others if a turn has none."""
+    found = list[Any]()
+    for value in row.values():
+        turns = [turn for turn in as_list(value) if isinstance(turn, dict)]
+        if any(turn.get(LOSS_WEIGHT) is not None for turn in turns):
+            weights = [1 if turn.get(LOSS_WEIGHT) is None else turn[LOSS_WEIGHT] for turn in turns if is_answer(turn)]
+            found += [weight for weight in weights if weight != 0]
+    first, *others = found or [None]
+    if other := next((weight for weight in others if weight != first), None):
+        raise UserError(
+            f"answers of a row have the loss_weight {quoted(first)} and {quoted(other)}; the answers of a row count "
+            "alike, or with 0 not at all; make a row of each weight"
+        )
+    return first
+
+
+def label_field(row: Row, fields: Sequence[str]) -> str:
+    """The field of a row's label, among a RowLayout's fields."""
+    return fields[2] if fields else next((name for name in LABELLED if name in row), LABELLED[0])
+
+
+def label_of(row: Row, fields: Sequence[str]) -> bool:
+    """The label of a row. Raises UserError for anything but true and false."""
+    name = label_field(row, fields)
+    value = row[name]
+    if not isinstance(value, bool):
+        raise UserError(
+            f"field {name!r} holds {quoted(value)}; a label is true for a desirable answer, or false for an "
+            "undesirable one"
+        )
+    return value
+
+
+def refuse_compared(row: Row, named: bool = False) -> None:
+    """Raise UserError for a row with a label, and for a pair unless its fields are `named`: training on every answer
+    alike would learn the bad ones as good ones."""
+    if isinstance(label := row.get(label_field(row, ())), bool):
+        raise UserError(
+            f"a row has the label {str(label).lower()}, and here every answer is learned as a good one; "
+            "train.py --data_type labels learns from both kinds; rename the field if it means something else"
+        )
+    sides = sides_of(row)
+    if sides and holds(row, *sides) and not named:
+        raise UserError(
+            f"a row has two answers, {' and '.join(sides)}, which train.py --data_type pairs learns from; name the "
+            "fields to learn from others alone"
+        )

@@ -1,0 +1,57 @@
+"""The table of forms: each is recognized by its fields, and a row that two forms fit is refused with both."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from data.documents import texts
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.forms import FORMS, form_of
+from rwkv_peft.data.layouts import RowLayout
+
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+ALPACA = {"instruction": "Add.", "input": "2 2", "output": "4"}
+ROWS = {
+    "text": {"text": "T"},
+    "messages": {"messages": TURNS},
+    "conversations": {"conversations": TURNS},
+    "query, tools and answers (calls)": {"query": "Q", "tools": [{"name": "f"}], "answers": [{"name": "f"}]},
+    "query and response": {"query": "Q", "response": "A"},
+    "question and answer": {"question": "Q", "answer": "A"},
+    "conversation (exchanges of human and assistant)": {"conversation": [{"human": "Q", "assistant": "A"}]},
+    "segments": {"segments": [{"text": "T", "train": True}]},
+    "instruction, input and output": ALPACA,
+    "prompt (turns) and completion": {"prompt": TURNS[:1], "completion": "A"},
+    "prompt and completion": {"prompt": "Q", "completion": "A"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_a_row_is_of_one_form_and_two_forms_are_refused_with_both_names(form):
+    row = ROWS[form.name]
+    assert form_of(row) is form and RowLayout().segments(row)
+    for other, more in ROWS.items():
+        both = row | {name: value for name, value in more.items() if name not in row}
+        if other != form.name and not {*row} & {*more}:
+            first, second = sorted((form, form_of(more)), key=FORMS.index)
+            names = (" and ".join(second.fields) if first.name == "text" else second.name), first.name
+            with pytest.raises(UserError) as refused:
+                RowLayout().segments(both)
+            assert all(name in str(refused.value) for name in names)
+
+
+def test_each_choice_of_a_message_on_two_forms_gives_that_forms_layout(preprocess):
+    """Alpaca's rows have their own text beside their fields."""
+    row = ALPACA | {"text": "Add. 2 2 4"}
+    with pytest.raises(UserError, match="name yours, as --fields text or --fields instruction output input") as refused:
+        preprocess([row])
+    first, second = re.findall(r"--fields ((?:[a-z]+ ?)+?)(?: or |\n|$)", str(refused.value))
+    assert texts(preprocess([row], "--fields", *first.split())) == [("Add. 2 2 4", "Add. 2 2 4")]
+    assert texts(preprocess([row], "--fields", *second.split())) == texts(preprocess([ALPACA]))
+
+
+def test_the_guide_lists_every_form():
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
+    for form in FORMS:
+        assert all(f"`{name}`" in guide for name in form.fields), form.name
