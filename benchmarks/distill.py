@@ -1,27 +1,19 @@
-"""Trains a small student plainly and by --objective distill, on the same rows, and compares its loss on held-out rows;
-or tells how much of a teacher's distribution its k most probable tokens hold.
+"""Trains a small student plainly and by --objective distill, on the same rows, and compares its loss on held-out rows.
 
     python benchmarks/distill.py --student rwkv6-tiny-1m-bf16.pth --teacher rwkv6-tiny-3m-bf16.pth \\
         --rows gsm8k/train.jsonl --steps 200
-    python benchmarks/distill.py --student rwkv6-tiny-1m-bf16.pth --teacher rwkv6-tiny-3m-bf16.pth \\
-        --rows gsm8k/train.jsonl --top_k 1 4 16 64 --held_out 32
 
 The teacher itself is trained on the rows first, by plain steps. Tokens are the bytes of UTF-16, on which the tiny
 models of rwkv.cpp's tests were trained, two a character; every token counts. Flags after -- are those of train.py for
-students. With --top_k nothing trains: the probability that is left to other tokens on the last --held_out rows, and the
-student's divergence over the stored tokens and one class of all others, beside the one over all tokens.
+students.
 """
 
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from common import Parser, head, row, split, train, write_model, write_tokens
+from common import Parser, split, train, write_model, write_tokens
 from methods import demo_rows, texts_of, tokens_of
-
-from rwkv_peft.checkpoints.base import open_base
-from rwkv_peft.objectives.divergence import Divergence, divergence, most_probable
 
 TRAIN = "--peft none --ctx_len 256 --micro_bsz 8 --random_seed 1 --lr_init 1e-3 --lr_final 1e-4 --warmup_steps 10"
 STUDENTS = {
@@ -30,7 +22,6 @@ STUDENTS = {
     "forward KL, weight 0.5": ("--distill_weight", "0.5"),
     "reverse KL, weight 0.5": ("--distill_weight", "0.5", "--distill_kl", "reverse"),
 }
-KINDS = ("forward", "reverse")
 
 
 def main(argv):
@@ -43,7 +34,6 @@ def main(argv):
     parser.add_argument("--teacher_steps", type=int, default=200, help="of the teacher, on the rows (default 200)")
     parser.add_argument("--held_out", type=int, default=64, help="rows to measure on (default 64)")
     parser.add_argument("--students", type=int, default=len(STUDENTS), help="the first so many")
-    parser.add_argument("--top_k", type=int, nargs="+", default=(), help="tokens that a teacher's file would store")
     parser.add_argument("--output", default="out/distill", metavar="DIR")
     args = parser.parse_args(own)
     folder = Path(args.output or tempfile.mkdtemp()).resolve()
@@ -52,10 +42,6 @@ def main(argv):
         args.student = args.teacher = folder / "model.pth"
         write_model(args.student, "x060", 1, 64, 256)
     texts = texts_of(args.rows or demo_rows(folder), None if args.quick else "question")
-    if args.top_k or args.quick:
-        store(args, texts[-args.held_out :])
-    if args.top_k:
-        return
     for name, part in {"train": texts[: -args.held_out], "held-out": texts[-args.held_out :]}.items():
         write_tokens(folder / name, 256, [tokens_of(text, utf16=True) for text in part])
     data = ("--data_file", folder / "train", "--val_data", folder / "held-out", "--epoch_count", 1, *TRAIN.split())
@@ -67,32 +53,6 @@ def main(argv):
         last = train(folder / f"student-{number}", *length, *data, *distill, *flags, *more)[-1]
         kl = f", KL {2 * last['val_kl']:.4f}" if number else ""
         print(f"{name}: {2 * last.get('val_nll', last['val_loss']):.4f} nats a character{kl}", flush=True)
-
-
-@torch.inference_mode()
-def store(args, texts):
-    """Print what the k most probable tokens hold, for each k."""
-    torch.set_num_threads(1)
-    student, teacher = (torch.cat(list(logits(path, texts))) for path in (args.student, args.teacher))
-    print(f"{len(teacher):,} tokens\n")
-    head("tokens stored", "bytes a token", "left, mean", "left, most", "forward KL", "reverse KL")
-    for number in args.top_k or (1,):
-        stored = most_probable(teacher, number, 1.0)
-        left = stored.logprobs[:, -1].exp()
-        shares = f"{left.mean():.2%}", f"{left.max():.2%}"
-        row(number, 8 * number + 4, *shares, *(f"{mean(student, stored, kind):.4f}" for kind in KINDS))
-    row("all", "", "", "", *(f"{mean(student, teacher, kind):.4f}" for kind in KINDS))
-
-
-def logits(path, texts):
-    base = open_base(path)
-    model = base.family.load(base.tensors, base.config).float()
-    for text in texts:
-        yield model(torch.tensor(tokens_of(text, utf16=True))[None, :-1])[0][0]
-
-
-def mean(student, teacher, kind):
-    return divergence(student.clone(), teacher, Divergence(kind, 0.5, 1.0, 1.0))[0].mean().item()
 
 
 if __name__ == "__main__":

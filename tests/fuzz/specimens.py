@@ -27,8 +27,6 @@ from rwkv_peft.inference.chat import show
 from rwkv_peft.inference.loading import load_model, read_state_file
 from rwkv_peft.inference.prompts import encode, read_prompt_file
 from rwkv_peft.inference.text import Continuation
-from rwkv_peft.objectives.distill import Distill
-from rwkv_peft.objectives.divergence import Stored
 from rwkv_peft.plots import read_metrics, series
 from rwkv_peft.release import convert
 from rwkv_peft.release import merge as merge_command
@@ -43,7 +41,6 @@ from rwkv_peft.training.rates import with_first_rates
 from rwkv_peft.training.saving.checkpoints import list_checkpoints, write_state
 from rwkv_peft.training.saving.resume import Lowest, forget_rest, history, read_run_state, validated_from
 from rwkv_peft.training.step.plan import Plan
-from rwkv_peft.training.step.teacher import ENTRY, Source, StoredTeacher, open_stored, write_stored
 
 LAYER = "blocks.0.att.key"
 ROW = {
@@ -161,13 +158,6 @@ def vocabulary_read(folder):
     return remarks(read_record(folder / "config.json"), read_record(folder / "config.json"), 80)
 
 
-def stored_read(folder):
-    found = StoredTeacher(str(folder / "said.safetensors"))
-    for key, place in found.places.items():
-        assert len(key) == 16 and len(found.words[place]) == len(found.logprobs[place]) == place.stop - place.start > 0
-    return str(found), open_stored(Distill(stored=found.path), 257)
-
-
 def settings_read(folder):
     return expanded(["--config", str(folder / "run.yaml")], parser_of_train())
 
@@ -239,8 +229,6 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     run["config"] = {"train": asdict(TrainConfig(lr_init=0.1, lr_final=0.1))}
     (folder / CHECKPOINT / "optimizer" / "a").write_text("a")
     write_state(folder / CHECKPOINT / "state.json", run)
-    said = {bytes([size]) * 16: Stored(torch.ones(size, 4).int(), -torch.ones(size, 5)) for size in (2, 3)}
-    write_stored(folder / "said.safetensors", said, Source("t.pth", "abc", "", 257, 1.0, 0.1))
     (folder / "run.yaml").write_text("bone_r: 8\nlr_init: 5e-6\ntrain_parts: [time, ln]\nlora_config: {lora_r: 4}\n")
     vocabulary = {"name": "bytes", "hash": "abc", "size": 257}
     (folder / "config.json").write_text(json.dumps({"train": {"lr_init": 1}, "vocabulary": vocabulary}))
@@ -280,7 +268,6 @@ def json_tokenizer() -> dict[str, object]:
 IN_PTH = (*map(m.in_pickle, m.PICKLE), m.without_a_record, *[m.other_tensor] * 4)
 IN_SAFETENSORS = (*map(m.in_safetensors_header, (*m.JSON, m.other_value)), m.other_dtype)
 IN_METADATA = tuple(m.in_metadata(METADATA_KEY, mutation) for mutation in (*m.JSON, m.other_value))
-IN_SAID = tuple(m.in_metadata(ENTRY, mutation) for mutation in (*m.JSON, m.other_value))
 IN_LINES = tuple(m.in_one_line(mutation) for mutation in (*m.JSON, m.other_value, m.flipped))
 SPECIMENS = (
     Specimen("model.pth", model_read("model.pth"), IN_PTH, 150),
@@ -322,7 +309,6 @@ SPECIMENS = (
     Specimen("config.json", vocabulary_read, m.JSON, 30),
     Specimen("flag.json", flag_read, m.JSON),
     Specimen(f"{CHECKPOINT}/state.json", checkpoint_read, m.JSON, 30),
-    Specimen("said.safetensors", stored_read, IN_SAFETENSORS + IN_SAID, 60),
     Specimen("run.yaml", settings_read, (m.odd_yaml,) * 20, 60),
     Specimen("splits/dataset_dict.json", lambda folder: held_out_split(folder / "splits"), m.JSON, 40),
 )

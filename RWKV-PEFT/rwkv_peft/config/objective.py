@@ -73,8 +73,7 @@ class Objective(ABC):
       methods compared
     - pace: its learning rate over that of next tokens, if none is given
     - figures: the numbers that it always reports
-    - teacher: the file of the model that it learns from, if it needs a TEACHER and the model is not its own; stored: a
-      file of that model's log-probabilities in its place; store: the file to write them to
+    - teacher: the file of the model that it learns from, if it needs a TEACHER and the model is not its own
     - reward, weights: what judges answers, and what each is multiplied by (() for 1), if it needs REWARDS;
       environments: the classes whose conversations they are, () for answers without tools
     """
@@ -91,8 +90,6 @@ class Objective(ABC):
     figures: ClassVar[tuple[Figure, ...]] = ()
     # without annotations, which would make them fields of every objective
     teacher = ""
-    stored = ""
-    store = ""
     reward = tuple[str, ...]()
     weights = tuple[float, ...]()
     environments = tuple[str, ...]()

@@ -155,8 +155,7 @@ def values_of(*settings: Settings) -> dict[str, Any]:
             values |= {"train_type": INFCTX if one.chunk_ctx else NONE}
         if isinstance(one, Objective):
             values["objective"] = one.name
-    other = values.get("teacher_model") or values.get("teacher_logprobs")
-    values[OWN_TEACHER] = values.get("data_type") == "contexts" and not other
+    values[OWN_TEACHER] = values.get("data_type") == "contexts" and not values.get("teacher_model")
     return values
 
 

@@ -5,14 +5,14 @@ distillation: Askell et al. 2021, arXiv 2112.00861, section 2.1; Snell et al. 20
 The loss is weight times the divergence from the teacher's distribution (divergence.py), and 1 - weight times the
 cross-entropy of the next token (Hinton et al. 2015, arXiv 1503.02531). The tokens come from rows, or from completions
 that the student samples to prompts: it then learns at the places to which its own tokens lead, as in GKD (Agarwal et
-al. 2024, arXiv 2306.13649). The teacher's log-probabilities of rows may be stored before (training/step/teacher.py).
+al. 2024, arXiv 2306.13649).
 """
 
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..cli.parser import above_zero, constrained, open_share, positive, share
+from ..cli.parser import above_zero, constrained, open_share, share
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config.objective import TEACHER, Batch, Figure, Losses, Passes, number_of_tokens
 from ..config.setting import setting
@@ -46,20 +46,10 @@ class Distill(Draws):
         Rule(
             "--objective distill",
             NEEDS,
-            "--teacher_model, --teacher_logprobs, --data_type contexts",
+            "--teacher_model, --data_type contexts",
             "it learns from one",
             "name a .pth of the same tokens, or give rows with contexts, in which the model teaches itself",
         ),
-        Rule("--teacher_logprobs", EXCLUDES, "--teacher_model, --store_teacher", "it holds a teacher's results"),
-        Rule(
-            "--teacher_logprobs, --store_teacher",
-            EXCLUDES,
-            "--data_type prompts",
-            "the student's answers are not known before it draws them",
-            "name a --teacher_model",
-        ),
-        Rule("--teacher_logprobs", EXCLUDES, "--context_parallel", "a rank reads a part of each row", "leave it out"),
-        Rule("--teacher_top_k", NEEDS, "--store_teacher", "it is the number of tokens that are stored"),
         Rule("--distill_beta", NEEDS, "--distill_kl jsd", "it weighs the parts of that"),
         Rule("--distill_weight", EXCLUDES, "--data_type prompts", "the student's own words are no example to follow"),
         Rule(OF_DRAWING, EXCLUDES, "--data_type !prompts", "it is about drawn answers"),
@@ -67,25 +57,6 @@ class Distill(Draws):
     figures = (Figure("kl", "divergence from the teacher"), Figure("nll"))
     teacher: str = setting(
         "", "the teacher, a .pth with the student's vocabulary, of any size and generation", flag="teacher_model"
-    )
-    stored: str = setting(
-        "",
-        "learn from a file of --store_teacher, a teacher's log-probabilities of these rows, with no teacher in memory",
-        flag="teacher_logprobs",
-        metavar="FILE",
-    )
-    store: str = setting(
-        "",
-        "read the rows once with the teacher, write its --teacher_top_k most probable tokens at each token that counts "
-        "to this .safetensors, and train nothing",
-        flag="store_teacher",
-        metavar="FILE",
-    )
-    top_k: int = setting(
-        32,
-        "store so many tokens, with their probabilities, and the probability of all others together",
-        flag="teacher_top_k",
-        type=positive,
     )
     kind: str = setting(
         FORWARD,
@@ -116,16 +87,14 @@ class Distill(Draws):
     )
 
     def loss(self, passes: Passes, batch: Batch, count: float) -> Losses:
-        from .divergence import Divergence, Stored, linear_divergence
+        from .divergence import Divergence, linear_divergence
 
         counted = batch.get("teacher_counted", batch["counted"])
         divisor: float | Tensor = count
         if "lengths" in batch:  # the items of drawn answers are prompts, because their tokens are not known before
             divisor = count * batch["mean_length"] * len(batch["lengths"]) / batch["prompts"]
-        if self.stored:
-            teacher = Stored(batch["stored_words"], batch["stored_logprobs"])
-        else:  # before the student's pass, so that the activations of both are never alive together
-            teacher = passes.teacher(lambda x, weight: (x.reshape(-1, x.shape[-1])[counted], weight))
+        # before the student's pass, so that the activations of both are never alive together
+        teacher = passes.teacher(lambda x, weight: (x.reshape(-1, x.shape[-1])[counted], weight))
         settings = Divergence(self.kind, self.beta, self.temperature, self.weight)
 
         def head(x: "Tensor", weight: "Tensor") -> "Tensor":

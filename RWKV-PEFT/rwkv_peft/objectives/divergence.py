@@ -5,10 +5,6 @@ GKD (Agarwal et al. 2024, arXiv 2306.13649, equation 1) lies between: beta KL(te
 KL(student | m) with m = beta teacher + (1 - beta) student. Both distributions are softmax(logits / temperature), and
 the divergence is times temperature², so that its gradient stays as large at any temperature (Hinton et al. 2015, arXiv
 1503.02531).
-
-A Stored teacher has the probabilities of a few tokens at each place, and of all others together. The divergence is then
-between the distributions over these classes, at most the one over all tokens: the student may spread the probability
-that is left over the others as it likes.
 """
 
 import math
@@ -20,30 +16,6 @@ from torch import Tensor
 from ..ops.cross_entropy import cross_entropy_
 from ..ops.products import linear
 from .cross_entropy import L2WRAP, ChunkedHead, chunk_rows, divisors
-
-
-class Stored(NamedTuple):
-    """words (n, k): the most probable tokens; logprobs (n, k + 1): theirs, and the log-probability of all others."""
-
-    words: Tensor
-    logprobs: Tensor
-
-    def part(self, part: slice) -> "Stored":
-        return Stored(self.words[part], self.logprobs[part])
-
-
-def most_probable(logits: Tensor, number: int, temperature: float) -> Stored:
-    """logits (n, V) -> the Stored of so many tokens, below V, of softmax(logits / temperature)."""
-    log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(1)
-    words = log_p.topk(number, 1).indices
-    return Stored(words, in_classes(log_p, words))
-
-
-def in_classes(log_p: Tensor, words: Tensor) -> Tensor:
-    """log-probabilities (n, V), words (n, k) -> the words', and all others' together: (n, k + 1)."""
-    others = log_p.scatter(1, words, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.cat([log_p.gather(1, words), others], 1)
-
 
 ALIVE = 8  # tensors of a chunk's logits that are alive at once, so that a chunk has so many times fewer tokens
 
@@ -64,26 +36,13 @@ class Divergence(NamedTuple):
         return 1 - self.weight if self.beside is None else self.beside
 
 
-def divergence(student: Tensor, teacher: Tensor | Stored, settings: Divergence) -> tuple[Tensor, Tensor]:
-    """Logits (n, V) of both, or the teacher's Stored -> the divergence of each token (n,), its gradient in the
-    student's logits (n, V); float32, or float64 for float64 logits."""
+def divergence(student: Tensor, teacher: Tensor, settings: Divergence) -> tuple[Tensor, Tensor]:
+    """Logits (n, V) of both -> the divergence of each token (n,), its gradient in the student's logits (n, V); float32,
+    or float64 for float64 logits."""
     wide, temperature = torch.promote_types(student.dtype, torch.float32), settings.temperature
     log_p = (student.to(wide) / temperature).log_softmax(1)
-    if isinstance(teacher, Stored):
-        values, gradient = of_classes(log_p, teacher, settings)
-    else:
-        values, gradient = of_logprobs(log_p, (teacher.to(wide) / temperature).log_softmax(1), settings)
+    values, gradient = of_logprobs(log_p, (teacher.to(wide) / temperature).log_softmax(1), settings)
     return values * temperature**2, gradient.mul_(temperature)
-
-
-def of_classes(log_p: Tensor, teacher: Stored, settings: Divergence) -> tuple[Tensor, Tensor]:
-    """log_p (n, V), the log_softmax of logits -> the divergence over a Stored's classes (n,), its gradient in the
-    logits (n, V). In the class of all others it is shared as the student's probability is."""
-    words = teacher.words.long()
-    of_class = in_classes(log_p, words)
-    values, gradient = of_logprobs(of_class.clone(), teacher.logprobs.to(log_p.dtype, copy=True), settings)
-    shares = log_p.sub_(of_class[:, -1:]).exp_().mul_(gradient[:, -1:])
-    return values, shares.scatter_(1, words, gradient[:, :-1])
 
 
 def of_logprobs(log_p: Tensor, log_q: Tensor, settings: Divergence) -> tuple[Tensor, Tensor]:
@@ -108,7 +67,7 @@ def of_logprobs(log_p: Tensor, log_q: Tensor, settings: Divergence) -> tuple[Ten
 
 def linear_divergence(
     student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor] | Stored,
+    teacher: tuple[Tensor, Tensor],
     targets: Tensor,
     counted: Tensor,
     count: float | Tensor,
@@ -121,7 +80,7 @@ def linear_divergence(
     gradient.
 
     student: hidden (B, T, C) and the weight of its head (V, C); teacher: hidden (n, D) of the counted tokens alone, and
-    the weight of its head (V, D), or the Stored of these tokens; the others as in linear_cross_entropy, and so is the
+    the weight of its head (V, D); the others as in linear_cross_entropy, and so is the
     gradient of the cross-entropy's share, L2Wrap included.
     """
     hidden, weight = student
@@ -131,8 +90,9 @@ def linear_divergence(
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
         own, marks = (None if each is None else each[..., part] for each in (weights, parts))
-        said = teacher.part(part) if isinstance(teacher, Stored) else linear(teacher[0][part], teacher[1])
-        found, grad = of_logits(logits, said, targets[part], count, settings, own, marks)
+        found, grad = of_logits(
+            logits, linear(teacher[0][part], teacher[1]), targets[part], count, settings, own, marks
+        )
         return found, grad.to(logits.dtype)
 
     sums, size = 3 + (0 if parts is None else len(parts)), taught_rows(weight.shape[0], weight.is_cuda)
@@ -146,7 +106,7 @@ def taught_rows(vocabulary: int, on_gpu: bool) -> int:
 
 def of_logits(
     student: Tensor,
-    teacher: Tensor | Stored,
+    teacher: Tensor,
     targets: Tensor,
     count: float | Tensor,
     settings: Divergence,

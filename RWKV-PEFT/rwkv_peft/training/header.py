@@ -48,8 +48,6 @@ def describe(
     if teacher := inputs.teacher:
         size = f"{counted(teacher.config.n_layer, 'layer')}, {teacher.config.n_embd} channels"
         say(f"teacher   {teacher.family.name}, {size}, from {teacher.path}{behind}")
-    elif inputs.stored:
-        say(f"teacher   {inputs.stored}")
     elif TEACHER in config.objective.needs:
         say(f"teacher   the base, without what trains{behind}")
     say(f"training  {describe_adapter(adapter)}: {report}")

@@ -21,7 +21,7 @@ from .rates import with_chosen_epochs, with_first_rates
 from .saving.checkpoints import require_files
 from .saving.resume import Lowest, data_identity, find_state, history, validated_from, with_kept_order
 from .step.plan import Plan
-from .step.teacher import StoredTeacher, require_own_tokens
+from .step.teacher import require_own_tokens
 
 VALIDATION, RETAINED = "val", "retain"  # the names of a data set's numbers begin so
 
@@ -32,8 +32,7 @@ class Inputs:
 
     config: with all choices made; base: None for a new model; samples to train on, and `measured` ones for validation
     by name, with their identities in of_measured; checkpoint and its state.json: None for a run that begins; identity:
-    equal in a run that resumes; plan; lowest: its lowest validation so far; teacher or stored: the teacher's model, or
-    its stored log-probabilities, or neither.
+    equal in a run that resumes; plan; lowest: its lowest validation so far; teacher: its model, or None.
     """
 
     config: RunConfig
@@ -47,7 +46,6 @@ class Inputs:
     plan: Plan
     lowest: Lowest
     teacher: Base | None
-    stored: StoredTeacher | None
 
     @property
     def folder(self) -> Path:
@@ -63,9 +61,6 @@ def find_inputs(request: Request) -> Inputs:
     samples, measured = find_samples(config)
     if teacher is not None:
         require_own_tokens(teacher, samples.vocabulary)
-    stored = request.stored
-    if stored is not None:
-        stored.require_rows(samples.vocabulary, (samples, *measured.values()))
     if isinstance(samples, PromptSamples):
         samples.repeat(step_samples, config.objective.together)
     of_measured = {name: data_identity(config, found) for name, found in measured.items()}
@@ -77,7 +72,7 @@ def find_inputs(request: Request) -> Inputs:
         "strategy": train.strategy,
         "world_size": world.size,
         "objective": config.objective.name,
-        "teacher": "" if (one := teacher or stored) is None else one.fingerprint,
+        "teacher": "" if teacher is None else teacher.fingerprint,
         "precision": train.precision,
         "optim": train.optim,
         "validation": validation,
@@ -103,7 +98,7 @@ def find_inputs(request: Request) -> Inputs:
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))
     found = (samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
-    return Inputs(config, base, *found, teacher, stored)
+    return Inputs(config, base, *found, teacher)
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:

@@ -48,7 +48,6 @@ from .saving.checkpoints import UNSAVED, clear_hidden, clear_unsaved, discard_ol
 from .saving.products import require_room_to_save
 from .saving.resume import AUTO, completed, find_state
 from .step.teacher import make_teacher
-from .storing import store
 
 
 def main(argv: list[str]) -> int:
@@ -62,8 +61,6 @@ def main(argv: list[str]) -> int:
             return write_config(request.args.write_config, request, say)
         if request.config.train.show_samples:
             return show(request, say)
-        if request.config.objective.store:
-            return store(request, say) if request.world.rank == 0 else 0
         if request.args.train_stage == 1:
             return write_new_model(request.config, say) if request.world.rank == 0 else 0
         if request.world.launches and request.world.size > 1:

@@ -162,8 +162,6 @@ def of_request(flags: Flags) -> Planned:
 def of_headers(flags: Flags) -> Planned | None:
     """The Planned of a run, by the headers of base and teacher; None if they do not show that the settings fit."""
     args, adapter, data, train, objective = flags[:5]
-    if objective.stored:
-        return None
     header = (read_header(args.load_model) if args.load_model else None) or {}
     model = dimensions_of(header) if args.load_model else new_dimensions(args)
     base: Any = SimpleNamespace(config=model)

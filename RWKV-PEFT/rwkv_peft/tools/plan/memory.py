@@ -286,10 +286,9 @@ class Estimate:
 
     def taught(self, rows: int, tokens: int) -> list[Part]:
         """The parts of a teacher, which is whole on each device unless the model teaches itself, as the base does for
-        --kl_to_base. Its pass comes before the student's and keeps only the hidden states; none if its
-        log-probabilities are stored."""
+        --kl_to_base. Its pass comes before the student's and keeps only the hidden states."""
         teacher, item, here, train = self.teacher, self.item, self.accelerator, self.config.train
-        if teacher is None or self.config.objective.stored:
+        if teacher is None:
             return []
         frozen = AdapterConfig(method=NONE)
         step = activations_of(teacher, frozen, replace(train, grad_cp=False), here)

@@ -18,10 +18,7 @@ PROG = "rwkv-peft study"
 ROWS = "questions.jsonl"  # in the folder of --output
 ASK = "User: Ask one question that this text answers.\\n\\nAssistant:"
 # flags of train.py that follow from those of the command, or that train nothing
-OURS = (
-    "data_file data_type proj_dir check_flags show_samples write_config train_stage my_pile_stage teacher_logprobs "
-    "store_teacher"
-).split()
+OURS = "data_file data_type proj_dir check_flags show_samples write_config train_stage my_pile_stage".split()
 RULES = (
     Rule(
         "--rows",

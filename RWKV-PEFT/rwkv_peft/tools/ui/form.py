@@ -42,11 +42,10 @@ PATHS = (  # flags that name a file or folder
     "eval_data",
     "adapter",
     "teacher_model",
-    "teacher_logprobs",
     "state_load",
 )
 # the page has its own ways for these, or starts none
-LEFT_OUT = ("help", "config", "write_config", "check_flags", "show_samples", "store_teacher")
+LEFT_OUT = ("help", "config", "write_config", "check_flags", "show_samples")
 DEFAULT = re.compile(r" \(default:? ([^;,)]+)")  # in the help of a flag whose own default is "not given"
 RULES = re.compile(r" \[[^]]*\]$")  # what the help says of other flags: the page shows it as a refusal
 FOREIGN = "flags of RWKV-LM"  # how the groups of other tools' flags begin

@@ -47,7 +47,7 @@ from .strategy import devices_here, make_strategy
 
 def step_of(run: Prepared) -> Step:
     """The Step of a run."""
-    config, teacher, stored = run.config, run.teacher, run.inputs.stored
+    config, teacher = run.config, run.teacher
     train, data, objective = config.train, config.data, config.objective
     if data.of_prompts:
         return rollout_step(run)
@@ -59,12 +59,11 @@ def step_of(run: Prepared) -> Step:
         assert isinstance(objective, NextToken)  # the rules of the others refuse segments
         return Segments(train.chunk_ctx, train.stage == 3, objective)
     # ranks that gather each other's weights enter a model together, and each would read other contexts anew
-    cached = data.of_contexts and stored is None and (teacher is not None or train.stage != 3)
+    cached = data.of_contexts and (teacher is not None or train.stage != 3)
     return Whole(
         objective,
         group=data.documents if saved_tokens(config, run.samples, run.accelerator) else 0,
         teacher=teacher,
-        stored=None if stored is None else stored.lookup,
         contexts=Contexts() if cached else None,
     )
 

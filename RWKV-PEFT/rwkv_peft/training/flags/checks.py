@@ -91,7 +91,7 @@ def check_overwriting(
     replace it, and the adapter in it would then be merged twice; a run that begins anew would delete it."""
     folder = Path(train.proj_dir)
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
-    teacher = (objective.teacher, objective.stored)
+    teacher = (objective.teacher,)
     rows = (*data.files, train.val_data, *train.more_val, train.retain_data, train.eval_data)
     sources = {os.path.realpath(path): path for path in (*models, *teacher, *rows) if path}
     for name in os.listdir(folder) if folder.is_dir() else ():
@@ -143,7 +143,7 @@ def check_tuned_states(base: "Base", adapter: AdapterConfig, data: DataConfig, o
             f"{name} holds tuned time states, which training does not carry on unless they train; add "
             f"--train_parts state{state_parts_flag(base.tensors)}, or take the model without them"
         )
-    elif data.of_contexts and not (objective.teacher or objective.stored):
+    elif data.of_contexts and not objective.teacher:
         yield (
             f"{name} holds tuned time states, which train here, so that as its own teacher it would begin "
             "without them; name it as --teacher_model too"

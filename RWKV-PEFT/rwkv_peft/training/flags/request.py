@@ -56,7 +56,6 @@ from .parser import DIMENSIONS, READ, RULES, WRITE, Entries, entries_of, first_o
 if TYPE_CHECKING:
     from ...checkpoints.base import Base
     from ...models.family import Family
-    from ..step.teacher import StoredTeacher
 
 
 class Request(NamedTuple):
@@ -64,8 +63,7 @@ class Request(NamedTuple):
 
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
     world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
-    notes: how the flags were read; args: the flags as parsed; teacher: the model that it learns from, or None; stored:
-    what one said of its rows before, or None.
+    notes: how the flags were read; args: the flags as parsed; teacher: the model that it learns from, or None.
     """
 
     config: RunConfig
@@ -76,7 +74,6 @@ class Request(NamedTuple):
     notes: tuple[str, ...]
     args: Namespace
     teacher: "Base | None"
-    stored: "StoredTeacher | None"
 
 
 class Flags(NamedTuple):
@@ -230,7 +227,7 @@ def request_of(flags: Flags, here: bool = False) -> Request:
     refusals = Refusals()
     found = look_up(args, adapter, data, train, objective, refusals, here)
     refusals.raise_all()
-    base, model, layers, teacher, stored = found
+    base, model, layers, teacher = found
     assert model is not None and layers is not None
     if base is not None and args.my_testing not in (None, base.config.version):
         notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
@@ -239,18 +236,17 @@ def request_of(flags: Flags, here: bool = False) -> Request:
         rate = automatic_rate(adapter, model.n_embd, objective, base is None).value
         train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rate)
     config = RunConfig(model, adapter, data, train, objective, flags.given)
-    return Request(config, base, layers, world, argv, notes, args, teacher, stored)
+    return Request(config, base, layers, world, argv, notes, args, teacher)
 
 
 class Found(NamedTuple):
-    """What flags name: base, layers, teacher and stored as in Request, and the model's dimensions. None stands for what
-    they do not name, and for what was refused."""
+    """What flags name: base, layers and teacher as in Request, and the model's dimensions. None stands for what they do
+    not name, and for what was refused."""
 
     base: "Base | None"
     model: ModelConfig | None
     layers: tuple[str, ...] | None
     teacher: "Base | None"
-    stored: "StoredTeacher | None"
 
 
 def look_up(
@@ -271,7 +267,7 @@ def look_up(
     from ...gpus import grow_segments, resolve_accelerator
     from ..saving.resume import find_state
     from ..step.compiling import require_compiler
-    from ..step.teacher import open_stored, open_teacher
+    from ..step.teacher import open_teacher
 
     base = refusals.attempt(open_base, args.load_model) if args.load_model else None
     if args.load_model and base is None:
@@ -288,7 +284,6 @@ def look_up(
             refusals.gather(check_tuned_states, base, adapter, data, objective)
     vocab_size = None if model is None else model.vocab_size
     teacher = refusals.attempt(open_teacher, objective, vocab_size)
-    stored = refusals.attempt(open_stored, objective, vocab_size)
     if here:
         if not args.load_model and adapter is not None and (adapter.method != NONE or adapter.load):
             refusals.add(
@@ -305,7 +300,7 @@ def look_up(
         refusals.attempt(find_data, data)
         if train is not None and adapter is not None and not train.resume:
             refusals.attempt(find_state, Path(train.proj_dir), train, {"adapter": asdict(adapter)})
-    return Found(base, model, layers, teacher, stored)
+    return Found(base, model, layers, teacher)
 
 
 def generation_of(args: Namespace, base: "Base | None") -> "Family":

@@ -86,7 +86,7 @@ def digests_of_inputs(config: RunConfig, goes_on: bool) -> dict[str, str]:
     }
     always = {
         "the file of the base": digest_of(config.train.load_model),
-        "the file of the teacher": digest_of(teacher.teacher or teacher.stored),
+        "the file of the teacher": digest_of(teacher.teacher),
     }
     return always | ({} if goes_on else begins)
 

@@ -71,9 +71,9 @@ class Whole(Step):
     """All positions of a batch at once.
 
     forward_fn runs the model, with its adapters off for the reference pass. Teacher log-probabilities come from
-    `stored`, from `teacher`, or without either from the model with its adapters off. group: packed documents that share
-    a prompt, which is computed once for them (0: none). contexts caches the teacher's states after contexts; without
-    it the teacher reads whole rows.
+    `teacher`, or without it from the model with its adapters off. group: packed documents that share a prompt, which is
+    computed once for them (0: none). contexts caches the teacher's states after contexts; without it the teacher reads
+    whole rows.
     """
 
     teacher_fn: ForwardFunction = staticmethod(plain_forward)
@@ -84,11 +84,10 @@ class Whole(Step):
         forward_fn: ForwardFunction = plain_forward,
         group: int = 0,
         teacher: nn.Module | None = None,
-        stored: Callable[[Batch], Batch] | None = None,
         contexts: Contexts | None = None,
     ) -> None:
         self.objective, self.forward_fn, self.group, self.teacher = objective, forward_fn, group, teacher
-        self.stored, self.contexts = stored, contexts
+        self.contexts = contexts
         if contexts is not None:
             self.teacher_fn = contexts.forward
 
@@ -96,8 +95,6 @@ class Whole(Step):
         laid = dict(batch)
         if self.group:
             laid |= share_prefixes(batch, self.group)
-        if self.stored is not None:
-            laid |= self.stored(batch)
         if self.contexts is not None:
             laid |= self.contexts.split(batch)
         return to_device(laid, device)
