@@ -3,7 +3,7 @@ steps; and rows of the run's own data, answered before the first step and after 
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -166,12 +166,21 @@ def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Sample
     return exam, f"{numbers} are answered before and after training (--answer_rows){held_out}"
 
 
-def answers_of(exam: Exam | RowsExam, compiles: bool, trainer: Any, lit: Any) -> list[Record]:
+def answers_of(
+    exam: Exam | RowsExam,
+    compiles: bool,
+    trainer: Any,
+    lit: Any,
+    show: Callable[[Record], object] = lambda record: None,
+) -> list[Record]:
     """The Records of an exam on every rank, in the order of their numbers; each rank answers a share of it. compiles:
-    the run compiles blocks."""
+    the run compiles blocks. show: gets each Record of the rank's share as it is done."""
     lit.model.eval()
+    records: list[Record] = []
     with averaged(trainer.optimizers[0]), uncompiled(compiles):
-        records: list[Record] = list(exam.ask(lit.model, trainer.global_rank, trainer.world_size))
+        for record in exam.ask(lit.model, trainer.global_rank, trainer.world_size):
+            records.append(record)
+            show(record)
     lit.model.train()
     if trainer.world_size > 1:
         parts: list[Any] = [None] * trainer.world_size
@@ -205,8 +214,8 @@ class BeforeAfter:
     """Answers the rows of a RowsExam, on all ranks: before() ahead of the first step, after() when the last one is
     done.
 
-    Rank 0 writes the answers to `path`, a row a line. A resumed run (`anew` is false) does not answer before its first
-    step: it reads the run's first answers there.
+    Rank 0 writes the answers to `path`, a row a line, each as it comes: the file also shows how far they are. A resumed
+    run (`anew` is false) does not answer before its first step: it reads the run's first answers there.
     """
 
     def __init__(self, exam: RowsExam, path: Path, compiles: bool, anew: bool) -> None:
@@ -214,9 +223,7 @@ class BeforeAfter:
         self.records: list[dict[str, Any]] = []
 
     def before(self, trainer: Any, lit: Any) -> None:
-        answers: Sequence[Record | None] = read_before(self.path, self.exam) if not self.anew else ()
-        if self.anew:
-            answers = answers_of(self.exam, self.compiles, trainer, lit)
+        answers: Sequence[Record | None] = [None] * len(self.exam) if self.anew else read_before(self.path, self.exam)
         self.records = [
             {
                 "rows": self.exam.digest,
@@ -228,11 +235,24 @@ class BeforeAfter:
             for number, answer in enumerate(answers)
         ]
         self.write(trainer)
+        if self.anew:
+            self.answer("before", trainer, lit)
 
     def after(self, trainer: Any, lit: Any) -> None:
-        answers = answers_of(self.exam, self.compiles, trainer, lit)
-        for record, answer in zip(self.records, answers):
-            record["after"] = {name: answer[name] for name in ("text", "end")}
+        self.answer("after", trainer, lit)
+
+    def answer(self, when: str, trainer: Any, lit: Any) -> None:
+        """Answer the rows, and write each answer as `when` of its record."""
+
+        def put(answer: Record) -> None:
+            self.records[answer["number"]][when] = {name: answer[name] for name in ("text", "end")}
+
+        def show(answer: Record) -> None:
+            put(answer)
+            self.write(trainer)
+
+        for answer in answers_of(self.exam, self.compiles, trainer, lit, show):
+            put(answer)  # those of the other ranks, too
         self.write(trainer)
 
     def write(self, trainer: Any) -> None:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from rwkv_peft.checkpoints.lock import hold
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.tools.ui.files import LONGEST, MOST, TAIL, Places, Uploads, cleaned, last_of, lines_of
 from rwkv_peft.tools.ui.jobs import Jobs, close_chats, port_of
@@ -129,6 +130,52 @@ def test_near_runs_are_found_with_their_steps_and_links_and_hidden_folders_passe
     assert found == {"a": (50_000, 50_000), "a/b/c/d/e": (2, 50_000)}
     monkeypatch.setattr("rwkv_peft.tools.ui.files.LOOKED", 2)
     assert list(folders(tmp_path)) == [tmp_path / "a"]
+
+
+def touch(path, at, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    os.utime(path, (at, at))
+
+
+def test_a_run_and_its_command_have_one_state_and_say_what_they_do_now(tmp_path):
+    """By the files in their order: the lock's description, config.json, rows.jsonl, metrics.jsonl, the exit code."""
+    now, jobs, run = time.time(), Jobs(tmp_path), tmp_path / "out/a"
+    (jobs.folder / "1").mkdir(parents=True)
+    words = ["train", "--proj_dir", "./out/a"]
+    (jobs.folder / "1/command.json").write_text(json.dumps({"words": words, "began": now}))
+
+    def seen():
+        (found,) = find_runs(Places(tmp_path), jobs.all())
+        assert found["folder"] == "out/a" and found["job"] == "1"
+        return found["state"], found["now"] and tuple(found["now"].values())
+
+    assert seen() == ("begins", ("reads", 0, 0))  # the folder is not made yet
+    with hold(jobs.folder / "1/.lock"):
+        touch(run / "config.json", now - 99, {"steps": 4})  # of a run that was killed here
+        touch(run / "metrics.jsonl", now - 99, {"step": 2})
+        with hold(run / ".run.lock"):
+            touch(run / ".run.lock.json", now + 5)
+            assert seen() == ("running", ("reads", 0, 0))
+            touch(run / "config.json", now + 6, {"steps": 4})
+            assert seen() == ("running", ("measures", 0, 0))
+            rows = [{"before": {"text": "a"}}, {"before": None}]
+            touch(run / "rows.jsonl", now + 7, *rows)
+            assert seen() == ("running", ("before", 1, 2))
+            touch(run / "metrics.jsonl", now + 8, {"step": 0})
+            assert seen() == ("running", ("steps", 1, 4))
+            touch(run / "metrics.jsonl", now + 8, {"step": 3})
+            touch(run / "rows.jsonl", now + 9, rows[0] | {"after": {"text": "b"}}, rows[1])
+            assert seen() == ("running", ("after", 1, 2))
+        assert seen() == ("done", None)  # while the command ends
+    for code, done, state in (("1", 2, "failed"), ("130", 2, "stopped"), ("0", 2, "done"), ("130", 3, "done")):
+        touch(run / "metrics.jsonl", now + 8, {"step": done})
+        (jobs.folder / "1/exit").write_text(code)
+        os.utime(jobs.folder / "1/exit", (now + 20, now + 20))
+        assert seen() == (state, None)
+    touch(run / "metrics.jsonl", now + 99, {"step": 1})  # by a terminal, since
+    (found,) = find_runs(Places(tmp_path), jobs.all())
+    assert (found["state"], found["job"]) == ("stopped", None)
 
 
 def test_models_and_rows_are_proposed_and_other_files_are_not(tmp_path):

@@ -1,5 +1,6 @@
 """The page's one path, from an empty folder to a merged model that answers, and its texts in each language."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,27 @@ from tools.ui.pages import ROOT, go, press
 
 expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
 PAGE = Path(ui.__file__).parent / "page"
+MARKDOWN = """<img src=x onerror=alert(1)> <b>x</b> **bold** [y](javascript:alert(1)) ![z](https://example.com/z.png)
+
+- one
+- two ☃
+
+```python
+print("<b>")
+```
+
+<script>alert(1)</script>
+<iframe src="https://example.com"></iframe><svg onload=alert(1)>
+
+[web](https://example.com/) &lt;i&gt; <a href="https://example.com">html</a>
+"""
+HOSTILE = (
+    "".join(  # an answer, in pieces
+        f"data: {json.dumps({'choices': [{'delta': {'content': MARKDOWN[at : at + 7]}}]})}\n\n"
+        for at in range(0, len(MARKDOWN), 7)
+    )
+    + 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +49,7 @@ def say(page, text):
     message.press("Enter")
 
 
-def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, folder):
+def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, server, folder):
     page = open_page(width=390)
     expect(page.get_by_role("heading", level=1)).to_have_text("Base")
     page.get_by_label("Size", exact=True).select_option(label="0.1B")
@@ -43,11 +65,27 @@ def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, folder):
 
     expect(page.locator("#plan")).to_contain_text("fits")
     press(page, "Start training")
-    expect(page.locator(".figure", has_text="state")).to_contain_text("done")
+    now = page.locator(".now")
+    expect(now).to_have_text("It is trained. Talk to it, or take it home.")
+    expect(page.locator("h2 .state")).to_have_text("done")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Train")
     assert (folder / "out/mine/adapter.safetensors").exists()
+    (job,) = (one for one in server.json("/api/jobs") if one["words"][0] == "train")
+    assert server.json("/api/runs/one?folder=out/mine")["job"] == job["id"]
+    page.reload()
+    expect(now).to_have_text("It is trained. Talk to it, or take it home.")
+    expect(page.locator(".u-legend").first).to_contain_text("held-out loss")
+    expect(page.get_by_role("article").filter(has_text="after training").locator("ins").first).to_be_visible()
+    printed = page.get_by_text("The command, and what it printed")
+    expect(page.get_by_label("What it printed")).to_be_hidden()
+    printed.click()
+    expect(page.get_by_label("What it printed")).to_contain_text("finished")
     go(page, "Base")
     expect(page.get_by_role("radio", name="rwkv7-demo.pth")).to_be_checked()
     expect(steps_done(page)).to_have_count(3)
+    go(page, "Train")
+    expect(page.locator(".figure", has_text="about, for 136 steps")).to_contain_text(re.compile(r"\d s"))
+    expect(page.locator("#plan")).to_contain_text("that of the steps of out/mine,")
 
     go(page, "Take home")
     press(page, "Make the file")
@@ -59,6 +97,73 @@ def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, folder):
     expect(page.get_by_role("article")).to_contain_text("Aye! 3 red cups")
     expect(steps_done(page)).to_have_count(5)
     assert page.locator("html").evaluate("page => page.scrollWidth") <= 390
+
+
+def test_the_best_of_a_run_is_taken_checked_and_talked_to(open_page, folder):
+    """With the run of the test before."""
+    drawn = [{"step": step, "prompt": "Hi", "completion": f"said {step}", "reward": 1.0} for step in (0, 1)]
+    (folder / "out/mine/answers.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in drawn))
+    with open(folder / "out/mine/metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 136, "samples": 1000, "val_loss": 99.0}\n')
+    page = open_page()
+    go(page, "Runs")
+    expect(page.get_by_role("article").filter(has_text="said 1")).to_be_visible()
+    page.get_by_label("step", exact=True).select_option("0")
+    expect(page.get_by_role("article").filter(has_text="said 0")).to_be_visible()
+    page.locator("main").get_by_role("link", name="Take home", exact=True).click()
+    of_run = page.get_by_label("Of this run", exact=True)
+    expect(of_run).to_have_value("out/mine/adapter-best.safetensors")
+    expect(page.get_by_label("Merged model", exact=True)).to_have_value("out/mine/merged-best.pth")
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Merged model", exact=True).fill("mine.pth")
+    for command in ("Make the file", "Check"):
+        press(page, command)
+        expect(page.locator(".job .state")).to_have_text("done")
+    assert (folder / "mine.pth").exists()
+
+    go(page, "Runs")
+    page.locator("main").get_by_role("link", name="Talk", exact=True).click()
+    page.get_by_text("Models and sampling", exact=True).click()
+    expect(page.get_by_label("Adapter", exact=True)).to_have_value("out/mine/adapter-best.safetensors")
+    of_run.select_option("out/mine/adapter.safetensors")
+    page.get_by_label("Weights", exact=True).select_option("int8")
+    page.get_by_label("Tokenizer", exact=True).fill("bytes")
+    page.get_by_label("Temperature", exact=True).fill("0")
+    page.get_by_label("Longest answer", exact=True).fill("24")
+    press(page, "Open out/mine beside rwkv7-demo")
+    message = page.get_by_label("message", exact=True)
+    message.fill("Ann has 3 red cups.")
+    message.dispatch_event("keydown", {"key": "Enter", "isComposing": True})  # ends a word of an input method
+    expect(message).to_have_value("Ann has 3 red cups.")
+    message.press("Enter")
+    for name in ("rwkv7-demo", "out/mine"):
+        said = page.get_by_role("article", name=name, exact=True).locator(".words")
+        expect(said).to_have_text(re.compile("[^…]{3}"))
+    page.get_by_label("Thinking", exact=True).select_option("low")  # which the demo's model has not learned
+    press(page, "Regenerate")
+    for name in ("rwkv7-demo", "out/mine"):
+        said = page.get_by_role("article", name=name, exact=True).locator(".words")
+        expect(said).to_have_text(re.compile("^<think"))
+    page.route("**/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=HOSTILE))
+    press(page, "Regenerate")
+    said = page.get_by_role("article", name="out/mine", exact=True).locator(".words")
+    expect(said.locator("li")).to_have_text(["one", "two ☃"])
+    expect(said.locator("pre")).to_have_text('print("<b>")')
+    expect(said.locator("strong")).to_have_text("bold")
+    expect(said.locator("a")).to_have_attribute("href", "https://example.com/")
+    expect(said).to_contain_text("<img src=x onerror=alert(1)>")
+    assert said.locator("img, script, iframe, svg, b, i, form, style").count() == 0 and said.locator("a").count() == 1
+    page.reload()
+    expect(page.locator(".turn.user .words").last).to_have_text("Ann has 3 red cups.")
+    press(page, "Edit the last")
+    expect(message).to_have_value("Ann has 3 red cups.")
+    expect(page.locator(".turn")).to_have_count(0)
+    page.get_by_text("Models and sampling", exact=True).click()
+    expect(page.get_by_text("open: rwkv7-demo, out/mine")).to_be_visible()
+    opened = page.get_by_role("listitem").filter(has_text="open: rwkv7-demo, out/mine")
+    opened.get_by_role("button", name="Close").click()
+    expect(opened).to_be_hidden()
+    expect(page.get_by_role("button", name="Open out/mine beside rwkv7-demo")).to_be_visible()
 
 
 def test_the_page_speaks_the_browsers_language_or_the_one_that_is_chosen(browser, server):

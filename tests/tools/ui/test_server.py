@@ -329,7 +329,7 @@ def test_a_command_that_is_killed_is_told(server, folder):
             break
         time.sleep(0.1)
     (run,) = [run for run in server.json("/api/runs") if run["folder"] == "killed"]
-    assert run["running"] and run["flags"]["load_model"] == "base.pth" and run["steps"] >= 500
+    assert run["state"] == "running" and run["flags"]["load_model"] == "base.pth" and run["steps"] >= 500
     os.kill(json.loads(lock.with_name(".run.lock.json").read_text())["process"], signal.SIGKILL)
     assert wait_for(server, job)["code"] not in (0, None)
     status, text = server.ask("/api/runs/stop", {"folder": "killed"})

@@ -8,7 +8,7 @@ import pytest
 from tools.ui.pages import go, press
 
 expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
-RUN = {"folder": "out/poet", "running": False, "modified": 1, "steps": 1, "done": 1, "epochs": 1}
+RUN = {"folder": "out/poet", "state": "done", "modified": 1, "steps": 1, "done": 1, "epochs": 1}
 RUN |= {"flags": {"load_model": "base.pth", "tokenizer": "bytes"}, "files": ["adapter.safetensors"]}
 WORDS = ["serve", "--model", "base.pth", "--adapter", "adapter=out/poet/adapter.safetensors", "adapter-2=b.safetensors"]
 JOB = {"id": "1", "own": True, "words": WORDS, "began": 1, "state": "running", "code": None, "output": "", "next": 0}

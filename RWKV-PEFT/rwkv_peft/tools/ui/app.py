@@ -25,7 +25,7 @@ from .files import Places, Uploads, is_plain, last_of, lines_of, read
 from .form import chat_form, form
 from .jobs import Jobs, ask, interrupt, serve
 from .proposals import proposals
-from .runs import ANSWERS, find_runs, measured, taken
+from .runs import ANSWERS, described, find_runs, folder_of, measured, taken
 
 PAGE = Path(__file__).parent / "page"
 FILES = "/api/files"  # takes the bytes of files, in parts
@@ -182,7 +182,14 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
 
     @app.get("/api/runs")
     def runs() -> list[dict[str, Any]]:
-        return find_runs(places)
+        return find_runs(places, jobs.all())
+
+    @app.get("/api/runs/one")
+    def one_run(folder: str) -> dict[str, Any]:
+        trains = (job for job in jobs.all() if job["words"][0] == "train")
+        return described(
+            places, folder, next((job for job in trains if folder_of(places, job["words"]) == folder), None)
+        )
 
     @app.get("/api/runs/metrics")
     def metrics(folder: str, begin: Place = 0) -> dict[str, Any]:

@@ -43,6 +43,7 @@ TAIL = 200_000  # bytes of output that are shown at a time
 STARTING = 20.0  # seconds in which a job of another page takes its lock
 POLLED = 0.05  # seconds between looks for it
 RUNNING, ENDED, LOST = "running", "ended", "lost"
+STOPPED = (130, 143)  # exit codes of a command that Ctrl-C or SIGTERM ended in order
 
 
 class Jobs:
@@ -100,7 +101,8 @@ class Jobs:
         return [job for job in found if job is not None]
 
     def described(self, folder: Path) -> dict[str, Any] | None:
-        """A job's number, words, state, exit code and when it began; None if its folder has no record."""
+        """A job's number, words, state, exit code, and when it began and ended (0: not yet, or not known); None if its
+        folder has no record."""
         match next(objects([read(folder / COMMAND)]), None):
             case {"words": [str(), *_] as words, "began": int(began) | float(began)} if abs(began) <= LATEST:
                 state = self.state(folder, began)
@@ -113,6 +115,7 @@ class Jobs:
             "words": [str(word) for word in words],
             "began": began,
             "state": state,
+            "ended": (folder / EXIT).stat().st_mtime if state == ENDED else 0.0,
         }
         return told | {"code": int(code) if code.isdigit() else None}
 

@@ -1,8 +1,9 @@
-"""The runs below a folder, whoever started them: their settings, output so far, and remaining time, by the pace of an
-earlier run with the same settings on the same files.
+"""The runs below a folder, whoever started them: their state and what they do now, their settings, and the time of the
+next one, by the pace of an earlier run with the same settings on the same files.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,38 +14,54 @@ from ...cli.errors import UserError
 from ...cli.names import METRICS, RUN
 from ...training.flags.parser import entries_of, parser_of_train
 from .files import Places, last_of, lines_of, objects, read, walk
+from .jobs import STOPPED
 
 LINE = 1 << 12  # bytes of a step's line in METRICS, and more
 ANSWERS = ("rows.jsonl", "answers.jsonl")
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
 
 
-def find_runs(places: Places) -> list[dict[str, Any]]:
-    """The runs below the root, the newest first: folder, running, when it wrote last, and the settings that distinguish
-    it."""
-    found = sorted(folders(places.root), key=lambda folder: -modified(folder))
+BEGINS, RUNS, DONE, HALTED, FAILED = "begins", "running", "done", "stopped", "failed"
+LATER = 1.0  # seconds by which a file that is written after another may be older, by its file system's clock
+
+
+def find_runs(places: Places, jobs: Iterable[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The runs below the root, the newest first, as `described`; among them, those that jobs have started and that have
+    no folder yet, or none any more."""
+    started = dict[str, Mapping[str, Any]]()
+    for job in jobs:  # the newest comes first
+        if job["words"][0] == "train":
+            started.setdefault(folder_of(places, job["words"]), job)
+    named = {places.name(folder): folder for folder in folders(places.root)}
     runs = list[dict[str, Any]]()
-    for folder in found:
-        with suppress(OSError):  # it was moved away this moment, or may not be read
-            runs.append(described(places, folder))
-    return runs
+    for name in {**named, **started}:
+        with suppress(OSError, UserError):  # it was moved away this moment, or may not be read
+            runs.append(described(places, name, started.get(name)))
+    return sorted(runs, key=lambda run: -run["modified"])
+
+
+def folder_of(places: Places, words: Sequence[str]) -> str:
+    """The folder that a command's --proj_dir names, from the root; the name as it stands if it leads elsewhere."""
+    named = words[words.index("--proj_dir") + 1] if "--proj_dir" in words[:-1] else "out"
+    return os.path.relpath(os.path.join(places.root, named), places.root)
 
 
 def folders(root: Path) -> Iterator[Path]:
     """Yield the folders of runs below `root`, the nearest first."""
-    return (folder for folder, entries in walk(root) if RUN in entries and METRICS in entries)
+    return (folder for folder, entries in walk(root) if RUN in entries)
 
 
-def modified(folder: Path) -> float:
+def modified(path: Path) -> float:
     try:
-        return (folder / METRICS).stat().st_mtime
+        return path.stat().st_mtime
     except OSError:  # it was moved away this moment, or is a link to itself
         return 0.0
 
 
-def described(places: Places, folder: Path) -> dict[str, Any]:
-    """A run in a few words. Settings that cannot be read are missing."""
-    name = places.name(folder)
+def described(places: Places, name: str, job: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A run in a few words: its folder, state, what it does `now`, when it wrote last, and the settings that
+    distinguish it. Settings that cannot be read are missing. job: the newest one that trains there."""
+    folder = places.inside(name)
     settings: Any = {}
     with suppress(OSError, UserError):
         settings = next(objects([read(places.inside(f"{name}/{RUN}"))]), {})
@@ -53,16 +70,59 @@ def described(places: Places, folder: Path) -> dict[str, Any]:
     epochs = train.get("epoch_count") if isinstance(train, dict) else None
     last = (last_of(folder / METRICS, LINE) or [None])[-1]
     done = last.get("step") if isinstance(last, dict) else None
-    return {
+    run = {"steps": steps if is_place(steps) else 0, "done": done + 1 if is_place(done) else 0}
+    wrote = modified(folder / METRICS) or modified(folder / RUN)
+    if job is not None and job["ended"] and job["ended"] + LATER < wrote:
+        job = None  # the run went on elsewhere since
+    state = state_of(run, holder(folder / LOCK) is not None, wrote, job)
+    return run | {
         "folder": name,
-        "running": holder(folder / LOCK) is not None,
-        "modified": modified(folder),
-        "steps": steps if is_place(steps) else 0,
-        "done": done + 1 if is_place(done) else 0,
+        "state": state,
+        "now": doing(places, name, run) if state in (BEGINS, RUNS) else None,
+        "job": job and job["id"],
+        "modified": max(wrote, job["began"] if job else 0.0),
         "epochs": epochs if is_place(epochs) else 0,
         "flags": flags if isinstance(flags, dict) else {},
-        "files": sorted(entry.name for entry in folder.iterdir() if entry.suffix in PRODUCTS),
+        "files": sorted(entry.name for entry in folder.iterdir() if entry.suffix in PRODUCTS)
+        if folder.is_dir()
+        else [],
     }
+
+
+def state_of(run: Mapping[str, Any], held: bool, wrote: float, job: Mapping[str, Any] | None) -> str:
+    """The one state of a run and of the command that it is: whether a process holds its folder comes first, then how
+    its command ended."""
+    if held:
+        return RUNS
+    if job is not None and job["state"] == "running" and wrote + LATER < job["began"]:
+        return BEGINS
+    if job is not None and job["state"] == "ended" and job["code"] not in (None, 0, *STOPPED):
+        return FAILED
+    whole = 0 < run["steps"] <= run["done"] or (job is not None and job["state"] == "ended" and job["code"] == 0)
+    return DONE if whole else BEGINS if job is not None and job["state"] == "running" and not run["done"] else HALTED
+
+
+def doing(places: Places, name: str, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a process that trains in a folder does now, by the files that it writes: {"what", "done", "of"}. It reads
+    the base and the rows ("reads"), measures held-out rows ("measures"), answers rows before training ("before"),
+    steps ("steps"), and answers rows again ("after")."""
+    began = modified(places.inside(f"{name}/{LOCK}.json"))
+    since = {file: modified(places.inside(f"{name}/{file}")) + LATER >= began for file in (RUN, METRICS, ANSWERS[0])}
+    rows = last_of(places.inside(f"{name}/{ANSWERS[0]}"))
+
+    def answered(when: str) -> dict[str, Any]:
+        return {
+            "what": when,
+            "done": sum(isinstance(row, dict) and bool(row.get(when)) for row in rows),
+            "of": len(rows),
+        }
+
+    if not (began and since[RUN]):
+        return {"what": "reads", "done": 0, "of": 0}
+    if since[METRICS] and run["done"]:
+        steps = {"what": "steps", "done": run["done"], "of": run["steps"]}
+        return answered("after") if rows and 0 < run["steps"] <= run["done"] else steps
+    return answered("before") if rows and since[ANSWERS[0]] else {"what": "measures", "done": 0, "of": 0}
 
 
 def taken(places: Places, folder: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ export function showAnswers(place, found) {
   if (steps.length) show(step);
   place.replaceChildren(el("h2", {}, t("answers")),
     ...(steps.length ? [el("div", { className: "row" }, select), cards] : []),
-    ...(rows.length ? [el("p", { className: "note" }, verdict(rows)), ...rows.map(pair)] : []),
+    ...(rows.some((row) => row.after) ? [el("p", { className: "note" }, verdict(rows))] : []), ...rows.map(pair),
     steps.length || rows.length ? "" : el("p", { className: "note" }, t("answers.none")));
 }
 

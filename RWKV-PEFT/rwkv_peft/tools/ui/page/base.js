@@ -1,6 +1,6 @@
 // Base: the model that a run begins with, one of the folder, the demo's, or an official one.
+import { showJob } from "./job.js";
 import { cards, copyButton, el, ended, folded, get, pathField, settings, settle, size, tell } from "./lib.js";
-import { showJob } from "./runs.js";
 import { t } from "./texts.js";
 
 const OFFICIAL = [ // the newest of each size (docs/start/models.md)

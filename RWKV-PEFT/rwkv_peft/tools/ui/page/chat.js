@@ -1,6 +1,6 @@
 // Chat: a conversation with a base and what was trained on it, at the same seed. Models and sampling are in a drawer.
+import { showJob } from "./job.js";
 import { adapterChoice, el, flagField, get, pathField, post, recall, remember, repeat, tell } from "./lib.js";
-import { showJob } from "./runs.js";
 import { talk } from "./talk.js";
 import { t } from "./texts.js";
 

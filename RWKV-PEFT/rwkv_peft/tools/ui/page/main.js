@@ -4,6 +4,7 @@ import { chatPage } from "./chat.js";
 import { dataPage } from "./data.js";
 import { el, get, keepFor, recall, repeat, settings, takeDrops, tell } from "./lib.js";
 import { releasePage } from "./release.js";
+import { live } from "./run.js";
 import { runsPage } from "./runs.js";
 import { language, LANGUAGES, speak, t } from "./texts.js";
 import { trainPage } from "./train.js";
@@ -39,7 +40,7 @@ async function open(event) {
 // Marks the steps that are done.
 async function tick() {
   const runs = await get("/api/runs").catch(() => []), { load_model, data_file } = settings();
-  const wrote = (ending) => runs.some((run) => !run.running && run.files.some((file) => ending.test(file)));
+  const wrote = (ending) => runs.some((run) => !live(run) && run.files.some((file) => ending.test(file)));
   const done = { base: load_model, data: data_file, train: wrote(/\.(safetensors|pth)$/), chat: recall("talk", null), release: wrote(/^merged.*\.(pth|gguf|st)$/) };
   for (const link of nav.children) {
     const step = link.hash.slice(1);

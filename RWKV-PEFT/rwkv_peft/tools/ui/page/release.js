@@ -1,6 +1,6 @@
 // Take home: what a run trained becomes one file with its base, in the form of the program that will load it; to the hub.
+import { showJob } from "./job.js";
 import { adapterChoice, cards, download, el, folded, get, pathField, post, remember, tell } from "./lib.js";
-import { showJob } from "./runs.js";
 import { t } from "./texts.js";
 
 const FORMATS = [".pth", ".gguf", ".st", "-hf"]; // the ends of the files' names
@@ -77,10 +77,10 @@ export async function releasePage(place, about, signal, folder) {
       const command = commands[step]();
       if (command.includes("")) throw new Error(t(command[0] === "push" ? "home.push first" : "home.first"));
       const { id } = await post("/api/jobs", { words: command });
-      showJob(result, id, signal, undefined, () => {
+      showJob(result, id, signal, { done: () => {
         if (others.length) begin(others);
         else if (step === "merge" || step === "convert") offer(step === "merge" ? merged() : command[2]);
-      });
+      } });
     } catch (problem) {
       tell(error, problem);
     }

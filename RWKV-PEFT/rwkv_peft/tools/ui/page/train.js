@@ -1,5 +1,7 @@
-// Train: what is trained on what, how often; the command, and the memory and time that it takes; behind it all flags.
-import { copyButton, duration, el, figure, flagField, folded, get, listed, named, number, post, remember, settings, tell, words } from "./lib.js";
+// Train: what is trained on what, how often; the command, and the memory and time that it takes; behind it all flags. A
+// run that was started here stays on this page, above the settings of the next one.
+import { address, copyButton, duration, el, figure, flagField, folded, get, listed, named, number, post, remember, settings, tell, words } from "./lib.js";
+import { live, showRun } from "./run.js";
 import { labelOf, t } from "./texts.js";
 
 const ENDINGS = { load_model: [".pth"], data_file: [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"] };
@@ -7,9 +9,10 @@ const STARTED = { data_type: "sft", val_split: "0.1", proj_dir: "out/mine" };
 const ASKED = ["proj_dir", "epoch_count"]; // the others are under More
 const STEPS = { load_model: "base", data_file: "data" }; // chosen in steps of their own
 
-export async function trainPage(place, about, signal) {
+export async function trainPage(place, about, signal, asked) {
+  const runs = await get("/api/runs").catch(() => []), shown = asked || runs.find(live)?.folder;
   const state = { ...STARTED, ...settings() };
-  state.proj_dir = unused(state.proj_dir, (await get("/api/runs").catch(() => [])).map((run) => run.folder));
+  state.proj_dir = unused(state.proj_dir, runs.filter((run) => run.files.length || live(run)).map((run) => run.folder));
   const fields = new Map(), known = new Map(about.form.flatMap((group) => group.fields).map((made) => [made.flag, made]));
   const command = el("pre", { id: "command", tabIndex: 0 }), plan = el("div", { id: "plan", "aria-live": "polite" }), error = el("div");
   const start = el("button", { className: "main", type: "button", onclick: begin }, t("train.start"));
@@ -20,11 +23,17 @@ export async function trainPage(place, about, signal) {
   const groups = made.map((group, n) => folded(t(n ? `group.${about.form[n].title}` : "train.first"), el("div", { className: "fields" }, group.map(field))));
   groups[0].open = true;
   const more = folded(t("train.more"), find, missing, groups, el("div", { className: "row" }, el("button", { type: "button", onclick: reset }, t("train.reset"))));
-  place.append(el("h1", {}, t("nav.train")), el("p", { className: "lead" }, t("train.lead")), el("div", { className: "columns" },
+  const settingsOf = [el("div", { className: "columns" },
     el("div", {}, taken, form),
     el("div", { className: "stays" }, error, el("div", { className: "row" }, start), el("h2", {}, t("plan.title")), plan,
       folded(t("train.command"), command, copyButton(() => command.textContent))),
-    more));
+    more)];
+  const other = folded(t("train.other"), ...(shown ? settingsOf : [])), view = el("div");
+  place.append(el("h1", {}, t("nav.train")), ...(shown ? [view, other] : [el("p", { className: "lead" }, t("train.lead")), ...settingsOf]));
+  if (shown) {
+    other.addEventListener("toggle", changed);
+    showRun(view, shown, signal, { changed: (how) => { other.open ||= how === "failed"; } });
+  }
 
   function field(one) {
     const { flag } = one;
@@ -82,7 +91,7 @@ export async function trainPage(place, about, signal) {
   // Plans what the form says, one plan at a time: each is a process of some seconds.
   async function judge() {
     stale = busy;
-    if (busy || signal.aborted) return;
+    if (busy || signal.aborted || (shown && !other.open)) return;
     const note = (text) => plan.replaceChildren(el("p", { className: "note" }, text));
     if (!state.data_file || !(state.load_model || state.n_layer)) return note(t("plan.needs"));
     note(t("plan.counting"));
@@ -129,8 +138,9 @@ export async function trainPage(place, about, signal) {
     start.disabled = true;
     tell(error, null);
     try {
-      const { id } = await post("/api/jobs", { words: ["train", ...argv()] });
-      location.hash = `#runs:job:${id}`;
+      await post("/api/jobs", { words: ["train", ...argv()] });
+      const run = address("train", state.proj_dir || "out");
+      if (location.hash === run) dispatchEvent(new Event("hashchange")); else location.hash = run; // after a run that was refused it stands there
     } catch (problem) {
       tell(error, problem);
       start.disabled = false;
