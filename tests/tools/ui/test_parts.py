@@ -64,6 +64,22 @@ def test_how_many_models_merge_when_saved_writes_is_said(open_page, folder):
     expect(page.locator("#plan")).to_contain_text("“Merge when saved” writes 2 merged models")
 
 
+def test_memory_is_shown_at_once_and_the_checks_of_start_come_after(open_page):
+    page, checks = open_page(), []
+    page.route("**/api/check", lambda route: route.continue_() if checks else checks.append(route))  # one waits
+    go(page, "Train")
+    page.get_by_text("More settings").click()
+    for label, value in {"Base": "base.pth", "Rows": "none.jsonl", "Tokenizer": "bytes"}.items():
+        page.get_by_label(label, exact=True).fill(value)
+    expect(page.locator("#plan")).to_contain_text("fits")
+    expect(page.get_by_text("are being checked as Start does")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    checks[0].continue_()
+    expect(page.get_by_role("alert")).to_contain_text("none.jsonl: no such file")
+    expect(page.get_by_text("are being checked as Start does")).to_be_hidden()
+    expect(page.locator("#plan")).to_contain_text("fits")
+
+
 def test_a_file_that_is_dropped_beside_its_field_is_taken(open_page, folder):
     page = open_page()
     sent = []

@@ -242,13 +242,14 @@ def test_a_preview_tells_which_rows_are_refused(server, folder):
 
 
 def test_a_plan_refuses_flags_in_their_own_words(server):
-    found = server.json("/api/plan", {"words": ["--load_model", "base.pth", "--bone_r", "7", "--micro_bz", "2"]})
-    assert found["code"] == 2 and "did you mean --micro_bsz" in found["text"]
+    for path in ("/api/plan", "/api/check"):
+        found = server.json(path, {"words": ["--load_model", "base.pth", "--bone_r", "7", "--micro_bz", "2"]})
+        assert found["code"] == 2 and "did you mean --micro_bsz" in found["text"]
     found = server.json("/api/plan", {"words": ["--load_model", "base.pth", "--data_type", "sft", "--data_file", "x"]})
     assert found["code"] == 2 and "--tokenizer world has 65,536 tokens" in found["text"]
 
 
-def test_a_plan_refuses_what_start_refuses(server, folder):
+def test_a_check_refuses_what_start_refuses(server, folder):
     (folder / "taken").mkdir()
     (folder / "taken" / "adapter.safetensors").touch()
     sound = {"--load_model": "base.pth", "--data_file": "rows.jsonl", "--data_type": "sft", "--tokenizer": "bytes"}
@@ -257,11 +258,11 @@ def test_a_plan_refuses_what_start_refuses(server, folder):
         ({"--data_file": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
         ({"--data_file": "base.pth"}, "base.pth"),
         ({"--val_data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({}, "fits"),
+        ({}, ""),
     ):
         given = sound | {"--proj_dir": "new"} | change
-        found = server.json("/api/plan", {"words": [word for pair in given.items() for word in pair]})
-        assert words in found["text"] and found["code"] == (0 if not change else 2)
+        found = server.json("/api/check", {"words": [word for pair in given.items() for word in pair]})
+        assert words in found["text"] and found["code"] == (2 if change else 0)
     assert not (folder / "new").exists()
 
 

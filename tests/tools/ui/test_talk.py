@@ -115,7 +115,7 @@ def test_a_message_may_be_written_before_a_model_is_open(models):
     assert len(models.opened) == 1 and models.asked[0]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
-def test_the_drawer_is_reached_by_the_keyboard_and_holds_models_thinking_and_sampling(models):
+def test_the_drawer_is_reached_by_the_keyboard_and_holds_models_thinking_and_sampling(models, folder):
     page = models.page
     page.get_by_role("heading", level=1).evaluate("heading => { heading.tabIndex = -1; heading.focus(); }")
     page.keyboard.press("Tab")
@@ -141,10 +141,9 @@ def test_the_drawer_is_reached_by_the_keyboard_and_holds_models_thinking_and_sam
     assert models.asked[0].items() >= sent.items()
     system = {"role": "system", "content": "Rhyme."}
     assert models.asked[0]["messages"] == [system, {"role": "user", "content": "Hi"}]
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    answer.get_by_role("button", name="Copy as a row").click()
-    expect(answer.get_by_role("button", name="Copied")).to_be_visible()
-    row = json.loads(page.evaluate("() => navigator.clipboard.readText()"))
+    answer.get_by_role("button", name="Add to my rows").click()
+    expect(answer.get_by_role("button", name="Added to my rows ✓")).to_be_disabled()
+    row = json.loads((folder / "my-rows.jsonl").read_text().splitlines()[-1])
     thoughtful = {"role": "assistant", "content": "Hello", "reasoning_content": "A greeting: I greet."}
     assert row == {"messages": [*models.asked[0]["messages"], thoughtful]}
     page.get_by_label("Scale of b").fill("0.5")
@@ -174,7 +173,7 @@ def test_without_a_model_the_drawer_is_open_and_says_so(models):
 def test_an_answer_that_is_not_whole_says_so_and_is_no_row(talk, end, why):
     talk.answers[:] = [(200, end, "one two")]
     talk.say("Hi")
-    answer, copy = talk.answer("b"), talk.answer("b").get_by_role("button", name="Copy as a row")
+    answer, copy = talk.answer("b"), talk.answer("b").get_by_role("button", name="Add to my rows")
     for _ in range(2):
         expect(answer).to_contain_text(why)
         expect(copy).to_be_disabled()
@@ -199,7 +198,7 @@ def test_a_message_that_was_refused_is_left_out_of_what_follows(talk):
     talk.say("short")
     expect(talk.page.locator("article .words", has_text="Yes.")).to_have_count(3)
     assert talk.asked[-1]["messages"] == [{"role": "user", "content": "short"}]
-    expect(talk.answer("base").get_by_role("button", name="Copy as a row")).to_be_enabled()
+    expect(talk.answer("base").get_by_role("button", name="Add to my rows")).to_be_enabled()
 
 
 STUCK = """() => {
@@ -224,5 +223,5 @@ def test_an_answer_that_is_stopped_or_left_is_not_whole(talk, why):
         go(page, "Runs")
         go(page, "Talk")
     expect(talk.answer("base")).to_contain_text(why)
-    expect(page.get_by_role("button", name="Copy as a row").first).to_be_disabled()
+    expect(page.get_by_role("button", name="Add to my rows").first).to_be_disabled()
     expect(page.get_by_role("button", name="Send")).to_be_visible()

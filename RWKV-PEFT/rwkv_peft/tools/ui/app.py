@@ -6,12 +6,12 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, RedirectResponse, Response, StreamingResponse
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 
 from ... import __version__
 from ...checkpoints.lock import LOCK
@@ -26,6 +26,7 @@ from .form import chat_form, form
 from .jobs import Jobs, ask, interrupt, serve
 from .proposals import proposals
 from .runs import ANSWERS, described, find_runs, folder_of, measured, taken
+from .written import MINE, EditedRows
 
 PAGE = Path(__file__).parent / "page"
 FILES = "/api/files"  # takes the bytes of files, in parts
@@ -66,6 +67,23 @@ class Rows(BaseModel):
     fields: list[Word] = []
 
 
+class RowTurn(BaseModel):
+    """What somebody says in a row, and what a model thought before."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = Field(min_length=1)
+    reasoning_content: str = ""
+
+
+class RowChange(BaseModel):
+    """A row that is added, replaced (number, was) or deleted (no messages)."""
+
+    path: Word = MINE
+    number: Annotated[int, Field(ge=0)] | None = None
+    was: list[Any] | None = None
+    messages: Annotated[list[RowTurn], Field(min_length=1)] | None = None
+
+
 class Folder(BaseModel):
     folder: Word
 
@@ -87,7 +105,7 @@ def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
 def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     """The application that shows the files below `root` and starts commands there, behind a gate that is open at /."""
     places = Places(root)
-    uploads = Uploads(places.root)
+    uploads, edited = Uploads(places.root), EditedRows(places)
     app = new_app("rwkv-peft")
 
     def page(name: str) -> Callable[[], Response]:
@@ -110,7 +128,7 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     @app.get("/api/about")
     def about() -> dict[str, Any]:
         about = {"version": __version__, "root": str(places.root), "demo": demo.settings()}
-        return about | {"form": form(), "chat": chat_form(), "think": [*THINK], "gguf": GGUF_TYPES}
+        return about | {"form": form(), "chat": chat_form(), "think": [*THINK], "gguf": GGUF_TYPES, "mine": MINE}
 
     @app.get("/api/proposals")
     def proposed() -> dict[str, list[dict[str, Any]]]:
@@ -143,10 +161,24 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
             raise UserError(*str(found["error"]).split("\n"))
         return dict(found)
 
+    @app.get("/api/rows")
+    def rows(path: str = MINE) -> dict[str, Any]:
+        return edited.rows(path)
+
+    @app.post("/api/rows")
+    def put_row(change: RowChange) -> dict[str, Any]:
+        turns = change.messages and [turn.model_dump(exclude_defaults=True) for turn in change.messages]
+        return edited.put(change.path, change.number, change.was, turns)
+
     @app.post("/api/plan")
     def plan(command: Words) -> dict[str, Any]:
-        code, text = finished("rwkv_peft.tools.ui.check", *command.words)
+        code, text = finished("rwkv_peft", "plan", *command.words)
         return {"code": code, "text": visible(text), "time": None if code == 2 else measured(places, command.words)}
+
+    @app.post("/api/check")
+    def check(command: Words) -> dict[str, Any]:
+        code, text = finished("rwkv_peft.tools.ui.check", *command.words)
+        return {"code": code, "text": visible(text)}
 
     def finished(module: str, *words: str) -> tuple[int, str]:
         """Run a module in the root -> its exit code and output."""

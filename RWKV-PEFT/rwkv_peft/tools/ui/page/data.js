@@ -2,9 +2,9 @@
 import { demoOffer } from "./base.js";
 import { asListed, cards, el, figure, flagField, folded, get, listed, number, pathField, post, settings, settle, size, tell } from "./lib.js";
 import { labelOf, t } from "./texts.js";
+import { chatOffer, rowWriter } from "./write.js";
 
 const FLAGS = ["data_type", "tokenizer", "ctx_len", "sft_field"]; // under More
-const EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}';
 
 export async function dataPage(place, about, signal) {
   const { rows } = await get("/api/proposals"), set = settings(), names = rows.map((one) => one.name);
@@ -18,13 +18,26 @@ export async function dataPage(place, about, signal) {
   const more = folded(t("more"), el("div", { className: "fields" }, ...fields.values()), el("div", { className: "row" }, el("button", {}, t("rows.show"))));
   const form = el("form", { onsubmit: (event) => { event.preventDefault(); choose(other.input.value.trim() || asked.path); } }, other.box, more);
   const take = el("button", { type: "button", className: "main", hidden: true, onclick: train }, t("rows.take"));
+  const writing = el("div"), write = el("button", { type: "button", onclick: () => writer() }, t("write.title"));
+  writing.append(write);
   const error = el("div"), result = el("div", { "aria-live": "polite" });
   place.append(el("h1", {}, t("nav.data")), el("p", { className: "lead" }, t("rows.lead")),
-    ...(rows.length ? [list] : [el("p", { className: "note" }, t("rows.none")), el("pre", {}, EXAMPLE), demoOffer(about, signal)]),
+    ...(rows.length ? [list] : [el("p", { className: "note" }, t("rows.none")), demoOffer(about, signal)]), writing,
     form, error, el("div", { className: "row" }, take), result);
   other.input.addEventListener("change", () => choose(other.input.value.trim()));
   let found = null, looking = 0;
   if (asked.path) look();
+
+  // Opens the form for rows; a change shows the file that they are in.
+  async function writer() {
+    writing.replaceChildren(await rowWriter(asked.path.endsWith(".jsonl") ? asked.path : about.mine, about.mine, wrote));
+    writing.querySelector("textarea").focus();
+  }
+
+  function wrote(name) {
+    if (!names.includes(name)) other.input.value = name;
+    choose(name);
+  }
 
   // Shows a file; another one has a limit of its own again.
   function choose(name) {
@@ -43,7 +56,12 @@ export async function dataPage(place, about, signal) {
     try {
       if (!asked.path) throw new Error(t("rows.first"));
       const answer = await post("/api/preview", { path: asked.path, tokenizer: asked.tokenizer || "world", data_type: asked.data_type || "sft", fields: listed(asked.sft_field) });
-      if (mine === looking) draw(found = answer);
+      if (mine !== looking) return;
+      draw(found = answer);
+      if (answer.texts && asked.path.endsWith(".txt")) {
+        const offered = await chatOffer(asked.path, about.mine, wrote);
+        if (mine === looking) result.prepend(offered);
+      }
     } catch (problem) {
       if (mine !== looking) return;
       result.replaceChildren();

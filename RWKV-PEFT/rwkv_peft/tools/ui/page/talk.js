@@ -1,7 +1,8 @@
 // A conversation with several models at once: each message stands once, below it the answers of the models side by side.
-import { copyButton, el, number, send, tell } from "./lib.js";
+import { el, number, send, tell } from "./lib.js";
 import { showMarkdown } from "./markdown.js";
 import { t } from "./texts.js";
+import { addRow } from "./write.js";
 
 const NEAR = 80; // pixels from the end of the page, within which it follows an answer
 
@@ -38,7 +39,10 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
     const message = turn.answers[name], end = turns.indexOf(turn) + 1;
     const thought = el("div", { className: "note" }), summary = el("summary"), folded = el("details", {}, summary, thought);
     const words = el("div", { className: "words" }), why = el("small"), problem = el("div");
-    const copy = copyButton(() => JSON.stringify({ messages: history(name, end, true) }), t("chat.copy"));
+    const copy = el("button", { type: "button", onclick: () => addRow(history(name, end, true)).then(() => {
+      copy.textContent = t("chat.added");
+      copy.disabled = true;
+    }, (found) => tell(problem, found)) }, t("chat.add"));
     place.append(el("article", { className: "turn assistant", dir: "auto", "aria-label": models[name] },
       el("small", {}, models[name]), folded, words, problem, el("div", { className: "row" }, why, copy)));
     const show = (ended) => {

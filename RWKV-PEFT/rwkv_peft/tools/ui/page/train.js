@@ -15,6 +15,7 @@ export async function trainPage(place, about, signal, asked) {
   state.proj_dir = unused(state.proj_dir, runs.filter((run) => run.files.length || live(run)).map((run) => run.folder));
   const fields = new Map(), known = new Map(about.form.flatMap((group) => group.fields).map((made) => [made.flag, made]));
   const command = el("pre", { id: "command", tabIndex: 0 }), plan = el("div", { id: "plan", "aria-live": "polite" }), error = el("div");
+  const checking = el("p", { className: "note", role: "status", hidden: true }, t("plan.checking"));
   const start = el("button", { className: "main", type: "button", onclick: begin }, t("train.start"));
   const find = el("input", { type: "search", placeholder: t("train.find"), "aria-label": t("train.find"), oninput: search });
   const missing = el("p", { className: "note", hidden: true }, t("train.not found")), taken = el("dl", { className: "taken" });
@@ -25,7 +26,7 @@ export async function trainPage(place, about, signal, asked) {
   const more = folded(t("train.more"), find, missing, groups, el("div", { className: "row" }, el("button", { type: "button", onclick: reset }, t("train.reset"))));
   const settingsOf = [el("div", { className: "columns" },
     el("div", {}, taken, form),
-    el("div", { className: "stays" }, error, el("div", { className: "row" }, start), el("h2", {}, t("plan.title")), plan,
+    el("div", { className: "stays" }, error, el("div", { className: "row" }, start), el("h2", {}, t("plan.title")), plan, checking,
       folded(t("train.command"), command, copyButton(() => command.textContent))),
     more)];
   const other = folded(t("train.other"), ...(shown ? settingsOf : [])), view = el("div");
@@ -78,7 +79,7 @@ export async function trainPage(place, about, signal, asked) {
     return found;
   }
 
-  let waiting = null, busy = false, stale = false;
+  let waiting = null, turn = 0, planned = 0; // planned: the turn whose plan is shown
   function changed() {
     command.textContent = words(["train", ...argv()]);
     taken.replaceChildren(...Object.entries(STEPS).flatMap(([flag, step]) => [el("dt", {}, labelOf(flag)),
@@ -88,21 +89,40 @@ export async function trainPage(place, about, signal, asked) {
     waiting = setTimeout(judge, 600);
   }
 
-  // Plans what the form says, one plan at a time: each is a process of some seconds.
+  // Plans what the form says, in a moment; what goes together is then checked.
   async function judge() {
-    stale = busy;
-    if (busy || signal.aborted || (shown && !other.open)) return;
-    const note = (text) => plan.replaceChildren(el("p", { className: "note" }, text));
+    const mine = (turn += 1), note = (text) => plan.replaceChildren(el("p", { className: "note" }, text));
+    planned = 0;
+    if (signal.aborted || (shown && !other.open)) return;
     if (!state.data_file || !(state.load_model || state.n_layer)) return note(t("plan.needs"));
-    note(t("plan.counting"));
-    busy = true;
+    if (!plan.querySelector(".figures")) note(t("plan.counting"));
     const found = await post("/api/plan", { words: argv() }).catch((problem) => ({ problem }));
-    busy = false;
-    if (stale || signal.aborted) return judge();
-    const refusal = found.code === 2 ? found.text.trim() : "";
+    if (mine !== turn) return;
+    if (found.problem || found.code === 2) {
+      note(t("plan.refused"));
+      return refuse(found);
+    }
+    refuse({});
+    showPlan(found);
+    planned = mine;
+    if (checking.hidden) check();
+  }
+
+  // Checks the form as Start does, in a process of some seconds: one at a time, and again if the form has changed since.
+  async function check() {
+    checking.hidden = false;
+    for (let mine; planned && planned !== mine && !signal.aborted;) {
+      mine = planned;
+      const found = await post("/api/check", { words: argv() }).catch((problem) => ({ problem }));
+      if (mine === turn) refuse(found);
+    }
+    checking.hidden = true;
+  }
+
+  function refuse({ problem, code, text }) {
+    const refusal = code === 2 ? text.trim() : "";
     mark(refusal);
-    tell(error, found.problem ?? refusal);
-    if (found.problem || refusal) note(t("plan.refused")); else showPlan(found);
+    tell(error, problem ?? refusal);
   }
 
   // The peak of each device and the time first, then what `rwkv-peft plan` prints.
