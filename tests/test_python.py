@@ -367,6 +367,21 @@ def test_an_adapter_on_an_adapter_is_merged_after_it(base, tmp_path, model):
     assert not (tmp_path / "n.pth").exists()
 
 
+@pytest.mark.parametrize("method", ["bone", "dora", "shira", "lora"])
+def test_a_model_with_an_adapter_is_pickled(base, method, tmp_path):
+    model = rp.load(base, device="cpu")
+    rp.add_adapter(model, method, rank=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    model.eval()
+    torch.save(model, tmp_path / "model.pt")
+    tokens = torch.arange(1, 9)[None]
+    for same in (torch.load(tmp_path / "model.pt", weights_only=False), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(same(tokens)[0], model(tokens)[0])
+        assert same.generate("a", max_tokens=4) == model.generate("a", max_tokens=4)
+
+
 def test_mistakes_are_told_before_work(base, tmp_path, model):
     def twice():
         rp.add_adapter(model, rank=8)
@@ -385,7 +400,12 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: rp.load(base, precision="int8", device="cpu"), "precision='int8' is not one of bf16"),
         (lambda: rp.load(base, weights="int3", device="cpu"), "weights='int3' is not one of int8, int4"),
         (lambda: rp.load(base, "a.safetensors", device="cpu"), r"give \['a.safetensors'\]"),
-        (lambda: model.generate("a", temprature=1), "temprature=1 is no setting of generate; known are"),
+        (lambda: model.generate("a", temprature=1), "temprature=1 is no setting of generate; did you mean temperature"),
+        (lambda: model.generate("a", max_new_tokens=8), "did you mean max_tokens.*\n.*are max_tokens, n, stop"),
+        (lambda: model.generate("a", colour=8), "no setting of generate\n(?!.*measured)"),
+        (lambda: model.generate(prompt="a"), "generate has no prompt=; its first argument is the prompt"),
+        (model.generate, "its first argument is the prompt"),
+        (lambda: model.generate(5), "prompts: 5 is no prompt"),
         (lambda: model.generate("a", top_p=2), "it is a probability from 0 to 1"),
         (lambda: model.generate("a", temperature="0"), "temperature '0': a finite number is due"),
         (lambda: model.generate("a", top_k=10**400), "a finite number is due"),

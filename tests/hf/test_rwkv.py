@@ -211,13 +211,18 @@ def test_mistakes_are_told(path, model, ids, tmp_path):
     base = open_base(path)
     states = {key: torch.ones(shape) for key, shape in time_state_shapes(base.config).items()}
     save_model(tmp_path / "states.pth", base.tensors | states)
-    model.save_pretrained(tmp_path / "hf")
+    for name in ("hf", "whole"):
+        model.save_pretrained(tmp_path / name)
     (tmp_path / "hf" / "config.json").unlink()
     adapted = get_peft_model(RWKVForCausalLM.from_pth(path), BoneConfig(r=8, target_modules=["key"])).base_model.model
     for mistake, words in (
         (lambda: model(ids, output_attentions=True), "output_attentions=True: .*; leave it out"),
         (lambda: RWKVForCausalLM.from_pth(tmp_path / "states.pth"), "tuned time states.*; take the model without them"),
         (lambda: RWKVForCausalLM.from_pretrained(tmp_path / "hf"), "has no config.json"),
+        *(
+            (lambda asked=asked: AutoModelForCausalLM.from_pretrained(tmp_path / "whole", **asked), "quant='nf4'")
+            for asked in ({"quantization_config": {"load_in_8bit": True}}, {"load_in_4bit": True})
+        ),
         (lambda: adapted.save_pth(tmp_path / "m.pth"), "call merge_and_unload\\(\\) first"),
         (lambda: RWKVTokenizer(tmp_path / "none.txt"), "no such file; give world, bytes"),
     ):

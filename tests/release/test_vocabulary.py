@@ -17,6 +17,7 @@ from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.recorded import vocabulary_of
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.tools import TOOL_FORMS
+from rwkv_peft.inference.serve.requests import ChatBody
 from rwkv_peft.release.vocabulary import END, KNOWN_BY, gguf_template, world_json
 
 PIECES = [*" \n\t\r=-'\0\xa0\u3000é\u0301\ufffd🦢", "<s>", "क्षि", "ёж", "你好", "한글"]
@@ -174,6 +175,17 @@ def test_llama_cpp_chats_in_our_layout_and_stops_at_the_end_of_a_turn(convert, l
     for think, mode in THINK.items():
         asked = laid_out(with_length(TURNS, think), form=form)
         assert rendered(TURNS, chat_template_kwargs={"think": think}) == asked + mode.opening
+    for settings, think in (
+        ({"enable_thinking": False}, "off"),
+        ({"reasoning_effort": "none"}, "off"),
+        ({"reasoning_effort": "xhigh"}, "high"),
+        ({"enable_thinking": True, "reasoning_effort": "low"}, "low"),
+        ({"think": "off", "reasoning_effort": "low", "enable_thinking": True}, "off"),
+    ):
+        body = ChatBody(messages=TURNS, chat_template_kwargs=settings)
+        assert body.mode == think
+        assert rendered(TURNS, chat_template_kwargs=settings) == rendered(TURNS, chat_template_kwargs={"think": think})
+    assert rendered(TURNS, chat_template_kwargs={"enable_thinking": True}) == rendered(TURNS)  # its own default
     assert gguf_template().startswith(KNOWN_BY) and "generation %" not in gguf_template()
 
 
@@ -185,6 +197,16 @@ def test_a_hugging_face_folder_holds_it_too(convert, tmp_path, bpe):
     assert tokenizer("hello  world")["input_ids"] == load_tokenizer(bpe).encode("hello  world")
     asked = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer.apply_chat_template(TURNS, tools=TOOLS, **asked) == laid_out(TURNS, TOOLS)
+    for settings, think in (
+        ({"enable_thinking": True}, "on"),
+        ({"enable_thinking": False}, "off"),
+        ({"reasoning_effort": "max"}, "high"),
+    ):
+        mode = ChatBody(messages=TURNS, chat_template_kwargs=settings).mode
+        opened = laid_out(with_length(TURNS, think)) + THINK[think].opening
+        assert mode == think and tokenizer.apply_chat_template(TURNS, **asked, **settings) == opened
+    with pytest.raises(Exception, match="the thinking lots is none of off, "):
+        tokenizer.apply_chat_template(TURNS, **asked, reasoning_effort="lots")
     assert tokenizer.eos_token_id == 0 == json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"]
 
 

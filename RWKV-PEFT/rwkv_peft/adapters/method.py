@@ -8,6 +8,7 @@ it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -169,6 +170,10 @@ class Method:
     hf: HfForm | None = None
     saved_as: str = ""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickled model names its method, whose tables and functions the file of that name holds."""
+        return load_method, (self.name,)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Method":
         """A copied model has the same method."""
         return self
@@ -220,3 +225,9 @@ class Method:
 def nearest_divisor(number: int, value: int) -> int:
     """The divisor of a number that is nearest to a value, the larger of two equally near ones."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - value), -d))
+
+
+def load_method(name: str) -> Method:
+    """The METHOD of the file of that name."""
+    method: Method = import_module(f".{name.replace('-', '_')}", __package__).METHOD
+    return method

@@ -3,22 +3,16 @@
 config/adapter.py holds the table of their names and settings; a method's own file is called like it.
 """
 
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
 from ..cli.names import NONE
 from ..config import WORDS, AdapterConfig, Word, forms
-from .method import Method
+from .method import Method, load_method
 
-
-def _load(name: str) -> Method:
-    """The METHOD of a method's file."""
-    method: Method = import_module(f".{name.replace('-', '_')}", __package__).METHOD
-    return method
-
-
-METHODS: MappingProxyType[str, Method] = MappingProxyType({name: _load(name) for word in WORDS for name in forms(word)})
+METHODS: MappingProxyType[str, Method] = MappingProxyType(
+    {name: load_method(name) for word in WORDS for name in forms(word)}
+)
 # names in other tools' files for tensors that METHODS name otherwise, or do not have
 FOREIGN_TENSORS = ("disha", "bone_block", "miss_block", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 TENSORS = (

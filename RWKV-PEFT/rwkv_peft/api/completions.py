@@ -112,7 +112,9 @@ def prompts_in(given: Any) -> tuple[list[Any], bool]:
     """(the prompts of an argument, True if it is a single one): a text, tokens, messages, or {"messages", "tools"}."""
     if hasattr(given, "tolist"):  # a tensor or an array
         given = given.tolist()
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+    if not isinstance(given, Iterable):  # a list of it would be a prompt of one token
+        raise UserError(f"prompts: {quoted(given)} is no prompt; a text, token ids, or messages are due")
+    if isinstance(given, (str, Mapping)):
         return [given], True
     found = list(given)
     first = found[0] if found else None

@@ -1,12 +1,14 @@
 """Models in Python: rp.load gives a Model, which computes logits, generates text, and trains like any torch module."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from functools import cached_property, partial
 from itertools import count
 from numbers import Integral
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, overload
 
 import torch
@@ -35,6 +37,21 @@ from .completions import PendingCompletion, Piece, encode_prompt, prompts_in
 
 DEVICES = ("cpu", "cuda")
 Source = str | Path | AdapterSource
+# the settings of generate, and other libraries' names for them
+SETTINGS = (
+    *("max_tokens", "n", "stop", "state", "think", "details", "batch"),
+    *(field.name for field in fields(Sampling) if field.name != "measured"),  # which the commands set
+)
+NAMES = MappingProxyType(
+    {
+        **dict.fromkeys(("max_new_tokens", "max_length", "num_predict", "max_completion_tokens"), "max_tokens"),
+        **dict.fromkeys(("prompt", "inputs", "input_ids", "text", "messages"), "prompts"),
+        **dict.fromkeys(("num_return_sequences", "num_samples"), "n"),
+        **dict.fromkeys(("stop_strings", "stop_sequences"), "stop"),
+        **{"do_sample": "temperature", "logprobs": "top_logprobs", "repeat_penalty": "repetition_penalty"},
+        **{"batch_size": "batch", "enable_thinking": "think", "reasoning_effort": "think"},
+    }
+)
 
 
 class Model(nn.Module):
@@ -110,13 +127,24 @@ class Model(nn.Module):
     def generate(self, prompts: Any, max_tokens: int = ..., **settings: Any) -> Any: ...
 
     def generate(
-        self, prompts: Any, max_tokens: int = 256, *, details: bool = False, n: int | None = None, **settings: Any
+        self,
+        prompts: Any = None,
+        max_tokens: int = 256,
+        *,
+        details: bool = False,
+        n: int | None = None,
+        **settings: Any,
     ) -> Any:
         """Continue one prompt -> its text, or many at once -> a list of texts; with n, a list of n for each prompt.
 
         A prompt is a text, token ids, or messages ({"role", "content"} each); `stream` lists the settings. With
         details, each text is a CompletionOutput: the text, its tokens, their log-probabilities, the State after it.
         """
+        if prompts is None:
+            name = next((name for name in settings if NAMES.get(name) == "prompts"), "")
+            raise UserError(
+                f"generate has no {name}=; " * bool(name) + "its first argument is the prompt: generate('Hello')"
+            )
         if details:
             settings = {"top_logprobs": 0} | settings
         given, alone = prompts_in(prompts)
@@ -149,8 +177,7 @@ class Model(nn.Module):
         answers, and another seed others. The tokens equal `rwkv-peft generate`'s. Raises UserError.
         """
         if unknown := sorted(set(sampling) - {field.name for field in fields(Sampling)}):
-            known = ", ".join(field.name for field in fields(Sampling))
-            raise UserError(f"{unknown[0]}={sampling[unknown[0]]!r} is no setting of generate; known are {known}")
+            raise UserError(*no_setting("generate", unknown[0], sampling[unknown[0]], SETTINGS, NAMES))
         for name, value, least in (("max_tokens", max_tokens, 0), ("n", 1 if n is None else n, 1), ("batch", batch, 1)):
             if not isinstance(value, Integral) or value < least:
                 raise UserError(f"{name}={value!r}: a whole number from {least} on is due")
@@ -207,6 +234,13 @@ class Model(nn.Module):
         with self._evaluating():
             after = prefill(self._mirror.of(self.network, self.base), [tokens], start)[1]
         return after.each(lambda name, tensor: tensor.clone())  # autograd refuses tensors of inference mode
+
+
+def no_setting(of: str, name: str, value: object, known: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """The message for a keyword that a function does not have: the setting that it likely means, and the known ones."""
+    near = names.get(name) or next(iter(get_close_matches(name, known, 1)), "")
+    meant = f"; did you mean {near}?" if near else ""
+    return [f"{name}={quoted(value)} is no setting of {of}{meant}", f"its settings are {', '.join(known)}"]
 
 
 def texts_in(name: str, given: Any) -> list[str]:

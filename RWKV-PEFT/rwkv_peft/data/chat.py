@@ -49,6 +49,8 @@ THINK = MappingProxyType(  # --think -> its prompts, as RWKV-7 G1 was trained; m
         "high": ThinkMode(" (think a lot)", " <think"),
     }
 )
+EFFORTS = MappingProxyType({"none": "off", "xhigh": "high", "max": "high"})  # of reasoning_effort, beside THINK's modes
+ENABLED = MappingProxyType({True: "on", False: "off"})  # enable_thinking -> the mode
 LEADS = MappingProxyType(  # the mode of an answer, None for a text -> its beginning that is not shown
     {None: re.compile(""), "": re.compile(r"\s*")}
     | {name: re.compile("" if mode.thinks else r"\s*>?\s*") for name, mode in THINK.items()}

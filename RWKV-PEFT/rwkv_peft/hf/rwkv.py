@@ -89,6 +89,12 @@ class RWKVPreTrainedModel(PreTrainedModel):
         """Load a .pth, the folder of an RWKV model, or its name on the hub, in one of three layouts: RWKV's own, as
         save_pretrained and `rwkv-peft convert` write it, or flash-linear-attention's. settings as in transformers.
         Raises UserError for a file or folder that holds no complete model."""
+        if settings.get("quantization_config") or settings.get("load_in_8bit") or settings.get("load_in_4bit"):
+            raise UserError(
+                "quantization_config: transformers finds no layer to quantize in an RWKV, whose linear layers are its "
+                "own; rp.load(path, weights='int8') computes with int8 or int4, and rp.add_adapter(model, quant='nf4') "
+                "trains on a base in nf4 or int8"
+            )
         if folder is None or settings.get("state_dict") is not None:
             return super().from_pretrained(folder, *args, **settings)
         given, others = settings.pop("config", None), {}

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
-from ..data.chat import CHAT, LENGTHS, ONLY_CALLS, QUOTE, SPEAKERS, THINK, TURN_END, ChatLayout
+from ..data.chat import CHAT, EFFORTS, ENABLED, LENGTHS, ONLY_CALLS, QUOTE, SPEAKERS, THINK, TURN_END, ChatLayout
 from ..data.tokenizer import JsonTokenizer, Tokenizer
 
 SEPARATORS = (", ", ": ")  # tojson's own
@@ -44,7 +44,20 @@ LENGTHENING = (  # as with_length
     "{%- set turn.words = turn.words + told.ending -%}"
     "{%- endif -%}"
 )
+ENABLING = str(dict(ENABLED))
+# llama.cpp gives enable_thinking=true unless a client says otherwise, so that true asks for nothing there
+DISABLING = str({True: "", False: ENABLED[False]})
+ASKED = (  # the mode of the thinking: of the three settings by which clients ask for it, the first that is given counts
+    f"{{%- set modes = { {name: name for name in THINK} | dict(EFFORTS) } -%}}"
+    f"{{%- set enabled = {ENABLING}[enable_thinking] if enable_thinking is boolean else '' -%}}"
+    "{%- set asked = think or reasoning_effort or enabled -%}"
+    "{%- if asked and asked not in modes -%}"
+    "{{- raise_exception('the thinking ' + asked|string + ' is none of ' + modes.keys()|join(', ')) -}}"
+    "{%- endif -%}"
+    "{%- set think = modes[asked] if asked else '' -%}"
+)
 TEMPLATE = (  # of a layout with the ToolForm `form`
+    f"{ASKED}"
     f"{{%- set names = { {role: name for role, name in SPEAKERS.items() if role not in ONLY_CALLS} } -%}}"
     "{%- set told = namespace(tools='', asked=-1, ending='') -%}"
     "{%- for message in messages -%}"
@@ -113,7 +126,7 @@ def chat_template(chat: ChatLayout = CHAT) -> str:
 
 def gguf_template(chat: ChatLayout = CHAT) -> str:
     """The template of a layout of chats for llama.cpp, without marks of the parts that count in the loss."""
-    return KNOWN_BY + MARKS_OF_LOSS.sub("", chat_template(chat))
+    return KNOWN_BY + MARKS_OF_LOSS.sub("", chat_template(chat)).replace(ENABLING, DISABLING)
 
 
 FOLDER_SETTINGS = MappingProxyType(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ...cli.errors import UserError
-from ...data.chat import CHAT, LEADS, TURN_END, ChatLayout, begins_answer, shown_opening, stops_of
+from ...data.chat import CHAT, EFFORTS, ENABLED, LEADS, TURN_END, ChatLayout, begins_answer, shown_opening, stops_of
 from ...data.tokenizer import Tokenizer
 from ..prompts import encode
 from ..settings import Sampling
@@ -24,7 +24,6 @@ from .web import RequestError
 
 SEEDS = 1 << 48  # of requests without one
 LONG = 16  # characters for each token of a prompt: longer texts are refused before they are tokenized
-EFFORTS = MappingProxyType({"none": "off", "xhigh": "high", "max": "high"})  # OpenAI's words without a mode of G1's
 # other servers' name of a field -> ours
 ALIASES = MappingProxyType(
     {
@@ -291,7 +290,8 @@ class ChatBody(GenerationBody):
         """The mode of thinking, a key of THINK; "" for none, and if the answer has begun. The first field counts."""
         template = self.chat_template_kwargs or TemplateSettings()
         fields = self.think, self.reasoning_effort, template.think, template.reasoning_effort
-        given = next(filter(None, fields), {True: "on", False: "off", None: ""}[template.enable_thinking])
+        enabled = "" if template.enable_thinking is None else ENABLED[template.enable_thinking]
+        given = next(filter(None, fields), enabled)
         return "" if self.prefilled else EFFORTS.get(given, given)
 
     @property
