@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from common import VERSIONS, Parser, head, new_model, row
 
+from rwkv_peft.data.chat import ChatLayout
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.data.tools import TOOL_FORMS
 from rwkv_peft.environments.environments import Environments
@@ -170,7 +171,9 @@ def ours(version, environments, args):
         turns.completion_of = scripted
         longest = most * (TOKENS + RESULT)
         sampling = Sampling(temperature=1.0, top_p=1.0, measured=True)
-        settings = turns.TurnSettings(sampling, most, TOKENS, longest, (), number, TOOL_FORMS["hermes"])
+        settings = turns.TurnSettings(
+            sampling, most, TOKENS, longest, (), number, ChatLayout(tool_form=TOOL_FORMS["hermes"])
+        )
         prompts = [tokenizer.encode(USER + text_of(args.length) + ANSWER) for _ in range(args.prompts)]
         read.taken()
         began = time.process_time()

@@ -81,7 +81,7 @@ def ask(path, questions, at_least):
 
     rows = [json.loads(line) for line in Path(questions).read_text("utf-8").splitlines()]
     form = chat_beside(path).tool_form
-    greedy = TurnSettings(Sampling(temperature=0, measured=True), TURNS, LONGEST, LONGEST, (), 64, form)
+    greedy = TurnSettings(Sampling(temperature=0, measured=True), TURNS, LONGEST, LONGEST, (), 64)
     encode = EncodeSettings("bytes", command="prompts", end_token=False, tool_form=form.name)
     with Environments.open([f"{__file__}:Boxes"]) as environments:
         sampler = EpisodeSampler(environments, greedy, encode, 1024)

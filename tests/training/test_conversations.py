@@ -11,13 +11,14 @@ import torch
 from families import DISTINCT, shaken
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.data.chat import ChatLayout
-from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.data.encoding import EncodeSettings, encoder
+from rwkv_peft.data.tokenizer import BytesTokenizer, load_tokenizer
 from rwkv_peft.data.tools import TOOL_FORMS
-from rwkv_peft.environments.environments import Environments
+from rwkv_peft.environments.environments import Environments, Place
 from rwkv_peft.inference.loading import Subject
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.training import turns
-from rwkv_peft.training.turns import Episode, TurnSettings, converse
+from rwkv_peft.training.turns import TURN_CUT, Episode, TurnSettings, converse, hand_back, with_observation
 from training.runs import ROOT, finish, start
 
 ENVIRONMENT = """
@@ -29,6 +30,7 @@ class Shop:
         "Look a price up."
         return self.goods[name]
 """
+ANSWERED = {"role": "assistant", "content": "Yes."}
 BAD = "<tool_call>\nprice tea\n</tool_call>"
 END = "\0"
 
@@ -47,7 +49,7 @@ def scripts(form):
         (f" {tea}\n{tea}{result}", f" {tea}{other}", f" 6{other}"),
         bad if form.speaker == "Tool" else (f" {BAD}{END}",),
         (f" It is 3.{END}",),
-        (f" {tea}{END}",),
+        (f" Well.\n{tea}{END}", f" 3{END}"),
         (f" {tea}{result}",) * 3,
     )
 
@@ -89,7 +91,7 @@ def held(tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "Engine", Engine)
 
     def hold(family, settings=SETTINGS):
-        model, said[:] = shaken(family, vocab_size=257).float().eval(), scripts(settings.tool_form)
+        model, said[:] = shaken(family, vocab_size=257).float().eval(), scripts(settings.chat.tool_form)
         prompt = BytesTokenizer().encode("".join(ChatLayout().question("What is tea?")))
         with Environments.open([f"{tmp_path}/shop.py:Shop"]) as environments:
             places, _ = environments.begin([{"goods": {"tea": 3}}] * len(said))
@@ -105,18 +107,18 @@ def held(tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", TOOL_FORMS.values(), ids=TOOL_FORMS)
 @pytest.mark.parametrize("family", DISTINCT, ids=lambda family: family.name)
 def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_once(held, family, form):
-    model, conversations, engine = held(family, SETTINGS._replace(tool_form=form))
+    model, conversations, engine = held(family, SETTINGS._replace(chat=ChatLayout(tool_form=form)))
     assert tuple(each.end for each in conversations) == ENDS
-    for each in conversations[:4]:
+    for each in conversations[:5]:
         text = BytesTokenizer().decode([*each.prompt, *each.tokens])
         messages = [{"role": "user", "content": "What is tea?"}, *each.turns]
         segments = ChatLayout(tool_form=form).chat(messages)
         assert text.removesuffix("\n\nSystem:") == "".join(words for words, _ in segments)
         counts = [counted for words, counted in segments for _ in words.encode()]
         due = counts[len(each.prompt) :]
-        # where an answer ended with another speaker than a result's, the opening of the results is not the model's
+        # if an answer ended otherwise than with a result's speaker, the opening of the results is not the model's
         own = each.own[: len(due)]
-        assert own == due or each.number == 1
+        assert own == due or each.number in (1, 4)
     second = BytesTokenizer().decode(conversations[1].tokens)
     assert second.count(f"{form.speaker}: {form.result}3") == 3 and second.count("System:") == 1
     if form.speaker == "Tool":
@@ -130,7 +132,7 @@ def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_onc
         torch.testing.assert_close(found[own], torch.tensor(each.logprobs), rtol=1e-4, atol=1e-4)
     prompt = len(conversations[0].prompt)
     handed = sum(each.own.count(False) + each.answers - 1 for each in conversations)  # and the last token of an answer
-    left_out = len("\n\nSystem:") - 1
+    left_out = len("\n\nSystem:") - 1 + len(f" Well.\n{call_in(form)}")  # and the call that the document's end followed
     assert prompt + handed <= engine.read <= prompt + handed + len(call_in(form)) + 2 + left_out
 
 
@@ -138,7 +140,41 @@ def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_onc
 def test_a_conversation_without_room_is_cut(held, most, turn):
     _, conversations, _ = held(DISTINCT[1], SETTINGS._replace(longest=most, turn_tokens=turn))
     assert max(len(each.tokens) for each in conversations) <= most
-    assert conversations[0].end == conversations[1].end == "length" and conversations[3].end == "end"
+    end = "length" if most == 60 else TURN_CUT
+    assert conversations[0].end == conversations[1].end == end and conversations[3].end == "end"
+
+
+@pytest.mark.parametrize("think", ["", "on", "off"])
+@pytest.mark.parametrize("name", ["bytes", "world"])
+def test_results_and_the_next_opening_have_the_tokens_of_rows(name, think):
+    tokenizer, chat = load_tokenizer(name), ChatLayout(think)
+    call = {"name": "price", "arguments": {"name": "tea"}}
+    turns = [{"role": "assistant", "content": "<think>.</think>", "tool_calls": [call]}]
+    turns += [{"role": "tool", "content": words} for words in ("3\n\nUser: 4.", "5")]
+    segments = chat.chat([*turns, {"role": "assistant", "content": "<think>.</think>Yes."}])
+    opening, answer, *behind, _ = [tokenizer.encode(words) for words, _ in segments]
+    place = Place("", None)
+    for tokens in ([], [*behind[0], *behind[1]]):  # the model may have named the next speaker
+        conversation = Episode(0, opening, place, None)
+        conversation.add([*answer, *tokens], own=True)
+        hand_back(conversation, ["3\n\nUser: 4.", "5"], tokenizer, SETTINGS._replace(chat=chat))
+        assert conversation.tokens == sum([*behind], [*answer]) and sum(conversation.own) == len(answer + tokens)
+
+
+@pytest.mark.parametrize(
+    "row, fields, read",
+    [
+        ({"messages": [{"role": "User", "content": [{"type": "text", "text": "q"}]}, ANSWERED]}, (), "q OBS"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, (), "q OBS"),
+        ({"conversation": [{"human": "q", "assistant": "Yes."}]}, (), "q OBS"),
+        ({"query": 3}, (), "3 OBS"),
+        ({"q": "q", "query": "other"}, ("q",), "q OBS"),
+    ],
+)
+def test_each_conversation_of_a_row_gets_the_same_prompt(row, fields, read):
+    encode = encoder(EncodeSettings("bytes", end_token=False, command="prompts", fields=fields))
+    prompts = ["".join(words for words, _ in encode.documents(with_observation(row, " OBS", fields))[0]) for _ in "abc"]
+    assert prompts == [f"User: {read}\n\nAssistant:"] * 3
 
 
 RUN = """
@@ -205,6 +241,24 @@ def test_a_run_learns_from_conversations_and_goes_on_with_the_same_bits(files, f
     trained(files, f"{form}-parts", *environment, *reward, "--save_every", "1", "--resume")
     first, again = ((files / name / "adapter.safetensors").read_bytes() for name in (f"{form}-whole", f"{form}-parts"))
     assert first == again
+
+
+def test_a_conversation_that_fails_is_dropped_and_told_with_its_row(files):
+    """The others of its group, and groups without any, are learned from; --sft_think opens each of their answers."""
+    shop = RUN.replace("self.called = 0", "self.called = 0 if query != '1' else 1 / 0").replace(
+        "return float(self.called)", "return float(self.called) if random.random() < 0.7 else float('nan')"
+    )
+    (files / "faulty.py").write_text(f"import random\n{shop}")
+    environment = ("--environment", f"{files}/faulty.py:Shop", "--turn_tokens", "12", "--sft_think", "on")
+    out, _ = trained(files, "faulty", *environment, "--micro_bsz", "8", "--epoch_steps", "1", "--reward", "match:.*a.*")
+    lines = [json.loads(line) for line in (files / "faulty" / "answers.jsonl").read_text().splitlines()]
+    faults = [line for line in lines if "fault" in line]
+    assert len(lines) == 8 * 3 > len(faults) > 3 and len({line["row"] for line in lines}) == 8
+    assert sum("reset: it raised ZeroDivisionError" in line["fault"] for line in faults) == 3
+    assert all("nan; return a finite number" in line["fault"] for line in faults if line["row"] != 1)
+    assert f"of {len(faults)}, was dropped" in out and "'query': " in out and "cut at --turn_tokens; raise" in out
+    assert all(line["prompt"].endswith("Assistant: <think") for line in lines if "fault" not in line)
+    assert (files / "faulty" / "adapter.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ then the name of an environment and the end of another pipe. A fork serves one c
     ("score", None)                ("done", a number or None)
     ("state", None)                ("done", its attributes as JSON)
 
-or ("failed", message). Its first message is its process's number.
+or ("failed", message), after ("process", its number). There each reply is a line of JSON, because the processes that a
+tool starts have that end too: the parent waits for no rest of a message beyond a request's time.
 """
 
 import asyncio
@@ -121,15 +122,18 @@ class Conversations:
 
     def serve(self, pipe: "Connection[Any, Any]") -> None:
         """Answer requests until the other end of the pipe is closed."""
-        with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-            pipe.send(os.getpid())
+        process = os.getpid()
+        with suppress(EOFError, BrokenPipeError, ConnectionResetError), open(pipe.fileno(), "w", closefd=False) as out:
+            print(json.dumps(("process", process)), file=out, flush=True)
             while True:
                 kind, work = pipe.recv()
                 try:
                     reply = "done", getattr(self, kind)(work)
                 except UserError as error:
                     reply = "failed", str(error)
-                pipe.send(reply)
+                if os.getpid() != process:  # a tool has forked, and its child came back from it, too
+                    os._exit(0)
+                print(json.dumps(reply), file=out, flush=True)
 
 
 def main(argv: list[str]) -> None:

@@ -17,11 +17,12 @@ from .user_code import UserProcess
 
 SECONDS = 60.0  # that a tool, a reset or a score may take
 LOADING = 60.0  # seconds that the classes' files may take to load
+PIECE = 1 << 16  # bytes of a message that are read at a time
 FIELD = "environment"  # of a row, the name of its environment if there are several
 
 
 class FailedRequest(NamedTuple):
-    """The message of a request that failed."""
+    """The message of a request that failed, in place of its reply."""
 
     message: str
 
@@ -41,6 +42,7 @@ class Place:
     def __init__(self, name: str, pipe: "Connection[Any, Any]") -> None:
         self.name, self.pipe, self.lost = name, pipe, ""
         self.process = 0
+        self.read = b""  # of the line that its next message is
 
     def end(self, reason: str) -> None:
         """End the process, and those that a tool started."""
@@ -112,17 +114,11 @@ class Environments(UserProcess):
             except UserError as error:
                 raise UserError(f"--environment: row {number}: {error}") from None
 
-    def begin(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Place], list[str]]:
-        """Begin a conversation of each row -> their places, and the texts that the prompts end with. Raises UserError
-        if a reset fails."""
+    def begin(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Place], list[str | FailedRequest]]:
+        """Begin a conversation of each row -> their places, and the texts that the prompts end with."""
         places = [self.place(self.of_row(row)) for row in rows]
         fields = [{name: value for name, value in row.items() if name != FIELD or "" in self.known} for row in rows]
-        texts = self.replies(places, [("reset", each) for each in fields])
-        for row, found in zip(rows, texts):
-            if isinstance(found, FailedRequest):
-                quoted = " ".join(str(dict(row)).split())[:200]
-                raise UserError(f"{self.flag}: reset({quoted}): {found.message}; mend the class")
-        return places, [str(text) for text in texts]
+        return places, self.replies(places, [("reset", each) for each in fields])
 
     def call(self, places: Sequence[Place], calls: Sequence[ToolCall]) -> list[str]:
         """The results of a call at each place, as texts. A tool that takes too long, or ends its process, ends the
@@ -130,14 +126,10 @@ class Environments(UserProcess):
         found = self.replies(places, [("call", (call.name, call.arguments)) for call in calls])
         return [f"error: {each.message}" if isinstance(each, FailedRequest) else each for each in found]
 
-    def scores(self, places: Sequence[Place]) -> list[float | None]:
-        """The scores of finished conversations; None without get_reward, and where the process is lost. Raises
-        UserError if get_reward fails."""
+    def scores(self, places: Sequence[Place]) -> list[float | FailedRequest | None]:
+        """The scores of finished conversations; None without get_reward, and where the process is lost."""
         scored = [place for place in places if self.known[place.name].scores and not place.lost]
         found = dict(zip(scored, self.replies(scored, [("score", None)] * len(scored))))
-        for each in found.values():
-            if isinstance(each, FailedRequest):
-                raise UserError(f"--environment: get_reward: {each.message}; mend it, or return None")
         return [found.get(place) for place in places]
 
     def states(self, places: Sequence[Place]) -> list[dict[str, Any]]:
@@ -186,21 +178,38 @@ class Environments(UserProcess):
         return [found[place] for place in places]
 
     def receive(self, place: Place, found: dict[Place, Any]) -> None:
-        """Take a message of a place: its process's number, or a reply."""
+        """Read what a place has sent, and take its messages: its process's number, or a reply.
+
+        A message is a line of JSON, of which any part may have come: a process that a tool started writes here too."""
         try:
-            message = place.pipe.recv()
-        except (EOFError, ConnectionResetError):
+            part = os.read(place.pipe.fileno(), PIECE)
+        except ConnectionResetError:
+            part = b""
+        *lines, place.read = (place.read + part).split(b"\n")
+        try:
+            for line in lines:
+                kind, content = json.loads(line)
+                if kind == "process":
+                    place.process = content
+                elif place in found or kind not in ("done", "failed"):
+                    raise ValueError("no reply is due")
+                else:
+                    found[place] = whole(content) if kind == "done" else FailedRequest(str(whole(content)))
+        except (ValueError, TypeError):
+            place.end("what its process sent is no reply, and its conversation is lost")
+        if not part:
             place.end("its process ended, and its conversation is lost")
+        if place.lost:
             found[place] = FailedRequest(place.lost)
-            return
-        if isinstance(message, int):
-            place.process = message
-            return
-        kind, content = message
-        found[place] = content if kind == "done" else FailedRequest(content)
 
     def stop(self) -> None:
         """End all processes."""
         for place in self.places:
             place.end("the run is over")
         super().stop()
+
+
+def whole(content: Any) -> Any:
+    """A reply in which U+FFFD stands for each half of a character, as a model's call may leave in a text."""
+    halves = isinstance(content, str) and not content.isascii()
+    return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if halves else content

@@ -20,7 +20,7 @@ from ..cli.errors import UserError, short
 from ..data.chat import THINK, THINK_CLOSES, TURN_END, ChatLayout
 from ..data.tokenizer import Tokenizer
 from ..data.tools import ToolCall, parse_calls
-from ..environments.environments import Environments, Place
+from ..environments.environments import Environments, FailedRequest, Place
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .decode import GeneratedToken, TokenCollector, damaged_error
@@ -164,7 +164,10 @@ class ChatTools:
         if self.environments is None:
             return
         self.environments.release([self.place] if self.place else [])
-        (self.place,), (self.opening,) = self.environments.begin([{}])
+        (self.place,), (opening,) = self.environments.begin([{}])
+        if isinstance(opening, FailedRequest):
+            raise UserError(f"--tools: reset(): {opening.message}; mend the class")
+        self.opening = opening
 
     def run(self, calls: Sequence[ToolCall]) -> list[str]:
         """Run calls, one after the other -> their results, [] without an environment."""

@@ -24,6 +24,12 @@ class Judged(NamedTuple):
     total: list[float | None]
     each: dict[str, list[float | None]]
 
+    def spread(self, places: Sequence[int], number: int) -> "Judged":
+        """The numbers at these places among so many answers, with None for the others."""
+        totals, each = dict(zip(places, self.total)), {name: dict(zip(places, of)) for name, of in self.each.items()}
+        every = range(number)
+        return Judged(list(map(totals.get, every)), {name: list(map(of.get, every)) for name, of in each.items()})
+
 
 class JudgeCall(NamedTuple):
     """The call that the process is in: the reward's number, and the first and the last item that it is given."""

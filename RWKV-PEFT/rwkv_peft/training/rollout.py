@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checkpoints.atomic import append_text
+from ..cli.errors import UserError
 from ..config import RunConfig
 from ..data.answer_samples import PromptSamples
 from ..data.chat import stops_of
@@ -34,20 +35,23 @@ from .step.compiling import uncompiled
 from .step.plan import Plan
 from .step.shared_prefix import share_prefixes
 from .step.steps import Batch, Whole, add_gradients, to_device, trainable, with_gradients
-from .turns import Episode, EpisodeSampler
+from .turns import TURN_CUT, Episode, EpisodeSampler
 
 SEEDS = 1 << 44  # more than the completions that any run samples: no two seeds of a run share a draw
 LARGEST = ("gap_max",)  # figures that are maxima; the others are means
 SCORE = "environment"  # the name of the reward that get_reward is
+CUT = ("length", TURN_CUT)  # ends of completions that a limit has cut
+QUOTED = 200  # characters of a row in a note
 FLAT = 10  # steps in a row without spread of rewards, after which a run says so
 
 
 class Rollout(NamedTuple):
     """A completion: the tokens of its prompt, those behind it, with the one that ends it, the log-probabilities and
-    entropies of those that the model sampled, its text, and its end: "end" (of the document), "stop" or "length".
+    entropies of those that the model sampled, its text, and its end: "end" (of the document), "stop" or a value of CUT.
 
     Of a conversation with tools, `own` says which tokens the model sampled ([]: all), text is the last answer, turns
-    are all texts behind the prompt by role, score is its environment's, and state that environment's attributes."""
+    are all texts behind the prompt by role, score is its environment's, and state that environment's attributes. One
+    with a fault, the message of its environment, is neither judged nor learned from."""
 
     prompt: list[int]
     tokens: list[int]
@@ -59,20 +63,19 @@ class Rollout(NamedTuple):
     turns: list[dict[str, str]] = []
     score: float | None = None
     state: dict[str, Any] = {}
+    fault: str = ""
 
     @classmethod
     def of(cls, episode: Episode) -> "Rollout":
         """The Rollout of an episode."""
         own, turns = episode.own, episode.turns
         text = next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant"), "")
-        measures = episode.logprobs, episode.entropies
-        return cls(
-            episode.prompt, episode.tokens, *measures, text, episode.end, own, turns, episode.score, episode.state
-        )
+        sampled = episode.prompt, episode.tokens, episode.logprobs, episode.entropies
+        return cls(*sampled, text, episode.end, own, turns, episode.score, episode.state, episode.fault)
 
     @property
     def cut(self) -> bool:
-        return self.end == "length"
+        return self.end in CUT
 
 
 class RolloutSettings(NamedTuple):
@@ -194,6 +197,7 @@ class RolloutStep(Whole):
         self.episodes = episodes
         self.ready: dict[int, dict[str, Any]] = {}  # batches by the number of their first prompt
         self.records: list[dict[str, Any]] = []
+        self.faults: list[dict[str, Any]] = []  # records of conversations that were dropped since the last step
         self.seconds = {"draw_s": 0.0, "judge_s": 0.0}
         self.most: dict[str, torch.Tensor] = {}
 
@@ -211,7 +215,10 @@ class RolloutStep(Whole):
         rollouts, judged, self.seconds = self.judged_rollouts(model, samples, numbers, self.times)
         rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
         advantages = self.objective.advantages(rewards.view(-1, self.times)).flatten() if len(rewards) else rewards
-        self.records = self.rollout_records(samples, numbers, rollouts, judged, advantages.tolist())
+        self.records = self.faults + self.rollout_records(samples, numbers, rollouts, judged, advantages.tolist())
+        if all(rollout.fault for rollout in rollouts):
+            raise UserError(f"--environment: each conversation of the step failed: {dropped(self.faults)}")
+        rollouts, self.faults = stand_ins(rollouts, self.times), []
         mean = over_ranks(self.counted(rollouts) / len(rollouts), device)
         rows = self.plan.micro_bsz * self.times
         slices = part_slices(rows, self.times, self.objective.learned or rows)
@@ -236,25 +243,36 @@ class RolloutStep(Whole):
             groups = sample_episodes(model, self.settings, self.episodes, rows, times)
         rollouts = [rollout for group in groups for rollout in group]
         sampled, judged = time.perf_counter(), Judged([], {})
-        if self.rewards is not None:
-            texts = [self.settings.tokenizer.decode(rollout.prompt) for rollout in rollouts]
-            owners = [row for number in numbers for row in [samples.row(number)] * times]
-            completions, states = ([getattr(rollout, name) for rollout in rollouts] for name in ("text", "state"))
-            judged = self.rewards.score(texts, completions, owners, states)
+        owners = [number for number in numbers for _ in range(times)]
+        sound = [place for place, rollout in enumerate(rollouts) if not rollout.fault]
+        if self.rewards is not None and sound:
+            texts = [self.settings.tokenizer.decode(rollouts[place].prompt) for place in sound]
+            completions, states = ([getattr(rollouts[at], name) for at in sound] for name in ("text", "state"))
+            scored = self.rewards.score(texts, completions, [samples.row(owners[at]) for at in sound], states)
+            judged = scored.spread(sound, len(rollouts))
         if self.episodes is not None and self.episodes.environments.scoring:
             judged = with_scores(judged, [rollout.score for rollout in rollouts])
+        self.faults += [
+            {"sample": owner, "row": samples.place(owner), "fields": samples.row(owner), "fault": rollout.fault}
+            for owner, rollout in zip(owners, rollouts)
+            if rollout.fault
+        ]
         return rollouts, judged, {"draw_s": sampled - began, "judge_s": time.perf_counter() - sampled}
 
     def counted(self, rollouts: Sequence[Rollout]) -> float:
         """The number of tokens of rollouts that count in the loss."""
-        return sum(len(rollout.logprobs) * self.objective.share(rollout.cut) for rollout in rollouts)
+        return sum(len(rollout.logprobs) * self.share(rollout) for rollout in rollouts)
+
+    def share(self, rollout: Rollout) -> float:
+        """The weight of a rollout in the loss."""
+        return 0.0 if rollout.fault else self.objective.share(rollout.cut)
 
     def batch_of(
         self, rollouts: Sequence[Rollout], times: int, advantages: torch.Tensor, mean: float, device: torch.device
     ) -> dict[str, Any]:
         """The batch of rollouts, `times` of a prompt, as Draws describes it; advantages are (0,) without rewards."""
         batch = packed(rollouts)
-        batch |= {"shares": torch.tensor([self.objective.share(rollout.cut) for rollout in rollouts])}
+        batch |= {"shares": torch.tensor([self.share(rollout) for rollout in rollouts])}
         batch |= {"advantages": advantages.float()} if len(advantages) else {}
         numbers = {"prompts": len(rollouts) / times, "limit": self.settings.longest, "mean_length": max(mean, 1.0)}
         batch |= {name: torch.tensor(float(number)) for name, number in numbers.items()}
@@ -317,10 +335,12 @@ class RolloutStep(Whole):
         judged: Judged,
         advantages: Sequence[float],
     ) -> list[dict[str, Any]]:
-        """The records of rollouts: each with its sample, its row, and its rewards, if there are any."""
+        """The records of rollouts without a fault: each with its sample, its row, and its rewards, if there are any."""
         owners = [number for number in numbers for _ in range(self.times)]
         records: list[dict[str, Any]] = []
         for place, (owner, rollout) in enumerate(zip(owners, rollouts)):
+            if rollout.fault:
+                continue
             record = {
                 "sample": owner,
                 "row": samples.place(owner),
@@ -337,6 +357,18 @@ class RolloutStep(Whole):
                 record["advantage"] = advantages[place]
             records.append(record)
         return records
+
+
+def stand_ins(rollouts: Sequence[Rollout], times: int) -> list[Rollout]:
+    """Rollouts, `times` of a prompt, with another of their prompt, if there is one, in place of those with a fault,
+    or one of another prompt. Its tokens then weigh nothing: each group keeps its size. At least one has no fault."""
+    anywhere = next(rollout for rollout in rollouts if not rollout.fault)
+    result = list[Rollout]()
+    for first in range(0, len(rollouts), times):
+        group = rollouts[first : first + times]
+        other = next((rollout for rollout in group if not rollout.fault), anywhere)
+        result += [other._replace(fault=rollout.fault) if rollout.fault else rollout for rollout in group]
+    return result
 
 
 def with_scores(judged: Judged, scores: list[float | None]) -> Judged:
@@ -390,13 +422,16 @@ class RolloutLog:
         if not parts[0]:  # learned once more from the same rollouts
             return self.numbers | most, []
         records = sorted((record for part in parts for record in part), key=lambda record: record["sample"])
+        faults = [record for record in records if "fault" in record]
+        sound = [record for record in records if "fault" not in record]
         place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
         append_text(self.path, "".join(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records))
-        numbers = figures_of(records)
+        numbers = figures_of(sound)
         self.numbers = numbers | {"draw_s": 0.0, "judge_s": 0.0}
-        return numbers | most | step.seconds, list(self.notes(numbers))
+        notes = [f"note: {dropped(faults)}"] if faults else []
+        return numbers | most | step.seconds, [*notes, *self.notes(numbers, [record["end"] for record in sound])]
 
-    def notes(self, numbers: dict[str, float]) -> Iterator[str]:
+    def notes(self, numbers: dict[str, float], ends: Sequence[str]) -> Iterator[str]:
         """Yield notes for a reader of the log, each kind of them once."""
         self.flat = self.flat + 1 if numbers.get("flat") == 1 else 0
         if self.flat == FLAT and "flat" not in self.noted:
@@ -409,10 +444,21 @@ class RolloutLog:
             )
         if numbers["cut"] > 0.5 and "cut" not in self.noted:
             self.noted.add("cut")
+            flag = "--max_completion_length"
+            if ends.count(TURN_CUT) > ends.count("length"):
+                flag = "--turn_tokens"
             yield (
-                "more than half of the answers were cut at --max_completion_length; raise it, or first teach the model "
-                "how answers end, by --data_type sft"
+                f"more than half of the answers were cut at {flag}; raise it, or first teach the model how answers "
+                "end, by --data_type sft"
             )
+
+
+def dropped(faults: Sequence[Mapping[str, Any]]) -> str:
+    """The message on conversations that were dropped, by the first one's record."""
+    first, number = faults[0], len(faults)
+    which = "" if number == 1 else f", the first of {number},"
+    fields = " ".join(str(first["fields"]).split())[:QUOTED]
+    return f"a conversation of row {first['row'] + 1}{which} was dropped: {first['fault']}; mend the class ({fields})"
 
 
 def figures_of(records: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -420,7 +466,7 @@ def figures_of(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     tokens = sum(record["length"] for record in records)
     found = reward_figures(records) if "reward" in records[0] else {}
     found["length"] = tokens / len(records)
-    found["cut"] = mean([float(record["end"] == "length") for record in records])
+    found["cut"] = mean([float(record["end"] in CUT) for record in records])
     found["entropy"] = math.fsum(record["entropy"] * record["length"] for record in records) / tokens
     return found
 

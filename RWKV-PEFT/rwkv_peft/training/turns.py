@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
-from ..cli.names import G1
-from ..data.chat import TURN_END, ChatLayout, stops_of
+from ..data.chat import CHAT, SPEAKERS, TURN_END, ChatLayout, role_in, stops_of, words_of
 from ..data.encoding import EncodeSettings, encoder
-from ..data.forms import ANSWERS, CHATS
+from ..data.fields import field as text_field
+from ..data.forms import ANSWERS, TURNS, turns_of
 from ..data.tokenizer import Tokenizer
-from ..data.tools import TOOL_FORMS, ToolCall, ToolForm, parse_calls
-from ..environments.environments import Environments, Place
+from ..data.tools import ToolCall, parse_calls
+from ..environments.environments import Environments, FailedRequest, Place
 from ..inference.batch import DAMAGED
 from ..inference.decode import damaged_error
 from ..inference.engine import Engine
@@ -28,7 +28,7 @@ from ..inference.speakers import Speaker
 from ..inference.text import Continuation
 from ..models.state import State
 
-ANSWER = f"{TURN_END}Assistant:"
+TURN_CUT = "turn_length"  # the end of a conversation with an answer of turn_tokens, which had room for more
 UNCALLED = ToolCall("", {})  # of an answer that hands over to a tool and holds no call
 MALFORMED = 'error: no call was found; answer <tool_call>{"name": …, "arguments": {…}}</tool_call>'
 CACHED = 3  # states of each conversation: after its prompt or results, after its answer, and one that is made
@@ -38,7 +38,9 @@ CACHED = 3  # states of each conversation: after its prompt or results, after it
 class Episode:
     """A conversation of the prompt with this number, in its own environment: the tokens of the prompt and those behind
     it, of which `own` are the model's, with their log-probabilities and entropies. turns are its texts by role; end is
-    "end" (of the document), "stop", "length", "turns" or "lost" at last, and score its environment's, if it has one."""
+    "end" (of the document), "stop", "length" (of the conversation), TURN_CUT, "turns" or "lost" at last, and score its
+    environment's, if it has one.
+    fault is the message of a reset or a get_reward that failed: nothing is learned from such a conversation."""
 
     number: int
     prompt: list[int]
@@ -52,6 +54,7 @@ class Episode:
     answers: int = 0
     end: str = ""
     score: float | None = None
+    fault: str = ""
     state: dict[str, Any] = field(default_factory=dict)
 
     def add(self, tokens: Sequence[int], own: bool) -> None:
@@ -83,8 +86,8 @@ class Turn:
 
 class TurnSettings(NamedTuple):
     """At most `turns` answers of a conversation, `turn_tokens` tokens in each, and `longest` tokens behind the prompt,
-    results included, which are in a form of tools; `batch` answers are sampled at a time, each up to a text of `stop`
-    or of a known layout."""
+    results included; `batch` answers are sampled at a time, each up to a text of `stop` or of a known layout. Results,
+    and the openings of the answers to them, are in the layout `chat`, as the rows'."""
 
     sampling: Sampling
     turns: int
@@ -92,12 +95,12 @@ class TurnSettings(NamedTuple):
     longest: int
     stop: tuple[str, ...]
     batch: int
-    tool_form: ToolForm = TOOL_FORMS[G1]
+    chat: ChatLayout = CHAT
 
     @property
     def result(self) -> str:
         """The opening of a result's turn behind an answer."""
-        return f"{TURN_END}{self.tool_form.speaker}:"
+        return f"{TURN_END}{self.chat.tool_form.speaker}:"
 
 
 def converse(
@@ -131,21 +134,28 @@ class EpisodeSampler:
     have `room` tokens with those behind them."""
 
     def __init__(self, environments: Environments, settings: TurnSettings, encode: EncodeSettings, room: int) -> None:
-        self.environments, self.settings, self.encode, self.room = environments, settings, encode, room
+        self.environments, self.encode, self.room = environments, encode, room
+        self.settings = settings._replace(chat=encoder(encode).layout)
 
     def sample(self, subject: Subject, rows: Mapping[int, Mapping[str, Any]], times: int) -> list[list[Episode]]:
         """Hold `times` episodes of each row, {number: row}. The draws of an episode depend on the run's seed, the row's
         number and its own alone."""
         due = [(number * times + place, row) for number, row in rows.items() for place in range(times)]
-        places, texts = self.environments.begin([row for _, row in due])
-        episodes = [
-            Episode(key, self.prompt(row, place, text), place, random.Random(self.settings.sampling.seed + key))
-            for (key, row), place, text in zip(due, places, texts)
-        ]
-        converse(subject, self.environments, episodes, self.settings)
-        found = zip(episodes, self.environments.scores(places), self.environments.states(places))
-        for episode, score, state in found:
-            episode.score, episode.state = score, state
+        places, openings = self.environments.begin([row for _, row in due])
+        episodes = []
+        for (key, row), place, opening in zip(due, places, openings):
+            fault = f"reset: {opening.message}" if isinstance(opening, FailedRequest) else ""
+            prompt = [] if isinstance(opening, FailedRequest) else self.prompt(row, place, opening)
+            draws = random.Random(self.settings.sampling.seed + key)
+            episodes.append(Episode(key, prompt, place, draws, fault=fault))
+        begun = [episode for episode in episodes if not episode.fault]
+        converse(subject, self.environments, begun, self.settings)
+        ended = [episode.place for episode in begun]
+        for episode, score, state in zip(begun, self.environments.scores(ended), self.environments.states(ended)):
+            if isinstance(score, FailedRequest):
+                episode.fault = f"get_reward: {score.message}"
+            else:
+                episode.score, episode.state = score, state
         self.environments.release(places)
         return [episodes[first : first + times] for first in range(0, len(episodes), times)]
 
@@ -154,7 +164,7 @@ class EpisodeSampler:
         turn."""
         tools = self.environments.known[place.name].tools
         own = encoder(self.encode)
-        (segments,) = own.documents(with_observation(row, text) | {"tools": tools})
+        (segments,) = own.documents(with_observation(row, text, self.encode.fields) | {"tools": tools})
         tokens = [token for words, _ in segments for token in own.tokenizer.encode(words)]
         if len(tokens) + self.settings.longest > self.room:
             raise UserError(
@@ -164,22 +174,22 @@ class EpisodeSampler:
         return tokens
 
 
-def with_observation(row: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A row with a text at the end of its last user's turn, or of its question."""
-    found = dict(row)
-    name = next((name for name in (*CHATS, "prompt") if isinstance(row.get(name), list)), "")
+def with_observation(row: Mapping[str, Any], text: str, fields: Sequence[str] = ()) -> dict[str, Any]:
+    """A row with a text at the end of its last user's turn, or of its question; its prompt is in fields[0] if any are
+    named. Nothing of the row itself changes, because its other conversations begin from it, too."""
     if not text:
-        return found
-    if name:
-        turns = [dict(turn) for turn in row[name]]
-        last = next((turn for turn in reversed(turns) if turn.get("role", turn.get("from")) in ("user", "human")), None)
-        if last is None:
+        return dict(row)
+    if name := next((name for name in TURNS if isinstance(row.get(name), list) and not fields), ""):
+        turns: Any = turns_of(row, name)
+        users = [place for place, turn in enumerate(turns) if SPEAKERS.get(role_in(turn)) == "User"]
+        if not users:
             raise UserError("a row has no turn of a user, which the text that its environment's reset returns goes on")
-        last["content" if "role" in last else "value"] += text
-        found[name] = turns
-        return found
-    question = next((name for name in ANSWERS if isinstance(row.get(name), str)), "")
-    return found | {question: row[question] + text} if question else found | {"question": text}
+        last = turns[users[-1]]
+        words = "content" if "role" in last else "value"
+        turns[users[-1]] = {**last, words: words_of(last, words) + text}
+        return {**row, name: turns}
+    question = next((name for name in fields[:1] or ANSWERS if name in row), "question")
+    return {**row, question: (text_field(row, question) if question in row else "") + text}
 
 
 def turn_of(conversation: Episode, tokenizer: Tokenizer, settings: TurnSettings) -> Turn:
@@ -205,13 +215,13 @@ def completion_of(turn: Turn, sampling: Sampling) -> Completion:
 def answered(turn: Turn, tokenizer: Tokenizer, settings: TurnSettings) -> list[ToolCall]:
     """Add an answer to its conversation -> its calls, [] if the conversation ends with it.
 
-    An answer hands over to a tool by a call, or by the name of the speaker Tool. If a name follows a call that opens no
-    result, it is left out, so that the results can follow."""
+    An answer hands over to a tool by a call, or by the name of the speaker Tool. If another name follows a call, or the
+    end of the document, as behind a row's last call, it is left out, so that the results can follow."""
     conversation, text = turn.conversation, turn.text
     _, calls = parse_calls(text.text)
     opens = text.end == "stop" and tokenizer.decode(text.tokens).startswith(text.text + settings.result)
-    hands_over = opens and settings.tool_form.speaker == "Tool"
-    tokens = text.tokens if opens or not calls or text.end != "stop" else text.shown_tokens()
+    hands_over = opens and settings.chat.tool_form.speaker == "Tool"
+    tokens = text.tokens if opens or not calls or text.end == "length" else text.shown_tokens()
     kept = len(tokens) if tokens == text.tokens[: len(tokens)] else len(text.tokens)
     conversation.add(text.tokens[:kept], own=True)
     logprobs, entropies = zip(*turn.measures[:kept]) if kept else ((), ())
@@ -219,8 +229,9 @@ def answered(turn: Turn, tokenizer: Tokenizer, settings: TurnSettings) -> list[T
     conversation.entropies += entropies
     conversation.turns.append({"role": "assistant", "content": text.text.strip()})
     conversation.answers += 1
-    if text.end != "stop" or not (calls or hands_over):
-        conversation.end = text.end
+    if text.end == "length" or not (calls or hands_over):
+        room = settings.longest - len(conversation.tokens)
+        conversation.end = TURN_CUT if text.end == "length" and room else text.end
     elif conversation.answers == settings.turns:
         conversation.end = "turns"
     return [] if conversation.end else calls or [UNCALLED]
@@ -240,14 +251,14 @@ def results_of(environments: Environments, calling: Sequence[tuple[Episode, Sequ
 
 
 def hand_back(conversation: Episode, results: Sequence[str], tokenizer: Tokenizer, settings: TurnSettings) -> None:
-    """Add the results of an answer's calls to its conversation, and the opening of the next answer. A conversation ends
-    if they leave it no room, or if its environment is lost."""
-    form = settings.tool_form
-    cleaned = [ChatLayout(tool_form=form).cleaned(result) for result in results]
-    conversation.turns += [{"role": "tool", "content": result} for result in cleaned]
-    before = tokenizer.decode(conversation.tokens[-16:])
-    text = "".join(f"{settings.result} {form.result_text(result)}" for result in cleaned) + ANSWER
-    tokens = tokenizer.encode(text.removeprefix(settings.result) if before.endswith(settings.result) else text)
+    """Add the results of an answer's calls to its conversation, and the opening of the next answer, as a chat lays them
+    out. A conversation ends if they leave it no room, or if its environment is lost."""
+    turns = [{"role": "tool", "content": settings.chat.cleaned(result)} for result in results]
+    conversation.turns += turns
+    opened = tokenizer.decode(conversation.tokens[-16:]).endswith(settings.result)
+    speaker, *texts = settings.chat.prompt(turns)
+    texts = texts if opened else [TURN_END, speaker, *texts]
+    tokens = [token for text in texts for token in tokenizer.encode(text)]
     if conversation.place.lost:
         conversation.end = "lost"
     elif len(conversation.tokens) + len(tokens) >= settings.longest:

@@ -28,7 +28,6 @@ import lightning.pytorch as pl
 from ...data.batches import TrainBatch, TrainBatches
 from ...data.recorded import find_tokenizer
 from ...data.sources import settings_of
-from ...data.tools import TOOL_FORMS
 from ...objectives.draws import Draws
 from ...objectives.grpo import GRPO
 from ...objectives.next_token import NextToken
@@ -80,7 +79,7 @@ def rollout_step(run: Prepared) -> Step:
     if run.environments is not None and isinstance(objective, GRPO):
         longest, turn_tokens = data.max_completion_length, objective.turn_tokens or data.max_completion_length
         limits = objective.max_turns, turn_tokens, longest
-        turns = TurnSettings(settings.sampling, *limits, settings.stop, settings.batch, TOOL_FORMS[data.tool_form])
+        turns = TurnSettings(settings.sampling, *limits, settings.stop, settings.batch)
         episodes = EpisodeSampler(run.environments, turns, settings_of(data), data.ctx_len)
     return RolloutStep(objective, settings, run.rewards, run.teacher, data.num_generations, prompts, episodes)
 
