@@ -3,8 +3,8 @@
     python benchmarks/optimizers.py [--steps 60] [--peft bone none]
 
 A bare loop in one thread: forward, the loss of the answers, backward, clipping to a norm of 1, and the optimizer over
-flat tensors, as ZeRO has them. Rates fall to a tenth along a cosine after 5 steps of warm-up, but that of schedule_free
-stays. docs/benchmarks/training.md has the last table.
+flat tensors, as ZeRO has them. Rates fall to a tenth along a cosine after 5 steps of warm-up.
+docs/benchmarks/training.md has the last table.
 """
 
 import sys
@@ -16,15 +16,14 @@ from common import DEMO, ROOT, Parser, head, row
 import rwkv_peft as rp
 from rwkv_peft.adapters.groups import parameter_groups
 from rwkv_peft.cli.tables import OPTIMS
-from rwkv_peft.config import SCHEDULE_FREE, TrainConfig
+from rwkv_peft.config import TrainConfig
 from rwkv_peft.config.train import learning_rate
-from rwkv_peft.training.optimizers import Averaging, make_optimizer
+from rwkv_peft.training.optimizers import make_optimizer
 
 sys.path.insert(0, str(ROOT / "demo"))
 from task import documents  # noqa: E402
 
 RATES = {"bone": (1e-3, 3e-3, 1e-2, 3e-2), "none": (3e-4, 1e-3, 3e-3, 1e-2)}
-LION = 0.3  # its rates over the others'
 ROWS, KEPT_BACK = 4, 32  # of a step; to measure on
 
 
@@ -72,7 +71,6 @@ def measured(peft, optim, rate, steps):
     groups = flattened(parameter_groups(model.network, matrices_apart=optim == "muon"))
     optimizer = make_optimizer(groups, TrainConfig(optim=optim))
     flats = [group["params"][0] for group in groups]
-    schedule = "constant" if optim == SCHEDULE_FREE else "cosine"
     for step in range(steps):
         for flat in flats:
             flat.grad.zero_()
@@ -80,11 +78,9 @@ def measured(peft, optim, rate, steps):
         torch.nn.utils.clip_grad_norm_(flats, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate(
-                step, total_steps=steps, lr_init=rate, lr_final=rate / 10, warmup_steps=5, schedule=schedule
+                step, total_steps=steps, lr_init=rate, lr_final=rate / 10, warmup_steps=5
             )
         optimizer.step()
-    if isinstance(optimizer, Averaging):
-        optimizer.eval()
     with torch.no_grad():
         return float(loss_of(model, batch_of(list(documents("heldout", KEPT_BACK, 1)), model.tokenizer)))
 
@@ -101,8 +97,7 @@ def main(argv):
         print()
         head(f"--peft {peft}", *["rate: loss"] * len(rates_of))
         for optim in ("adamw", *OPTIMS):
-            rates = [float(f"{rate * (LION if optim == 'lion' else 1):.1g}") for rate in rates_of]
-            row(optim, *(f"{rate:g}: {measured(peft, optim, rate, args.steps):.4f}" for rate in rates))
+            row(optim, *(f"{rate:g}: {measured(peft, optim, rate, args.steps):.4f}" for rate in rates_of))
 
 
 if __name__ == "__main__":

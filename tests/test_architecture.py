@@ -26,7 +26,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = (
     *"deepspeed lightning transformers peft matplotlib bitsandbytes datasets".split(),
     *"wandb trackio swanlab tensorboard accelerate".split(),
-    *"trl lm_eval fastapi starlette uvicorn pydantic lion_pytorch schedulefree".split(),
+    *"trl lm_eval fastapi starlette uvicorn pydantic".split(),
 )
 HEAVY_PARTS = (("hf",), ("inference", "serve"), ("tools", "ui"))  # but for their flags
 

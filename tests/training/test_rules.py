@@ -24,7 +24,7 @@ FACTS = {
 }
 SHOWN = {LOADED: f"{LOADED} (x)"}
 ANOTHER = {"peft": "lora", "train_parts": "ln", "micro_bsz": "2", "loss_mask": "none", "eval_task": "choices"}
-ANOTHER |= {"optim": "lion", "lr_schedule": "linear", "dataload": "pad", "data_type": "binidx"}
+ANOTHER |= {"optim": "adamw8bit", "lr_schedule": "linear", "dataload": "pad", "data_type": "binidx"}
 SHARES = ("val_split", "distill_beta", "distill_weight", "replay_share", "top_p")  # flags whose values are at most 1
 CASES = [(rule, *pair) for rule in RULES for pair in zip(rule.subjects.split(", "), [rule.others.split(", ")] * 9)]
 

@@ -44,13 +44,6 @@ SAMPLINGS = LazyTable(
     }
 )
 # --optim, besides AdamW
-OPTIMS = LazyTable(
-    {
-        "adamw8bit": "training.optimizers:adamw8bit",
-        "lion": "training.optimizers:lion",
-        "muon": "training.optimizers:muon",
-        "schedule_free": "training.optimizers:schedule_free",
-    }
-)
+OPTIMS = LazyTable({"adamw8bit": "training.optimizers:adamw8bit", "muon": "training.optimizers:muon"})
 # tasks of `rwkv-peft eval` and --eval_task over rows of one's own
 TASKS = LazyTable({"jsonl": "evals.rows:Exact", "choices": "evals.rows:Choices"})

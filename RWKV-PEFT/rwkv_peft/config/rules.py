@@ -37,7 +37,7 @@ SHARE = "take stage 1 or 2"
 ABOVE_0, LOWER = "give a rate above 0", "take stage 1 or 2, or leave --compile out"
 ROWS = "take --data_type sft, pairs, labels, prompts or contexts, or leave it out"
 FULL = "take --precision bf16 or fp32"
-ONE, OUT, STAY = "make one file of them", "leave it out", "leave the schedule out"
+ONE, OUT = "make one file of them", "leave it out"
 NO_PAD = "take --loss_mask none, or --dataload pad"
 OUTPUT = "give --output_dtype to merge_bone.py, or add --merge_on_save"
 MARKER = """rwkv-peft preprocess --ids 'Assistant:' prints such ids, and RWKV-PEFT's qa means --mask_id """ + (
@@ -120,13 +120,7 @@ RULES = (
     Rule("--context_parallel", EXCLUDES, STAGE_3, "ranks would wait for weights and states of different blocks", SHARE),
     Rule("--optim !adamw", EXCLUDES, OFFLOAD, "the optimizer in main memory is AdamW", "take a stage without offload"),
     Rule("--optim muon", EXCLUDES, STAGE_3, "it gathers whole matrices of momenta, which lie apart there", SHARE),
-    Rule("--optim schedule_free", EXCLUDES, STAGE_3, "its steps would be counted more than once there", SHARE),
     Rule("--optim muon", EXCLUDES, ALONE, "states are no matrices of layers", OUT),
-    Rule(
-        "--optim schedule_free", EXCLUDES, "--lr_schedule !constant", "it averages in place of a rate that falls", STAY
-    ),
-    Rule("--optim schedule_free", EXCLUDES, "--beta1 0", "it divides by that", OUT),
-    Rule("--optim schedule_free", EXCLUDES, "--precision fp16", "its average counts steps, and some are skipped", FULL),
     Rule("--precision fp16", EXCLUDES, UNSCALED, "they go back before the loss is scaled", FULL),
     Rule("--share_prompts 1", NEEDS, "--data_type pairs|labels", "other rows share no prompt"),
     Rule("--compile", EXCLUDES, STAGE_3, "it gathers weights inside of what would be compiled as one", LOWER),

@@ -117,7 +117,6 @@ def learning_rate(
 
 
 SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
-SCHEDULE_FREE = "schedule_free"
 STATE_LR = 1e-2  # the learning rate of time states; docs/benchmarks/training.md has the measurement
 
 
@@ -150,12 +149,10 @@ class OptimizerConfig:
     optim: str = setting(
         "adamw",
         "optimizer. adamw: the usual one; adamw8bit: AdamW with moments of 8 bits, 6 bytes in place of 12 for each "
-        "number that trains; lion: moves each number by the rate, up or down, with one moment (8 bytes), at AdamW's "
-        "rate or a lower one; muon: updates of matrices with all singular values alike, 8 bytes for each of their "
-        "numbers, at AdamW's rate or a higher one, AdamW for what is no matrix of a block; schedule_free: AdamW that "
-        "averages its weights, at a rate that stays, for runs whose end is open. All but adamw and muon take packages "
-        "of the extra optim (sh scripts/setup.sh optim)",
-        type=alias((("none", "adamw"), ("schedulefree", SCHEDULE_FREE))),
+        "number that trains; muon: updates of matrices with all singular values alike, 8 bytes for each of their "
+        "numbers, at AdamW's rate or a higher one, AdamW for what is no matrix of a block. adamw8bit takes a "
+        "package of the extra optim (sh scripts/setup.sh optim)",
+        type=alias((("none", "adamw"),)),
         choices=("adamw", *OPTIMS),
     )
     lr_schedule: str = setting(
@@ -164,14 +161,14 @@ class OptimizerConfig:
         + "; ".join(f"{name}: {schedule.formula}" for name, schedule in SCHEDULES.items())
         + ". exp is RWKV-LM's schedule, and rwkv-lm that of its --my_exit_tokens; rwkv-peft is RWKV-PEFT's cos_decay, "
         "which has no warm-up; RWKV-PEFT's wsd is not this one, but our cosine to a z of 0 (default cosine; with "
-        "--my_exit_tokens and --magic_prime rwkv-lm, with --optim schedule_free constant)",
+        "--my_exit_tokens and --magic_prime rwkv-lm)",
         unset=True,
         type=alias(SCHEDULE_ALIASES),
         choices=tuple(SCHEDULES),
     )
     warmup_steps: int = setting(0, "steps of linear warm-up, as --lr_schedule says (default 0)", type=count)
-    beta1: float = setting(0.9, "Adam, and Lion", type=below_one)
-    beta2: float = setting(0.99, "Adam, and Lion", type=below_one)
+    beta1: float = setting(0.9, "Adam", type=below_one)
+    beta2: float = setting(0.99, "Adam", type=below_one)
     adam_eps: float = setting(1e-8, "Adam", type=above_zero)
     weight_decay: float = setting(0.0, "on matrices only (default 0)", type=not_negative)
     layerwise_lr: bool = setting(

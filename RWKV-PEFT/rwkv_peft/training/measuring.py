@@ -24,7 +24,6 @@ from ..data.tokenizer import KNOWN_SIZES
 from ..evals.questions import OF, Exam, Record, RowsExam, rows_of
 from ..inference.flags import unescaped
 from .inputs import VALIDATION, Inputs
-from .saving.optimizer_state import averaged
 from .saving.resume import write_records
 from .saving.saver import Saver
 from .step.compiling import uncompiled
@@ -71,16 +70,15 @@ class Validator:
         if done % self.every and done != self.plan.total_steps:
             return {}
         found: dict[str, float] = {}
-        with averaged(trainer.optimizers[0]):
-            for name, samples in self.measured.items():
-                sums = [self.sums(part, trainer, lit) for part in samples.parts]
-                loss, *numbers = means([sum(each) for each in zip(*sums)])
-                measures = dict(zip(lit.compute.measures, numbers)) or {"ppl": math.exp(min(loss, 700.0))}
-                found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
-                if isinstance(samples, Several):
-                    found |= {f"{name}_loss/{of}": means(each)[0] for of, each in zip(samples.sources, sums)}
-            if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
-                self.saver.save_tensors(trainer, lit, [BEST])
+        for name, samples in self.measured.items():
+            sums = [self.sums(part, trainer, lit) for part in samples.parts]
+            loss, *numbers = means([sum(each) for each in zip(*sums)])
+            measures = dict(zip(lit.compute.measures, numbers)) or {"ppl": math.exp(min(loss, 700.0))}
+            found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
+            if isinstance(samples, Several):
+                found |= {f"{name}_loss/{of}": means(each)[0] for of, each in zip(samples.sources, sums)}
+        if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
+            self.saver.save_tensors(trainer, lit, [BEST])
         return found
 
     def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
@@ -177,7 +175,7 @@ def answers_of(
     the run compiles blocks. show: gets each Record of the rank's share as it is done."""
     lit.model.eval()
     records: list[Record] = []
-    with averaged(trainer.optimizers[0]), uncompiled(compiles):
+    with uncompiled(compiles):
         for record in exam.ask(lit.model, trainer.global_rank, trainer.world_size):
             records.append(record)
             show(record)

@@ -1,10 +1,11 @@
 """The optimizers of --optim, with the state that each has before its first step; packages are imported on use.
 
-OPTIMS (cli/tables.py) has the functions that make an optimizer besides AdamW by their names.
+OPTIMS (cli/tables.py) has the functions that make an optimizer besides AdamW by their names. Its optimizers have a
+method begin(flat), which initializes the state of a flat tensor of weights as before the first step.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,57 +39,7 @@ def adam_settings(train: TrainConfig) -> dict[str, Any]:
     return {"betas": (train.beta1, train.beta2), "eps": train.adam_eps}
 
 
-class Further:
-    """A base of the optimizers of OPTIMS, with the interface beyond torch's that the engine and checkpoints use.
-
-    by_parameter: true if each number that trains has state of its own, which any ranks can resume from; if not, a
-    rank's state is of use to that rank alone.
-    """
-
-    by_parameter = True
-    state: Any
-    param_groups: list[dict[str, Any]]
-
-    def begin(self, flat: Tensor) -> None:
-        """Initialize the state of a flat tensor of weights, as before the first step."""
-        raise NotImplementedError
-
-
-class Averaging(Further):
-    """An optimizer that results in an average of its weights: eval() puts it into the weights, train() takes it out."""
-
-    eval: Callable[[], None]
-    train: Callable[[], None]
-
-    @property
-    def averaging(self) -> bool:
-        """True if the weights are the average now."""
-        return not self.param_groups[0]["train_mode"]
-
-    def go_on(self, rates: Iterable[float]) -> None:
-        """Count steps at these base learning rates, as if they had been taken."""
-        for group in self.param_groups:
-            group |= {"k": 0, "lr_max": -1.0, "weight_sum": 0.0}
-        for rate in rates:
-            for group in self.param_groups:  # as its steps count, to the bit
-                group["lr_max"] = max(rate * group["lr_scale"], group["lr_max"])
-                group["weight_sum"] += (group["k"] + 1) ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
-                group["k"] += 1
-
-
-def lion(groups: Groups, train: TrainConfig) -> Further:
-    """Lion (Chen et al. 2023, arXiv 2302.06675), by lion-pytorch: each number moves by the learning rate, up or down,
-    and has one moment in place of Adam's two."""
-    import lion_pytorch
-
-    class Lion(Further, lion_pytorch.Lion):
-        def begin(self, flat: Tensor) -> None:
-            self.state[flat]["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
-
-    return Lion(groups, betas=(train.beta1, train.beta2))
-
-
-def adamw8bit(groups: Groups, train: TrainConfig) -> Further:
+def adamw8bit(groups: Groups, train: TrainConfig) -> Any:
     """AdamW with moments of 8 bits (Dettmers et al. 2021, arXiv 2110.02861), by bitsandbytes: 2 bytes a number that
     trains, and not 8.
 
@@ -96,8 +47,9 @@ def adamw8bit(groups: Groups, train: TrainConfig) -> Further:
     """
     from bitsandbytes.optim import AdamW8bit as Base
 
-    class AdamW8bit(Further, Base):
-        by_parameter = False
+    class AdamW8bit(Base):
+        param_groups: list[dict[str, Any]]
+        by_parameter = False  # a rank's state is of use to that rank alone
 
         def begin(self, flat: Tensor) -> None:
             groups = self.param_groups
@@ -108,29 +60,11 @@ def adamw8bit(groups: Groups, train: TrainConfig) -> Further:
     return AdamW8bit(groups, **adam_settings(train))
 
 
-def schedule_free(groups: Groups, train: TrainConfig) -> Averaging:
-    """Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682), by schedulefree: an average of the weights takes the
-    place of a learning rate that falls, so that a run may end at any step.
-
-    Gradients are taken at y, between the average x and the point z that steps lead to. Runs measure and save x.
-    """
-    import schedulefree
-
-    class ScheduleFree(Averaging, schedulefree.AdamWScheduleFree):
-        def begin(self, flat: Tensor) -> None:
-            z, square = flat.detach().clone(), torch.zeros_like(flat, requires_grad=False)
-            self.state[flat] |= {"z": z, "exp_avg_sq": square}
-
-    optimizer = ScheduleFree(groups, **adam_settings(train))
-    optimizer.train()
-    return optimizer
-
-
-def muon(groups: Groups, train: TrainConfig) -> Further:
+def muon(groups: Groups, train: TrainConfig) -> Any:
     return Muon(groups, **adam_settings(train), fused=True)
 
 
-class Muon(Further, torch.optim.AdamW):
+class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): a matrix is updated by its momentum with
     all singular values near 1. Other tensors, the embedding and the head learn by AdamW. bat-in's and bat-out's blocks
     are matrices each.

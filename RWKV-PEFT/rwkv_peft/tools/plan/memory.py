@@ -36,7 +36,7 @@ TAUGHT = MappingProxyType({2: 30, 4: 36})  # bytes an element of logits beside a
 DRAWN = (24, 40)  # bytes an element of logits that draws a token, and with --top_p
 PREFILL, ROOM = 4096, 1 << 30  # tokens of prompts in a pass; bytes of contexts that are kept
 # Bytes a number that trains, of the optimizer; Muon keeps one moment of matrices
-OPTIMIZER = MappingProxyType({"adamw": 12, "adamw8bit": 6, "lion": 8, "muon": 12, "schedule_free": 12})
+OPTIMIZER = MappingProxyType({"adamw": 12, "adamw8bit": 6, "muon": 12})
 MATRIX = MappingProxyType({**OPTIMIZER, "muon": 8})
 KEPT = 2  # checkpoints, without --keep_checkpoints
 

@@ -15,7 +15,7 @@ from ...cli.errors import UNREADABLE, UserError
 from ...cli.installing import how_to_install
 from ...cli.names import METRICS, STATE, TRACKERS
 from ...cli.parser import counted
-from ...config import SCHEDULE_FREE, AdapterConfig, DataConfig, ModelConfig, Objective, TrainConfig
+from ...config import AdapterConfig, DataConfig, ModelConfig, Objective, TrainConfig
 from ...objectives import takers_of
 from ..ranks.world import World
 from ..saving.checkpoints import ANSWERS, TRAINED, saved_state
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ...checkpoints.base import Base
 
 # of optimizers that others have written
-PACKAGES = MappingProxyType({"adamw8bit": "bitsandbytes", "lion": "lion_pytorch", SCHEDULE_FREE: "schedulefree"})
+PACKAGES = MappingProxyType({"adamw8bit": "bitsandbytes"})
 MOST_TOKENS = 2**31 - 1  # in a micro batch, because kernels count them in 32 bits
 DRAWN = -1  # the value of --random_seed for a drawn one
 

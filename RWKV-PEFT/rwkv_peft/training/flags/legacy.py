@@ -157,8 +157,6 @@ VALUE_MEANINGS = (
     ("--precision", "--precision fp32", ("tf32", "float32", "32", "32-true")),
     ("--optim", "--optim adamw", ("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam")),
     ("--optim", "--optim adamw8bit", ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")),
-    ("--optim", "--optim lion", ("lion_32bit",)),
-    ("--optim", "--optim schedule_free", ("schedule_free_adamw",)),
     ("--accelerator", "--accelerator gpu", ("cuda",)),
     ("--strategy", "--strategy deepspeed_stage_1", ("auto", "ddp", "deepspeed", "single", "single_device")),
     ("--strategy", "--strategy deepspeed_stage_1", ("single-device",)),

@@ -21,17 +21,7 @@ from ...cli.names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...cli.parser import Parser
 from ...cli.rules import Given, Refusals, contradictions
 from ...cli.tables import GENERATIONS
-from ...config import (
-    CHUNK_CTX,
-    SCHEDULE_FREE,
-    STATE_LR,
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    Objective,
-    RunConfig,
-    TrainConfig,
-)
+from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
 from ...config.data import OF_ROWS, think_bounds
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.recorded import default_mask
@@ -205,8 +195,6 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
     train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)
-    if args.optim == SCHEDULE_FREE and args.lr_schedule is None:
-        train = replace(train, lr_schedule="constant")
     if args.peft == NONE and parts_of(args) == (STATE,):
         given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
         rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}

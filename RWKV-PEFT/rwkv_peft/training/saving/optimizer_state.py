@@ -15,7 +15,6 @@ An optimizer with other state than by parameter adds codes:RANK:NUMBER:NAME, of 
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from ...checkpoints.atomic import fsync
 from ...checkpoints.readable import reading
 from ...checkpoints.tensors import TensorSpec, read_safetensors, write_safetensors
 from ...cli.errors import UserError
-from ..optimizers import Averaging, Further
 from .checkpoints import OPTIMIZER, remedy_of
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")  # the float32 weight, and Adam's two moments of it
@@ -59,7 +57,7 @@ def state_of(optimizer: Any, flat: torch.Tensor) -> dict[str, Any]:
     """The optimizer's state of a flat tensor; before the first step it is made here, as the optimizer would."""
     inner = optimizer.optimizer
     state = inner.state[flat]
-    if not state and isinstance(inner, Further):
+    if not state and hasattr(inner, "begin"):
         inner.begin(flat)
     elif not state:
         counts_in_tensors = isinstance(inner, torch.optim.AdamW)  # DeepSpeed's own counts in numbers
@@ -84,7 +82,7 @@ def pieces_of(optimizer: Any, parameters: Iterable[tuple[str, Any]]) -> Iterator
 
 def is_by_parameter(optimizer: Any) -> bool:
     """True if the optimizer's state has a number for each of a parameter's, so that it goes into pieces."""
-    return not isinstance(optimizer.optimizer, Further) or optimizer.optimizer.by_parameter
+    return getattr(optimizer.optimizer, "by_parameter", True)
 
 
 def moments_of(optimizer: Any, flat: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -122,8 +120,6 @@ def _place(optimizer: Any, parameter: Any) -> tuple[int, int, int, int, int]:
 
 def steps_taken(optimizer: Any) -> int:
     """Return the number of steps that the optimizer has taken, 0 if it does not count them."""
-    if isinstance(optimizer.optimizer, Averaging):
-        return optimizer.optimizer.param_groups[0]["k"]
     return max((int(state_of(optimizer, flat).get(STEP, 0)) for flat in flat_tensors(optimizer)), default=0)
 
 
@@ -146,27 +142,6 @@ def publish(optimizer: Any) -> None:
     for number in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
     optimizer.checkpoint_event_epilogue()
-
-
-@contextmanager
-def averaged(optimizer: Any) -> Iterator[None]:
-    """Give the model the weights that are the run's result so far, while within. Every rank enters at once."""
-    inner = getattr(optimizer, "optimizer", None)
-    if not isinstance(inner, Averaging) or inner.averaging:
-        yield
-        return
-    flats = flat_tensors(optimizer)
-    weights = [flat.detach().clone() for flat in flats]
-    inner.eval()
-    publish(optimizer)
-    try:
-        yield
-    finally:
-        inner.train()
-        with torch.no_grad():
-            for flat, before in zip(flats, weights):
-                flat.copy_(before)  # because train() comes back to them but for rounding
-        publish(optimizer)
 
 
 def write_pieces(

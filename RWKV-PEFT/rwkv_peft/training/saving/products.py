@@ -35,7 +35,7 @@ from ...models.state import split_time_states
 from ...release.merge import Merge, MergeOptions
 
 # bytes a number that trains: a float32 copy, and the moments
-OPTIMIZER = MappingProxyType({"adamw": 12, "adamw8bit": 6, "lion": 8, "muon": 12, "schedule_free": 12})
+OPTIMIZER = MappingProxyType({"adamw": 12, "adamw8bit": 6, "muon": 12})
 MATRIX = MappingProxyType({**OPTIMIZER, "muon": 8})  # of the matrices of blocks and adapters
 SMALLEST = 2  # least bytes of a number in a model's file
 

@@ -25,7 +25,6 @@ from ...checkpoints.tensors import save_pth
 from ...cli.errors import UserError
 from ...cli.names import all_finite
 from ...config import RunConfig
-from ..optimizers import Averaging
 from ..step.plan import Plan
 from ..step.zero import counters_of, go_on_with
 from .checkpoints import (
@@ -41,16 +40,7 @@ from .checkpoints import (
     remove,
     write_state,
 )
-from .optimizer_state import (
-    SavedOptimizer,
-    averaged,
-    codes_of,
-    is_by_parameter,
-    pieces_of,
-    steps_taken,
-    take_up,
-    write_pieces,
-)
+from .optimizer_state import SavedOptimizer, codes_of, is_by_parameter, pieces_of, steps_taken, take_up, write_pieces
 from .products import RunProducts, keeps_all, model_dtypes, share_file
 
 if TYPE_CHECKING:
@@ -93,8 +83,7 @@ class Saver:
         whole = self.config.adapter.whole_model
         parameters = [(name, p) for name, p in lit.model.named_parameters() if whole or p.requires_grad]
         buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
-        with averaged(trainer.optimizers[0]):
-            return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
+        return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
 
     def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
         """Write the optimizer's state, the trained tensors and state.json to a folder, hidden until it is complete."""
@@ -230,5 +219,3 @@ def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
     found.fill_codes(trainer.global_rank, codes_of(optimizer))
     go_on_with(optimizer, found.scale)
     take_up(optimizer, found.steps)
-    if isinstance(optimizer.optimizer, Averaging):
-        optimizer.optimizer.go_on(lit.lr_at(step) for step in range(lit.step - found.steps, lit.step))
