@@ -21,7 +21,7 @@ from rwkv_peft.inference import engine
 from rwkv_peft.inference.batch import DAMAGED, LOST
 from rwkv_peft.inference.decode import generate
 from rwkv_peft.inference.engine import MOST, PrefillBudget
-from rwkv_peft.inference.forward import prefill, recordable
+from rwkv_peft.inference.forward import prefill, repeats
 from rwkv_peft.inference.loading import load_model, save_state_file
 from rwkv_peft.inference.requests import Completion, GenerationRequest, PrefixCache
 from rwkv_peft.inference.serve.service import EngineThread
@@ -144,7 +144,7 @@ def test_a_growing_state_is_cached_in_its_own_length(growing):
         ask(running, growing, prompt, GREEDY, max_tokens=8)
     finish(running)
     found = {prefix.length: prefix.state[0].past_keys.shape[1] for prefix in running.cache.prefixes.values()}
-    assert found == {size: size for size in (1, 8, 9, 16)} and not recordable(growing.model)
+    assert found == {size: size for size in (1, 8, 9, 16)} and not repeats(growing.model)
     begun = [[4, 7, 7], [1], [9, 9]]  # states of other lengths serve one pass
     logits, after = prefill(growing.model, PROMPTS[:3], prefill(growing.model, begun)[1])
     for start, prompt, row in zip(begun, PROMPTS, logits):

@@ -249,6 +249,30 @@ def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monke
     assert len(counting.names) <= launches, counting.names
 
 
+def test_weights_that_train_are_recorded_and_followed_through_steps(model):
+    """But those that stage 3 gathers for a pass, or a model with hooks."""
+    parameters, tokens = [*model.requires_grad_().parameters()], torch.tensor([[1], [2], [3]])
+    assert forward.repeats(model)
+    graphs, optimizer = GraphedForward(model, 3), torch.optim.AdamW(parameters, lr=0.1)
+    with torch.no_grad():
+        _, state = model(tokens)
+        before = graphs(tokens, state)[0].clone()
+    model(tokens)[0].square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        due, after = model(tokens, state)
+        logits, advanced = graphs(tokens, state)
+    torch.testing.assert_close(logits, due)
+    for layer, right in zip(advanced, after):
+        torch.testing.assert_close(tuple(layer), tuple(right))
+    assert [*graphs.graphs] == [4] and not torch.allclose(logits, before)
+    hook = model.head.register_forward_hook(lambda *_: None)
+    assert not forward.repeats(model)
+    hook.remove()
+    parameters[0].ds_id = 0
+    assert not forward.repeats(model)
+
+
 def test_what_cannot_be_recorded_is_told_and_computed(model, monkeypatch, capsys):
     plain, _ = answers(model, overlap=False)
 

@@ -68,17 +68,23 @@ def read_packed(model: LanguageModel, pieces: Sequence[list[int]], state: State)
 
 def forward_of(model: LanguageModel, batch: int) -> Forward:
     """The fastest forward for tokens (n, 1) and a State -> logits (n, 1, V) and the next State, which may reuse the
-    memory of the last. A graph is recorded for a frozen model on a GPU if its State does not grow."""
+    memory of the last. A graph is recorded on a GPU, also of weights that train: what they are stored in stays."""
     if recordable(model):
         return GraphedForward(model, batch)
     return model.forward.advance if isinstance(model.forward, TapedForward) else model
 
 
 def recordable(model: LanguageModel) -> bool:
-    """True for a frozen model on a GPU with a State of one size and no Table, which main memory holds; weights in
-    training may be gathered, moved, hooked."""
-    frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    return model.emb.weight.is_cuda and frozen and not grows(model.config) and not model.tables
+    """True for a model on a GPU with a step that a graph can repeat."""
+    return model.emb.weight.is_cuda and repeats(model)
+
+
+def repeats(model: LanguageModel) -> bool:
+    """True for a model with a State of one size, no Table, which main memory holds, no hooks, which a graph would not
+    call, and whole weights: ZeRO's stage 3 gathers its own for each pass."""
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    parted = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return not (hooked or parted or grows(model.config) or model.tables)
 
 
 def speed_up(model: LanguageModel) -> None:
