@@ -76,8 +76,11 @@ def product(x: Tensor, weight: Tensor | Blocks) -> Tensor:
 
 
 def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
-    """The same of x (n, in), contiguous. Many rows on a GPU take plain products with the matrix, a band at a time."""
-    if x.dtype == torch.float16 and len(x) <= CUDA_ROWS:  # which no kernel takes
+    """The same of x (n, in), contiguous. Rows on a GPU are split for its kernel while that reads fewer bytes than
+    making the matrix does; more rows take plain products with it, a band at a time."""
+    tiles, bits = -(-len(x) // CUDA_ROWS), torch.finfo(x.dtype).bits
+    few = tiles * weight.bits < weight.bits + 2 * bits  # a matrix is written and read once
+    if x.dtype == torch.float16 and few:  # which no kernel takes
         return product_with_blocks(x.float(), weight).half()
     if CPU.takes(x):
         found = x.new_empty(len(x), weight.out_features)
@@ -86,8 +89,9 @@ def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
         return found
     if not CUDA.takes(x):
         return linear(x, weight.dequantized(x.dtype))
-    if len(x) <= CUDA_ROWS:
-        return cuda_product(x, weight)
+    if few:
+        tiled = [cuda_product(rows, weight) for rows in x.split(CUDA_ROWS)]
+        return torch.cat(tiled) if tiles > 1 else tiled[0]
     parts = [linear(x, cuda_dequantized(band, x.dtype)) for band in weight.bands(CUDA_BAND)]
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
