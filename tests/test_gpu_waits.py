@@ -14,7 +14,8 @@ FILES = [
     *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "context_parallel")),
     *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
     *("inference/batch.py", "inference/forward.py", "inference/sampling.py"),  # of a token that is drawn
-    *("models/parts.py", "models/state.py", "models/rwkv6/model.py", "models/rwkv7/model.py"),
+    *("models/parts.py", "models/state.py"),
+    *(f"models/{name}/model.py" for name in ("rwkv6", "rwkv7", "rwkv7a", "rwkv7b")),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "adapters").rglob("*.py")),
     *(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "ops").rglob("*.py") if path.parent.name != "native"),
 ]
@@ -44,7 +45,7 @@ ALLOWED = {
     ("training/step/segments.py", "end_of", "nonzero"): "of a batch on the CPU",
     ("training/step/segments.py", "part_of", "tolist"): "of a batch on the CPU",
     ("training/step/segments.py", "part_of", "new_tensor"): "of a batch on the CPU",
-    ("models/state.py", "extended", "tolist"): "of packed rows alone, which prompts are",
+    ("models/state.py", "extended", "tolist"): "of packed rows behind states alone, which prompts are",
     ("models/state.py", "repeated", "repeat_interleave"): "by one number, which is no tensor",
     ("models/state.py", "state_tensors", "cpu"): "for a file",
     ("ops/recurrence/signature.py", "check_bounds", "tolist"): "of what nobody has vouched for",

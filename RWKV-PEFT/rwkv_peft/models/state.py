@@ -12,6 +12,7 @@ them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..cli.errors import UserError
 from ..cli.names import STATE_PARTS, all_finite
 from ..config import ModelConfig
+from ..ops.recurrence.signature import bounds_on_host
 from .layout import WKV, belongs, is_time_state, state_parts
 
 GROWING = ("past_keys", "past_values")
@@ -109,10 +111,14 @@ def grows(config: ModelConfig) -> bool:
     return "length" in config.layer_state._fields
 
 
-def extended(before: Any, fields: Mapping[str, Tensor], lengths: Tensor) -> dict[str, list[Tensor]]:
+def lengths_on_host(cu_seqlens: Tensor) -> list[int]:
+    """The lengths of the sequences of a packed row; a GPU whose bounds passed a check is not waited for."""
+    return [end - begin for begin, end in pairwise(bounds_on_host(cu_seqlens))]
+
+
+def extended(before: Any, fields: Mapping[str, Tensor], sizes: list[int]) -> dict[str, list[Tensor]]:
     """The growing fields of each sequence of a packed row: the tokens that a layer's state before it has, if there is
-    one, and those of fields (T, …), of `lengths` tokens each."""
-    sizes = lengths.tolist()
+    one, and those of fields (T, …), of `sizes` tokens each."""
     parts = {name: list(new.split(sizes)) for name, new in fields.items()}
     if before is None:
         return parts
@@ -130,7 +136,7 @@ def grown(before: Any, after: Any, cu_seqlens: Tensor | None) -> Any:
         return after
     fields = {name: getattr(after, name) for name in GROWING}
     if cu_seqlens is not None:
-        rows = extended(before, {name: new[0] for name, new in fields.items()}, after.length)
+        rows = extended(before, {name: new[0] for name, new in fields.items()}, lengths_on_host(cu_seqlens))
         fields = {name: pad_sequence(row, batch_first=True, padding_side="left") for name, row in rows.items()}
     elif before is not None:
         fields = {name: torch.cat([getattr(before, name), new], 1) for name, new in fields.items()}

@@ -17,7 +17,7 @@ from ...ops.mix import last_token, lerp
 from ...ops.products import matmul
 from ..parts import LanguageModel, Linear, Table
 from ..rwkv7a import model as rwkv7a
-from ..state import extended
+from ..state import extended, lengths_on_host
 from .keys import DeepState, RWKV7bConfig
 
 BAND = 128  # tokens whose scores are in memory at a time
@@ -68,9 +68,9 @@ def look_back(q: Tensor, k: Tensor, v: Tensor, before: DeepState | None, cu_seql
     """Let each token look at its sequence so far, which begins with the tokens of the state before: q (B, T, D),
     k (B, T, D), v (B, T, C) -> (B, T, C)."""
     if cu_seqlens is not None:
-        lengths = cu_seqlens.diff()
-        seen = extended(before, {"past_keys": k[0], "past_values": v[0]}, lengths)
-        sequences = zip(q[0].split(lengths.tolist()), seen["past_keys"], seen["past_values"])
+        sizes = lengths_on_host(cu_seqlens)
+        seen = extended(before, {"past_keys": k[0], "past_values": v[0]}, sizes)
+        sequences = zip(q[0].split(sizes), seen["past_keys"], seen["past_values"])
         return torch.cat([attend(*(each[None] for each in one)) for one in sequences if len(one[0])], 1)
     if before is None:
         return attend(q, k, v)
