@@ -100,7 +100,7 @@ def test_a_broken_character_is_not_withheld_for_ever():
 def test_a_stop_string_ends_the_text_before_it(stops, text, expected):
     stream = TextStream(BytesTokenizer(), stops)
     assert "".join(pieces(stream, BytesTokenizer().encode(text))) == expected
-    assert stream.stopped == (expected != text)
+    assert stream.stopped in (stops if expected != text else [""])
 
 
 def test_a_stop_string_is_withheld_and_may_end_inside_a_token():

@@ -16,21 +16,21 @@ class TextStream:
     """The text of one sequence, released as soon as it is certain.
 
     A character is withheld until its last byte has come, and possible starts of a stop string until more text has.
-    `stopped` is True from the first stop string on, which is not released. A stop string that is a special token of the
-    tokenizer stops at that token, which has no text. Raises UserError for one that contains such a token and more.
+    `stopped` is the first stop string, once it has come; it is not released. A stop string that is a special token of
+    the tokenizer stops at that token, which has no text. Raises UserError for one that contains such a token and more.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
         stops = tuple(stops)
         self.stops = tuple(stop for stop in stops if stop not in tokenizer.special)
-        self._ends = {tokenizer.special[stop] for stop in stops if stop in tokenizer.special}
+        self._ends = {tokenizer.special[stop]: stop for stop in stops if stop in tokenizer.special}
         for stop in self.stops:
             if inside := next((text for text in tokenizer.special if text in stop), None):
                 raise UserError(
                     f"stop text {stop!r} holds {inside}, a token without text, and so would never occur; give only "
                     f"{inside}"
                 )
-        self.stopped = False
+        self.stopped = ""
         self.held = ""  # the withheld text, which may be the start of a stop string
         self._decoder: ByteDecoder | TailDecoder = (
             ByteDecoder(tokenizer.token_bytes) if hasattr(tokenizer, "token_bytes") else TailDecoder(tokenizer)
@@ -40,7 +40,7 @@ class TextStream:
         """Take a token -> the text that is certain now, perhaps ""."""
         if token in self._ends and not self.stopped:
             text = self.finish()
-            self.stopped = True
+            self.stopped = self._ends[token]
             return text
         return "" if self.stopped else self._release(self._decoder.feed(token))
 
@@ -52,10 +52,10 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         self.held += text
-        found = [position for stop in self.stops if (position := self.held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            text, self.held = self.held[: min(found)], ""
+        places = [(position, stop) for stop in self.stops if (position := self.held.find(stop)) >= 0]
+        if places:
+            position, self.stopped = min(places)
+            text, self.held = self.held[:position], ""
             return text
         certain = len(self.held) - max((overlap(self.held, stop) for stop in self.stops), default=0)
         text, self.held = self.held[:certain], self.held[certain:]
@@ -65,8 +65,8 @@ class TextStream:
 class Continuation:
     """The continuation of one prompt: its row, and the tokens and text so far.
 
-    end is "end" (of the document), "stop" or "length", "" before the end. show(text), if given, gets each piece of text
-    as it is released.
+    end is "end" (of the document), "stop" (by the stop string `stopped`) or "length", "" before the end. show(text), if
+    given, gets each piece of text as it is released.
     """
 
     def __init__(
@@ -96,6 +96,10 @@ class Continuation:
     def finish(self, end: str) -> None:
         self._add(self._stream.finish())
         self.end = "stop" if self._stream.stopped else end
+
+    @property
+    def stopped(self) -> str:
+        return self._stream.stopped
 
     def line(self) -> str:
         """The row and the fields of WRITTEN as a line of JSON."""

@@ -37,7 +37,11 @@ class Server:
             answer = error
         with answer:
             text = answer.read().decode()
-        return answer.status, answer.headers, json.loads(text) if "json" in answer.headers["Content-Type"] else text
+        return (
+            answer.status,
+            answer.headers,
+            json.loads(text) if answer.headers["Content-Type"] == "application/json" else text,
+        )
 
     def client(self):
         """The official client, whose package is installed."""

@@ -61,6 +61,37 @@ BODIES = {
         | {"tools": [TOOL], "penalty_decay": 0.996, "user_name": "User", "assistant_name": "Assistant"}
         | {"presystem": True, **PENALTIES},
     ),
+    "Jan": (
+        CHAT,
+        {"messages": TURNS, "model": "base", "stream": True, "temperature": 0.7, "top_k": 20, "repeat_last_n": 64}
+        | {"repeat_penalty": 1, "max_tokens": 2048, **PENALTIES},
+    ),
+    "KoboldAI Lite": (
+        CHAT,
+        {
+            "messages": TURNS,
+            "model": "base",
+            "max_tokens": 350,
+            "temperature": 0.75,
+            "top_p": 0.92,
+            "rep_pen_range": 360,
+        }
+        | {"rep_pen": 1, "use_default_badwordsids": False, "stream": True, "seed": 1.0},
+    ),
+    "text-generation-webui": (
+        CHAT,
+        {"messages": TURNS, "mode": "instruct", "max_tokens": 512, "repetition_penalty_range": 1024}
+        | {"repetition_penalty": 1, "truncation_length": 8192, "custom_token_bans": "", "enable_thinking": False},
+    ),
+    "Copilot": (
+        CHAT,
+        {"messages": TURNS, "model": "base", "temperature": 0.1, "top_p": 1, "n": 1, "stream": True, "intent": False}
+        | {"modalities": ["text"], "prompt_cache_retention": "24h"},
+    ),
+    "RWKV-Runner, a text with all fields": (
+        TEXT,
+        {"prompt": "Once", "model": "base", "max_tokens": 500, "global_penalty": False, "stop": ["\n\nUser"]},
+    ),
     "RWKV-Runner, a text": (
         TEXT,
         {"prompt": "Once", "stream": True, "model": "base", "max_tokens": 500, "temperature": 1, "top_p": 0.3}
@@ -109,9 +140,20 @@ def test_a_clients_request_is_answered_as_without_its_own_fields(alone, client):
 def test_a_value_that_would_change_the_answer_is_refused(alone, path):
     body = {"messages": TURNS} if path == CHAT else {"prompt": "x"}
     for name in OFF:
-        status, _, found = alone.send("POST", path, {**body, name: 0.5})
+        status, _, found = alone.send("POST", path, {**body, name: 0.5, "frequency_penalty": 0.1})
         assert status == 400 and found["error"]["param"] == name
     assert not NO_EFFECT & OFF.keys() and not (NO_EFFECT | ALIASES.keys()) & ChatBody.model_fields.keys()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_unknown_fields_at_neutral_values_are_named_and_others_refused(alone, stream):
+    neutral = {"global_penalty": False, "intent": None, "suffix_of": "", "extras": [], "settings": {}}
+    sent = {"messages": TURNS, "stream": stream, **neutral}
+    assert {*map(str, neutral)} == {name for each in answers(alone, CHAT, sent) for name in each["ignored"]}
+    assert not any("ignored" in each for each in answers(alone, CHAT, {"messages": TURNS, "stream": stream}))
+    for name, value in {"global_penalty": True, "tempreature": 0, "extras": [1]}.items():
+        status, _, found = alone.send("POST", CHAT, {"messages": TURNS, name: value})
+        assert status == 400 and found["error"]["param"] == name
 
 
 @pytest.mark.parametrize("stream", [False, True])

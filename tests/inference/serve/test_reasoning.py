@@ -79,6 +79,17 @@ FIELDS = [
     ({"chat_template_kwargs": {"think": "low", "enable_thinking": False}}, "low"),
     ({"chat_template_kwargs": {"reasoning_effort": "none", "enable_thinking": True}}, "off"),
     ({"think": "on", "reasoning_effort": "low"}, "on"),
+    *(({"enable_thinking": on}, "on" if on else "off") for on in (True, False)),
+    *(
+        ({"thinking_budget": most}, mode)
+        for most, mode in ((0, "off"), (1024, "low"), (4096, "medium"), (9999, "high"))
+    ),
+    ({"enable_thinking": False, "thinking_budget": 4096}, "off"),
+    *(({"thinking": {"type": kind}}, mode) for kind, mode in (("enabled", "on"), ("disabled", "off"))),
+    ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "medium"),
+    *(({"reasoning": {"effort": effort}}, mode) for effort, mode in (("low", "low"), ("none", "off"))),
+    *(({"reasoning": fields}, mode) for fields, mode in (({"enabled": True}, "on"), ({"max_tokens": 100}, "low"))),
+    *(({"chat_template_kwargs": {"thinking": on}}, "on" if on else "off") for on in (True, False)),
 ]
 
 

@@ -87,7 +87,7 @@ def test_a_client_that_does_not_read_gives_its_place_back():
     async def stuck(message):
         await asyncio.sleep(3600)
 
-    conversation = SimpleNamespace(stream=endless, gone=gone)
+    conversation = SimpleNamespace(stream=endless, gone=gone, response=SimpleNamespace(media="text/plain"))
     guard = Guard(app.Events(conversation), Gate((), (), None, 10, 0.05))
     asyncio.run(asyncio.wait_for(guard(SCOPE, receive, stuck), 60))
     assert gone.is_set()

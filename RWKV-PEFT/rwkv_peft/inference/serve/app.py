@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,14 +14,19 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ...cli.errors import summarize
+from ... import __version__
+from ...cli.errors import UserError, summarize
+from ..chat import remark
+from . import anthropic, ollama, openai_responses
 from .catalog import Catalog
 from .conversation import Conversation
 from .flags import parse_flags
 from .requests import ChatBody, CompletionBody, DetokenizeBody, LoadBody, TokenizeBody
+from .responses import ChatResponse
 from .service import Service
 from .web import App, Body, Gate, Guard, bound, new_app, run
 
+OLLAMA_PORT = 11434
 END = "<|endoftext|>"  # the name of the token that ends a document, which has no text
 
 
@@ -28,7 +34,7 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C -> the exit code, 1 after a CUDA error. Raises UserError for mistakes in flags and
     files."""
     args, defaults = parse_flags(argv)
-    with bound(args.host, args.port) as listener:
+    with listening(args) as listener:
         catalog = Catalog(args)
         service = Service(args, defaults, catalog)
         app = make_app(service, args)
@@ -45,6 +51,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def listening(args: argparse.Namespace) -> socket.socket:
+    """The socket of the flags: with --ollama at Ollama's port, unless that is taken. Raises UserError as `bound`
+    does."""
+    if args.ollama:
+        try:
+            return bound(args.host, OLLAMA_PORT)
+        except UserError:
+            remark(f"note: port {OLLAMA_PORT} is taken, perhaps by Ollama itself; give clients the address below")
+    return bound(args.host, args.port)
+
+
 def make_app(service: Service, args: argparse.Namespace) -> App:
     """The application, behind its guard."""
 
@@ -54,22 +71,25 @@ def make_app(service: Service, args: argparse.Namespace) -> App:
         yield
         await asyncio.to_thread(service.stop)
 
-    app = new_app("rwkv-peft serve", lifespan)
+    errors = {"/api/": ollama.error_fields, anthropic.PATH: anthropic.error_fields}
+    app = new_app("rwkv-peft serve", lifespan, errors)
     routes = APIRouter()
     add_routes(routes, service)
     add_state_routes(routes, service)
     add_token_routes(routes, service)
     app.include_router(routes, prefix="/v1")
     app.include_router(routes, include_in_schema=False)  # for clients that are given the address without /v1
+    add_ollama_routes(app, service)
+    add_other_routes(app, service)
     if args.allow_origin:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=args.allow_origin,
             allow_methods=["*"],
-            allow_headers=["authorization", "content-type"],
+            allow_headers=["authorization", "content-type", *anthropic.HEADERS],
         )
     gate = Gate((*args.allow_host, args.host), args.allow_origin, args.key, args.body_mib << 20, args.client_seconds)
-    gate = replace(gate, raw=dict.fromkeys(("/v1/states/", "/states/"), service.catalog.states.most))
+    gate = replace(gate, raw=dict.fromkeys(("/v1/states/", "/states/"), service.catalog.states.most), errors=errors)
     return Guard(app, gate, service.metrics.count_status)
 
 
@@ -166,8 +186,59 @@ def add_token_routes(app: APIRouter, service: Service) -> None:
         return {"prompt": await service.read(len(body.tokens), tokenizer.decode, body.tokens)}
 
 
-async def answer(service: Service, body: CompletionBody | ChatBody, http: Request) -> Response:
-    conversation = await service.converse(body, len(await http.body()))
+def add_ollama_routes(app: FastAPI, service: Service) -> None:
+    """Routes of Ollama's interface."""
+    catalog, routes = service.catalog, APIRouter(prefix="/api")
+
+    @routes.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @routes.get("/tags")
+    async def tags() -> dict[str, Any]:
+        return {"models": [ollama.listing(catalog, name) for name in [*catalog.speakers]]}
+
+    @routes.get("/ps")
+    async def running() -> dict[str, Any]:
+        return {"models": [ollama.running(catalog, name) for name in [*catalog.speakers]]}
+
+    @routes.post("/show")
+    async def show(body: dict[str, Any]) -> dict[str, Any]:
+        return ollama.shown(catalog, body)
+
+    @routes.post("/chat")
+    async def chat(body: dict[str, Any], http: Request) -> Response:
+        if body.get("messages") in (None, []):
+            return Body(ollama.loaded(catalog, body) | {"message": {"role": "assistant", "content": ""}})
+        return await answer(service, ChatBody.of(ollama.chat_of(body)), http, ollama.OllamaResponse)
+
+    @routes.post("/generate")
+    async def generate(body: dict[str, Any], http: Request) -> Response:
+        if not body.get("prompt"):
+            return Body(ollama.loaded(catalog, body) | {"response": ""})
+        kind, fields = ollama.text_of(body)
+        return await answer(service, kind.of(fields), http, ollama.OllamaText)
+
+    app.include_router(routes)
+
+
+def add_other_routes(app: FastAPI, service: Service) -> None:
+    """Anthropic's route, and OpenAI's newer one."""
+
+    @app.post(anthropic.PATH)
+    async def messages(body: dict[str, Any], http: Request) -> Response:
+        return await answer(service, ChatBody.of(anthropic.chat_of(body)), http, anthropic.MessageResponse)
+
+    @app.post(openai_responses.PATH)
+    async def responses(body: dict[str, Any], http: Request) -> Response:
+        return await answer(service, ChatBody.of(openai_responses.chat_of(body)), http, openai_responses.ItemResponse)
+
+
+async def answer(
+    service: Service, body: CompletionBody | ChatBody, http: Request, form: type[ChatResponse] | None = None
+) -> Response:
+    """Answer a request, in OpenAI's form or another protocol's. Raises RequestError."""
+    conversation = await service.converse(body, len(await http.body()), form)
     if body.stream:
         return Events(conversation)
     return Body(await conversation.whole(departure(http)))
@@ -177,7 +248,7 @@ class Events(StreamingResponse):
     """A streamed response, which cancels its completions if the client leaves."""
 
     def __init__(self, conversation: Conversation) -> None:
-        super().__init__(conversation.stream(), media_type="text/event-stream")
+        super().__init__(conversation.stream(), media_type=conversation.response.media)
         self.conversation = conversation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -63,11 +63,9 @@ class Catalog:
     def speaker(
         self, name: str | None, state: str | None, scale: float | None = None, scales: Mapping[str, float] | None = None
     ) -> Speaker:
-        """The speaker of a name, or the only one, from the start of another that is a state. scale multiplies the
+        """The speaker of a name, or the base, from the start of another that is a state. scale multiplies the
         change of an adapter; scales {adapter: scale} are of several on the base. Raises RequestError for unknown
         ones."""
-        if name is None and len(self.speakers) > 1 and scales is None:
-            raise RequestError(400, f"model: name one of {', '.join(self.speakers)}", "model")
         name = name or self.base_speaker.name
         speaker = self[name]
         if scale is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..batch import DAMAGED, LOST
 from ..requests import GenerationRequest, Logprobs
 from ..text import Continuation
-from .responses import CompletionPart, Fields, Response, Token, Usage, event
+from .responses import CompletionPart, Fields, Response, Token, Usage
 from .web import RequestError
 
 GONE, LATE, FAILED = "gone", "late", "failed"  # ends: the client left, the time is over, the engine raised
@@ -39,10 +39,8 @@ class Conversation:
         seconds: float,
         on_first: Callable[[float], object],
         on_end: Callable[[], object],
-        includes_usage: bool = False,
     ) -> None:
         self.response, self.left, self.on_first, self.on_end = response, completions, on_first, on_end
-        self.includes_usage = includes_usage
         self.requests: Sequence[GenerationRequest] = ()
         self.save: Callable[[], Awaitable[object]] | None = None  # called behind the last part
         self.sampled = 0  # tokens
@@ -102,18 +100,19 @@ class Conversation:
         return [CompletionPart.joined(parts) for _, parts in sorted(found.items())]
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The events of a streamed response."""
-        begun: set[int] = set()
+        """The bytes of a streamed response."""
+        begun = False
         try:
             async for part in self.parts():
-                if (delta := self.response.delta(part, part.number not in begun)) is not None:
-                    yield self.response.chunk([delta])
-                    begun.add(part.number)
-            if self.includes_usage:
-                yield self.response.chunk([], self.usage())
-            yield b"data: [DONE]\n\n"
+                for data in () if begun else self.response.begin(self.usage()):
+                    yield data
+                begun = True
+                for data in self.response.events(part):
+                    yield data
+            for data in self.response.ending(self.usage()):
+                yield data
         except RequestError as error:
-            yield event(error.body)
+            yield self.response.failure(error)
 
     def usage(self) -> Usage:
         prompts = sum(len(request.tokens) for request in self.requests)
@@ -152,14 +151,14 @@ class CompletionStream:
 
     def on_end(self, reason: str) -> None:
         self.text.finish(reason)
-        self._put((), self.text.end)
+        self._put((), self.text.end, self.text.stopped)
 
-    def _put(self, tokens: tuple[Token, ...], end: str = "") -> None:
+    def _put(self, tokens: tuple[Token, ...], end: str = "", stop: str = "") -> None:
         text = self.text.text
         lead = self.lead.match(text)
         new = self.opening + text[max(self.put, lead.end() if lead else 0) :]
         self.opening, self.put = "", len(text)
-        self.conversation.put(CompletionPart(self.number, new, tokens, end))
+        self.conversation.put(CompletionPart(self.number, new, tokens, end, stop=stop))
 
 
 class StateListener:

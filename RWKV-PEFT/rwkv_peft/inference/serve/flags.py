@@ -72,6 +72,8 @@ def build_parser() -> Parser:
     parser.set_defaults(batch=64)
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)")
     add("--port", type=port, default=8000, help="port to listen on; 0 takes any free one (default 8000)")
+    text = "listen on 11434 instead, where clients of Ollama look, if that port is free"
+    add("--ollama", action="store_true", help=text)
     add(
         "--api_key",
         metavar="FILE|env:NAME",

@@ -1,5 +1,6 @@
 """The bodies of requests: OpenAI's fields and a few of ours, and the prompts in them. A field that is not here is
-refused, not ignored, unless its value changes no answer.
+refused, not ignored, unless its value changes no answer: an unknown field that is null, false or empty is ignored, and
+the response names it. Other protocols' bodies become these (`RequestBody.of`).
 
 `state`, `save_state`, `adapter_scale`, `adapters`, `top_k`, `penalty_decay` and `think` are ours; `reasoning_format`
 and `chat_template_kwargs` are llama.cpp's. `None` stands for a field that was left out; so does null in a body,
@@ -8,14 +9,24 @@ whatever the field.
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from fastapi.exceptions import RequestValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
-from ...cli.errors import UserError
+from ...cli.errors import UserError, quoted
 from ...data.chat import CHAT, EFFORTS, ENABLED, LEADS, TURN_END, ChatLayout, begins_answer, shown_opening, stops_of
 from ...data.tokenizer import Tokenizer
 from ..prompts import encode
@@ -24,6 +35,7 @@ from .web import RequestError
 
 SEEDS = 1 << 48  # of requests without one
 LONG = 16  # characters for each token of a prompt: longer texts are refused before they are tokenized
+BUDGETS = ((1024, "low"), (8192, "medium"))  # up to so many tokens of a thinking, its mode; above them "high"
 # other servers' name of a field -> ours
 ALIASES = MappingProxyType(
     {
@@ -41,8 +53,11 @@ NO_EFFECT = frozenset(
     "add_bos_token api_server api_type include_reasoning num_ctx skip_special_tokens truncation_length "
     "adaptive_decay dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers dynatemp_exponent min_keep "
     "mirostat_eta mirostat_tau negative_prompt rep_pen_slope smoothing_curve xtc_threshold "
-    "presystem".split()
+    "keep_alive mode presystem prompt_cache_retention".split()
 )
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values at which, beside false, any unknown field is off
+RANGES = frozenset(("rep_pen_range", "repeat_last_n", "repetition_penalty_range"))  # where penalties look, if there are
+PENALTIES = MappingProxyType({"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0})  # off
 # fields that are not supported, or only at other values -> the values at which they are off
 OFF: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
@@ -57,6 +72,7 @@ OFF: Mapping[str, tuple[Any, ...]] = MappingProxyType(
             ("nsigma rep_pen_range repeat_last_n repetition_penalty_range top_n_sigma", (0, -1)),
             ("adaptive_target", (-0.01, -1)),
             ("seed", (-1,)),
+            ("modalities", (["text"],)),
             ("user_name", ("User",)),
             ("assistant_name", ("Assistant",)),
         )
@@ -64,10 +80,23 @@ OFF: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 
-Whole = Annotated[int, Field(strict=True)]
+Body = TypeVar("Body", bound="RequestBody")
+Kind = TypeVar("Kind")
+EXACT = 1 << 53
+KINDS: Mapping[type, str] = MappingProxyType({dict: "an object", list: "a list", str: "a text"})
+
+
+def unfloated(value: Any) -> Any:
+    """A whole number that a client wrote as 1.0, as an int, if it is small enough for the float to be exact."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT else value
+
+
+Whole = Annotated[int, BeforeValidator(unfloated), Field(strict=True)]
 Seed = Annotated[Whole, Field(ge=-(2**63), lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Tokens = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(fail_fast=True)]  # one message for a million mistakes
+Tokens = Annotated[
+    list[Annotated[int, Field(strict=True, ge=0)]], Field(fail_fast=True)
+]  # one message for a million mistakes
 Most = Annotated[Whole, Field(ge=-1)]  # tokens of a completion, -1 for as many as there may be
 Value = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Bias = Annotated[
@@ -106,8 +135,33 @@ class Limits:
         return RequestError(400, message, code="context_length_exceeded")
 
 
+def wrong(field: str, words: str) -> RequestError:
+    return RequestError(400, f"{field}: {words}", field)
+
+
+def checked(value: object, kind: type[Kind], field: str) -> Kind:
+    """The value of a field. Raises RequestError if it is of another kind."""
+    if not isinstance(value, kind):
+        raise wrong(field, f"{quoted(value)} is not {KINDS[kind]}, which is due")
+    return value
+
+
+def optional(value: object, kind: type[Kind], field: str) -> Kind | None:
+    """The value of a field that may be left out. Raises RequestError if it is of another kind."""
+    return None if value is None else checked(value, kind, field)
+
+
 class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def of(cls: type[Body], fields: Mapping[str, Any]) -> Body:
+        """The body with these fields, which another protocol's became. Raises RequestValidationError."""
+        try:
+            return cls.model_validate(dict(fields))
+        except ValidationError as error:
+            mistakes = [{**mistake, "loc": ("body", *mistake["loc"])} for mistake in error.errors()]
+            raise RequestValidationError(mistakes, body=fields) from error
 
     @model_validator(mode="before")
     @classmethod
@@ -148,18 +202,32 @@ class GenerationBody(RequestBody):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     penalty_decay: float | None = None
+    _ignored: list[str] = PrivateAttr(default_factory=list)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def without_foreign_fields(cls, body: Any) -> Any:
-        """Rename the fields of ALIASES, drop the fields of NO_EFFECT, and of OFF at the values there."""
+    def without_foreign_fields(cls, body: Any, validate: Callable[[Any], "GenerationBody"]) -> "GenerationBody":
+        """Rename the fields of ALIASES, drop the fields of NO_EFFECT, of OFF at the values there, and unknown ones that
+        are neutral."""
         if not isinstance(body, dict):
-            return body
-        body = {name: value for name, value in body.items() if value is not None}
+            return validate(body)
+        known = NO_EFFECT | OFF.keys() | ALIASES.keys() | cls.model_fields.keys()
+        ignored = [name for name, value in body.items() if name not in known and (value is False or value in EMPTY)]
+        body = {name: value for name, value in body.items() if value is not None and name not in ignored}
         for alias, name in ALIASES.items():
             if alias in body and body.setdefault(name, body[alias]) == body[alias]:
                 del body[alias]
-        return {name: value for name, value in body.items() if name not in NO_EFFECT and value not in OFF.get(name, ())}
+        if all(body.get(name, off) == off for name, off in PENALTIES.items()):
+            body = {name: value for name, value in body.items() if name not in RANGES}
+        body = {name: value for name, value in body.items() if name not in NO_EFFECT and value not in OFF.get(name, ())}
+        found = validate(body)
+        found._ignored = ignored
+        return found
+
+    @property
+    def ignored(self) -> list[str]:
+        """The names of unknown fields that the request has at neutral values."""
+        return self._ignored
 
     @property
     def turn_end(self) -> str:
@@ -215,12 +283,57 @@ Mode = Literal["off", "minimal", "on", "low", "medium", "high"]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
+Budget = Annotated[Whole, Field(ge=-1)]  # tokens of a thinking, -1 for as many as there may be
+
+
+class Reasoning(RequestBody):
+    """OpenRouter's and OpenAI's settings of the thinking."""
+
+    effort: Effort | None = None
+    max_tokens: Budget | None = None
+    enabled: bool | None = None
+    summary: Any = None
+    generate_summary: Any = None
+
+    @property
+    def mode(self) -> str:
+        return self.effort or switched(self.enabled, self.max_tokens)
+
+
+class Thinking(RequestBody):
+    """Anthropic's settings of the thinking, which others took over; "auto" and "adaptive" leave it to the model."""
+
+    type: Literal["enabled", "disabled", "auto", "adaptive"]
+    budget_tokens: Budget | None = None
+    display: Any = None
+
+    @property
+    def mode(self) -> str:
+        return switched({"enabled": True, "disabled": False}.get(self.type), self.budget_tokens)
+
+
 class TemplateSettings(RequestBody):
     """llama.cpp's settings of a chat template, as clients use them to set the thinking."""
 
     think: Mode | None = None
     reasoning_effort: Effort | None = None
     enable_thinking: bool | None = None
+    thinking: bool | None = None
+    thinking_budget: Budget | None = None
+
+    @property
+    def mode(self) -> str:
+        on = self.thinking if self.enable_thinking is None else self.enable_thinking
+        return self.think or self.reasoning_effort or switched(on, self.thinking_budget)
+
+
+def switched(on: bool | None, budget: int | None) -> str:
+    """The mode of a thinking that is on or off, with so many tokens at most; "" if neither is given."""
+    if on is None and budget is None:
+        return ""
+    if on is False or budget is None or budget < 1:
+        return ENABLED[on is not False and budget != 0]
+    return next((mode for most, mode in BUDGETS if budget <= most), "high")
 
 
 class CompletionBody(GenerationBody):
@@ -283,16 +396,20 @@ class ChatBody(GenerationBody):
     think: Mode | None = None
     reasoning_effort: Effort | None = None
     reasoning_format: Literal["none", "auto", "deepseek"] | None = None
+    reasoning: Reasoning | None = None
+    thinking: Thinking | None = None
+    enable_thinking: bool | None = None
+    thinking_budget: Budget | None = None
     chat_template_kwargs: TemplateSettings | None = None
 
     @property
     def mode(self) -> str:
         """The mode of thinking, a key of THINK; "" for none, and if the answer has begun. The first field counts."""
-        template = self.chat_template_kwargs or TemplateSettings()
-        fields = self.think, self.reasoning_effort, template.think, template.reasoning_effort
-        enabled = "" if template.enable_thinking is None else ENABLED[template.enable_thinking]
-        given = next(filter(None, fields), enabled)
-        return "" if self.prefilled else EFFORTS.get(given, given)
+        nested = (one.mode for one in (self.reasoning, self.thinking) if one is not None)
+        own = switched(self.enable_thinking, self.thinking_budget)
+        template = self.chat_template_kwargs.mode if self.chat_template_kwargs else ""
+        asked = next(filter(None, (self.think, self.reasoning_effort, *nested, own, template)), "")
+        return "" if self.prefilled else EFFORTS.get(asked, asked)
 
     @property
     def splits(self) -> bool:

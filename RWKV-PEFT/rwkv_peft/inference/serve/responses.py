@@ -5,7 +5,7 @@ import json
 import secrets
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ...cli.errors import encoded
@@ -13,6 +13,7 @@ from ...data.tokenizer import Tokenizer
 from ...data.tools import ToolCall, parse_calls, undecided
 from ..requests import Logprobs
 from ..thinking import ThinkingStream
+from .web import RequestError
 
 Fields = dict[str, Any]
 UTF_8 = codecs.getincrementaldecoder("utf-8")
@@ -27,8 +28,8 @@ class Token(NamedTuple):
 
 
 class CompletionPart(NamedTuple):
-    """New text and tokens of the completion of this number; end is "" while it goes on, else the reason for its end.
-    Once `split`, its thinking and its calls are apart from the text."""
+    """New text and tokens of the completion of this number; end is "" while it goes on, else the reason for its end,
+    and stop the stop string. Once `split`, its thinking and its calls are apart from the text."""
 
     number: int
     text: str
@@ -36,6 +37,7 @@ class CompletionPart(NamedTuple):
     end: str = ""
     thinking: str = ""
     calls: tuple[ToolCall, ...] = ()
+    stop: str = ""
 
     @classmethod
     def joined(cls, parts: Sequence["CompletionPart"]) -> "CompletionPart":
@@ -43,7 +45,7 @@ class CompletionPart(NamedTuple):
         tokens = tuple(token for part in parts for token in part.tokens)
         calls = tuple(call for part in parts for call in part.calls)
         text, thinking = "".join(part.text for part in parts), "".join(part.thinking for part in parts)
-        return cls(parts[0].number, text, tokens, parts[-1].end, thinking, calls)
+        return cls(parts[0].number, text, tokens, parts[-1].end, thinking, calls, parts[-1].stop)
 
 
 class Usage(NamedTuple):
@@ -65,14 +67,18 @@ class Usage(NamedTuple):
 
 
 class Response:
-    """The envelope around completions; subclasses give the form of one."""
+    """The envelope around completions, whole or as a stream; subclasses give the form of one, or of both."""
 
     prefix, whole_kind, chunk_kind = "", "", ""
+    media = "text/event-stream"  # a stream's
 
     def __init__(self, model: str, tokenizer: Tokenizer, logprobs: bool) -> None:
         self.head = {"id": f"{self.prefix}{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self.tokenizer, self.logprobs = tokenizer, logprobs
         self.thought: dict[int, int] = {}  # tokens in the thinking of each completion
+        self.notes: Fields = {}  # fields of ours
+        self.begun: set[int] = set()  # completions of which a part was sent
+        self.includes_usage = False
 
     def split(self, part: CompletionPart) -> CompletionPart:
         """A part with its thinking and calls apart from its text, and without text that is not certain yet."""
@@ -88,11 +94,31 @@ class Response:
 
     def whole(self, completions: Sequence[CompletionPart], usage: Usage) -> Fields:
         choices = [self.choice(part) for part in completions]
-        return {**self.head, "object": self.whole_kind, "choices": choices, "usage": usage.fields()}
+        return {**self.head, **self.notes, "object": self.whole_kind, "choices": choices, "usage": usage.fields()}
+
+    def begin(self, usage: Usage) -> Iterator[bytes]:
+        """The bytes of a stream before those of its first part."""
+        return iter(())
+
+    def events(self, part: CompletionPart) -> Iterator[bytes]:
+        """The bytes of a stream for a split part."""
+        if (delta := self.delta(part, part.number not in self.begun)) is not None:
+            self.begun.add(part.number)
+            yield self.chunk([delta])
+
+    def ending(self, usage: Usage) -> Iterator[bytes]:
+        """The bytes of a stream behind those of its last part."""
+        if self.includes_usage:
+            yield self.chunk([], usage)
+        yield b"data: [DONE]\n\n"
+
+    def failure(self, error: RequestError) -> bytes:
+        """The bytes that end a stream for an error."""
+        return event(error.body)
 
     def chunk(self, choices: Sequence[Fields], usage: Usage | None = None) -> bytes:
         """A server-sent event."""
-        fields = {**self.head, "object": self.chunk_kind, "choices": list(choices)}
+        fields = {**self.head, **self.notes, "object": self.chunk_kind, "choices": list(choices)}
         return event(fields | ({} if usage is None else {"usage": usage.fields()}))
 
     def is_empty(self, part: CompletionPart) -> bool:
@@ -118,7 +144,13 @@ class ChatResponse(Response):
     prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, logprobs: bool, calls: bool, forced: bool = False, splits: bool = False
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        logprobs: bool,
+        calls: bool = False,
+        forced: bool = False,
+        splits: bool = False,
     ) -> None:
         super().__init__(model, tokenizer, logprobs)
         self.calls, self.forced, self.splits = calls, forced, splits
@@ -203,6 +235,66 @@ class CompletionResponse(Response):
         return fields
 
 
+class BlockResponse(ChatResponse):
+    """One answer as blocks, one behind another: a thinking, words, calls. Subclasses give a block's form and events;
+    `index` is the number of the block that is written, and `items` are those that are whole."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.kind, self.content, self.index = "", "", 0
+        self.items: list[Fields] = []
+        self.ended: CompletionPart | None = None
+
+    def block(self, kind: str, content: Any) -> Fields:
+        """A whole block of a kind: "thinking" or "text", with a text as its content, or "call", with a ToolCall."""
+        raise NotImplementedError
+
+    def opened(self, kind: str, content: Any) -> Iterator[bytes]:
+        """The events that begin a block; those of a call know it already."""
+        raise NotImplementedError
+
+    def added(self, kind: str, content: Any) -> Iterator[bytes]:
+        """The events of new content."""
+        raise NotImplementedError
+
+    def closed(self, kind: str, content: Any) -> Iterator[bytes]:
+        """The events that end a block with all of its content."""
+        raise NotImplementedError
+
+    def blocks(self, part: CompletionPart) -> list[Fields]:
+        """The blocks of a whole answer."""
+        for kind, content in contents(part):
+            self.items.append(self.block(kind, content))
+            self.index += 1
+        return self.items
+
+    def events(self, part: CompletionPart) -> Iterator[bytes]:
+        for kind, content in contents(part):
+            if kind == "call" or kind != self.kind:
+                yield from self._close()
+                self.kind, self.content = kind, ""
+                yield from self.opened(kind, content)
+            self.content = content if kind == "call" else self.content + content
+            yield from self.added(kind, content)
+        self.ended = part
+        if part.end:
+            yield from self._close()
+
+    def _close(self) -> Iterator[bytes]:
+        if self.kind:
+            yield from self.closed(self.kind, self.content)
+            self.kind, self.index = "", self.index + 1
+
+
+def contents(part: CompletionPart) -> Iterator[tuple[str, Any]]:
+    """The (kind, content) of the blocks in a part, in their order."""
+    if part.thinking:
+        yield "thinking", part.thinking
+    if part.text:
+        yield "text", part.text
+    yield from (("call", call) for call in part.calls)
+
+
 class CallStream:
     """An answer that may call tools as it comes, split into its words and its calls. The possible opening of a call is
     withheld, and white space at the ends of the words is dropped."""
@@ -231,5 +323,10 @@ def finish_reason(end: str) -> str | None:
     return ("stop" if end in ("end", "stop") else "length") if end else None
 
 
-def event(fields: Fields) -> bytes:
-    return encoded(f"data: {json.dumps(fields, ensure_ascii=False)}\n\n")
+def event(fields: Fields, name: str = "") -> bytes:
+    """A server-sent event, perhaps with a name."""
+    return (f"event: {name}\n".encode() if name else b"") + b"data: " + line(fields) + b"\n"
+
+
+def line(fields: Fields) -> bytes:
+    return encoded(json.dumps(fields, ensure_ascii=False) + "\n")

@@ -20,7 +20,7 @@ from ...cli.names import G1
 from ...data.chat import THINK
 from ...data.tokenizer import Tokenizer
 from ...data.tools import TOOL_FORMS, ToolForm
-from .requests import ChatBody
+from .requests import ChatBody, wrong
 from .trial import MEMORY, SECONDS, compiles
 from .web import RequestError
 
@@ -168,7 +168,3 @@ def call_schema(body: ChatBody) -> dict[str, Any]:
         for one in chosen
     ]
     return {"anyOf": calls}
-
-
-def wrong(field: str, words: str) -> RequestError:
-    return RequestError(400, f"{field}: {words}", field)

@@ -149,8 +149,11 @@ class Service:
         self.thread = EngineThread(self.engine, partial(os.kill, os.getpid(), signal.SIGTERM))
         catalog.forget = lambda model: self.thread.call(partial(self.engine.forget, model))
 
-    async def converse(self, body: CompletionBody | ChatBody, size: int) -> Conversation:
-        """Admit a request with a body of `size` bytes, and start it. Raises RequestError."""
+    async def converse(
+        self, body: CompletionBody | ChatBody, size: int, form: type[ChatResponse] | None = None
+    ) -> Conversation:
+        """Admit a request with a body of `size` bytes, and start it; form is that of another protocol's answers. Raises
+        RequestError."""
         schema = None
         if isinstance(body, ChatBody) and (body.response_format or body.must_call):
             async with self.compiling:
@@ -169,14 +172,15 @@ class Service:
         head = speaker.name, self.catalog.tokenizer, body.top_logprobs_due is not None
         response: Response
         if isinstance(body, ChatBody):
-            response = ChatResponse(*head, body.calls, body.must_call, body.splits)
+            response = (form or ChatResponse)(*head, body.calls, body.must_call, body.splits)
         else:
-            response = CompletionResponse(*head)
+            response = (form or CompletionResponse)(*head)
+        response.includes_usage = body.includes_usage
         if (longest := body.longest(self.limits)) != body.max_tokens_asked:
-            response.head["max_tokens"] = longest
-        conversation = Conversation(
-            response, count, self.seconds, self.metrics.count_first_token, self._ended, body.includes_usage
-        )
+            response.notes["max_tokens"] = longest
+        if body.ignored:
+            response.notes["ignored"] = body.ignored
+        conversation = Conversation(response, count, self.seconds, self.metrics.count_first_token, self._ended)
         try:
             conversation.requests = [
                 self._request(body, speaker, prompt, place * body.times, sampling, schema, conversation)

@@ -10,11 +10,13 @@ import hmac
 import ipaddress
 import json
 import resource
+import shlex
 import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,6 +76,9 @@ class RequestError(Exception):
         return {"retry-after": str(RETRY)} if self.status in (429, 503) else {}
 
 
+ErrorForms = Mapping[str, Callable[[RequestError], dict[str, Any]]]  # by the beginnings of paths
+
+
 @dataclass(frozen=True)
 class Gate:
     """Who may send requests, and how large and slow.
@@ -81,7 +86,7 @@ class Gate:
     hosts are this server's names besides localhost, origins the sites with pages that may call it. key, unless None, is
     required at all paths but those in `open`, as Authorization: Bearer or, if `cookie` names one, as its value. A body
     is JSON of at most `most` bytes; below the paths in `raw` it is any bytes, up to the path's number. A client
-    may take `patience` seconds.
+    may take `patience` seconds. Errors below the paths in `errors` have a form of their own.
     """
 
     hosts: Sequence[str]
@@ -92,6 +97,7 @@ class Gate:
     open: Sequence[str] = ("/health", "/v1/health")  # monitors of a process have no key
     cookie: str = ""
     raw: Mapping[str, int] = field(default_factory=dict)
+    errors: ErrorForms = field(default_factory=dict)
 
     def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
         """Raise RequestError for a request that may not be answered."""
@@ -104,8 +110,9 @@ class Gate:
         foreign = origin is not None and origin not in self.origins and urlsplit(origin).netloc != host
         part = headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-dest") != "document"
         if foreign or (origin is None and part):  # a part of another page; a link there is followed by a person
-            message = "pages of other sites may not call this server; `serve --allow_origin` allows a site"
-            raise RequestError(403, message)
+            site = shlex.quote(encoded(short(origin or "ORIGIN")).decode())
+            message = "pages of other sites and programs may not call this server"
+            raise RequestError(403, f"{message}; `serve --allow_origin {site}` allows this one")
         if path not in self.open and method != "OPTIONS" and not self.has_key(headers):
             remedy = "open the address that was printed" if self.cookie else "send Authorization: Bearer KEY"
             raise RequestError(401, f"the key is missing or wrong; {remedy}", code="invalid_api_key")
@@ -118,7 +125,7 @@ class Gate:
 
     def has_key(self, headers: Mapping[str, str]) -> bool:
         """True if a request has the key, or none is required."""
-        given = headers.get("authorization", "").removeprefix("Bearer ")
+        given = headers.get("authorization", headers.get("x-api-key", "")).removeprefix("Bearer ")
         if self.cookie:
             cookies = dict(one.strip().partition("=")[::2] for one in headers.get("cookie", "").split(";"))
             given = cookies.get(self.cookie, given)
@@ -173,22 +180,22 @@ class Guard:
                 raise
 
         path = scope["path"]
+        refused = partial(refuse, patient, errors=self.gate.errors, path=path)
         try:
             headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
             self.gate.check(scope["method"], path, headers)
             body = await asyncio.wait_for(self.whole_body(path, receive), self.gate.patience)
         except ValueError:  # of an Origin or a Host that is no address at all
-            return await refuse(patient, RequestError(400, "the header Host or Origin is malformed"))
+            return await refused(RequestError(400, "the header Host or Origin is malformed"))
         except asyncio.TimeoutError:
-            message = "the body did not come in time; send it faster, or send less"
-            return await refuse(patient, RequestError(408, message))
+            return await refused(RequestError(408, "the body did not come in time; send it faster, or send less"))
         except RequestError as error:
-            return await refuse(patient, error)
+            return await refused(error)
         if body is None:
             return None
         # UTF-16, which hides its quotes, has zeros
         if not self.gate.takes_raw(path) and (b"\0" in body or structure(body) > self.gate.most // SPARSE):
-            return await refuse(patient, RequestError(413, "the body is not UTF-8, or has too many lists and objects"))
+            return await refused(RequestError(413, "the body is not UTF-8, or has too many lists and objects"))
         parts = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replayed() -> Message:
@@ -198,7 +205,7 @@ class Guard:
             return await self.app(scope, replayed, patient)
         except asyncio.CancelledError:  # by the server, which ends and has waited for this answer
             if not begun:
-                await refuse(patient, RequestError(503, "the server ends; try again later"))
+                await refused(RequestError(503, "the server ends; try again later"))
         except Exception:
             if not dropped:
                 raise
@@ -226,9 +233,15 @@ def structure(body: bytes) -> int:
     return sum(map(outside.count, (b"[", b"{", b":")))
 
 
-async def refuse(send: Send, error: RequestError) -> None:
+def error_fields(error: RequestError, path: str, errors: ErrorForms) -> dict[str, Any]:
+    """An error in the form of a path's protocol, or else OpenAI's."""
+    form = next((form for begin, form in errors.items() if path.startswith(begin)), None)
+    return form(error) if form else error.body
+
+
+async def refuse(send: Send, error: RequestError, path: str, errors: ErrorForms) -> None:
     """Send an error and close the connection, because an unread body may follow on it."""
-    body = json.dumps(error.body).encode()
+    body = json.dumps(error_fields(error, path, errors)).encode()
     headers = {**error.headers, "content-type": JSON, "content-length": str(len(body)), "connection": "close"}
     pairs = [(key.encode(), value.encode()) for key, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
@@ -242,21 +255,21 @@ class Body(JSONResponse):
         return encoded(json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 
-def new_app(title: str, lifespan: Any = None) -> FastAPI:
-    """An application without routes that answers every exception in OpenAI's form."""
+def new_app(title: str, lifespan: Any = None, errors: ErrorForms = MappingProxyType({})) -> FastAPI:
+    """An application without routes that answers every exception in OpenAI's form, or in that of `errors` by path."""
     none = dict.fromkeys(("docs_url", "redoc_url", "openapi_url"))
     app = FastAPI(title=title, version=__version__, lifespan=lifespan, default_response_class=Body, **none)
     for kind in (RequestError, UserError, OSError, RequestValidationError, HTTPException, RecursionError, Exception):
-        app.add_exception_handler(kind, respond)
+        app.add_exception_handler(kind, partial(respond, errors=errors))
     return app
 
 
-async def respond(http: Request, error: Exception) -> Response:
+async def respond(http: Request, error: Exception, errors: ErrorForms) -> Response:
     found = request_error(error)
     if isinstance(error, HTTPException) and error.status_code == 404:
         routes = ", ".join(sorted(http.app.openapi()["paths"]))
         found = RequestError(404, f"there is no {short(http.url.path)} here; there are {routes}")
-    return Body(found.body, found.status, found.headers)
+    return Body(error_fields(found, http.url.path, errors), found.status, found.headers)
 
 
 def request_error(error: Exception) -> RequestError:
