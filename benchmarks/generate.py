@@ -1,13 +1,15 @@
 """Tokens a second of decoding on a CPU, beside llama.cpp (`xllamacpp`) with the same model, and the time of reading.
 
     python benchmarks/generate.py [--generation 6 7] [--sizes 12x768 3x2048] [--threads 2] [--weights fp32 int8]
+        [--prompts 32 512 2048]
 
 Makes random models of some layers and channels and the World vocabulary in a temporary folder; each generation, size
 and number of threads has a process of its own. Both sides continue prompts of 8 tokens greedily. They take turns, and
 the best of the rounds counts, because other work on the machine can only slow one down. llama.cpp has a GGUF of the
 same numbers (int8: q8_0), and as many places as there are sequences. "reading" is our time of a step over the time of
 reading the weights, which is their size over the rate at which all threads add up 512 MB of floats in large pages, in
-the same rounds.
+the same rounds. "reads N" is the rate at which one prompt of N tokens is read, in tokens a second, and that over
+llama.cpp's.
 """
 
 import argparse
@@ -25,6 +27,7 @@ PROMPT = 8
 GGUF = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}
 VERSIONS = {"6": "x060", "7": "x070"}
 COLUMNS = "RWKV;size;threads;weights;MB;sequences;tokens/s;reading;llama.cpp;ratio".split(";")
+PROMPTS = (32, 512, 2048)
 
 
 def main():
@@ -37,6 +40,7 @@ def main():
         weights=("fp32", "int8"),
         tokens=2,
         rounds=1,
+        prompts=(8,),
     )
     parser.add_argument("--generation", nargs="+", choices=("6", "7"), default=("6", "7"))
     parser.add_argument("--sizes", nargs="+", default=("12x768", "3x2048"), help="layers x channels")
@@ -45,11 +49,12 @@ def main():
     parser.add_argument("--weights", nargs="+", default=("fp32", "bf16", "int8", "int4"))
     parser.add_argument("--tokens", type=int, default=16, help="tokens of one sequence in a round; of several a half")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prompts", type=int, nargs="*", default=PROMPTS, help="tokens of prompts to read")
     parser.add_argument("--model", help=argparse.SUPPRESS)  # set where this program runs itself
     args = parser.parse_args()
     if args.model:
         return measure(args)
-    head(*COLUMNS)
+    head(*COLUMNS, *(f"reads {length:,}" for length in args.prompts))
     for generation in args.generation:
         for size in args.sizes:
             with tempfile.TemporaryDirectory() as folder:
@@ -60,6 +65,7 @@ def main():
                     flags |= {"tokens": args.tokens, "rounds": args.rounds}
                     command = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
                     command += ["--batches", *map(str, args.batches), "--weights", *args.weights]
+                    command += ["--prompts", *map(str, args.prompts)]
                     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
                     subprocess.run([sys.executable, __file__, *command], env=environment, check=True)
 
@@ -98,7 +104,8 @@ def measure(args):
         size = sum(weight.nbytes for name, weight in ours.named_parameters() if name != "emb.weight")
         size += sum(product.weight.nbytes for product in rounded(ours).values())
         for batch in args.batches:
-            server = llama_cpp(args.model, GGUF[kind], args.threads[0], batch) if kind in GGUF else None
+            context = 256 + (max(args.prompts, default=0) if batch == 1 else 0)
+            server = llama_cpp(args.model, GGUF[kind], args.threads[0], batch, context) if kind in GGUF else None
             prompts = torch.randint(1, 60000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
             tokens = args.tokens if batch == 1 else max(args.tokens // 2, 2)
             mine = theirs = reading = 0.0
@@ -111,13 +118,33 @@ def measure(args):
             share = batch / mine / (size / reading)
             beside = (f"{theirs:.1f}", f"{mine / theirs:.2f}") if server else ("", "")
             cells = f"{size / 1e6:,.0f}", batch, f"{mine:.1f}", f"{share:.2f}", *beside
-            row(args.generation[0], args.sizes[0], args.threads[0], kind, *cells)
+            reads = [read_rates(ours, server, length, args.rounds) if batch == 1 else "" for length in args.prompts]
+            row(args.generation[0], args.sizes[0], args.threads[0], kind, *cells, *reads)
             del server
         del ours
 
 
-def llama_cpp(path, kind, threads, places):
-    """llama.cpp's server, on a GGUF of a type beside the model."""
+def read_rates(ours, server, length, rounds):
+    """The rate of reading a prompt, and that over llama.cpp's, the best of the rounds by turns."""
+    import torch
+
+    from rwkv_peft.inference.forward import prefill
+
+    mine = theirs = 0.0
+    for seed in range(rounds + 1):  # the first warms up
+        prompt = torch.randint(1, 60000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        began = time.perf_counter()
+        prefill(ours, [prompt])
+        mine = max(mine, length / (time.perf_counter() - began))
+        if server:
+            asked = {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "cache_prompt": False}
+            timings = server.handle_completions(asked)["timings"]
+            theirs = max(theirs, timings["prompt_n"] / timings["prompt_ms"] * 1e3)
+    return f"{mine:,.0f} ({mine / theirs:.2f})" if theirs else f"{mine:,.0f}"
+
+
+def llama_cpp(path, kind, threads, places, context):
+    """llama.cpp's server, on a GGUF of a type beside the model, for `context` tokens in each of some places."""
     import xllamacpp
 
     from rwkv_peft.checkpoints.base import open_base
@@ -125,7 +152,7 @@ def llama_cpp(path, kind, threads, places):
 
     params = xllamacpp.CommonParams()
     params.model.path = str(written(Path(path).parent, kind, open_base(path)))
-    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 256 * places, places, -1, False
+    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = context * places, places, -1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     return xllamacpp.Server(params)
 
