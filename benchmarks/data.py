@@ -1,6 +1,6 @@
 """Speed of text to tokens, beside a plain Python World tokenizer; of the loader, in tokens per second; and of rows, by
-preprocess and by --stream, which tokenizes them while they are read. Rates are for a second of processor time, all
-processes together, so that other work on the machine changes little.
+preprocess. Rates are for a second of processor time, all processes together, so that other work on the machine changes
+little.
 
     python benchmarks/data.py                            all three
     python benchmarks/data.py --only text [--text FILE.jsonl | FILE.txt ...]
@@ -133,7 +133,7 @@ def batches_of(prefix, dataload, loss_mask, options):
 
 
 def rows(folder, options):
-    """Print rows per second of preprocess and of --stream, over the same rows of questions and answers."""
+    """Print rows per second of preprocess, over the same rows of questions and answers."""
     from pyarrow import Table, parquet
 
     made = [made_up(number) for number in range(options.rows)]
@@ -146,15 +146,6 @@ def rows(folder, options):
     for number, words in enumerate(kinds[2:] if options.quick else kinds):
         command = (ROOT / "RWKV-PEFT" / "rwkv_peft" / "children.py", "rwkv_peft", "preprocess", *words.split())
         rates(words.replace(str(jsonl.parent), ""), len(made), partial(run, *command, "--output", folder / str(number)))
-    config = DataConfig(str(stored), data_type="sft", dataload="pad", loss_mask="file", stream=5000, micro_bsz=8)
-
-    def stream():
-        batches = iter(TrainBatches(build_samples(config, 65536), 8))
-        for _ in islice(batches, len(made) // 8):
-            pass
-        batches.close()
-
-    rates("--stream 5000, to batches of 8 rows", len(made), stream)
 
 
 def rates(name, count, function):

@@ -18,7 +18,6 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import _get_build_directory
 
-from data.test_stream import save_parquet
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
@@ -251,17 +250,6 @@ def test_a_run_resumes_bitwise_and_what_it_trained_is_merged(files, train, capsy
     assert ("the same change, exactly" in out) == (peft == "vera")
     with pytest.raises(UserError, match=f"RWKV-PEFT has no {peft}"):
         commands.main(["convert", str(whole), str(files / f"{peft}.pth")])
-
-
-def test_a_run_streams_and_goes_on(train, files):
-    rows = save_parquet(files / "rows")
-    flags = ("--data_file", str(rows), *"--data_type sft --tokenizer bytes --stream 20 --precision fp32".split())
-    flags += ("--load_model", "", *"--n_layer 1 --n_embd 32 --vocab_size 257 --head_size 16 --peft none".split())
-    out, _ = train("stream", *flags, "--epoch_count", "1")
-    assert "70 rows of 2 files, tokenized as they are read, and shuffled in 3 windows an epoch (--stream 20)" in out
-    assert "4 training rows:" in out
-    train("stream", *flags, "--resume")
-    assert [line["samples"] for line in metrics(files, "stream")] == list(range(1, 9))
 
 
 def test_a_row_of_weight_two_is_as_if_it_stood_there_twice(files, train):

@@ -148,13 +148,6 @@ class DataConfig:
     skip_bad_rows: bool = setting(
         False, "leave out rows that cannot be read, and count them by kind (default: such rows are refused)"
     )
-    stream: int = setting(
-        0,
-        "tokenize rows of parquet files, or of a folder that datasets.save_to_disk wrote, while the run reads them, "
-        "shuffled within windows of at least so many rows; 0: tokenize all first, into a cache",
-        type=count,
-        metavar="ROWS",
-    )
     ctx_len: int = setting(1024, "the most tokens of a sample", type=positive)
     dataload: str = setting(
         "get",

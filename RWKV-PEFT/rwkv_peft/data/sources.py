@@ -43,7 +43,6 @@ from .recorded import (
 from .report import laid_out, left_out
 from .rows import JSON_ENDINGS, KINDS
 from .samples import DocumentSamples, Permutation, Samples
-from .stream_samples import StreamSamples
 
 FORMAT = 11  # of the cache
 FILES = (*ENDINGS, ROWS)  # of a set in the cache; ROWS only of prompts
@@ -68,12 +67,6 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     vocabulary = recorded_of_data(config.path)
     if config.of_rows:
         vocabulary = vocabulary_of(find_tokenizer(config.tokenizer, vocab_size))  # before hours of tokenizing
-        if config.stream:
-            streamed = StreamSamples(config, settings_of(config))
-            streamed.bucket(config.buckets)
-            streamed.vocabulary = vocabulary
-            require_counted(streamed, config)
-            return streamed
         prefix, notes = prepare_sft(config)
         config = replace(config, path=prefix)
     dataset = open_dataset(config.path)

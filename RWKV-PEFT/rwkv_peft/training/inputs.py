@@ -120,7 +120,7 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     data, train, vocab_size = config.data, config.train, config.model.vocab_size
     measured: dict[str, Samples] = {}
     # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders
-    whole = replace(data.own, sft_split=parse_split(data.sft_split)[0], more=(), mix=(), stream=0)
+    whole = replace(data.own, sft_split=parse_split(data.sft_split)[0], more=(), mix=())
     if train.val_split:
         samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split, train.val_seed)
     else:
