@@ -485,7 +485,7 @@ def test_a_number_is_its_digits(preprocess, number, digits):
     assert texts(preprocess([{"prompt": number, "completion": number}])) == [(digits * 2, digits)]
 
 
-@pytest.mark.parametrize("value", [True, None, float("nan"), float("inf"), ["4"]])
+@pytest.mark.parametrize("value", [True, None, float("nan"), float("inf"), 10**309, ["4"]])
 def test_what_is_neither_text_nor_a_number_is_refused(preprocess, value):
     with pytest.raises(UserError, match=f"field 'answer' holds {type(value).__name__}, not text"):
         preprocess([{"question": "Q", "answer": value}])

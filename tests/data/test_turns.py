@@ -73,6 +73,11 @@ ROWS = {
     "named prompts": ("prompts", ("q",), lambda words: {"q": words}),
     "contexts": ("contexts", (), lambda words: {"context": "It is so.", "question": words, "answer": "Yes."}),
     "contexts of chats": ("contexts", (), lambda words: {"context": "It is so.", "messages": turns(words, YES)}),
+    "template with an introduction": (
+        "Below is a task.\n\nInstruction: {instruction}\n\nResponse:[[ {output}]]",
+        (),
+        lambda words: {"instruction": words},
+    ),
     **{
         f"template {name}": (
             template,

@@ -19,7 +19,7 @@ Head: TypeAlias = "Callable[[Tensor, Tensor], Any]"  # (x (B, T, C), weight of t
 Pass: TypeAlias = "Callable[[Head], Any]"  # a pass over a batch, which ends in a Head -> its result
 Batch: TypeAlias = "Mapping[str, Tensor]"
 Losses: TypeAlias = "tuple[Tensor, dict[str, Tensor]]"  # a loss, or that of each row; and figures by name
-BASE = "base"  # a need: the word of the model as it was before training
+BASE = "base"  # a need: the log-probabilities of the model as it was before training
 REWARDS = "rewards"  # a need: judges of the answers that the model draws
 TEACHER = "teacher"  # a need: the word of another model, whose file `teacher` names
 Exclusion = tuple[str, str, str]  # the others, why and remedy of a Rule (rules.py) of what an objective excludes
@@ -65,12 +65,14 @@ class Figure(NamedTuple):
 class Objective(ABC):
     """Settings and properties of an objective.
 
-    - name: the value of --objective; text: its line in the help - rows: the values of --data_type that it learns from;
-    a run of such data takes the first objective in the table - unit: what its loss is a mean over - needs: its inputs
-    besides a pass through the model: BASE, TEACHER, REWARDS - excludes: the settings that it does not go with, besides
-    those of OF_BASE if it needs the base - rules: further rules, on flags of its own - of_tokens: the loss is the mean
-    cross-entropy of tokens, so that rows may be computed in segments, and
-      methods compared
+    - name: the value of --objective; text: its line in the help
+    - rows: the values of --data_type that it learns from; a run of such data takes the first objective in the table
+    - unit: what its loss is a mean over
+    - needs: its inputs besides a pass through the model: BASE, TEACHER, REWARDS
+    - excludes: the settings that it does not go with, besides those of OF_BASE if it needs the base
+    - rules: further rules, on flags of its own
+    - of_tokens: the loss is the mean cross-entropy of tokens, so that rows may be computed in segments, and methods
+      compared
     - pace: its learning rate over that of next tokens, if none is given
     - figures: the numbers that it always reports
     - teacher: the file of the model that it learns from, if it needs a TEACHER and the model is not its own

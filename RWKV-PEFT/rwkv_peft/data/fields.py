@@ -1,11 +1,11 @@
 """The fields of a row: their values as text, and those in no document, so that no text is lost in silence."""
 
-import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..cli.errors import UserError, quoted, short, some
+from ..cli.names import is_finite
 
 Row = Mapping[str, Any]
 LISTS = ("tools", "functions")  # fields of a row, or of a system turn, that list tools
@@ -35,9 +35,9 @@ def require_object(row: object, forms: str) -> dict[str, Any]:
 
 
 def field(row: Row, name: str) -> str:
-    """The text row[name]; a finite number is its digits. Raises UserError for any other value."""
+    """The text row[name]; a number that a float can hold is its digits. Raises UserError for any other value."""
     value = row[name]
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if is_finite(value):
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"field {name!r} holds {type(value).__name__}, not text")

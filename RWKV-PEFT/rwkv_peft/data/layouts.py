@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoints.readable import read_short, require_readable
 from ..cli.errors import UserError, field_names
-from .chat import CHAT, TURN_END, ChatLayout, Segment, opening_within
+from .chat import CHAT, KNOWN, TURN_END, ChatLayout, Segment
 from .fields import (
     LISTS,
     Row,
@@ -273,7 +273,9 @@ class Template:
         if not re.search(r"\{\w+\}", text):
             raise UserError(f"template {text!r}: names no {{field}}")
         self.parts = [(part, len(parts) == 1 or i % 4 == 2) for i, part in enumerate(parts) if i % 2 == 0 and part]
-        self.chat = chat if opening_within("".join(parts[::2])) else ChatLayout(clean=False)
+        # the words at which answers end, behind an introduction too
+        answers = any(f"\n{last}" in "".join(parts[::2]) for _, last in KNOWN)
+        self.chat = chat if answers else ChatLayout(clean=False)
 
     def segments(self, row: object) -> list[Segment]:
         """The segments of a row, its fields filled in."""

@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 from serving import HEAD, Server, ended
 
+from families import DISTINCT, shaken
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.inference.serve.flags import named, parse_flags
 from rwkv_peft.inference.serve.requests import LONG, ChatBody, CompletionBody, Limits, prompts_within
 from rwkv_peft.inference.serve.schema import LARGEST, SchemaCompiler
 from rwkv_peft.inference.serve.service import LONG_BODY, Service
+from rwkv_peft.inference.serve.states import StateFolder
 from rwkv_peft.inference.serve.web import RequestError
 
 HOURS = {"type": "integer", "multipleOf": 99999989}  # of compiling
@@ -64,7 +66,7 @@ def test_own_pages_and_allowed_ones_are_answered(server):
 @pytest.mark.parametrize(
     "host",
     ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost@evil", "localhost/evil", "localhost?e"]
-    + ["", "["],
+    + ["", "[", "[::1].evil.example", "[::1]evil", "localhost:8000:evil", "localhost:evil"],
 )
 def test_a_name_that_is_not_the_servers_is_refused(server, host):
     assert error_of(ask(server, Host=host)) in (400, 421)
@@ -366,3 +368,14 @@ def test_a_schema_is_compiled_up_to_a_size():
     with pytest.raises(RequestError, match="larger than 524,288 characters") as refused:
         SchemaCompiler(BytesTokenizer(), 257).compiled(body)
     assert (refused.value.status, refused.value.param) == (413, "response_format")
+
+
+def test_a_state_that_cannot_be_saved_names_no_path_of_the_server(tmp_path, monkeypatch):
+    def fails(path, *more):
+        raise UserError(f"{path}: {path.parent} has no room")
+
+    monkeypatch.setattr("rwkv_peft.inference.serve.states.save_state_file", fails)
+    states = StateFolder(None, SimpleNamespace(model=shaken(DISTINCT[0])), None, 1)
+    states.folder = str(tmp_path)
+    with pytest.raises(RequestError, match="mine: --states has no room"):
+        states.save("mine", None)

@@ -4,6 +4,7 @@ have come from a stranger, the time of a run, and the processes of commands."""
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,6 +42,9 @@ def test_parts_become_a_file_that_replaces_none(tmp_path):
     assert (tmp_path / "rows-3.jsonl").read_bytes() == b"abcabcabc" and (tmp_path / "rows.jsonl").read_text() == "mine"
     assert uploads.take("empty", 0, 0, b"") == "empty" and uploads.take("empty", 0, 0, b"") == "empty-2"
     assert not (tmp_path / "elsewhere").exists() and not list(uploads.folder.iterdir())
+    with ThreadPoolExecutor(20) as threads:  # of one name, at once
+        names = list(threads.map(lambda number: uploads.take("many", 0, 9999, bytes([number]) * 9999), range(20)))
+    assert {(tmp_path / name).read_bytes()[0] for name in names} == {*range(20)} == {*range(len({*names}))}
 
 
 def test_parts_that_do_not_follow_and_files_that_cannot_be_kept_are_refused(tmp_path, monkeypatch):

@@ -236,10 +236,7 @@ class Service:
         prefix = await found
         if prefix is None or prefix.length < len(tokens):
             raise RequestError(500, "save_state: the state was not cached; a larger --known_mib keeps it", "save_state")
-        try:
-            await asyncio.to_thread(self.catalog.states.save, name, prefix.state)
-        except UserError as error:
-            raise RequestError(500, str(error), "save_state") from error
+        await asyncio.to_thread(self.catalog.states.save, name, prefix.state)
 
     async def read(self, size: int, function: Callable[..., Read], *arguments: Any) -> Read:
         """function(*arguments) on the content of a body of `size` bytes, in a thread; long bodies one at a time."""

@@ -93,8 +93,13 @@ class StateFolder:
         self.loaded.pop(name, None)
 
     def save(self, name: str, state: State) -> None:
-        """Write the State of one sequence under a name."""
-        save_state_file(self.path(name, new=True), state, self.plain.model)
+        """Write the State of one sequence under a name. Raises RequestError if it cannot be written."""
+        place = self.path(name, new=True)
+        try:
+            save_state_file(place, state, self.plain.model)
+        except UserError as error:  # whose paths are the server's
+            message = str(error).replace(str(place), name).replace(str(place.parent), "--states")
+            raise RequestError(500, message, "save_state") from error
         self.loaded.pop(name, None)
 
     def delete(self, name: str) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import re
 import resource
 import shlex
 import socket
@@ -36,6 +37,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 JSON = "application/json"
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@/?#\s]+))(?::\d+)?")  # an address or a name, and a port
 READ_ANYWAY = 4  # times the largest body is read and dropped: a client that still sends would not see the refusal
 SPARSE = 64  # bytes of the largest body for each list, object and field: two million empty lists take seconds to parse
 RETRY = 5  # seconds until a client without a place may try again
@@ -136,7 +138,8 @@ class Gate:
 
     def has_name(self, host: str) -> bool:
         """True if the header Host names this server: localhost, an address in digits, or one of `hosts`."""
-        name = (urlsplit(f"//{host}").hostname or "") if not set("@/?#") & set(host) else ""
+        found = HOST.fullmatch(host)
+        name = (found[1] or found[2]).lower() if found else ""
         if name in ("localhost", *(own.lower() for own in self.hosts)):
             return True
         try:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count
@@ -175,6 +176,7 @@ class Uploads:
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder = root, root / ".rwkv-peft" / "uploads"
+        self.taking = threading.Lock()  # requests are served in threads, and names are chosen by what there is
 
     def take(self, name: str, begin: int, size: int, part: bytes) -> str:
         """Add the part from byte `begin` on of a file of `size` bytes -> its name below the root once it is whole, else
@@ -183,20 +185,21 @@ class Uploads:
         name = cleaned(name)
         if not 0 <= begin <= begin + len(part) <= size <= MOST or not (part or not size):
             raise UserError(f"{name}: a file of at most {MOST >> 30} GiB is taken; copy a larger one into the folder")
-        path = hidden(self.root, self.folder.name) / f"{name}.part"
-        if not begin:
-            path.unlink(missing_ok=True)  # of an upload that ended on the way
-            require_room("the file", path, size)
-        # a link or a pipe of that name may have come with the folder
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (0 if begin else os.O_CREAT | os.O_EXCL)
-        try:
-            with open(os.open(path, flags, 0o666), "ab") as file:
-                if file.tell() != begin:
-                    raise UserError(f"{name} comes from another tab too; wait for that, and choose it again")
-                file.write(part)
-        except FileNotFoundError:
-            raise UserError(f"{name} comes from another tab too; choose it again") from None
-        return self.named(path, name) if begin + len(part) == size else ""
+        with self.taking:
+            path = hidden(self.root, self.folder.name) / f"{name}.part"
+            if not begin:
+                path.unlink(missing_ok=True)  # of an upload that ended on the way
+                require_room("the file", path, size)
+            # a link or a pipe of that name may have come with the folder
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (0 if begin else os.O_CREAT | os.O_EXCL)
+            try:
+                with open(os.open(path, flags, 0o666), "ab") as file:
+                    if file.tell() != begin:
+                        raise UserError(f"{name} comes from another tab too; wait for that, and choose it again")
+                    file.write(part)
+            except FileNotFoundError:
+                raise UserError(f"{name} comes from another tab too; choose it again") from None
+            return self.named(path, name) if begin + len(part) == size else ""
 
     def named(self, path: Path, name: str) -> str:
         """Move a whole file to its name, or to that with a number if there is one -> the name that it has."""
