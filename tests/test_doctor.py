@@ -18,6 +18,7 @@ from rwkv_peft.checkpoints.base import base_of, save_model
 from rwkv_peft.cli.commands import COMMANDS, main
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
+from rwkv_peft.ops import products
 from rwkv_peft.tools import doctor
 from rwkv_peft.tools.doctor import MISSING, NOTE, OK, Finding, check_package
 
@@ -90,6 +91,18 @@ def test_this_machine_can_train(capsys):
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert all(f"{kernel} reference" in printed for kernel in ("wkv6", "wkv7")) and "GFLOP/s" in printed
+
+
+@pytest.mark.parametrize("fast, status", ((products.CONVERTING, doctor.OK), (products.NATIVE, doctor.NOTE)))
+def test_a_row_of_products_that_another_beats_is_told(monkeypatch, fast, status):
+    def measured(dtype, device):
+        return 100 + 300 * (products.row().bf16 == fast.bf16) * (dtype == torch.bfloat16)
+
+    monkeypatch.setattr(doctor, "matmul_speed", measured)
+    with products.computing(products.CONVERTING):
+        found = doctor.check_products()
+    assert (found.status, f"{fast} is faster" in found.text) == (status, status == doctor.NOTE)
+    assert f"{products.CONVERTING}" in found.text and "400" in found.text
 
 
 def test_a_gpu_on_which_nothing_computes_is_told_in_words(monkeypatch):

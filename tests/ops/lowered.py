@@ -1,5 +1,5 @@
-"""Products on a processor without instructions for bfloat16 and float16, told to the parent as JSON: torch and its
-libraries read the instruction sets that they may use when they are loaded.
+"""Products by the row that converts halves, told to the parent as JSON, on a processor that is told to have no
+instructions for them: torch and its libraries read the instruction sets that they may use when they are loaded.
 
     cd tests && ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m ops.lowered
 """
@@ -32,16 +32,16 @@ SHAPES = ((5, 7, 300), (300, 7, 5), (5, 300, 7), (40, 41, 42), (3, 4, 5))  # row
 
 
 class Watch(TorchDispatchMode):
-    """Keep the names of torch's products of halves."""
+    """Keep the names of torch's products of some dtypes."""
 
-    def __init__(self):
+    def __init__(self, dtypes=products.HALVES):
         super().__init__()
-        self.seen = set()
+        self.seen, self.dtypes = set(), dtypes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in PRODUCTS:
             tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
-            self.seen |= {str(function)} if any(x.dtype in products.HALVES for x in tensors) else set()
+            self.seen |= {str(function)} if any(x.dtype in self.dtypes for x in tensors) else set()
         return function(*args, **(kwargs or {}))
 
 
@@ -146,8 +146,7 @@ def kept():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    slow = [products.is_slow(dtype) for dtype in products.HALVES]
-    json.dump(
-        {"slow": slow, "kept": kept(), "matrices": [*matrices()], "steps": [*steps()], "others": [*others()]},
-        sys.stdout,
-    )
+    own = products.row().recorded()
+    with products.computing(products.CONVERTING):
+        found = {"kept": kept(), "matrices": [*matrices()], "steps": [*steps()], "others": [*others()]}
+    json.dump({"row": own, **found}, sys.stdout)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import warm
 from rwkv_peft.training.saving.checkpoints import CHECKPOINTS
@@ -28,15 +29,16 @@ def python_of(argv):
     return sys.executable if "gpu" in argv else warm.python()
 
 
-def start_ranks(argv):
-    """Start the ranks of a command on one machine as torchrun would. A command's own ranks begin with seconds of
-    imports; tests/training/test_ranks.py is about those."""
+def start_ranks(argv, variables=MappingProxyType({})):
+    """Start the ranks of a command on one machine as torchrun would, with {rank: its own environment variables}. A
+    command's own ranks begin with seconds of imports; tests/training/test_ranks.py is about those."""
     devices = int(argv[argv.index("--devices") + 1]) if "--devices" in argv else 1
     if devices == 1 or "gpu" in argv:
         return [start(argv)]
     port = free_port()
     world = {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(argv, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(devices)]
+    own = [{**world, **variables.get(rank, {})} for rank in range(devices)]
+    return [start(argv, RANK=str(rank), LOCAL_RANK=str(rank), **own[rank]) for rank in range(devices)]
 
 
 def free_port():

@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig, TrainConfig
 from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.ops import products
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.ranks.world import World, fit
 from rwkv_peft.training.saving.checkpoints import find_checkpoint, write_state
 from rwkv_peft.training.saving.optimizer_state import SavedOptimizer
 from rwkv_peft.training.saving.resume import with_kept_order
 from training.held import held
-from training.runs import finish, metrics, rewound, start, wait_for_steps, wait_for_words
+from training.runs import finish, metrics, rewound, start, start_ranks, wait_for_steps, wait_for_words
 
 LONG = (
     *"--precision bf16 --micro_bsz 1 --epoch_steps 20 --epoch_count 3".split(),
@@ -147,6 +148,36 @@ def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, t
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
     _, err = train("damaged", *more, code=2)
     assert f"{optimizer.name} is missing or not of the" in err and "--fresh_optimizer" in err and "Traceback" not in err
+
+
+def manifest_of(run):
+    return json.loads((find_checkpoint(run) / "state.json").read_text())
+
+
+def test_a_run_goes_on_by_the_products_that_it_began_with(files, train, accelerator):
+    if accelerator == "gpu":
+        pytest.skip("its products are not the processor's")
+    out, _ = train("elsewhere", "--precision", "fp32", "--epoch_count", "1")
+    here = products.row()
+    assert f"products: {here} ({here.known})" in out
+    state = manifest_of(files / "elsewhere")
+    assert state["products"] == here.recorded() and state.pop("crc32")
+    there = products.ProductRow(False, not here.onednn)
+    write_state(find_checkpoint(files / "elsewhere") / "state.json", {**state, "products": there.recorded()})
+    out, _ = train("elsewhere", "--precision", "fp32", "--resume")
+    assert f"it goes on with {there}, and bits may differ" in out and f"products: {there}" in out
+    assert manifest_of(files / "elsewhere")["products"] == there.recorded()
+
+
+def test_ranks_of_unlike_processors_compute_alike(files, command, accelerator):
+    if accelerator == "gpu":
+        pytest.skip("their products are not the processor's")
+    argv = command("unlike", "--precision", "fp32", "--devices", "2", "--epoch_count", "1")
+    ranks = start_ranks(argv, {1: {"ONEDNN_MAX_CPU_ISA": "AVX2"}})
+    (out, _), _ = [finish(rank) for rank in ranks]
+    unlike = products.row().recorded() != products.CONVERTING.recorded()
+    assert (f"all take {products.CONVERTING}" in out) == unlike
+    assert manifest_of(files / "unlike")["products"] == products.CONVERTING.recorded()
 
 
 def test_another_number_of_devices_goes_on_at_the_next_sample(files, train):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..release.inspect import Contents
 
+MARGIN = 1.3  # a product that takes so many times the fastest's time is told, because machines are busy
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training cannot run without it
 INSTALL = "pip install -r requirements.txt"
 COMPILER = "apt install g++ (Debian, Ubuntu), or xcode-select --install (macOS)"
@@ -216,10 +217,37 @@ def check_devices() -> Iterator[Finding]:
         )
         yield Finding("GPU", MISSING, f"torch sees one and cannot compute on it: {summarize(error)}", remedy)
         return
+    if not has_gpu:
+        yield check_products()
     advice = "bf16 is faster and takes" if bf16 > fp32 else "fp32 is faster, bf16 takes"
     cores = f" on {torch.get_num_threads()} threads" if device == "cpu" else ""
     measured = f"matrix products: fp32 {fp32:,.0f}, bf16 {bf16:,.0f} GFLOP/s{cores}"
     yield Finding("--precision", OK, f"{advice} half the memory ({measured})")
+
+
+def check_products() -> Finding:
+    """Compare the row of the table by which this processor multiplies with what is measured."""
+    import torch
+
+    from ..ops.products import ProductRow, computing, row
+
+    own, halves, singles = row(), {}, {}
+    for choice in (True, False):
+        with computing(ProductRow(choice, own.onednn)):
+            halves[choice] = matmul_speed(torch.bfloat16, "cpu")
+        if not choice or torch.backends.mkldnn.is_available():
+            with computing(ProductRow(own.bf16, choice)):
+                singles[choice] = matmul_speed(torch.float32, "cpu")
+    choices = ((own.bf16, halves), (own.onednn, singles))
+    bf16, onednn = (x if max(speeds.values()) <= MARGIN * speeds[x] else not x for x, speeds in choices)
+    fastest = ProductRow(bf16, onednn)
+    measured = f"bfloat16 as it is {halves[True]:,.0f}, in float32 {halves[False]:,.0f}; float32 by torch "
+    measured += f"{singles[False]:,.0f}" + f", by oneDNN {singles[True]:,.0f}" * (True in singles) + " GFLOP/s"
+    text = f"{own} ({own.known}; measured: {measured})"
+    if fastest.recorded() == own.recorded():
+        return Finding("products", OK, text)
+    remedy = "the table in rwkv_peft/ops/products.py does not know this processor so; tell its maintainers this line"
+    return Finding("products", NOTE, f"{text}: {fastest} is faster", remedy)
 
 
 def matmul_speed(dtype: "torch.dtype", device: str, size: int = 1024) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..adapters.inject import InjectReport
 from ..adapters.methods import method_of
-from ..checkpoints.tensors import DTYPES
 from ..cli.names import NONE, STATE
 from ..cli.parser import counted
 from ..config import AIM, FEW, MOST_EPOCHS, AdapterConfig, RunConfig
@@ -64,8 +63,8 @@ def describe(
         f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
-    if accelerator == "cpu" and products.is_slow(DTYPES[train.precision]):
-        say(f"          products in float32, since this processor multiplies {train.precision} slowly; memory holds it")
+    if accelerator == "cpu":
+        say(f"          products: {products.row()} ({products.row().known})")
     if note := better_precision(train.precision, accelerator):
         say(f"          {note}")
     if train.context_parallel > 1:

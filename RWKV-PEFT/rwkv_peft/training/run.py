@@ -30,6 +30,7 @@ from ..data.samples import Samples
 from ..data.sources import refuse_hub_name
 from ..environments.environments import Environments
 from ..gpus import resolve_accelerator
+from ..ops.products import computing
 from ..plots import plot_loss
 from ..rewards import Judges, Rewards
 from .engine.fit import fit
@@ -138,14 +139,15 @@ def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[.
     for base in filter(None, (inputs.base, inputs.teacher)):
         base.require_finite()
     asked = find_questions(inputs)
-    with judging(config, samples) as judges:
+    row, notes = ranks.row(inputs.state)
+    with judging(config, samples) as judges, computing(row):
         if request.world.size > 1:
             ranks.agree(shared_values(inputs, asked), inputs.folder)
         train, accumulate = config.train, config.train.accumulate_grad_batches
         batches = TrainBatches(samples[0], config.data.micro_bsz, groups=train.groups, accumulate=accumulate)
         model, report = make_model(inputs, request.layers, batches, device)
         if leads:  # the others would each open GPU 0 to see whether the kernels work
-            for note in request.notes:
+            for note in (*request.notes, *notes):
                 say(f"note      {note}")
             describe(inputs, accelerator, batches.notes, report, say)
             make_way(inputs, report.trainable, say)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from ...children import python_command
 from ...cli.errors import NotNow, UserError, explained, keeping_handlers, summarize
 from ...config import TrainConfig
+from ...ops.products import ProductRow, agreed, row
 from ..saving.checkpoints import how_to_go_on, is_of_connection
 from .agreement import disagreement
 from .world import World
@@ -119,6 +120,13 @@ class Ranks:
             )
         if words := disagreement(world, all_values, hosts):
             raise UserError(words)
+
+    def row(self, state: Mapping[str, Any] | None) -> tuple[ProductRow, list[str]]:
+        """(the Row by which the run's products are computed, notes on it); state is the state.json of the checkpoint
+        that it goes on from, or None. On GPUs, which have no rows, each rank's own."""
+        if self.backend != "gloo":
+            return row(), []
+        return agreed(gathered(row()) if self.world.size > 1 else [row()], (state or {}).get("products"))
 
     def leave(self, code: int) -> int:
         """Return rank 0's exit code once all ranks are done: an agent ends all when one exits with an error code."""

@@ -25,6 +25,7 @@ from ...checkpoints.tensors import save_pth
 from ...cli.errors import UserError
 from ...cli.names import all_finite
 from ...config import RunConfig
+from ...ops.products import row
 from ..step.plan import Plan
 from ..step.zero import counters_of, go_on_with
 from .checkpoints import (
@@ -113,6 +114,7 @@ class Saver:
             "trained": trained_names(lit),
             "figures": lit.step_measures,
             "config": asdict(self.config),
+            "products": row().recorded(),
             **self.identity,
         }
         if not is_by_parameter(optimizer):
