@@ -9,7 +9,7 @@ from tools.ui.pages import go, press
 
 expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
 RUN = {"folder": "out/poet", "state": "done", "modified": 1, "steps": 1, "done": 1, "epochs": 1}
-RUN |= {"flags": {"load_model": "base.pth", "tokenizer": "bytes"}, "files": ["adapter.safetensors"]}
+RUN |= {"flags": {"load_model": "base.pth", "tokenizer": "bytes", "ctx_len": "96"}, "files": ["adapter.safetensors"]}
 WORDS = ["serve", "--model", "base.pth", "--adapter", "adapter=out/poet/adapter.safetensors", "adapter-2=b.safetensors"]
 JOB = {"id": "1", "own": True, "words": WORDS, "began": 1, "state": "running", "code": None, "output": "", "next": 0}
 TITLES = ("base", "out/poet", "b")
@@ -123,7 +123,9 @@ def test_the_drawer_is_reached_by_the_keyboard_and_holds_models_thinking_and_sam
     press(page, "Another adapter")
     expect(page.get_by_label("Adapter 2", exact=True)).to_be_focused()
     page.get_by_label("Adapter 2", exact=True).fill("b.safetensors")
+    expect(page.get_by_label("Longest answer", exact=True)).to_have_value("96")  # the rows'
     page.get_by_label("Thinking").select_option("on")
+    page.locator(".drawer").get_by_text("More", exact=True).click()
     for label, value in {"Temperature": "0.5", "Top p": "0.25", "Longest answer": "9", "System text": "Rhyme."}.items():
         page.get_by_label(label, exact=True).fill(value)
     press(page, "Open")
@@ -158,11 +160,12 @@ def test_the_drawer_is_reached_by_the_keyboard_and_holds_models_thinking_and_sam
     expect(page.get_by_label("Longest answer", exact=True)).to_have_value("9")
 
 
-def test_without_a_model_the_drawer_is_open_and_says_so(models):
+def test_without_a_model_talk_leads_to_a_base(models):
     page = models.page
     page.route(re.compile(r"/api/runs\?"), lambda route: route.fulfill(json=[]))
     page.reload()
-    expect(page.get_by_label("Model", exact=True)).to_be_visible()
+    expect(page.locator("main").get_by_role("link", name="Choose a base first")).to_have_attribute("href", "#base")
+    expect(page.get_by_label("Temperature", exact=True)).to_be_hidden()
     models.say("Hi")
     expect(page.get_by_role("alert")).to_have_text("Name a model first.")
     expect(page.get_by_label("Model", exact=True)).to_be_focused()
@@ -187,6 +190,33 @@ def test_an_answer_that_is_not_whole_says_so_and_is_no_row(talk, end, why):
     press(talk.page, "Edit the last")
     expect(talk.page.get_by_label("message", exact=True)).to_have_value("Hi")
     expect(talk.page.get_by_role("article")).to_have_count(0)
+
+
+def test_answers_have_a_height_and_a_repetition_is_cut(talk):
+    """The base goes on without end; what was trained answers well, and is in view."""
+    page = talk.page
+    page.set_viewport_size({"width": 360, "height": 740})
+    talk.answers[:] = [
+        (200, "length", "Aye.", *["\ns"] * 500),
+        (200, "length", *[f"{n} " for n in range(900)]),
+        (200, "stop", "No."),
+    ]
+    talk.say("Hi")
+    for title, words in (("base", "Aye.\ns\ns\ns"), ("b", "No.")):
+        expect(talk.answer(title).locator(".words")).to_have_text(words, use_inner_text=True)
+    expect(talk.answer("base")).to_contain_text(re.compile(r"cut: the same came \d+ times"))
+    long = talk.answer("out/poet").locator(".words")
+    expect(long).to_contain_text("899")
+    box = long.bounding_box()
+    assert (
+        box["height"] < 300
+        and box["y"] >= 0
+        and box["y"] + box["height"] < 740
+        and long.evaluate("words => words.scrollHeight > words.clientHeight")
+    )
+    assert (
+        talk.answer("b").bounding_box()["y"] < talk.answer("base").bounding_box()["y"]
+    )  # what was trained comes first
 
 
 def test_a_message_that_was_refused_is_left_out_of_what_follows(talk):

@@ -1,5 +1,5 @@
 // Answers of a run as cards: to some rows before the first step and after the last, and rollouts with their rewards.
-import { el, number } from "./lib.js";
+import { el, number, withoutRepeats } from "./lib.js";
 import { t } from "./texts.js";
 
 const SHOWN = 16; // cards
@@ -25,6 +25,8 @@ export function showAnswers(place, found) {
 
 const said = (one) => (one?.text ?? "").trim();
 const named = (of) => String(of).replace(/^(training|held-out)/, (kind) => t(`answers.${kind}`));
+const brief = (one) => withoutRepeats(said(one)).text;
+const repeats = (one) => (withoutRepeats(said(one)).times ? el("small", {}, t("answers.repeats", number(withoutRepeats(said(one)).times))) : "");
 const part = (label, ...words) => el("div", { className: "turn" }, el("small", {}, label), ...words);
 const card = (heading, prompt, ...parts) => el("article", { className: "card" }, el("small", {}, heading),
   el("div", { className: "prompt" }, String(prompt ?? "").trim()), el("div", { className: "answers" }, parts));
@@ -32,8 +34,8 @@ const card = (heading, prompt, ...parts) => el("article", { className: "card" },
 // A row's answer before training and after it, with the words marked in which they differ.
 function pair({ of, prompt, answer, before, after }) {
   const as = (one) => (one && said(one) === said(answer) ? ` ✓ ${t("answers.as the row")}` : "");
-  const [old, now] = before && after ? differences(said(before), said(after)) : [said(before), said(after)];
-  return card(named(of), prompt, part(t("answers.before") + as(before), old), after ? part(t("answers.after") + as(after), now) : null,
+  const [old, now] = before && after ? differences(brief(before), brief(after)) : [brief(before), brief(after)];
+  return card(named(of), prompt, part(t("answers.before") + as(before), old, repeats(before)), after ? part(t("answers.after") + as(after), now, repeats(after)) : null,
     after && as(after) ? null : part(t("answers.row"), said(answer)));
 }
 

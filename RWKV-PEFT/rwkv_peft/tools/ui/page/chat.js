@@ -1,17 +1,17 @@
 // Chat: a conversation with a base and what was trained on it, at the same seed. Models and sampling are in a drawer.
 import { showJob } from "./job.js";
-import { adapterChoice, el, flagField, get, pathField, post, recall, remember, repeat, tell } from "./lib.js";
+import { adapterChoice, el, flagField, folded, get, helpLine, pathField, post, recall, remember, repeat, settings, tell } from "./lib.js";
 import { talk } from "./talk.js";
 import { t } from "./texts.js";
 
 const TRAINED = /\.(safetensors|pth)$/;
-const SAMPLING = { temperature: [1, 0.1], top_p: [0.5, 0.05], max_tokens: [1000, 1], seed: [1, 1] }; // a value, and its steps
+const SAMPLING = { max_tokens: [1000, 1], temperature: [1, 0.1], top_p: [0.5, 0.05], seed: [1, 1] }; // a value, and its steps
 const short = (file) => file.replace(/(\/adapter)?\.(safetensors|pth)$/, "");
 
 export async function chatPage(place, about, signal, folder) {
   const runs = await get("/api/runs").catch(() => []), last = recall("chat", null), newest = runs.find((one) => one.files.some((file) => TRAINED.test(file)));
   const run = runs.find((one) => one.folder === folder) ?? (last?.at > newest?.modified ? null : newest);
-  const kept = run ? { ...last, model: run.flags.load_model, adapters: [], state: "", tokenizer: run.flags.tokenizer } : { ...last };
+  const kept = run ? { ...last, model: run.flags.load_model, adapters: [], state: "", tokenizer: run.flags.tokenizer } : { model: settings().load_model, tokenizer: settings().tokenizer, ...last };
 
   const model = pathField("model", t("chat.model"), { value: kept.model ?? "", endings: [".pth"] });
   const adapters = el("div", { className: "fields" });
@@ -29,14 +29,18 @@ export async function chatPage(place, about, signal, folder) {
     think: el("select", { id: "think" }, ["", ...about.think].map((value) => el("option", { value, selected: value === sampling.think }, t(`think.${value}`)))),
     system: el("input", { id: "system", placeholder: t("chat.system.none"), value: sampling.system ?? "" }),
   };
-  for (const [name, [value, step]] of Object.entries(SAMPLING)) inputs[name] = el("input", { id: name, type: "number", min: 0, step, value: sampling[name] ?? value });
+  const longest = Number((run ?? newest)?.flags.ctx_len) || SAMPLING.max_tokens[0]; // the rows', which the answers are like
+  const usual = Object.fromEntries(Object.entries(SAMPLING).map(([name, [value]]) => [name, String(name === "max_tokens" ? Math.min(longest, value) : value)]));
+  for (const [name, [, step]] of Object.entries(SAMPLING)) inputs[name] = el("input", { id: name, type: "number", min: 0, step, value: sampling[name] ?? usual[name] });
   const scales = el("div", { className: "fields" });
-  const drawer = el("details", { className: "drawer", open: !kept.model, oninput: update }, el("summary", {}, t("chat.drawer")),
-    el("div", { className: "fields" }, Object.entries(inputs).map(([name, input]) => el("div", {}, el("label", { htmlFor: input.id }, t(`chat.${name}`)), input))), scales,
+  const sampled = (...names) => el("div", { className: "fields" }, names.map((name) =>
+    el("div", {}, el("label", { htmlFor: inputs[name].id }, t(`chat.${name}`)), inputs[name], helpLine(inputs[name], t(`chat.${name}.help`)))));
+  const drawer = el("details", { className: "drawer", oninput: update }, el("summary", {}, t("chat.drawer")),
     el("h2", {}, t("chat.models")), opened, el("div", { className: "fields" }, model.box, which.box), adapters,
     el("div", { className: "row" }, el("button", { type: "button", onclick: () => addAdapter("").focus() }, t("chat.another"))),
-    el("div", { className: "fields" }, state.box, further),
-    el("div", { className: "row" }, el("button", { type: "button", className: "main", onclick: begin }, t("chat.open"))));
+    folded(t("chat.more models"), el("div", { className: "fields" }, state.box, further)),
+    el("div", { className: "row" }, el("button", { type: "button", className: "main", onclick: begin }, t("chat.open"))),
+    el("h2", {}, t("chat.answers")), sampled("system", "max_tokens", "think"), folded(t("more"), sampled("temperature", "top_p", "seed")), scales);
 
   const proposal = el("button", { type: "button", className: "main", onclick: begin });
   const text = el("textarea", { id: "message", placeholder: t("chat.say"), "aria-label": t("chat.message") });
@@ -82,7 +86,7 @@ export async function chatPage(place, about, signal, folder) {
     const { value } = model.input, trained = chosen().map(short).join(" + ");
     proposal.textContent = trained ? t("chat.propose", trained, short(value)) : t("chat.propose base", short(value));
     proposal.hidden = !value.trim();
-    remember("sampling", Object.fromEntries(Object.entries(inputs).map(([name, input]) => [name, input.value])));
+    remember("sampling", Object.fromEntries(Object.entries(inputs).filter(([name, input]) => input.value !== usual[name]).map(([name, input]) => [name, input.value])));
   }
 
   // What stands in place of a conversation while no model is open.
@@ -93,7 +97,7 @@ export async function chatPage(place, about, signal, folder) {
     loading?.abort();
     update();
     for (const one of [box, scales]) one.replaceChildren();
-    status.replaceChildren(el("p", { className: "note" }, t(kept.model ? "chat.begin" : "chat.begin without")), proposal);
+    status.replaceChildren(el("p", { className: "note" }, t(!model.input.value ? "chat.begin without" : chosen().length ? "chat.begin" : "chat.begin base"), " ", model.input.value ? "" : el("a", { href: "#base" }, t("chat.to base"))), proposal);
     buttons.forEach((button) => { button.hidden = true; });
   }
 

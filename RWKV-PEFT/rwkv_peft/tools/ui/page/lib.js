@@ -113,7 +113,7 @@ export const listed = (text) => (text.match(/"[^"]*"|\S+/g) ?? []).map((word) =>
 export const asListed = (name) => (/\s/.test(name) ? `"${name}"` : name);
 
 // Help below a field, which a screen reader reads with it.
-function helpLine(input, text) {
+export function helpLine(input, text) {
   const line = el("p", { id: `${input.id}-help`, className: "help" }, text);
   input.setAttribute("aria-describedby", line.id);
   return line;
@@ -273,6 +273,18 @@ function choose(label, start, folders, endings) {
     dialog.showModal();
     open(start.split("/").slice(0, -1).join("/"));
   });
+}
+
+// A text that ends in one piece over and over -> {text: with three of them, times: how often it stood there}, or the text
+// and 0. Marks, such as a line of dashes, may stand longer than words.
+export function withoutRepeats(text) {
+  for (let long = 1; long <= 200; long += 1) {
+    const piece = text.slice(-long), least = Math.max(12, Math.ceil((/[\p{L}\p{N}]/u.test(piece) ? 120 : 400) / long));
+    let times = 0, end = text.length;
+    for (; end >= long && text.startsWith(piece, end - long); end -= long) times += 1;
+    if (times >= least) return { text: text.slice(0, end) + piece.repeat(3), times };
+  }
+  return { text, times: 0 };
 }
 
 export function size(bytes) {

@@ -1,10 +1,10 @@
 // A conversation with several models at once: each message stands once, below it the answers of the models side by side.
-import { el, number, send, tell } from "./lib.js";
+import { el, number, send, tell, withoutRepeats } from "./lib.js";
 import { showMarkdown } from "./markdown.js";
 import { t } from "./texts.js";
 import { addRow } from "./write.js";
 
-const NEAR = 80; // pixels from the end of the page, within which it follows an answer
+const NEAR = 30; // pixels from the end of a box, within which it follows its answer
 
 // Shows the conversation of `turns` in `box`, and asks `models` {name: title} at an address for further answers.
 //
@@ -46,7 +46,7 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
     place.append(el("article", { className: "turn assistant", dir: "auto", "aria-label": models[name] },
       el("small", {}, models[name]), folded, words, problem, el("div", { className: "row" }, why, copy)));
     const show = (ended) => {
-      const page = document.documentElement, low = page.scrollHeight - page.scrollTop - innerHeight < NEAR;
+      const low = words.scrollHeight - words.scrollTop - words.clientHeight < NEAR;
       folded.hidden = !message.thought;
       thought.textContent = message.thought;
       summary.textContent = t(message.content || ended ? "chat.thought" : "chat.thinking", number(message.tokens));
@@ -56,7 +56,7 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
       copy.hidden = !ended || !message.content;
       copy.disabled = !whole;
       copy.title = whole ? "" : t("chat.not whole");
-      if (low) page.scrollTop = page.scrollHeight;
+      if (low && !ended) words.scrollTop = words.scrollHeight;
     };
     return { show, problem };
   }
@@ -86,6 +86,12 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
         message.content += delta.content ?? "";
         message.thought += delta.reasoning_content ?? "";
         message.tokens = usage?.completion_tokens_details.reasoning_tokens ?? message.tokens + Boolean(delta.reasoning_content);
+        const { text, times } = withoutRepeats(message.content);
+        if (times) {
+          message.content = text;
+          end = t("chat.repeats", number(times));
+          break; // it would go on so
+        }
         if (finish_reason) end = finish_reason === "length" ? t("chat.longest") : "";
         waiting ||= setTimeout(draw, Math.max(pause, 30));
       }
@@ -113,7 +119,7 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
     const place = draw(turn);
     turn.answers = {};
     for (const name of Object.keys(models)) answer(place, turn, name);
-    scrollTo(0, document.documentElement.scrollHeight);
+    place.parentElement.scrollIntoView(); // the message is at the top, and below it all answers
   }
 
   // Takes the last turn away; -> it, or undefined.
@@ -146,14 +152,18 @@ async function* events(stream, signal) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   signal.addEventListener("abort", () => reader.cancel());
   let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const blocks = (rest + value).split(/\r?\n\r?\n/);
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
-      if (data && data !== "[DONE]") yield JSON.parse(data);
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const blocks = (rest + value).split(/\r?\n\r?\n/);
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
+        if (data && data !== "[DONE]") yield JSON.parse(data);
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {}); // who asked may have heard enough
   }
 }
