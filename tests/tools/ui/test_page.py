@@ -29,7 +29,7 @@ def test_rows_are_looked_for_taken_in_shown_and_chosen(open_page, folder):
     expect(rows).to_have_value("b_i_.jsonl")
     rows.fill("missing.jsonl")
     rows.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("missing.jsonl: there is no such file")
+    expect(page.get_by_role("alert")).to_contain_text("There is no such file in the folder.")
     page.get_by_role("radio", name="pairs.jsonl").check()
     press(page, "Show them as: a better and a worse answer")
     expect(page.locator("mark").first).to_have_text(" yes<end>")

@@ -201,7 +201,8 @@ def test_models_and_rows_are_proposed_and_other_files_are_not(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "link.jsonl").symlink_to("/etc/passwd")
     found = proposals(Places(tmp_path))
-    assert [one["name"] for one in found["rows"]] == ["list.json", "rows.csv", "deep/rows.jsonl"]
+    assert sorted(one["name"] for one in found["rows"] if one["sound"]) == ["deep/rows.jsonl", "list.json"]
+    assert [one["name"] for one in found["rows"] if not one["sound"]] == ["rows.csv"]  # which holds no row
     facts = {"generation": "RWKV-7", "layers": 3, "channels": 128, "parameters": 786_304, "tokenizer": "bytes"}
     assert found["bases"] == [{"name": name, "bytes": len(base)} | facts for name in ("base.pth", "out/a/merged.pth")]
 

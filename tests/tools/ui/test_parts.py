@@ -1,6 +1,8 @@
 """Parts of the pages of rows, of training and of release in a real browser."""
 
+import json
 import re
+import shutil
 
 import pytest
 
@@ -127,3 +129,56 @@ def test_a_gguf_has_the_type_that_is_chosen(open_page):
         expect(page.get_by_role("alert")).to_have_text("no")
         assert asked.pop() == ["convert", "x.pth", *words]
     expect(page.get_by_label("Numbers of the GGUF")).to_be_hidden()
+
+
+def test_take_home_offers_what_this_installation_can_make(open_page):
+    page = open_page()
+
+    def without(route):
+        route.fulfill(json=route.fetch().json() | {"missing": ["gguf"]})
+
+    page.route(re.compile("/api/about"), without)
+    page.reload()
+    go(page, "Take home")
+    expect(page.get_by_role("radio", name="GGUF")).to_be_disabled()
+    expect(page.get_by_text("pip install gguf")).to_be_visible()
+    page.unroute(re.compile("/api/about"))
+    page.reload()
+    expect(page.get_by_role("radio", name="GGUF")).to_be_enabled()
+
+
+def test_rows_proposes_the_newest_file_that_can_be_read_and_errors_are_sentences(open_page, folder):
+    for name, text in {
+        "new.jsonl": '{"text": "new"}\n',
+        "odd.jsonl": '{"odd": 1}\n',
+        "broken.jsonl": '{"text": "a\n',
+    }.items():
+        (folder / name).write_text(text)
+    page = open_page()
+    go(page, "Rows")
+    expect(page.locator("mark").first).to_contain_text("new")
+    expect(page.get_by_role("radio", name="new.jsonl")).to_be_checked()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    page.get_by_role("radio", name="broken.jsonl").check()
+    expect(page.get_by_role("alert")).to_contain_text("Line 1 is not whole")
+    expect(page.get_by_text("not JSON")).to_be_hidden()
+    page.get_by_role("radio", name="odd.jsonl").check()
+    expect(page.get_by_role("alert")).to_contain_text("It is not plain where the questions and the answers are.")
+    for name in ("new", "odd", "broken"):
+        (folder / f"{name}.jsonl").unlink()
+
+
+def test_a_second_browser_begins_with_what_the_newest_run_used(open_page, folder):
+    flags = {"load_model": "base.pth", "data_file": ["my rows.jsonl", "b.jsonl"], "tokenizer": "bytes", "bone_r": "16"}
+    (folder / "used").mkdir()
+    settings = {"flags": flags | {"proj_dir": "used", "merge_on_save": True}, "steps": 1}
+    (folder / "used/config.json").write_text(json.dumps(settings))
+    (folder / "used/metrics.jsonl").write_text('{"step": 0, "loss": 1}\n')
+    page = open_page()
+    expect(page.get_by_role("radio", name="base.pth")).to_be_checked()
+    go(page, "Train")
+    words = "train --load_model base.pth --data_file 'my rows.jsonl' b.jsonl --data_type sft --proj_dir out/mine"
+    expect(page.locator("#command")).to_contain_text(words)
+    expect(page.locator("#command")).to_contain_text("--tokenizer bytes --bone_r 16")
+    expect(page.locator("#command")).to_contain_text("--merge_on_save")
+    shutil.rmtree(folder / "used")

@@ -111,7 +111,7 @@ def test_the_best_of_a_run_is_taken_checked_and_talked_to(open_page, folder):
     page.get_by_label("step", exact=True).select_option("0")
     expect(page.get_by_role("article").filter(has_text="said 0")).to_be_visible()
     page.locator("main").get_by_role("link", name="Take home", exact=True).click()
-    of_run = page.get_by_label("Of this run", exact=True)
+    of_run = page.get_by_label("What to take of this run", exact=True)
     expect(of_run).to_have_value("out/mine/adapter-best.safetensors")
     expect(page.get_by_label("Merged model", exact=True)).to_have_value("out/mine/merged-best.pth")
     page.get_by_text("More", exact=True).click()

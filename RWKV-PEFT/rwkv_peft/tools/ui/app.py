@@ -5,6 +5,7 @@ import mimetypes
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,7 @@ from .written import MINE, EditedRows
 
 PAGE = Path(__file__).parent / "page"
 FILES = "/api/files"  # takes the bytes of files, in parts
+PACKAGES = ("gguf", "huggingface_hub")  # of files for llama.cpp, and of the hub
 PLANNED = 120  # seconds for a plan or a preview
 REMEMBERED = 400 * 24 * 3600  # seconds that a browser keeps the key
 LOCKED = """<!doctype html><html lang="en"><meta charset="utf-8"><title>rwkv-peft</title>
@@ -98,6 +100,11 @@ class Chat(BaseModel):
     weights: Word = ""
 
 
+def missing() -> list[str]:
+    """The packages that some of the page's commands need and that this installation lacks."""
+    return [package for package in PACKAGES if find_spec(package) is None]
+
+
 def streamed(status: int, kind: str, pieces: Iterator[bytes]) -> Response:
     return StreamingResponse(pieces, status, media_type=kind)
 
@@ -128,7 +135,14 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     @app.get("/api/about")
     def about() -> dict[str, Any]:
         about = {"version": __version__, "root": str(places.root), "demo": demo.settings()}
-        return about | {"form": form(), "chat": chat_form(), "think": [*THINK], "gguf": GGUF_TYPES, "mine": MINE}
+        return about | {
+            "form": form(),
+            "chat": chat_form(),
+            "think": [*THINK],
+            "gguf": GGUF_TYPES,
+            "mine": MINE,
+            "missing": missing(),
+        }
 
     @app.get("/api/proposals")
     def proposed() -> dict[str, list[dict[str, Any]]]:

@@ -9,9 +9,10 @@ const FLAGS = ["data_type", "tokenizer", "ctx_len", "sft_field"]; // under More
 export async function dataPage(place, about, signal) {
   const { rows } = await get("/api/proposals"), set = settings(), names = rows.map((one) => one.name);
   const asked = Object.fromEntries(FLAGS.map((flag) => [flag, (set.data_file || flag === "tokenizer" ? set[flag] : "") ?? ""]));
-  asked.path = listed(set.data_file ?? "")[0] ?? names[0] ?? "";
+  const proposed = set.data_file ? [] : rows.filter((one) => one.sound).map((one) => one.name);
+  asked.path = listed(set.data_file ?? "")[0] ?? proposed.shift() ?? "";
   const other = pathField("path", t("rows.other"), { value: names.includes(asked.path) ? "" : asked.path, folders: true, help: t("rows.other.help") });
-  const list = cards(t("rows.found"), rows.map(({ name, bytes }) => ({ value: name, title: name, text: size(bytes) })), asked.path, (name) => { other.input.value = ""; choose(name); });
+  const list = cards(t("rows.found"), rows.map(({ name, bytes, sound }) => ({ value: name, title: name, text: sound ? size(bytes) : t("rows.unsound", size(bytes)) })), asked.path, (name) => { other.input.value = ""; choose(name); });
   const made = new Map(about.form.flatMap((group) => group.fields).map((field) => [field.flag, field]));
   const fields = new Map(FLAGS.map((flag) => [flag, flagField(fit(made.get(flag)), labelOf(flag), asked[flag], (value) => { asked[flag] = value; })]));
   const inputOf = (flag) => fields.get(flag).querySelector("input, select");
@@ -41,6 +42,7 @@ export async function dataPage(place, about, signal) {
 
   // Shows a file; another one has a limit of its own again.
   function choose(name) {
+    proposed.length = 0;
     if (name !== asked.path) asked.ctx_len = inputOf("ctx_len").value = "";
     asked.path = name;
     for (const radio of list.querySelectorAll("input")) radio.checked = radio.value === name;
@@ -65,7 +67,13 @@ export async function dataPage(place, about, signal) {
     } catch (problem) {
       if (mine !== looking) return;
       result.replaceChildren();
-      tell(error, problem);
+      if (proposed.length) { // nobody has chosen this one
+        asked.path = proposed.shift();
+        for (const radio of list.querySelectorAll("input")) radio.checked = radio.value === asked.path;
+        return look();
+      }
+      tell(error, inWords(problem.message));
+      error.firstElementChild.append(folded(t("rows.reader"), el("span", {}, problem.message)));
       for (const [flag, box] of fields) if (problem.message.includes(`--${flag}`)) box.classList.add("wrong");
       more.open ||= more.querySelector(".wrong") !== null;
       const kind = /--data_type (\w+)/.exec(problem.message)?.[1];
@@ -100,6 +108,16 @@ export async function dataPage(place, about, signal) {
     settle({ ...flags, data_file: asListed(name), data_type: asked.data_type || "sft", ctx_len: asked.ctx_len || String(found.ctx_len), skip_bad_rows: found.bad ? "on" : "" });
     location.hash = "#train";
   }
+}
+
+// What is wrong with a file of rows, in a sentence, by the reader's message.
+const WRONG = [
+  ["missing", /no such file/], ["kind", /--data_type \w+/], ["json", /(?:, line (\d+): )?not JSON/], ["utf8", /UTF-8/], ["tokenizer", /--tokenizer/],
+  ["fields", /--sft_field|known are|columns|fields/], ["none", /no document|no row\b|holds no/],
+];
+function inWords(message) {
+  const [name, form] = WRONG.find(([, one]) => one.test(message)) ?? ["other", /()/], line = form.exec(message)?.[1];
+  return t(line ? `rows.wrong.${name} line` : `rows.wrong.${name}`, line);
 }
 
 // The field of a flag as this page has it: rows are no tokens, and the limit comes from the rows.

@@ -119,10 +119,10 @@ export function helpLine(input, text) {
   return line;
 }
 
-// A choice of one among cards: options = [{value, title, text}]; change(value) hears of each choice.
+// A choice of one among cards: options = [{value, title, text, disabled}]; change(value) hears of each choice.
 export function cards(legend, options, chosen, change) {
-  return el("fieldset", { className: "picks" }, el("legend", {}, legend), options.map(({ value, title, text }) =>
-    el("label", { className: "pick" }, el("input", { type: "radio", name: legend, value, checked: value === chosen, onchange: () => change(value) }),
+  return el("fieldset", { className: "picks" }, el("legend", {}, legend), options.map(({ value, title, text, disabled = false }) =>
+    el("label", { className: "pick" }, el("input", { type: "radio", name: legend, value, checked: value === chosen, disabled, onchange: () => change(value) }),
       el("b", {}, title), el("span", { className: "help" }, text))));
 }
 

@@ -2,7 +2,7 @@
 import { basePage } from "./base.js";
 import { chatPage } from "./chat.js";
 import { dataPage } from "./data.js";
-import { el, get, keepFor, recall, repeat, settings, takeDrops, tell } from "./lib.js";
+import { asListed, el, get, keepFor, recall, repeat, settings, settle, takeDrops, tell } from "./lib.js";
 import { releasePage } from "./release.js";
 import { live } from "./run.js";
 import { runsPage } from "./runs.js";
@@ -26,6 +26,7 @@ async function open(event) {
     about ??= await get("/api/about");
     document.getElementById("root").textContent = about.root;
     keepFor(about.root);
+    if (!recall("train", null)) await takeOver();
     repeat(signal, 5, tick);
     await PAGES[name](place, about, signal, rest.join(":"));
   } catch (error) {
@@ -35,6 +36,14 @@ async function open(event) {
   if (!event || !heading || main.contains(document.activeElement)) return;
   heading.tabIndex = -1; // what had the focus is gone, or is the link that led here
   heading.focus({ preventScroll: true });
+}
+
+// A browser that is new to the folder begins with what the newest run used.
+async function takeOver() {
+  const newest = (await get("/api/runs").catch(() => [])).find((run) => run.flags.load_model);
+  const known = new Set(about.form.flatMap(({ fields }) => fields.map(({ flag }) => flag)));
+  const used = Object.entries(newest?.flags ?? {}).filter(([flag]) => known.has(flag) && !["proj_dir", "resume"].includes(flag));
+  settle(Object.fromEntries(used.map(([flag, value]) => [flag, value === true ? "on" : Array.isArray(value) ? value.map(asListed).join(" ") : String(value)])));
 }
 
 // Marks the steps that are done.

@@ -10,7 +10,7 @@ export async function releasePage(place, about, signal, folder) {
   const run = pathField("run", t("home.run"), { value: folder || runs[0]?.folder || "", folders: true, endings: [".safetensors"], help: t("home.run.help") });
   const base = pathField("base", t("home.base"), { endings: [".pth"], help: t("home.base.help") });
   const output = pathField("output", t("home.output"), { help: t("home.output.help") });
-  const type = el("select", { id: "type" }, about.gguf.map((one) => el("option", { selected: one === "f16" }, one)));
+  const type = el("select", { id: "type" }, about.gguf.map((one) => el("option", { value: one, selected: one === "f16" }, t(`home.type.${one}`))));
   const typed = el("div", { hidden: true }, el("label", { htmlFor: "type" }, t("home.type")), type);
   const repo = el("input", { id: "repo", placeholder: t("home.repository.example"), spellcheck: false });
   const open = el("select", { id: "seen" }, el("option", { value: "--private" }, t("home.private")), el("option", { value: "" }, t("home.public")));
@@ -37,12 +37,15 @@ export async function releasePage(place, about, signal, folder) {
   });
   place.append(el("h1", {}, t("nav.release")), el("p", { className: "lead" }, t("home.lead")),
     runs.length ? list : el("p", { className: "note" }, t("home.none"), " ", el("a", { href: "#train" }, t("train.start"))), which.box, whole,
-    cards(t("home.for"), FORMATS.map((one) => ({ value: one, title: t(`home.${one}`), text: t(`home.${one}.text`) })), format, (one) => {
+    cards(t("home.for"), FORMATS.map((one) => {
+      const disabled = one === ".gguf" && about.missing.includes("gguf");
+      return { value: one, title: t(`home.${one}`), text: disabled ? t("home.needs", "gguf") : t(`home.${one}.text`), disabled };
+    }), format, (one) => {
       format = one;
       typed.hidden = one !== ".gguf";
     }), typed, el("div", { className: "row" }, make), error, result,
     folded(t("more"), el("div", { className: "fields" }, run.box, base.box, output.box), line("check", check), line("inspect", button("inspect"))),
-    folded(t("home.hub"), el("p", {}, t("home.hub.text")), el("div", { className: "fields" }, el("div", {}, el("label", { htmlFor: "repo" }, t("home.repository")), repo),
+    folded(t("home.hub"), el("p", {}, t(about.missing.includes("huggingface_hub") ? "home.needs" : "home.hub.text", "huggingface_hub")), el("div", { className: "fields" }, el("div", {}, el("label", { htmlFor: "repo" }, t("home.repository")), repo),
       el("div", {}, el("label", { htmlFor: "seen" }, t("home.seen")), open)), el("div", { className: "row" }, button("preview"), button("push")), el("h2", {}, t("home.card")), card));
   let filled = fill();
   run.input.addEventListener("input", () => { filled = fill(); });

@@ -1,6 +1,6 @@
 // Train: what is trained on what, how often; the command, and the memory and time that it takes; behind it all flags. A
 // run that was started here stays on this page, above the settings of the next one.
-import { address, copyButton, duration, el, figure, flagField, folded, get, listed, named, number, post, remember, settings, tell, words } from "./lib.js";
+import { address, copyButton, duration, el, figure, flagField, folded, get, listed, named, number, post, remember, settings, size as bytes, tell, words } from "./lib.js";
 import { live, showRun } from "./run.js";
 import { labelOf, t } from "./texts.js";
 
@@ -131,10 +131,10 @@ export async function trainPage(place, about, signal, asked) {
     const peaks = [...text.matchAll(/^(GPU|main memory)(?: of ([\d.,]+ \w+))?.*\n(?: {2}.*\n)*? {2}peak +([\d.,]+ \w+)(, fits|, does not fit)?/gm)];
     const verdict = (found) => (found ? t(found === ", fits" ? "plan.fits" : "plan.too large") : "");
     plan.replaceChildren(el("div", { className: "figures" }, peaks.map(([, device, whole, peak, found]) =>
-      figure(t(`plan.${device}`, whole ? t("plan.of", whole) : "") + verdict(found), peak, found === ", does not fit")), disk ? figure(t("plan.disk"), disk[1]) : "",
+      figure(t(`plan.${device}`, whole ? t("plan.of", decimal(whole)) : "") + verdict(found), decimal(peak), found === ", does not fit")), disk ? figure(t("plan.disk"), decimal(disk[1])) : "",
     time ? figure(t("plan.time", number(time.steps)), duration(time.seconds)) : ""),
     el("p", { className: "note" }, time ? t("plan.time.note", time.run) : t("plan.time.unknown")),
-    merged?.[2] > 1 ? el("p", { className: "note" }, t("plan.merged", named("merge_on_save"), merged[2], merged[1]), " ",
+    merged?.[2] > 1 ? el("p", { className: "note" }, t("plan.merged", named("merge_on_save"), merged[2], decimal(merged[1])), " ",
       state.epoch_save === "0" ? "" : el("button", { type: "button", onclick: () => set("epoch_save", "0") }, t("plan.merged.end"))) : "",
     folded(t("plan.parts"), el("pre", { tabIndex: 0 }, text)));
   }
@@ -175,6 +175,12 @@ export async function trainPage(place, about, signal, asked) {
 
   changed();
 }
+
+// "1.50 GiB", as plan counts, in the units of a box: "1.6 GB".
+const decimal = (text) => {
+  const [count, unit] = text.split(" ");
+  return bytes(Number(count.replaceAll(",", "")) * 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].indexOf(unit));
+};
 
 const plain = (text) => text.toLowerCase().replaceAll(/[\s_-]+/g, " ").trim();
 
