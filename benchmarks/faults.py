@@ -517,7 +517,7 @@ def main():
         return 0
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    for name in ("engine.callbacks", "engine.strategy", "step.lit"):  # once, for all that is forked from here
+    for name in ("run", "zero"):  # once, for all that is forked from here
         importlib.import_module(f"rwkv_peft.training.{name}")
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder), args.seed)

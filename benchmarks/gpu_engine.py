@@ -252,43 +252,41 @@ def measured(settings, argv):
 
 
 def look(result, waits, stack):
-    """Record the memory of the last step into `result`, and have training_step and backward warn where they wait."""
+    """Record the memory of the last step into `result`, and have forward and backward warn where they wait."""
     import torch
 
-    from rwkv_peft.training.step.lit import Lit
+    from rwkv_peft.training import loop
+    from rwkv_peft.training.engine import TrainingEngine
 
     result["caught"] = stack.enter_context(warnings.catch_warnings(record=waits)) or []
     if waits:
         warnings.simplefilter("always")
-    step, after, end = Lit.training_step, Lit.on_after_backward, Lit.on_train_batch_end
+    forward, add, save = TrainingEngine.forward, loop.StepSums.add, loop.save
 
-    @functools.wraps(step)
-    def training_step(self, *arguments):
+    @functools.wraps(forward)
+    def noted_forward(self, *arguments):
         if waits:
             torch.cuda.set_sync_debug_mode("warn")
-        return step(self, *arguments)
+        return forward(self, *arguments)
 
-    @functools.wraps(after)
-    def on_after_backward(self):
+    @functools.wraps(add)
+    def noted_add(self, *arguments):
         if waits:
             torch.cuda.set_sync_debug_mode("default")  # it reads the loss
-        return after(self)
+        return add(self, *arguments)
 
-    @functools.wraps(end)
-    def on_train_batch_end(self, *arguments):
-        end(self, *arguments)
+    @functools.wraps(save)
+    def noted_save(run, *arguments):
+        saved = save(run, *arguments)
         result["host_gib_in_last_step"] = memory_of_process("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        states = [x for state in self.trainer.optimizers[0].state.values() for x in state.values()]
+        states = [x for state in run.engine.optimizer.state.values() for x in state.values()]
         result["optimizer_gib"] = round(sum(x.nbytes for x in states if torch.is_tensor(x)) / 2**30, 4)
         if torch.cuda.is_initialized():
             result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        return saved
 
-    Lit.training_step, Lit.on_after_backward, Lit.on_train_batch_end = (
-        training_step,
-        on_after_backward,
-        on_train_batch_end,
-    )
+    TrainingEngine.forward, loop.StepSums.add, loop.save = noted_forward, noted_add, noted_save
 
 
 def memory_of_process(name):
@@ -299,17 +297,17 @@ def memory_of_process(name):
 
 def let_rank_raise(moment):
     """Let rank 1 raise at RAISES_AT, and write when."""
-    from rwkv_peft.training.step.lit import Lit
+    from rwkv_peft.training import loop
 
-    begin = Lit.on_train_batch_start
+    take_step = loop.take_step
 
-    def on_train_batch_start(self, *batch):
-        if os.environ.get("RANK") == "1" and self.step == RAISES_AT:
+    def failing_step(run, step, *others):
+        if os.environ.get("RANK") == "1" and step == RAISES_AT:
             moment.write_text(str(time.time()))
             raise RuntimeError(WRONG)
-        return begin(self, *batch)
+        return take_step(run, step, *others)
 
-    Lit.on_train_batch_start = on_train_batch_start
+    loop.take_step = failing_step
 
 
 QUICK = dict(case="x070", device="cpu", ctx_len=128, steps=5, documents=60, long=64, shape="64x224x2", vocab=257)

@@ -1,4 +1,4 @@
-"""The time that train.py takes besides the step itself: Lightning, DeepSpeed, callbacks, logging and the data.
+"""The time that train.py takes besides the step itself: its engine, measuring, logging and the data.
 
     python benchmarks/trainer.py [--methods bat-in none] [--dtypes fp32] [--rounds 20] [--accelerator gpu]
 
@@ -25,8 +25,7 @@ from common import Parser, head, row, write_model, write_tokens
 from torch import nn
 
 from rwkv_peft.adapters.groups import parameter_groups
-from rwkv_peft.training import run
-from rwkv_peft.training.engine import callbacks
+from rwkv_peft.training import loop, prepared, run
 from rwkv_peft.training.step.steps import Whole
 
 VOCABULARY, TOKENS = 8192, 512
@@ -73,17 +72,22 @@ class Turns:
 def measure(method, dtype, args):
     """Print the line of one method."""
     turns = Turns(args.accelerator == "gpu")
-    fit, ended = run.fit, callbacks.RunCallback.on_train_batch_end
+    make_engine, take_step, save, last = prepared.make_engine, loop.take_step, loop.save, {}
 
-    def fit_beside(prepared, say):
-        turns.make(prepared.model)
-        return fit(prepared, say)
+    def engine_beside(model, *others):
+        turns.make(model)
+        return make_engine(model, *others)
 
-    def on_train_batch_end(self, trainer, lit, outputs, batch, batch_idx):
-        ended(self, trainer, lit, outputs, batch, batch_idx)
-        turns.after_a_step(batch)
+    def keep_batch(run, step, batches, *others):
+        last["batch"] = next(batches)
+        return take_step(run, step, iter([last["batch"]]), *others)
 
-    run.fit, callbacks.RunCallback.on_train_batch_end = fit_beside, on_train_batch_end
+    def step_beside(*arguments):  # the last that a step of the loop does
+        saved = save(*arguments)
+        turns.after_a_step(last["batch"])
+        return saved
+
+    prepared.make_engine, loop.take_step, loop.save = engine_beside, keep_batch, step_beside
     with tempfile.TemporaryDirectory() as folder:
         argv = [*inputs(Path(folder), args), *METHODS[method], "--precision", dtype]
         argv += ["--accelerator", args.accelerator]

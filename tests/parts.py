@@ -39,15 +39,20 @@ PARTS = (
     ("tools/doctor", ("tools/doctor",), ("models", "containers", "inspect")),
     ("optimizers", ("training/optimizers",), ("native", "ops")),  # DeepSpeed's Adam is compiled on first use
     ("step", ("training/step",), ("optimizers", "bases", "adapter files", "data", "plots", "merge", "objectives")),
-    ("saving", ("training/saving",), ("step",)),
-    ("train flags", ("training/flags", "training/ranks/world", "training/rates"), ("saving",)),
+    (
+        "run facts",
+        ("training/saving/checkpoints", "training/saving/optimizer_state", "training/ranks/world", "training/rates"),
+        ("step",),
+    ),
+    ("engine", ("training/engine", "training/zero"), ("run facts",)),
+    ("saving", ("training/saving",), ("engine",)),
+    ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("measuring",)),
     ("measuring", ("training/measuring", "training/learned", "training/inputs"), ("train flags", "evals")),
-    ("rollouts", ("training/rollout", "training/turns"), ("step", "inference", "rewards")),
-    ("engine", ("training/engine",), ("measuring", "rollouts", "inspect")),
-    ("training", ("training",), ("engine",)),
+    ("rollouts", ("training/rollout", "training/turns"), ("engine", "inference", "rewards")),
+    ("training", ("training",), ("measuring", "rollouts", "inspect")),
     ("run", ("training/run",), ("training", "ranks", "evals", "rewards")),
-    ("python", ("api",), ("training", "check")),  # what `import rwkv_peft as rp` offers
+    ("python", ("api",), ("run", "check")),  # what `import rwkv_peft as rp` offers
     ("tools/plan", ("tools/plan",), ("training",)),
     ("demo", ("tools/demo",), ("containers",)),
     ("page", ("tools/ui",), ("tools/plan", "data", "web", "demo")),  # it starts the commands that compute

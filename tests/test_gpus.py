@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +19,11 @@ from rwkv_peft.gpus import count_gpus
 from rwkv_peft.hf.finetune import adapt
 from rwkv_peft.release.merge import main as merge
 from rwkv_peft.tools.doctor import MISSING, check_devices
-from rwkv_peft.training.engine.strategy import RunEnvironment, devices_here
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.model import own_device
 from rwkv_peft.training.ranks.world import World
 from rwkv_peft.training.run import main as train
+from rwkv_peft.training.zero import RunEnvironment, devices_here
 
 SCRIPT = "(TORCH=cu126 sh scripts/setup.sh; TORCH=pip from a mirror of PyPI)"
 CUDA_13 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120".split()
@@ -187,10 +186,10 @@ def test_a_rank_has_a_device_of_its_own_which_is_the_current_one(monkeypatch, vi
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert own_device("gpu", world.local_rank) == torch.device("cuda", index) and chosen == [index]
-    run = SimpleNamespace(config=SimpleNamespace(train=TrainConfig(devices=4)), accelerator="gpu")
-    assert RunEnvironment(world, devices_here(run)).local_rank() == index
-    run.accelerator = "cpu"
-    assert own_device("cpu", 3) == torch.device("cpu") and RunEnvironment(world, devices_here(run)).local_rank() == 3
+    train_config = TrainConfig(devices=4)
+    for device, number in (("cuda", index), ("cpu", 3)):
+        assert RunEnvironment(world, devices_here(train_config, torch.device(device))).local_rank() == number
+    assert own_device("cpu", 3) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

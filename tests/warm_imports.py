@@ -11,12 +11,8 @@ IMPORTS = (
     "datasets",
     "rwkv_peft.training.run",
     "torch.distributed.launcher.api",
-    "rwkv_peft.training.engine.callbacks",
-    "rwkv_peft.training.engine.trainer",
     "rwkv_peft.training.saving.loggers",
-    "rwkv_peft.training.step.lit",
-    "rwkv_peft.training.engine.strategy",
-    "lightning.pytorch",
+    "rwkv_peft.training.zero",
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "setuptools",  # which deepspeed looks for a compiler with

@@ -9,7 +9,7 @@ from rwkv_peft.adapters import layer as layer_module
 from rwkv_peft.adapters import lora_ga, pissa
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.models.parts import Table
-from rwkv_peft.training.engine.strategy import share_buffers
+from rwkv_peft.training.zero import share_buffers
 
 GPU = torch.device("cuda", 1)
 

@@ -20,17 +20,17 @@ def held(argv, file, steps):
 
 
 def main(file):
-    from rwkv_peft.training.step.lit import Lit
+    from rwkv_peft.training import loop
 
-    begin = Lit.on_train_batch_start
+    take_step = loop.take_step
 
-    def wait(lit, *batch):
+    def wait(run, step, *others):
         with suppress(FileNotFoundError):
-            while lit.step >= int(file.read_text() or 0):
+            while step >= int(file.read_text() or 0):
                 time.sleep(0.01)
-        begin(lit, *batch)
+        return take_step(run, step, *others)
 
-    Lit.on_train_batch_start = wait
+    loop.take_step = wait
     group.python_command = lambda package, name, *argv: [sys.executable, __file__, str(file), *argv]
     run("train")
 

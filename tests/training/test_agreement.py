@@ -151,7 +151,7 @@ def test_one_difference_anywhere_is_named(node, what):
 
 def test_the_code_that_ranks_compare_is_the_whole_package_with_its_kernels():
     names = {f"{path.parent.name}/{path.name}" for path in sources()}
-    assert {"engine/fit.py", "rwkv7/model.py", "adapters/bone.py"} <= names
+    assert {"training/loop.py", "rwkv7/model.py", "adapters/bone.py"} <= names
     assert any(name.endswith(".cu") for name in names) and any(name.endswith(".cpp") for name in names)
 
 

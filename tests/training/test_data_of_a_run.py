@@ -28,11 +28,11 @@ def train(tmp_path, tiny_state, monkeypatch, capsys):
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     given = []
 
-    def fit(prepared, say):
+    def train_to_the_end(prepared, say):
         given.append(prepared.samples)
         return 0, ""
 
-    monkeypatch.setattr(run, "fit", fit)
+    monkeypatch.setattr(run, "train_to_the_end", train_to_the_end)
 
     def main(*words):
         assert commands.main([str(word) for word in words]) == 0

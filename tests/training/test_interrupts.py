@@ -4,7 +4,8 @@ import signal
 import time
 from types import SimpleNamespace
 
-from rwkv_peft.training.engine.fit import stopped
+from rwkv_peft.training.ending import exit_code
+from rwkv_peft.training.loop import StopRequest
 from training.runs import start, wait_for_words
 
 
@@ -30,12 +31,10 @@ def test_ctrl_c_after_the_last_word_of_a_run_changes_nothing(command):
 def test_a_signal_in_the_step_that_ends_a_run_changes_nothing():
     """Its last, or one after which --early_stop ends it."""
     plan = SimpleNamespace(total_steps=10)
-    for step, stopping, number, exhausted, code in (
-        (3, True, signal.SIGINT, False, 130),
-        (3, True, 0, False, 143),  # another rank has the signal
-        (3, True, signal.SIGINT, True, 0),
-        (3, False, 0, False, 0),
-        (10, True, signal.SIGTERM, False, 0),
+    for done, number, exhausted, code in (
+        (3, signal.SIGINT, False, 130),
+        (3, 0, False, 143),  # another rank has the signal
+        (3, signal.SIGINT, True, 0),
+        (10, signal.SIGTERM, False, 0),
     ):
-        lit = SimpleNamespace(step=step, stopping=stopping, stop_requested=number)
-        assert stopped(SimpleNamespace(exhausted=exhausted, plan=plan), lit) == code
+        assert exit_code(SimpleNamespace(exhausted=exhausted, plan=plan), done, StopRequest(number)) == code

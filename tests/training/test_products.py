@@ -17,7 +17,7 @@ from rwkv_peft.tools.plan.command import estimate_of, parse_flags
 from rwkv_peft.tools.plan.memory import written
 from rwkv_peft.training.flags.request import parse_flags as parse_train_flags
 from rwkv_peft.training.flags.request import parse_run
-from rwkv_peft.training.saving.loggers import make_loggers
+from rwkv_peft.training.saving.loggers import make_trackers
 from training.runs import finish, metrics, start
 
 FULL = ("--peft", "none", "--precision", "fp32", "--micro_bsz", "4", "--lr_init", "1e-4", "--lr_final", "1e-4")
@@ -119,15 +119,15 @@ def test_a_tracker_hears_the_settings_and_each_step(files, monkeypatch, tracker)
     monkeypatch.setitem(sys.modules, tracker, module)
     where = ["--load_model", str(files / "base.pth"), "--data_file", str(files / "data"), "--bone_r", "16"]
     config = parse_run([*where, f"--{tracker}", "mine"]).config
-    _, logger = make_loggers(config, files / "tracked", first_step=0)
-    logger.log_metrics({"loss": 0.5}, step=3)
-    logger.finalize("success")
+    _, made = make_trackers(config, files / "tracked", first_step=0)
+    made.log({"loss": 0.5}, 3)
+    made.close()
     settings, *later = heard
     assert settings["project"] == "mine" and settings["config"]["adapter"]["rank"] == 16
     assert "tracked" in settings.values() and later == [(3, {"loss": 0.5}), "finish"]
     module.init = lambda **settings: 1 / 0
     with pytest.raises(UserError, match=f"--{tracker} mine: ZeroDivisionError: division by zero; "):
-        make_loggers(config, files / "tracked", first_step=0)
+        make_trackers(config, files / "tracked", first_step=0)
 
 
 def test_a_tracker_without_its_package_is_refused_before_the_run(monkeypatch):

@@ -3,8 +3,8 @@
 import pytest
 
 from rwkv_peft.ops.native.build import make_once
-from rwkv_peft.training.engine import progress
-from rwkv_peft.training.engine.progress import Progress, printing_compilations
+from rwkv_peft.training import progress
+from rwkv_peft.training.progress import Progress, printing_compilations
 from rwkv_peft.training.step.plan import Plan
 
 

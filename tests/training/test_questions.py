@@ -131,17 +131,17 @@ def test_ranks_share_the_questions_and_each_has_all_answers(tmp_path, monkeypatc
     plan = Plan(step_samples=2, epoch_steps=9, total_steps=9, first_step=0, first_sample=0)
     exam = Exam(train, load_tokenizer("bytes"))
     examiner = Examiner(exam, tmp_path / "answers.jsonl", train, plan)
-    lit, asked = SimpleNamespace(model=model, step=7), {}
+    asked = {}
 
     def gather(parts, records):
-        asked[len(asked)] = records
+        asked[engine.rank] = records
         parts[:] = [asked.get(rank, []) for rank in range(2)]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    for rank in range(2):
-        trainer = SimpleNamespace(global_rank=rank, world_size=2, is_global_zero=rank == 1, optimizers=[None])
-        scores, words = examiner(trainer, lit, done=8, ending=False)
-    assert [[record["number"] for record in records] for records in asked.values()] == [[0, 2, 4], [1, 3]]
+    for rank in (1, 0):  # the first one writes, and comes last
+        engine = SimpleNamespace(model=model, rank=rank, ranks=2)
+        scores, words = examiner(engine, done=8, ending=False)
+    assert [[record["number"] for record in asked[rank]] for rank in range(2)] == [[0, 2, 4], [1, 3]]
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [(line["step"], line["samples"], line["number"]) for line in lines] == [(7, 16, n) for n in range(5)]
     assert scores["eval_score"] == sum(line["strict"] for line in lines) / 5

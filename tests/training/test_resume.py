@@ -71,17 +71,16 @@ def test_a_run_under_any_strategy_resumes_bitwise(files, train, strategy, quick_
 CLOSING = """
 import os
 
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
 from rwkv_peft.cli.commands import run
+from rwkv_peft.training.saving.loggers import TensorBoard
 
-close = EventFileWriter.close
+close = TensorBoard.close
 
-def told(self):
+def signalled(self):
     close(self)
     os.kill(os.getpid(), {number:d})
 
-EventFileWriter.close = told
+TensorBoard.close = signalled
 run("train")
 """
 

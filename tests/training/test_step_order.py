@@ -1,9 +1,9 @@
-"""A run does its steps in the order of the docstring of training/engine/trainer.py, and no copy at its end."""
+"""A run does its steps in the order of the docstring of training/loop.py, and a full GPU ends it with a remedy."""
 
 import re
 import sys
 
-from rwkv_peft.training.engine import trainer
+from rwkv_peft.training import loop
 from training.runs import finish, start
 
 TRACED = """
@@ -11,17 +11,18 @@ import sys
 
 from rwkv_peft.cli.commands import run
 
-METHODS = {methods}
+FUNCTIONS = {functions}
 
 def note(frame, event, argument):
-    if event == "call" and "self" in frame.f_locals:
-        name = f"{{type(frame.f_locals['self']).__name__}}.{{frame.f_code.co_name}}"
-        if name in METHODS and (not called or called[-1] != name):  # not what a method calls of its own base
-            called.append(name)
+    if event == "call":
+        code, owner = frame.f_code, frame.f_locals.get("self")
+        name = code.co_name if owner is None else f"{{NAMES.get(type(owner).__name__, 'other')}}.{{code.co_name}}"
+        name = name.removesuffix(".__call__").removeprefix(".")
+        if name in FUNCTIONS and "training" in code.co_filename:
             with open("{log}", "a") as log:
                 log.write(name + "\\n")
 
-called = []
+NAMES = {{"Plain": "engine", "Validator": "run.validator", "Report": ""}}
 sys.setprofile(note)
 run("train")
 """
@@ -31,15 +32,15 @@ FULL = """
 import torch
 
 from rwkv_peft.cli.commands import run
-from rwkv_peft.training.step.lit import Lit
+from rwkv_peft.training import loop
 
-def step(lit, *batch):
-    if lit.step == 2:
+def step(run, number, *others):
+    if number == 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-    return whole(lit, *batch)
+    return whole(run, number, *others)
 
 torch.cuda.max_memory_allocated = lambda: 3 << 29
-whole, Lit.training_step = Lit.training_step, step
+whole, loop.take_step = loop.take_step, step
 run("train")
 """
 
@@ -53,12 +54,12 @@ def test_a_full_gpu_ends_a_run_with_the_peak_of_the_steps_before_and_the_remedy(
     assert words in err and err.count("\n") == 1
 
 
-def test_a_step_is_done_in_the_order_of_the_table(files, command):
-    methods = re.findall(r"^    (\w+\.\w+) ", trainer.__doc__, re.MULTILINE)
-    assert len(methods) > 10
-    never = "Lit.cpu"  # Lightning's teardown moves the module to main memory
+def test_a_step_is_done_in_the_order_of_the_docstring(files, command):
+    lines = re.findall(r"^    (\S[^A-Z]*?) {2,}\S", loop.__doc__, re.MULTILINE)
+    functions = [name.strip() for line in lines for name in line.split(",")]
+    assert len(functions) == 7, functions
     script, log = files / "traced.py", files / "calls.txt"
-    script.write_text(TRACED.format(methods=[*methods, never], log=log))
-    more = ("--epoch_steps", "2", "--epoch_count", "1", "--answer_rows", "0")
+    script.write_text(TRACED.format(functions=functions, log=log))
+    more = ("--epoch_steps", "2", "--epoch_count", "1", "--answer_rows", "0", "--val_split", "0.1", "--val_every", "1")
     finish(start([sys.executable, str(script), *command("traced", *more)[2:]]))
-    assert log.read_text().split() == methods * 2
+    assert log.read_text().split() == functions * 2

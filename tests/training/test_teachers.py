@@ -24,7 +24,6 @@ from rwkv_peft.ops.recurrence.signature import bounds_on_host
 from rwkv_peft.tools.plan.command import main as plan
 from rwkv_peft.training.flags.request import parse_flags, parse_run
 from rwkv_peft.training.inputs import find_inputs
-from rwkv_peft.training.step.lit import Lit
 from rwkv_peft.training.step.shared_prefix import Contexts
 from rwkv_peft.training.step.steps import Whole
 from rwkv_peft.training.step.teacher import make_teacher, open_teacher, require_own_tokens
@@ -253,12 +252,10 @@ def test_the_teachers_bounds_are_vouched_for(monkeypatch):
     """Nobody reads them from a GPU: the meta device has no values."""
     own, whole = (collate_packed([(torch.arange(size), torch.ones(size - 1).bool())] * 2) for size in (4, 9))
     batch = own | {f"teacher_{name}": tensor for name, tensor in whole.items()}
-    lit = Lit(torch.nn.Linear(1, 1), TrainConfig(), Whole(Distill()), 1)
-    moved = lit.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    moved = Whole(Distill()).prepare_inputs(batch, torch.device("meta"))
     assert bounds_on_host(moved["cu_seqlens"]) == [0, 3, 6]
     assert bounds_on_host(moved["teacher_cu_seqlens"]) == [0, 8, 16]
-    lit = Lit(torch.nn.Linear(1, 1), TrainConfig(), Whole(Distill(), contexts=Contexts()), 1)
-    moved = lit.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    moved = Whole(Distill(), contexts=Contexts()).prepare_inputs(batch, torch.device("meta"))
     assert bounds_on_host(moved["teacher_cu_seqlens"]) == [0, 3, 6] and moved["teacher_tokens"].shape == (1, 6)
     assert [text.tolist() for text in moved["teacher_contexts"]] == [[0, 1, 2, 3, 4]] * 2
 

@@ -18,16 +18,17 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.objectives.divergence import Divergence, linear_divergence
 from rwkv_peft.ops.recurrence.kernels import CpuRecurrence
+from rwkv_peft.training.engine import MANY, SHORT, loses_in_sums, square_sum
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.header import describe
 from rwkv_peft.training.inputs import find_inputs
 from rwkv_peft.training.saving.checkpoints import STATE, read_state, record_of, write_state
 from rwkv_peft.training.saving.optimizer_state import METADATA_KEY, SCALE, SavedOptimizer
-from rwkv_peft.training.step.zero import MANY, NOT_FINITE, SHORT, gradient_norm, loses_in_sums, square_sum
+from rwkv_peft.training.zero import NOT_FINITE, norm_over_ranks
 from training.runs import finish, metrics, rewound, start_ranks
 from training.test_teachers import write_model
 
-LOSING = TrainConfig(precision="bf16", strategy="deepspeed_stage_1", accumulate_grad_batches=MANY)
+LOSING = TrainConfig(precision="bf16", strategy="deepspeed_stage_1", devices=2, accumulate_grad_batches=MANY)
 FP16 = "--precision fp16 --train_parts ln time --lr_schedule constant".split()
 COUNT, LOSS_SCALE = 2.0**20, 2.0**16
 # train.py up to its first step, which writes the private memory that cutting the parameters takes at most, and the size
@@ -40,12 +41,12 @@ import torch
 
 from rwkv_peft.cli.commands import run
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.training.engine.strategy import ZeroStrategy
+from rwkv_peft.training import zero
 
 def private():
     return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
 
-def set_up(strategy, model, *arguments):
+def set_up(model, *arguments):
     from deepspeed.runtime.zero.partition_parameters import Init
 
     def note(init, parameter):
@@ -54,12 +55,12 @@ def set_up(strategy, model, *arguments):
 
     found, size, before = [], sum(parameter.nbytes for parameter in model.parameters()), private()
     cut, Init._zero_init_param = Init._zero_init_param, note
-    whole(strategy, model, *arguments)
+    whole(model, *arguments)
     Path(f"{file}-{{os.environ['RANK']}}").write_text(json.dumps([max(found), size]))
     torch.distributed.barrier()
     raise UserError("measured")
 
-whole, ZeroStrategy._setup_model_and_optimizer = ZeroStrategy._setup_model_and_optimizer, set_up
+whole, zero.partition = zero.partition, set_up
 run("train")
 """
 
@@ -91,15 +92,14 @@ def test_the_norm_of_several_and_one_that_is_not_finite(monkeypatch):
     monkeypatch.setattr(distributed, "all_reduce", lambda total, group: groups.append(group))
     optimizer = SimpleNamespace(device="cpu", dp_process_group="all")
     gradients = [torch.full((3, 5), 2.0), torch.zeros(7), torch.full((1,), 2.0)]
-    assert gradient_norm(optimizer, gradients).item() == 8.0 and groups == ["all"]
+    assert norm_over_ranks(optimizer, gradients).item() == 8.0 and groups == ["all"]
     for value in (float("inf"), float("nan")):
-        assert gradient_norm(optimizer, [*gradients, torch.tensor([value])]).item() == NOT_FINITE
+        assert norm_over_ranks(optimizer, [*gradients, torch.tensor([value])]).item() == NOT_FINITE
 
 
-@pytest.mark.parametrize("name", ["get_grad_norm_direct", "reduce_independent_p_g_buckets_and_remove_grads"])
-def test_the_engine_has_what_the_strategy_replaces(name):
-    """Otherwise the strategy would replace nothing, silently."""
-    assert callable(getattr(DeepSpeedZeroOptimizer, name))
+def test_deepspeed_has_what_the_engine_replaces():
+    """Otherwise it would replace nothing, silently."""
+    assert callable(DeepSpeedZeroOptimizer.get_grad_norm_direct)
 
 
 def test_a_sum_in_bfloat16_stands_still_from_there_on():
@@ -116,6 +116,7 @@ def test_a_sum_in_bfloat16_stands_still_from_there_on():
         {"precision": "fp32"},
         {"strategy": "deepspeed_stage_2"},
         {"strategy": "deepspeed_stage_2_offload"},
+        {"devices": 1},
     ],
 )
 def test_what_loses_is_told_from_what_does_not(other):
@@ -124,7 +125,7 @@ def test_what_loses_is_told_from_what_does_not(other):
 
 
 def test_the_header_names_the_stage_that_adds_up_in_float32(command):
-    flags, said = ("--strategy", "deepspeed_stage_1", "--accumulate_grad_batches", str(MANY)), []
+    flags, said = ("--devices", "2", "--accumulate_grad_batches", str(MANY)), []
     inputs = find_inputs(parse_run(command("sums", *flags)[2:]))
     describe(inputs, "cpu", (), InjectReport((), 0, 1), said.append)
     (note,) = [line for line in said if "bfloat16" in line]

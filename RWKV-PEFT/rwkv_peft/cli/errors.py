@@ -52,6 +52,10 @@ class NotNow(UserError):
     code = 75
 
 
+class Diverged(Exception):
+    """A loss, gradient norm or trained tensor is not finite; all ranks raise it before that step is saved."""
+
+
 class Ended(SystemExit):
     """Raised by a signal of ENDINGS, so that open files are closed on the way out and half-written ones removed."""
 

@@ -18,12 +18,12 @@ from ..ops import products
 from ..ops.bone.cuda import FAMILY as BONE
 from ..ops.cross_entropy import CUDA as CROSS_ENTROPY
 from ..ops.mix.cuda import FAMILY as MIX
+from .engine import loses_in_sums
 from .inputs import Inputs
 from .rates import automatic_rate
 from .step.context_parallel import in_flight, waiting
 from .step.plan import Plan
 from .step.shared_prefix import saved_tokens
-from .step.zero import loses_in_sums
 
 # (operations, their CUDA kernels), besides the recurrence
 KERNELS = (("token shift, gates, norms", MIX), ("bat-in, Bone's shards", BONE), ("loss", CROSS_ENTROPY))

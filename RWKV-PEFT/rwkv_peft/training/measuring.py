@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,15 +23,13 @@ from ..data.samples import Samples
 from ..data.tokenizer import KNOWN_SIZES
 from ..evals.questions import OF, Exam, Record, RowsExam, rows_of
 from ..inference.flags import unescaped
+from .engine import TrainingEngine
 from .inputs import VALIDATION, Inputs
 from .saving.resume import write_records
 from .saving.saver import Saver
 from .step.compiling import uncompiled
 from .step.plan import Plan
 from .step.steps import Step
-
-if TYPE_CHECKING:
-    from .step.lit import Lit
 
 TRAINING, HELD_OUT = "training", "held-out"
 BATCH = 8  # rows that are answered at once
@@ -47,7 +45,7 @@ class Validator:
     row without one (0: never) `exhausted` is true.
     """
 
-    def __init__(self, inputs: Inputs, saver: Saver) -> None:
+    def __init__(self, inputs: Inputs, saver: Saver | None) -> None:
         self.measured, self.plan, self.lowest, self.anew = inputs.measured, inputs.plan, inputs.lowest, not inputs.state
         self.saver, self.train = saver, inputs.config.train
         self.micro_bsz = inputs.config.data.micro_bsz
@@ -57,37 +55,37 @@ class Validator:
     def exhausted(self) -> bool:
         return self.lowest.exhausts(self.train.early_stop)
 
-    def before(self, trainer: Any, lit: "Lit") -> dict[str, float]:
+    def before(self, engine: TrainingEngine) -> dict[str, float]:
         """The losses before a run's first step, {"val_start", "retain_start"}; {} if it is resumed."""
         if not self.anew:
             return {}
-        sums = {name: [self.sums(part, trainer, lit) for part in found.parts] for name, found in self.measured.items()}
+        sums = {name: [self.sums(part, engine) for part in found.parts] for name, found in self.measured.items()}
         return {f"{name}_start": means([sum(each) for each in zip(*found)])[0] for name, found in sums.items()}
 
-    def __call__(self, trainer: Any, lit: "Lit", done: int) -> dict[str, float]:
+    def __call__(self, engine: TrainingEngine, done: int) -> dict[str, float]:
         """{"val_loss"}, with the step's other measures or else the perplexity "val_ppl", and the same of RETAINED as
         "retain_…"; of several data sets also "val_loss/NAME". {} if this step does not validate."""
         if done % self.every and done != self.plan.total_steps:
             return {}
-        found: dict[str, float] = {}
+        numbers: dict[str, float] = {}
         for name, samples in self.measured.items():
-            sums = [self.sums(part, trainer, lit) for part in samples.parts]
-            loss, *numbers = means([sum(each) for each in zip(*sums)])
-            measures = dict(zip(lit.compute.measures, numbers)) or {"ppl": math.exp(min(loss, 700.0))}
-            found |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
+            sums = [self.sums(part, engine) for part in samples.parts]
+            loss, *others = means([sum(each) for each in zip(*sums)])
+            measures = dict(zip(engine.compute.measures, others)) or {"ppl": math.exp(min(loss, 700.0))}
+            numbers |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
             if isinstance(samples, Several):
-                found |= {f"{name}_loss/{of}": means(each)[0] for of, each in zip(samples.sources, sums)}
-        if VALIDATION in self.measured and self.lowest.note(found[f"{VALIDATION}_loss"]):
-            self.saver.save_tensors(trainer, lit, [BEST])
-        return found
+                numbers |= {f"{name}_loss/{of}": means(each)[0] for of, each in zip(samples.sources, sums)}
+        if VALIDATION in self.measured and self.lowest.note(numbers[f"{VALIDATION}_loss"]) and self.saver is not None:
+            self.saver.save_tensors(engine, [BEST])
+        return numbers
 
-    def sums(self, samples: Samples, trainer: Any, lit: "Lit") -> list[float]:
+    def sums(self, samples: Samples, engine: TrainingEngine) -> list[float]:
         """[the items that count, sums over them of the loss and of the step's other measures], over all ranks."""
-        group = trainer.global_rank // self.train.context_parallel
+        group = engine.rank // self.train.context_parallel
         batches = EvalBatches(samples, self.micro_bsz, group, self.train.groups)
         with uncompiled(self.train.compile):
-            total = sums_over(batches, lit.compute, lit.model, trainer.strategy.root_device)
-        if trainer.world_size > 1:
+            total = sums_over(batches, engine.compute, engine.model, engine.device)
+        if engine.ranks > 1:
             dist.all_reduce(total)
         return total.tolist()
 
@@ -167,21 +165,20 @@ def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Sample
 def answers_of(
     exam: Exam | RowsExam,
     compiles: bool,
-    trainer: Any,
-    lit: Any,
+    engine: TrainingEngine,
     show: Callable[[Record], object] = lambda record: None,
 ) -> list[Record]:
     """The Records of an exam on every rank, in the order of their numbers; each rank answers a share of it. compiles:
     the run compiles blocks. show: gets each Record of the rank's share as it is done."""
-    lit.model.eval()
+    engine.model.eval()
     records: list[Record] = []
     with uncompiled(compiles):
-        for record in exam.ask(lit.model, trainer.global_rank, trainer.world_size):
+        for record in exam.ask(engine.model, engine.rank, engine.ranks):
             records.append(record)
             show(record)
-    lit.model.train()
-    if trainer.world_size > 1:
-        parts: list[Any] = [None] * trainer.world_size
+    engine.model.train()
+    if engine.ranks > 1:
+        parts: list[Any] = [None] * engine.ranks
         dist.all_gather_object(parts, records)
         records = [record for part in parts for record in part]
     return sorted(records, key=lambda record: record["number"])
@@ -195,15 +192,15 @@ class Examiner:
         self.exam, self.path, self.plan = exam, path, plan
         self.every, self.compile = train.eval_every or plan.epoch_steps, train.compile
 
-    def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
+    def __call__(self, engine: TrainingEngine, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
         """(numbers by name, lines to print) on rank 0 if the exam is due after this step; else ({}, [])."""
         if done % self.every and not ending:
             return {}, []
-        records = answers_of(self.exam, self.compile, trainer, lit)
-        if not trainer.is_global_zero:
+        records = answers_of(self.exam, self.compile, engine)
+        if engine.rank != 0:
             return {}, []
         metrics, lines, words = self.exam.score(records)
-        place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
+        place = {"step": done - 1, "samples": self.plan.samples_seen(done)}
         append_text(self.path, "".join(json.dumps(place | line, ensure_ascii=False) + "\n" for line in lines))
         return metrics, words
 
@@ -220,7 +217,7 @@ class BeforeAfter:
         self.exam, self.path, self.compiles, self.anew = exam, path, compiles, anew
         self.records: list[dict[str, Any]] = []
 
-    def before(self, trainer: Any, lit: Any) -> None:
+    def before(self, engine: TrainingEngine) -> None:
         answers: Sequence[Record | None] = [None] * len(self.exam) if self.anew else read_before(self.path, self.exam)
         self.records = [
             {
@@ -232,14 +229,14 @@ class BeforeAfter:
             }
             for number, answer in enumerate(answers)
         ]
-        self.write(trainer)
+        self.write(engine)
         if self.anew:
-            self.answer("before", trainer, lit)
+            self.answer("before", engine)
 
-    def after(self, trainer: Any, lit: Any) -> None:
-        self.answer("after", trainer, lit)
+    def after(self, engine: TrainingEngine) -> None:
+        self.answer("after", engine)
 
-    def answer(self, when: str, trainer: Any, lit: Any) -> None:
+    def answer(self, when: str, engine: TrainingEngine) -> None:
         """Answer the rows, and write each answer as `when` of its record."""
 
         def put(answer: Record) -> None:
@@ -247,14 +244,14 @@ class BeforeAfter:
 
         def show(answer: Record) -> None:
             put(answer)
-            self.write(trainer)
+            self.write(engine)
 
-        for answer in answers_of(self.exam, self.compiles, trainer, lit, show):
+        for answer in answers_of(self.exam, self.compiles, engine, show):
             put(answer)  # those of the other ranks, too
-        self.write(trainer)
+        self.write(engine)
 
-    def write(self, trainer: Any) -> None:
-        if trainer.is_global_zero:
+    def write(self, engine: TrainingEngine) -> None:
+        if engine.rank == 0:
             write_records(self.path, self.records)
 
     @property

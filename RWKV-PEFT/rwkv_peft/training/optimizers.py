@@ -1,7 +1,6 @@
 """The optimizers of --optim, with the state that each has before its first step; packages are imported on use.
 
-OPTIMS (cli/tables.py) has the functions that make an optimizer besides AdamW by their names. Its optimizers have a
-method begin(flat), which initializes the state of a flat tensor of weights as before the first step.
+OPTIMS (cli/tables.py) has the functions that make an optimizer besides AdamW by their names.
 """
 
 import math
@@ -28,7 +27,7 @@ ROUNDS, FACTORS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chos
 
 
 def make_optimizer(groups: Groups, train: TrainConfig) -> Any:
-    """Make the optimizer over parameter groups; Lit sets the learning rate before each step."""
+    """Make the optimizer over parameter groups; the engine sets the learning rate before each step."""
     if train.optim != "adamw":
         return OPTIMS[train.optim](groups, train)
     settings = adam_settings(train) | {"lr": train.lr_init}
@@ -37,6 +36,24 @@ def make_optimizer(groups: Groups, train: TrainConfig) -> Any:
 
 def adam_settings(train: TrainConfig) -> dict[str, Any]:
     return {"betas": (train.beta1, train.beta2), "eps": train.adam_eps}
+
+
+def begin_state(optimizer: Any, flat: Tensor) -> dict[str, Any]:
+    """The optimizer's state of a flat tensor of weights; before the first step it is made here, as the optimizer would.
+
+    An optimizer of OPTIMS makes it by `begin`. Its attribute by_parameter is false if its state is no number for each
+    number that trains, so that it is of use to its rank alone.
+    """
+    state: dict[str, Any] = optimizer.state[flat]
+    if state:
+        return state
+    if hasattr(optimizer, "begin"):
+        optimizer.begin(flat)
+    else:
+        counts_in_tensors = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's own counts in numbers
+        state["step"] = torch.zeros((), device=flat.device) if counts_in_tensors else 0
+        state |= {name: torch.zeros_like(flat, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+    return state
 
 
 def adamw8bit(groups: Groups, train: TrainConfig) -> Any:
@@ -48,8 +65,8 @@ def adamw8bit(groups: Groups, train: TrainConfig) -> Any:
     from bitsandbytes.optim import AdamW8bit as Base
 
     class AdamW8bit(Base):
+        by_parameter = False
         param_groups: list[dict[str, Any]]
-        by_parameter = False  # a rank's state is of use to that rank alone
 
         def begin(self, flat: Tensor) -> None:
             groups = self.param_groups
@@ -60,7 +77,7 @@ def adamw8bit(groups: Groups, train: TrainConfig) -> Any:
     return AdamW8bit(groups, **adam_settings(train))
 
 
-def muon(groups: Groups, train: TrainConfig) -> Any:
+def muon(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
     return Muon(groups, **adam_settings(train), fused=True)
 
 
@@ -77,6 +94,7 @@ class Muon(torch.optim.AdamW):
     """
 
     def begin(self, flat: Tensor) -> None:
+        """Make the state of a flat tensor of weights, as before the first step."""
         state = self.state[flat]
         state["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
         if not any(each is flat for group in self.param_groups if group["shapes"] for each in group["params"]):

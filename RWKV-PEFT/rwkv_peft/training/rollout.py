@@ -31,6 +31,7 @@ from ..inference.settings import Sampling
 from ..models.parts import LanguageModel
 from ..objectives.draws import Draws
 from ..rewards import Judged, Rewards
+from .engine import TrainingEngine
 from .step.compiling import uncompiled
 from .step.plan import Plan
 from .step.shared_prefix import share_prefixes
@@ -407,15 +408,16 @@ class RolloutLog:
         self.flat, self.noted = 0, set[str]()
         self.numbers: dict[str, float] = {}
 
-    def __call__(self, trainer: Any, lit: Any, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
+    def __call__(self, engine: TrainingEngine, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
         """(numbers by name, lines of text to print) on rank 0; ({}, []) otherwise."""
-        step: RolloutStep = lit.compute
+        step = engine.compute
+        assert isinstance(step, RolloutStep)  # because the run samples
         found: list[Any] = [(step.records, {name: value.item() for name, value in step.most.items()})]
-        if trainer.world_size > 1:
-            own, found = found[0], [None] * trainer.world_size
+        if engine.ranks > 1:
+            own, found = found[0], [None] * engine.ranks
             dist.all_gather_object(found, own)
         step.records, step.most = [], {}
-        if not trainer.is_global_zero:
+        if engine.rank != 0:
             return {}, []
         parts, largest = zip(*found)
         most = {name: max(each[name] for each in largest) for name in largest[0]}
@@ -424,7 +426,7 @@ class RolloutLog:
         records = sorted((record for part in parts for record in part), key=lambda record: record["sample"])
         faults = [record for record in records if "fault" in record]
         sound = [record for record in records if "fault" not in record]
-        place = {"step": lit.step, "samples": self.plan.samples_seen(done)}
+        place = {"step": done - 1, "samples": self.plan.samples_seen(done)}
         append_text(self.path, "".join(json.dumps(place | record, ensure_ascii=False) + "\n" for record in records))
         numbers = figures_of(sound)
         self.numbers = numbers | {"draw_s": 0.0, "judge_s": 0.0}

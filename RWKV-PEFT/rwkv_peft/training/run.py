@@ -1,22 +1,25 @@
 """Take one training run from flags to files; `python train.py --help` shows the flags.
 
-Only here do model, adapters, data and engine meet. The loss is computed in step/ (steps.py, by an objective), answers
-are sampled in rollout.py, and saving/ writes checkpoints and products; engine/trainer.py has the order of a step.
+Only here do model, adapters, data and engine meet. loop.py has the order of a step. The loss is computed in step/
+(steps.py, by an objective), engine.py moves the weights, answers are sampled in rollout.py, and saving/ writes
+checkpoints and products.
 """
 
 import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
+from types import FrameType
 
 import torch
 
 from ..checkpoints.atomic import check_output
 from ..checkpoints.lock import alone_in
-from ..cli.errors import UserError, past_ctrl_c
+from ..cli.errors import Diverged, UserError, hangup_signals, keeping_handlers, past_ctrl_c
 from ..cli.names import METRICS, PICTURE
 from ..cli.rules import require_none
 from ..config import RunConfig
@@ -30,25 +33,36 @@ from ..data.samples import Samples
 from ..data.sources import refuse_hub_name
 from ..environments.environments import Environments
 from ..gpus import resolve_accelerator
+from ..memory import keep_freed_memory
 from ..ops.products import computing
 from ..plots import plot_loss
 from ..rewards import Judges, Rewards
-from .engine.fit import fit
-from .engine.prepared import Prepared
-from .engine.progress import printing_compilations
+from .ending import exit_code, report_end, write_run_config
 from .flags.parser import WRITE
 from .flags.request import Request, parse_run
 from .flags.settings_file import write
 from .header import describe, describe_adapter
 from .inputs import Inputs, find_inputs, find_samples
+from .loop import StopRequest, train
 from .measuring import find_questions
 from .model import make_model, own_device, write_new_model
+from .prepared import TrainingRun
+from .progress import printing_compilations
 from .ranks.agreement import shared_values
 from .ranks.group import INTACT, Ranks, ignore_signals, launch
-from .saving.checkpoints import UNSAVED, clear_hidden, clear_unsaved, discard_old
+from .saving.checkpoints import (
+    DIVERGED,
+    UNSAVED,
+    clear_hidden,
+    clear_unsaved,
+    discard_old,
+    find_checkpoint,
+    telling_refusals,
+)
+from .saving.loggers import make_trackers
 from .saving.products import require_room_to_save
 from .saving.resume import AUTO, completed, find_state
-from .step.teacher import make_teacher
+from .step.compiling import compiled
 
 
 def main(argv: list[str]) -> int:
@@ -151,8 +165,66 @@ def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[.
                 say(f"note      {note}")
             describe(inputs, accelerator, batches.notes, report, say)
             make_way(inputs, report.trainable, say)
-        teacher = None if inputs.teacher is None else make_teacher(inputs.teacher, config, device)
-        return fit(Prepared(inputs, asked, model, report.trainable, teacher, judges, accelerator, request.world), say)
+        ready = TrainingRun(inputs, asked, model, judges, device, request.world)
+        return train_to_the_end(ready, say)
+
+
+def train_to_the_end(run: TrainingRun, say: Callable[..., object]) -> tuple[int, str]:
+    """Train a Run until it is over, a signal stops it, or it diverges -> (the exit code, how it ended in words)."""
+    if run.accelerator == "cpu":
+        keep_freed_memory()
+    stop = StopRequest()
+    try:
+        with (
+            telling_refusals(run.folder),
+            compiled(run.model, run.config.data) if run.config.train.compile else nullcontext(),
+            stopping_at_signals(stop, say),
+        ):
+            if run.leads:
+                write_run_config(run)
+                run.trackers = make_trackers(run.config, run.folder, run.plan.first_step)
+            done = train(run, stop)
+            if run.leads:
+                return report_end(run, done, stop, say)
+            return exit_code(run, done, stop), ""
+    except Diverged as error:
+        last = find_checkpoint(run.folder)
+        say(
+            f"error: {error}; {DIVERGED}. "
+            + (f"The last good checkpoint is {last}" if last else "No checkpoint had been saved yet")
+            + "; try a lower --lr_init, or --precision fp32",
+            file=sys.stderr,
+        )
+        return 1, ""
+
+
+@contextmanager
+def stopping_at_signals(stop: StopRequest, say: Callable[..., object]) -> Iterator[None]:
+    """Within the steps of the loop, Ctrl-C, SIGTERM and a terminal that goes away (SIGHUP) request a save and a stop
+    after the current one; a second Ctrl-C or SIGTERM stops at once. Before the steps they do what they did before."""
+
+    def request(number: int, frame: FrameType | None) -> None:
+        number = signal.Signals(number)
+        if stop.stage == "before":
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+            return
+        if stop.signal not in (0, signal.SIGHUP):  # an agent sends SIGTERM after a second SIGHUP
+            raise KeyboardInterrupt(number)
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)  # both the system and the shell send one
+        stop.signal = stop.signal or number
+        if number != signal.SIGHUP and stop.stage == "steps":  # else the run is ending anyway
+            words = "\nstopping after this step; again to stop at once, without saving"
+            # by another thread, because this one may be in the middle of a print
+            Thread(target=say, args=(words,), kwargs={"flush": True}).start()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, *hangup_signals())
+    before = {number: signal.getsignal(number) for number in numbers}
+    with keeping_handlers():
+        for number in numbers:
+            signal.signal(number, request)
+        yield
 
 
 def require_more_to_train(inputs: Inputs, leads: bool) -> str:

@@ -221,7 +221,7 @@ class Estimate:
         buffers = 2 if self.accelerator == GPU else 1  # a CPU touches the second only if the first is full
         accumulates = train.accumulate_grad_batches > 1
         apart = accumulates and train.stage == 2 and train.precision == "bf16"  # in float32 (training/step/zero.py)
-        exchange = self.ranks > 1 or train.stage == 3 or train.offload or apart
+        exchange = self.ranks > 1 or train.stage == 3 or train.offload
         bucket = min(BUCKET, trains) if exchange else 0
         beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
         return [

@@ -11,10 +11,10 @@ products.py writes the first four; checkpoints.py removes old saves.
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,12 +22,12 @@ from ...adapters.methods import adapter_parameter
 from ...checkpoints.atomic import CannotWrite, fsync, telling_failures
 from ...checkpoints.base import Base
 from ...checkpoints.tensors import save_pth
-from ...cli.errors import UserError
+from ...cli.errors import Diverged, UserError
 from ...cli.names import all_finite
 from ...config import RunConfig
 from ...ops.products import row
+from ..engine import TrainingEngine
 from ..step.plan import Plan
-from ..step.zero import counters_of, go_on_with
 from .checkpoints import (
     CHECKPOINTS,
     HIDDEN,
@@ -41,11 +41,8 @@ from .checkpoints import (
     remove,
     write_state,
 )
-from .optimizer_state import SavedOptimizer, codes_of, is_by_parameter, pieces_of, steps_taken, take_up, write_pieces
+from .optimizer_state import SavedOptimizer, write_pieces
 from .products import RunProducts, keeps_all, model_dtypes, share_file
-
-if TYPE_CHECKING:
-    from ..step.lit import Lit
 
 
 class Saver:
@@ -67,58 +64,55 @@ class Saver:
         """The file of the newest trained tensors."""
         return self.products.newest
 
-    def save(self, trainer: Any, lit: "Lit", done: int, epoch: int | None = None) -> None:
-        """Save after `done` optimizer steps; `epoch` is the number of epochs done if one just ended."""
-        self.save_tensors(trainer, lit, [""] if epoch is None else [f"epoch-{epoch}", ""])
-        self.save_checkpoint(trainer, lit, done)
+    def save(self, engine: TrainingEngine, done: int, epoch: int | None, figures: Mapping[str, float]) -> None:
+        """Save after `done` optimizer steps; `epoch` is the number of epochs done if one just ended, and figures are
+        the step's, which the next one may read."""
+        self.save_tensors(engine, [""] if epoch is None else [f"epoch-{epoch}", ""])
+        self.save_checkpoint(engine, done, figures)
 
-    def save_tensors(self, trainer: Any, lit: "Lit", labels: Sequence[str]) -> None:
+    def save_tensors(self, engine: TrainingEngine, labels: Sequence[str]) -> None:
         """Write the trained tensors, named by each label: adapter-LABEL.safetensors or rwkv-LABEL.pth."""
-        tensors = self.trained(trainer, lit)
-        if trainer.is_global_zero:
+        tensors = self.trained(engine)
+        if engine.rank == 0:
             self.products.write(tensors, labels)
-        trainer.strategy.barrier()
+        engine.barrier()
 
-    def trained(self, trainer: Any, lit: "Lit") -> dict[str, torch.Tensor]:
+    def trained(self, engine: TrainingEngine) -> dict[str, torch.Tensor]:
         """{name: tensor} of the model, or of the adapter and the trained parts; {} on ranks other than 0."""
-        whole = self.config.adapter.whole_model
-        parameters = [(name, p) for name, p in lit.model.named_parameters() if whole or p.requires_grad]
-        buffers = [(name, buffer) for name, buffer in lit.model.named_buffers() if adapter_parameter(name)]
-        return gather([*parameters, *buffers], trainer.strategy.zero_stage_3, trainer.is_global_zero)
+        whole, model = self.config.adapter.whole_model, engine.model
+        parameters = [(name, p) for name, p in model.named_parameters() if whole or p.requires_grad]
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if adapter_parameter(name)]
+        return gather([*parameters, *buffers], engine)
 
-    def save_checkpoint(self, trainer: Any, lit: "Lit", done: int) -> None:
+    def save_checkpoint(self, engine: TrainingEngine, done: int, figures: Mapping[str, float]) -> None:
         """Write the optimizer's state, the trained tensors and state.json to a folder, hidden until it is complete."""
-        hidden = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}"
-        if trainer.is_global_zero:
+        hidden, leads = self.folder / CHECKPOINTS / f"{HIDDEN}{done:08d}", engine.rank == 0
+        if leads:
             with self.writing(hidden):
                 clear_hidden(self.folder)
                 (hidden / OPTIMIZER).mkdir(parents=True)
-        trainer.strategy.barrier()
+        engine.barrier()
         with self.writing(hidden):
-            optimizer = trainer.optimizers[0]
-            pieces = pieces_of(optimizer, lit.model.named_parameters())
-            write_pieces(
-                hidden, trainer.global_rank, pieces, steps_taken(optimizer), codes_of(optimizer), counters_of(optimizer)
-            )
-        trainer.strategy.barrier()
+            write_pieces(hidden, engine.rank, engine.pieces(), engine.steps_taken, engine.codes(), engine.counters())
+        engine.barrier()
         # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
         exact_file = not self.config.adapter.whole_model or keeps_all(self.config, self.base)
-        exact = {} if exact_file else self.trained(trainer, lit)
-        if not trainer.is_global_zero:
+        exact = {} if exact_file else self.trained(engine)
+        if not leads:
             return
         state = {
             "step": done,
             "epoch": done // self.plan.epoch_steps,
             "samples_seen": self.plan.samples_seen(done),
             "step_samples": self.plan.step_samples,
-            "trained": trained_names(lit),
-            "figures": lit.step_measures,
+            "trained": trained_names(engine),
+            "figures": figures,
             "config": asdict(self.config),
             "products": row().recorded(),
             **self.identity,
         }
-        if not is_by_parameter(optimizer):
-            state["groups"] = grouped_names(lit)
+        if not engine.is_by_parameter:
+            state["groups"] = engine.group_names
         with self.writing(hidden):
             self.complete(hidden, state, exact)
             discard_old(self.folder, self.config.train.keep_checkpoints)
@@ -164,60 +158,48 @@ class Saver:
             raise
 
 
-def gather(pairs: Iterable[tuple[str, torch.Tensor]], zero_stage_3: bool, keep: bool) -> dict[str, torch.Tensor]:
-    """Gather (name, parameter or buffer) pairs -> {name: tensor on the CPU}, one by one under ZeRO-3; {} on ranks that
-    do not `keep`. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
-    import deepspeed
-
-    from ..step.lit import Diverged
-
+def gather(pairs: Iterable[tuple[str, torch.Tensor]], engine: TrainingEngine) -> dict[str, torch.Tensor]:
+    """Gather (name, parameter or buffer) pairs -> {name: tensor on the CPU}, one by one under ZeRO-3; {} on ranks other
+    than 0. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
     tensors = {}
     for name, tensor in pairs:
-        partitioned = zero_stage_3 and isinstance(tensor, torch.nn.Parameter)
-        with deepspeed.zero.GatheredParameters([tensor]) if partitioned else nullcontext():
+        with engine.whole(tensor):
             if not all_finite(tensor):
                 raise Diverged(f"{name} is no longer finite")
-            if keep:
+            if engine.rank == 0:
                 tensors[name] = tensor.detach().to("cpu", copy=True)
     return tensors
 
 
-def trained_names(lit: "Lit") -> list[str]:
+def trained_names(engine: TrainingEngine) -> list[str]:
     """The names of the parameters that train, which a checkpoint holds."""
-    return sorted(name for name, parameter in lit.model.named_parameters() if parameter.requires_grad)
+    return sorted(name for names in engine.group_names for name in names)
 
 
-def grouped_names(lit: "Lit") -> list[list[str]]:
-    """The names of the parameters that train, by optimizer group, in the order of a state that is kept by ranks."""
-    names = {parameter: name for name, parameter in lit.model.named_parameters()}
-    return [[names[parameter] for parameter in group["params"]] for group in lit.groups()]
-
-
-def load_checkpoint(trainer: Any, lit: "Lit", checkpoint: Path) -> None:
-    """Restore weights and the optimizer's state into the engine, on all ranks; the optimizer's settings come from this
-    run's flags.
+def load_checkpoint(engine: TrainingEngine, checkpoint: Path) -> None:
+    """Restore weights and the optimizer's state into an engine, on all ranks; the optimizer's settings come from
+    this run's flags.
 
     Frozen parameters come from the base, and the list in state.json shows that nothing else is missing. Raises
     UserError if this run trains other parameters, or in other groups if the state is kept by ranks.
     """
     state = read_state(checkpoint)
-    saved, now = state["trained"], trained_names(lit)
-    if saved != now:
-        different = sorted({*map(str, saved)} ^ {*now}) or ["their order"]
+    before, now = state["trained"], trained_names(engine)
+    if before != now:
+        different = sorted({*map(str, before)} ^ {*now}) or ["their order"]
         raise UserError(
             f"--resume: {checkpoint} and this run train different parameters ({different[0]} and "
             f"{len(different) - 1} more); give the first run's flags"
         )
-    lit.compute.figures = state.get("figures", {})  # earlier versions wrote none
-    optimizer = trainer.optimizers[0]
-    if not is_by_parameter(optimizer) and state["groups"] != grouped_names(lit):
+    engine.compute.figures = state.get("figures", {})  # earlier versions wrote none
+    if not engine.is_by_parameter and state["groups"] != engine.group_names:
         raise UserError(
             f"--resume: {checkpoint} holds the optimizer's state by other groups of parameters than this run's; "
             "give the first run's flags, or add --fresh_optimizer: weights and place in the data go on"
         )
-    found = SavedOptimizer(checkpoint)
-    for piece in pieces_of(optimizer, lit.model.named_parameters()):
-        found.fill(piece)
-    found.fill_codes(trainer.global_rank, codes_of(optimizer))
-    go_on_with(optimizer, found.scale)
-    take_up(optimizer, found.steps)
+    saved = SavedOptimizer(checkpoint)
+    for piece in engine.pieces():
+        saved.fill(piece)
+    saved.fill_codes(engine.rank, engine.codes())
+    engine.set_counters(saved.scale)
+    engine.go_on(saved.steps)

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from ...config import Objective
-from ...ops.native.build import COMPILING
-from ...plots import LOSSES, of_files
-from ..step.plan import Plan
+from ..config import Objective
+from ..ops.native.build import COMPILING
+from ..plots import LOSSES, of_files
+from .step.plan import Plan
 
 QUIET = 10  # seconds between two lines of a log
 

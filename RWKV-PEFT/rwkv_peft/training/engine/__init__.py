@@ -1,1 +1,0 @@
-"""The training loop: Lightning's Trainer over DeepSpeed ZeRO, on any device."""
