@@ -337,7 +337,7 @@ def notes(output):
             "instruction context",
         ),
         ({**QA, "note": "Here too."}, ("--template", "chat"), "note"),
-        ({**QA, "options": ["A", "B"]}, (), "options"),
+        ({**QA, "variants": ["A", "B"]}, (), "variants"),
         ({**QA, "input": "x"}, (), "input"),
         ({**QA, "input": "x"}, ("--fields", "input", "response"), "query"),
         ({"instruction": "Q", "input": "x", "output": "A", "title": "题目"}, (), "title"),

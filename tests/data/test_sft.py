@@ -100,7 +100,7 @@ def test_a_file_of_the_cache_that_was_cut_short_is_made_again(config, end):
             dict(sft_field=("query", "answer")),
             r"line 1: field 'answer' is missing; the row has query '0\?', response '0!'",
         ),
-        (dict(sft_field=("a", "b", "c")), "--sft_field a b c"),
+        (dict(sft_field=("a", "b", "c", "d")), "--sft_field a b c d"),
         (dict(sft_split="train[3"), "split 'train"),
         (dict(sft_split="train[50:]"), r"no document to write: there is no row within train\[50:\]"),
         (dict(path="missing.jsonl"), "^missing.jsonl: no such file"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, takewhile
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -32,10 +33,11 @@ from .chat import (
     opens_thinking,
     without_parts,
 )
+from .columns import KNOWN, Columns, columns_of, is_answer_word, peeked
 from .fields import LISTS, UnknownForm, unread
 from .forms import ANSWER, ANSWERS, CHATS, SIDES, TURNS, label_of, loss_weight_of, refuse_compared
 from .layouts import FOREIGN_MARKS, RowLayout, Template
-from .rows import CSV_ENDINGS, TO_UTF_8
+from .rows import CSV_ENDINGS, TO_UTF_8, Items
 from .tokenizer import load_tokenizer
 from .tools import TOOL_FORMS, as_list
 
@@ -147,11 +149,13 @@ class Encoded:
 class Totals:
     """Counts of all rows: the bad ones; the JSON of each row, of prompts; and counts of characters of text, of counted
     tokens, and of rows: those left out or cut by `report.left_out`, those worth a note by `report.laid_out`, and
-    "unread NAME" for rows with a text in a field that no document holds."""
+    "unread NAME" for rows with a field that no document holds. readings are the notes on fields that columns.py takes
+    for a question and an answer, with the first row of each as text."""
 
     bad: BadRows = field(default_factory=BadRows)
     rows: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    readings: dict[str, str] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=4)
@@ -219,13 +223,25 @@ class Encoder:
         """The documents of a row with a prompt and an answer: all but a context."""
         return documents[1:] if self.kind == "contexts" else documents
 
-    def encode(self, place: str, item: object, totals: Totals) -> Encoded | None:
+    def columns(self, path: str | Path, items: Items) -> tuple[Columns, Items]:
+        """(the Columns of a file's items of read_rows, the items). Raises UserError if several fields may be the
+        question or the answer."""
+        if self.settings.fields or self.template:
+            return KNOWN, items
+        rows, items = peeked(items, parse)
+        try:
+            return columns_of(rows, self.kind, self.settings.think), items
+        except UserError as error:
+            remedy = self._remedy(f"{path}, row 1", error) if isinstance(error, UnknownForm) else ""
+            raise UserError(f"{path}: {error}{remedy}") from None
+
+    def encode(self, place: str, item: object, totals: Totals, columns: Columns = KNOWN) -> Encoded | None:
         """The documents of an item of read_rows; None for one that is left out, and for a bad row, which are counted in
         `totals`."""
         if isinstance(item, bytes) and not item.strip():
             return None
         try:
-            return self._encode(item, totals)
+            return self._encode(place, item, totals, columns)
         except UserError as error:
             totals.bad.add(place, f"{error}{self._remedy(place, error) if isinstance(error, UnknownForm) else ''}")
             return None
@@ -239,9 +255,10 @@ class Encoder:
         named = " or ".join(f"{flag} {each}" for each in fields)
         return f"; name yours, as {named}" + (HEADER if place.rpartition(", ")[0].endswith(CSV_ENDINGS) else "")
 
-    def _encode(self, item: object, totals: Totals) -> Encoded | None:
+    def _encode(self, place: str, item: object, totals: Totals, columns: Columns) -> Encoded | None:
         is_text = isinstance(item, str) and self.kind in LEARNED
-        row: Any = None if is_text else parse(item)
+        parsed: Any = None if is_text else parse(item)
+        row = columns(parsed) if columns else parsed
         if isinstance(row, dict) and self.kind in ALIKE and not self.template:
             refuse_compared(row, bool(self.settings.fields))
         documents = [[(str(item), True)]] if is_text else self.documents(row)
@@ -260,12 +277,14 @@ class Encoder:
             result.tokens += array(self.code, ids)  # faster than extend(ids)
             result.mask += bytes([counts_as if counts else 0]) * len(ids)
         totals.counts["counted"] += len(result.mask) - result.mask.count(0)
+        if columns and columns.note not in totals.readings:
+            totals.readings[columns.note] = "".join(text for document in documents for text, _ in document)
         if not is_text:
             self._count(self.answering(documents), totals.counts)
             totals.counts.update(f"unread {name}" for name in self._unread(row, documents))
             result.digest = hashlib.blake2b(result.tokens, digest_size=16).digest()
         if self.kind == "prompts":
-            totals.rows.append(json.dumps(row, ensure_ascii=False, default=str))
+            totals.rows.append(json.dumps({**parsed, **row} if columns else row, ensure_ascii=False, default=str))
         return result
 
     def _fitted(self, documents: list[list[TokenRun]], is_text: bool, totals: Totals) -> list[list[TokenRun]]:
@@ -310,7 +329,7 @@ class Encoder:
         if self.layout.tool_form.listing[0] in laid_out:
             read.update((*LISTS, "answers"))  # which are laid out in another form
         if self.kind == "prompts":
-            read.update((*ANSWERS.values(), ANSWER))  # which a reward reads
+            read.update((*ANSWERS.values(), ANSWER, *filter(is_answer_word, row)))  # which a reward reads
         if think:
             read.update(THINKING)
         turns = [without_parts(turn) for name in TURNS for turn in as_list(row.get(name)) if isinstance(turn, dict)]

@@ -94,8 +94,9 @@ def write(
         disable=progress is None,
     )
     with bar, output if isinstance(output, ShardWriter) else ShardWriter(output, encode.tokenizer.vocab_size) as writer:
-        for place, item in (row for path in inputs for row in read_rows(path, split)):
-            part = encode.encode(place, item, totals)
+        files = (encode.columns(path, read_rows(path, split)) for path in inputs)
+        for columns, place, item in ((columns, *item) for columns, items in files for item in items):
+            part = encode.encode(place, item, totals, columns)
             characters = totals.counts["characters"]
             bar.update((min(characters, size) if size else characters) - bar.n)
             if part is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..cli.errors import UserError, some, visible
+from ..cli.errors import UserError, in_line, short, some, visible
 from ..cli.parser import counted
 from .binidx import BinidxDataset, counting
 from .chat import QUOTE, THINKING, TURN_END, opening_within, stops_of
@@ -41,7 +41,8 @@ def describe(dataset: BinidxDataset, totals: Totals | None = None) -> str:
 
 def laid_out(totals: Totals) -> list[str]:
     """The lines on rows with thinking and without, for think "on", and notes on rows that may be mistakes."""
-    lines, counts = [], totals.counts
+    counts = totals.counts
+    lines = [f"note: read {note}; the first row: {in_line(short(text))}" for note, text in totals.readings.items()]
     if counts["thinking"]:
         lines.append(
             f"{counted(counts['thinking'], 'row')} with thinking, {counts['at_once']:,} without (<think></think)"

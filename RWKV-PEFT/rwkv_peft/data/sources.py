@@ -44,7 +44,7 @@ from .report import laid_out, left_out
 from .rows import JSON_ENDINGS, KINDS
 from .samples import DocumentSamples, Permutation, Samples
 
-FORMAT = 11  # of the cache
+FORMAT = 12  # of the cache
 FILES = (*ENDINGS, ROWS)  # of a set in the cache; ROWS only of prompts
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # --data_type -> the samples of data that no --dataload cuts otherwise
