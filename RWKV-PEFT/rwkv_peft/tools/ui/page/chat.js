@@ -1,4 +1,4 @@
-// Chat: a conversation with a base and what was trained on it, at the same seed. Models and sampling are in a drawer.
+// Chat: a conversation with a base and what was trained on it, at the same seed. Models, and how they answer, are in a drawer.
 import { showJob } from "./job.js";
 import { adapterChoice, el, flagField, folded, get, helpLine, pathField, post, recall, remember, repeat, settings, tell } from "./lib.js";
 import { talk } from "./talk.js";
