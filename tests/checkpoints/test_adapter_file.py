@@ -138,6 +138,17 @@ def test_adapter_descriptions_that_are_broken_are_refused(tmp_path, changes, mes
         read_adapter(tmp_path / "a.safetensors")
 
 
+def test_a_bit_that_changed_in_an_adapter_is_found(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, {f"{LAYER}.bone": torch.ones(2, 2).bfloat16()}, AdapterMetadata("bone", rank=2))
+    assert read_adapter(path).tensors[f"{LAYER}.bone"].sum() == 4
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not those that were written"):
+        read_adapter(path)
+
+
 def adapted_model():
     """A module with one adapter parameter and one whole tensor under an RWKV model's names."""
     model = nn.Module()

@@ -5,6 +5,7 @@ An adapter's own tensors are named by their module and a parameter (`blocks.0.at
 (`blocks.0.att.time_state`) are (H, N value, N key), as in RWKV's .pth files.
 """
 
+import hashlib
 import json
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ from .tensors import DTYPES, read_safetensors, save_safetensors
 ENTRY = "rwkv_peft_run"
 MOST = 1000  # characters of a text
 FORMAT_VERSION = 1
+DIGEST_KEY = "rwkv_peft_digest"  # the entry with the digest of the tensors; files of earlier versions lack it
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
 FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
@@ -196,8 +198,18 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     if not metadata.entries:
         del values["entries"]  # earlier versions refuse an entry that they do not have
     header = {"format": "pt", METADATA_KEY: json.dumps(values, sort_keys=True), ENTRY: metadata.origin.to_json()}
+    header[DIGEST_KEY] = tensors_digest(tensors)
     with atomic_write(path) as temporary:
         save_safetensors(temporary, dict(sorted(tensors.items())), header)
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hash of {name: tensor}, by which a bit that changed on a disk or on the way is found: 32 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def read_own(path: str | Path) -> Adapter:
@@ -211,6 +223,8 @@ def read_own(path: str | Path) -> Adapter:
             else "an adapter that train.py saved"
         )
         raise UserError(f"{path} does not say which adapter it holds (its header has no {METADATA_KEY!r}); give {hint}")
+    if header.get(DIGEST_KEY) not in (None, tensors_digest(tensors)):
+        raise UserError(f"{path}: its tensors are not those that were written, by their digest; {COPY}")
     metadata = replace(_parse_metadata(path, header[METADATA_KEY]), origin=read_origin(header))
     adapter = Adapter(tensors, metadata)
     if adapter.metadata.method is None and (modules := adapter.modules()):
