@@ -55,6 +55,16 @@ def test_a_page_in_chinese_names_the_commands_and_files_of_the_english_one(engli
     assert flags[1] <= flags[0]
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_a_block_of_the_readme_runs_as_it_stands_in_a_fresh_clone(name):
+    """Its programs are those of an environment that the block has made, with the extra that they need."""
+    for block in re.findall(r"^```sh$(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        head, activation, rest = block.partition("\n. .venv/bin/activate")
+        assert not re.findall(r"^(?:hf|rwkv-peft) .*", head, re.MULTILINE)
+        assert not activation or "\nsh scripts/setup.sh" in head
+        assert "\nrwkv-peft ui" not in rest or "\nsh scripts/setup.sh serve" in head
+
+
 def test_the_site_is_built(tmp_path):
     """Every page is in the navigation, and every link leads to a page and heading that exist."""
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BUILT_FROM = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 PLACE = "from importlib.util import find_spec; print(find_spec('rwkv_peft').origin)"  # without importing torch
+REMEDY = "from rwkv_peft.cli.installing import how_to_install; print(how_to_install('serve'))"
 SCREEN = 50  # lines at most that the notes of a release have
 KERNELS = sorted(path.relative_to(ROOT) for kind in ("cpu", "cuda") for path in (ROOT / kind).rglob("*.*"))
 
@@ -25,7 +26,7 @@ def built(tmp_path_factory):
     copy, output = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("dist")
     for path in (*BUILT_FROM, *(path.name for path in ROOT.glob("requirements*.txt"))):
         shutil.copy(ROOT / path, copy)
-    for folder in ("RWKV-PEFT", "cpu", "cuda"):
+    for folder in ("RWKV-PEFT", "cpu", "cuda", "demo"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", output, cwd=copy)
@@ -67,6 +68,12 @@ def test_the_sdist_holds_what_builds_it_and_no_tests(built):
     assert not [name for name in held if name.startswith("tests")]
 
 
+def test_the_remedy_for_an_extra_is_a_command_that_an_index_can_answer(installed):
+    """No package index has the name rwkv-peft."""
+    remedy = run(installed / "python", "-c", REMEDY)
+    assert "rwkv-peft" not in remedy and remedy.startswith("pip install 'fastapi") and "llguidance" in remedy
+
+
 def test_one_version_is_told_everywhere(built, installed):
     version = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert sorted(path.name for path in built.iterdir()) == [
@@ -79,10 +86,11 @@ def test_one_version_is_told_everywhere(built, installed):
 
 
 def test_the_main_job_runs_from_the_wheel(installed, tmp_path):
-    """Preprocess, train, merge and check the demo's model, in a folder with only a base and a file of rows."""
-    shutil.copy(ROOT / "demo" / "rwkv6-demo.pth", tmp_path / "base.pth")
-    run(sys.executable, ROOT / "demo" / "task.py", "finetune", "--documents", 40, "--output", tmp_path / "rows.jsonl")
+    """Preprocess, train, merge and check the demo that the wheel holds, in an empty folder."""
     command = installed / "rwkv-peft"
+    run(command, "demo", ".", cwd=tmp_path)
+    (tmp_path / "rwkv7-demo.pth").rename(tmp_path / "base.pth")
+    (tmp_path / "demo-chats.jsonl").rename(tmp_path / "rows.jsonl")
     where = run(installed / "python", "-c", PLACE, cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent)
 

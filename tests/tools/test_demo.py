@@ -3,10 +3,7 @@
 import json
 import shlex
 
-import pytest
-
 from rwkv_peft.cli.commands import main
-from rwkv_peft.cli.errors import UserError
 from rwkv_peft.tools import demo
 from rwkv_peft.training.flags.request import check_flags
 
@@ -23,11 +20,3 @@ def test_the_demo_is_written_once_and_names_a_run_that_begins(tmp_path, capsys, 
     rows.write_text("mine")
     main(["demo", str(tmp_path / "new")])
     assert rows.read_text() == "mine"
-
-
-def test_without_a_clone_there_is_no_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "SOURCE", tmp_path)
-    assert demo.settings() == {}
-    with pytest.raises(UserError, match="clone of the repository"):
-        main(["demo", str(tmp_path / "new")])
-    assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""`rwkv-peft demo`: a tiny base, and rows that it learns in half a minute, from a clone of the repository.
+"""`rwkv-peft demo`: a tiny base, and rows that it learns in half a minute.
 
 rwkv-peft demo FOLDER
 """
@@ -9,10 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..checkpoints.atomic import atomic_write
-from ..cli.errors import UserError
 from ..cli.parser import Parser
 
-SOURCE = Path(__file__).resolve().parents[3] / "demo"
+SOURCE = Path(__file__).parents[1] / "demo"  # a link in a clone, a folder in an installed package
 BASE, ROWS = "rwkv7-demo.pth", "demo-chats.jsonl"
 CHATS = 300
 FLAGS = MappingProxyType(  # of train.py, which suit both files
@@ -28,7 +27,7 @@ FLAGS = MappingProxyType(  # of train.py, which suit both files
 
 
 def main(argv: list[str]) -> int:
-    """Write the files that are not there yet; -> the exit code. Raises UserError without a clone of the repository."""
+    """Write the files that are not there yet; -> the exit code."""
     parser = Parser(
         prog="rwkv-peft demo",
         description=f"Write {BASE}, an RWKV-7 of 0.8 million parameters, and {ROWS}, {CHATS} short chats, into a "
@@ -36,8 +35,6 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("folder", metavar="FOLDER", help="the folder, which is made if it is missing")
     folder = Path(parser.parse_args(argv).folder)
-    if not settings():
-        raise UserError(f"{SOURCE} is missing; the demo comes with a clone of the repository (see README.md)")
     rows = runpy.run_path(str(SOURCE / "task.py"))["documents"]("chats", CHATS, 1)
     contents = {BASE: (SOURCE / BASE).read_bytes(), ROWS: "".join(f"{json.dumps(row)}\n" for row in rows).encode()}
     for name, content in contents.items():
@@ -51,7 +48,5 @@ def main(argv: list[str]) -> int:
 
 
 def settings() -> dict[str, str]:
-    """The flags of train.py by name for the demo in the current folder; {} if its files do not lie beside this package,
-    as they do in a clone."""
-    files = {"load_model": BASE, "data_file": ROWS, "data_type": "sft"}
-    return files | FLAGS if (SOURCE / BASE).is_file() else {}
+    """The flags of train.py by name for the demo in the current folder."""
+    return {"load_model": BASE, "data_file": ROWS, "data_type": "sft"} | FLAGS
