@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,14 @@ class Parser(argparse.ArgumentParser):
                 if not action.option_strings and action.nargs is None:
                     action.nargs = "?"
         return super().parse_known_args(args, namespace)
+
+
+def require(*modules):
+    """End the program with a message if Python modules are not installed."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        print(f"error: {', '.join(missing)}: not installed; sh scripts/setup.sh test", file=sys.stderr)
+        sys.exit(NOT_HERE)
 
 
 def tell(**entry):

@@ -21,7 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import Parser, head, row
+from common import Parser, head, require, row
 
 PROMPT = 8
 GGUF = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0"}
@@ -54,6 +54,8 @@ def main():
     args = parser.parse_args()
     if args.model:
         return measure(args)
+    if GGUF.keys() & args.weights:
+        require("gguf", "xllamacpp")
     head(*COLUMNS, *(f"reads {length:,}" for length in args.prompts))
     for generation in args.generation:
         for size in args.sizes:

@@ -21,7 +21,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from common import Parser, head, row
+from common import Parser, head, require, row
 from generate import VERSIONS, make_model
 
 PROMPT = 8
@@ -43,6 +43,7 @@ def main():
     args = parser.parse_args()
     if args.llama:
         return serve_llama(args)
+    require("fastapi", "uvicorn", "llguidance", *(() if args.alone else ("gguf", "xllamacpp")))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pth"
         printable = printable_tokens()
@@ -79,7 +80,10 @@ class Servers:
         for name, command in self.commands.items():
             process = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True)
             self.processes.append(process)
-            line = next(line for line in process.stdout if "http://" in line)
+            line = next((line for line in process.stdout if "http://" in line), None)
+            if line is None:
+                self.__exit__()
+                sys.exit(f"error: {name} did not start; its message is above")
             found[name] = line.split()[-1].removesuffix("/v1")
         return found
 

@@ -34,3 +34,13 @@ def test_its_smallest_run_ends_well(name, tmp_path, warm_python, monkeypatch):
 def test_its_head_has_its_command(name):
     head = (FOLDER / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
     assert f"benchmarks/{name}.py" in head or f"scripts/{name}.sh" in head
+
+
+@pytest.mark.parametrize("name, missing", [("serve", "fastapi, llguidance"), ("generate", "gguf")])
+def test_packages_that_are_missing_are_named(name, missing, benchmark, monkeypatch, capsys):
+    program = benchmark(name)
+    monkeypatch.setattr("common.find_spec", lambda module: None if module in missing.split(", ") else module)
+    monkeypatch.setattr(sys, "argv", [name, "--quick"] + ["--weights", "int8"] * (name == "generate"))
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert end.value.code == 4 and f"error: {missing}: not installed; sh scripts/setup.sh" in capsys.readouterr().err
