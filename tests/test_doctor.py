@@ -1,6 +1,7 @@
 """The doctor names missing parts and the command that mends each, and commands that suit a file."""
 
 import importlib
+import json
 import shlex
 import shutil
 import subprocess
@@ -8,8 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import pytest
 import torch
+import yaml
 from packaging import markers
 from packaging.requirements import Requirement
 
@@ -41,8 +44,8 @@ def test_every_requirement_is_bounded_and_met_for_this_python(monkeypatch):
 @pytest.mark.parametrize(
     "requirement, text, remedy",
     [
-        ("no-such-package-at-all", "not installed", "pip install -r requirements.txt"),
-        ("numpy>=999", ">=999 is needed", "pip install -r requirements.txt"),
+        ("no-such-package-at-all", "not installed", "pip install 'no-such-package-at-all'"),
+        ("numpy>=999", ">=999 is needed", "pip install 'numpy>=999'"),
         ("brokenpackage", "libsomething.so", "pip install --force-reinstall 'brokenpackage'"),
     ],
 )
@@ -183,3 +186,25 @@ def test_every_command_that_is_named_takes_its_flags(kind):
         assert program == "rwkv-peft"
         module, _, check = named[name].flags.partition(":")
         getattr(importlib.import_module(f"rwkv_peft.{module}"), check)(argv)
+
+
+def test_a_report_follows_its_schema_and_names_neither_user_nor_machine_nor_key(monkeypatch, tmp_path, capsys):
+    home = tmp_path / "home" / "somebody"
+    (home / "work").mkdir(parents=True)
+    (home / "log").write_text(
+        "first line\n" * 50 + f"File {home}/base.pth of somebody on thisbox\nhttps://me:secret@host/ hf_abcdefgh1234\n"
+    )
+    monkeypatch.chdir(home / "work")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(doctor.getpass, "getuser", lambda: "somebody")
+    monkeypatch.setattr(doctor.platform, "node", lambda: "thisbox")
+    assert main(["doctor", "--report", str(home / "log")]) in (0, 1)
+    printed = capsys.readouterr().out
+    report = json.loads(printed)
+    jsonschema.validate(report, json.loads((ROOT / "docs/reference/report.schema.json").read_text()))
+    assert report["last_error"].splitlines()[-2:] == ["File ~/base.pth of USER on HOST", "https://KEY@host/ KEY"]
+    assert len(report["last_error"].splitlines()) == doctor.LOG_LINES
+    assert not [word for word in ("somebody", "thisbox", "secret", "hf_") if word in printed]
+    assert {"python", "torch", "memory", "disk", "--precision"} <= {one["name"] for one in report["findings"]}
+    template = (ROOT / ".github/ISSUE_TEMPLATE/problem.yml").read_text()
+    assert "rwkv-peft doctor --report" in str(yaml.safe_load(template))

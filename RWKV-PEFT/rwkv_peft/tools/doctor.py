@@ -2,28 +2,36 @@
 
     rwkv-peft doctor
     rwkv-peft doctor --model FILE
+    rwkv-peft doctor --report [LOG]
 
 Exit code 0 if training can run here, else 1. Nothing is changed, except that kernels which compile on first use are
 compiled, because only that shows if they work. With --model the report is on the content of a file, and on the commands
-that take it; exit code 1 if none does.
+that take it; exit code 1 if none does. With --report the report is JSON to paste into an issue, by the schema in
+docs/reference/report.schema.json: without this user's name, folders and keys, and with the last lines of a LOG.
 """
 
+import getpass
 import importlib
 import io
+import json
+import platform
+import re
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from .. import __version__
 from ..checkpoints.atomic import room_at
+from ..checkpoints.readable import require_readable
 from ..cli.errors import summarize
-from ..cli.installing import how_to_install
+from ..cli.installing import how_to_install, requirements_of
 from ..cli.parser import Parser
 from ..memory import main_memory
 
@@ -35,7 +43,8 @@ if TYPE_CHECKING:
 
 MARGIN = 1.3  # a product that takes so many times the fastest's time is told, because machines are busy
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training cannot run without it
-INSTALL = "pip install -r requirements.txt"
+LOG_LINES = 40  # of a log in a report
+KEYS = re.compile(r"\b(?:hf_|sk-|ghp_)[\w-]{8,}|(?<=://)[^/\s@]+(?=@)")  # of hubs and services; of addresses
 COMPILER = "apt install g++ (Debian, Ubuntu), or xcode-select --install (macOS)"
 MODULES = MappingProxyType({"pyyaml": "yaml"})  # packages with modules of other names
 OPTIONAL = MappingProxyType(
@@ -95,12 +104,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--model", metavar="FILE", help="show instead what this file or folder holds, and which commands suit it"
     )
+    parser.add_argument(
+        "--report",
+        metavar="LOG",
+        nargs="?",
+        const="",
+        help="print the report as JSON for an issue, without names, folders and keys of this machine, with the "
+        "last lines of LOG, the output of a command that failed",
+    )
     args = parser.parse_args(argv)
     if version_of("torch") is None:  # there is no environment yet, and little to look at
         print(f"no environment: this Python, {sys.executable}, has no torch; {how_to_install()}")
         return 1
     if args.model:
         return report_model(args.model)
+    if args.report is not None:
+        return print_report(args.report)
     missing = []
     for finding in examine():
         print(f"{finding.name:18} {finding.status:8} {finding.text}", flush=True)
@@ -110,6 +129,36 @@ def main(argv: list[str]) -> int:
             missing.append(finding.name)
     print(f"\ntraining cannot run here: see {', '.join(missing)} above" if missing else "\ntraining can run here")
     return 1 if missing else 0
+
+
+def print_report(log: str) -> int:
+    """Print the findings as JSON, with the end of a log unless it is "" -> the exit code. Raises UserError for a log
+    that cannot be read."""
+    error = ""
+    if log:
+        require_readable(log, "no such file; name the output of a command that failed")
+        error = "\n".join(Path(log).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+    findings = [finding._asdict() for finding in examine()]
+    report = {
+        "schema": 1,
+        "rwkv_peft": __version__,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "findings": findings,
+        "last_error": error,
+    }
+    print(redacted(json.dumps(report, indent=1, ensure_ascii=False)))
+    return int(any(finding["status"] == MISSING for finding in findings))
+
+
+def redacted(text: str) -> str:
+    """A text without the current folder, this user's home and name, this machine's name, and keys."""
+    secrets = {str(Path.cwd()): ".", str(Path.home()): "~", platform.node(): "HOST"}
+    with suppress(OSError, KeyError, ImportError):  # a user without a name
+        secrets[getpass.getuser()] = "USER"
+    for secret, word in sorted(secrets.items(), key=lambda pair: -len(pair[0])):
+        if len(secret) > 1:  # "/" as the current folder is no secret
+            text = re.sub(rf"(?<![\w.-]){re.escape(secret)}(?![\w-])", word, text)
+    return KEYS.sub("KEY", text)
 
 
 def examine() -> Iterator[Finding]:
@@ -146,7 +195,7 @@ def requirements() -> "list[Requirement]":
     if path.is_file():
         lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     else:
-        lines = [line for line in metadata.requires("rwkv-peft") or () if "extra ==" not in line]
+        lines = requirements_of()
     found = [Requirement(line) for line in lines if line]
     return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
 
@@ -154,10 +203,11 @@ def requirements() -> "list[Requirement]":
 def check_package(requirement: "Requirement") -> Finding:
     """Check that a required package is installed, has a fitting version, and can be imported."""
     name, version = requirement.name, version_of(requirement.name)
+    remedy = f"pip install '{name}{requirement.specifier}'"
     if version is None:
-        return Finding(name, MISSING, "not installed", INSTALL)
+        return Finding(name, MISSING, "not installed", remedy)
     if not requirement.specifier.contains(version, prereleases=True):
-        return Finding(name, MISSING, f"{version}, and {requirement.specifier} is needed", INSTALL)
+        return Finding(name, MISSING, f"{version}, and {requirement.specifier} is needed", remedy)
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             importlib.import_module(MODULES.get(name, name.replace("-", "_")))
