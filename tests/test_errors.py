@@ -15,6 +15,7 @@ import torch
 from rwkv_peft.checkpoints.atomic import atomic_write
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError, bar_seconds, exit_on_user_error, field_names, short, some
+from rwkv_peft.inference.serve.service import is_cuda_error
 
 PACKAGE = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 ENDS = [(signal.SIGTERM, 143, "terminated\n"), (signal.SIGHUP, 129, "ended: the terminal is gone\n")]
@@ -52,6 +53,22 @@ def test_a_limit_on_open_files_is_told(capsys):
 def test_memory_that_is_full_is_told(asked, capsys):
     code, error = code_of(lambda argv: asked(1 << 58)), capsys.readouterr().err
     assert code == 2 and error.startswith("error: no more memory is free (") and "rwkv-peft plan" in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",  # torch's AcceleratorError
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: …, unhandled cuda error\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_a_gpu_whose_memory_is_full_is_told_in_every_librarys_words(words, capsys):
+    def step(argv):
+        raise RuntimeError(words)
+
+    assert code_of(step) == 2 and "error: the GPU's memory is full; " in capsys.readouterr().err
+    assert not is_cuda_error(RuntimeError(words))  # the server goes on
 
 
 @pytest.mark.parametrize("notes", [(), ("lower --micro_bsz", "the step before took 7 GiB")])

@@ -342,3 +342,15 @@ def test_each_card_is_judged_by_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["an H100", "a T4"][index])
     assert cuda.misfit(0) is None
     assert "a T4 has compute capability 7.5" in cuda.misfit(1) == cuda.misfit()
+
+
+def test_a_gpu_without_memory_for_a_kernel_is_told_and_turns_no_kernel_off(monkeypatch):
+    """cuModuleLoadData's error 2 is no failed build, after which plain torch would compute."""
+
+    class Driver:
+        def __getattr__(self, function):
+            return lambda *arguments: 2 if function == "cuModuleLoadData" else 0
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver())
+    with pytest.raises(torch.OutOfMemoryError, match="cuModuleLoadData"):
+        cuda.Kernels(["forward"], b"")

@@ -25,8 +25,12 @@ TOO_MANY_FILES = "this process may open no more files; raise its limit, as by ul
 ROOM = "end other programs, take a smaller file or batch, or a machine with more (rwkv-peft plan counts a run's)"
 # what reading a file may raise whose content is not what it should be
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+GPU_MEMORY = re.compile(r"CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|Cuda failure 2\b")
 INTERRUPTED = "interrupted"
-ENDINGS = MappingProxyType({signal.SIGTERM: "terminated", signal.SIGHUP: "ended: the terminal is gone"})
+HANGUP: tuple[signal.Signals, ...] = ()  # the terminal went away
+if sys.platform != "win32":
+    HANGUP = (signal.SIGHUP,)
+ENDINGS = MappingProxyType({signal.SIGTERM: "terminated"} | dict.fromkeys(HANGUP, "ended: the terminal is gone"))
 # control characters other than tab and newline, Unicode's marks that break lines or turn the direction of writing, and
 # halves of characters, which JSON may hold and no output can
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -133,13 +137,20 @@ def explained(error: BaseException) -> tuple[int, str] | None:
             return 2, f"error: {short(str(error.filename))}: {str(error.strerror).lower()}; {advice}"
     if isinstance(error, MemoryError):
         return 2, f"error: no more memory is free ({summarize(error)}); {ROOM}"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
+    if is_gpu_memory(error):
         wanted = "".join(re.findall(r"Tried to allocate ([\d.]+ \w+)", str(error))[:1])
         remedy = "; ".join(getattr(error, "__notes__", ())) or ROOM
         return 2, f"error: the GPU's memory is full{f', and {wanted} more are needed' * bool(wanted)}; {remedy}"
     if isinstance(error, KeyboardInterrupt | Ended):
         return ending_of(error)[::-1]
     return None
+
+
+def is_gpu_memory(error: BaseException) -> bool:
+    """True for an error by which a GPU's memory is full: torch's own, CUDA's, cuBLAS's or NCCL's."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported here
+        return True
+    return isinstance(error, RuntimeError) and GPU_MEMORY.search(str(error)) is not None
 
 
 def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
@@ -153,7 +164,7 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
     except BrokenPipeError:
         if not output_is_closed():
             raise
-        code = 128 + signal.SIGPIPE
+        code = 141
     except (Exception, KeyboardInterrupt, Ended) as error:
         if (found := explained(error)) is None:
             raise
@@ -165,6 +176,8 @@ def exit_on_user_error(main: Callable[[list[str]], int]) -> NoReturn:
 
 def output_is_closed() -> bool:
     """True if the reader of standard output left. Buffered output, which Python would write at its exit, is dropped."""
+    if sys.platform == "win32":  # which has no poll
+        return True
     poll = select.poll()
     poll.register(1, 0)  # a pipe without a reader is reported in any case
     if closed := bool(poll.poll(0)):
@@ -203,14 +216,14 @@ def past_ctrl_c() -> None:
 
 def hangup_signals() -> tuple[signal.Signals, ...]:
     """The signals that tell of a terminal that went away; () if they are ignored, as under nohup."""
-    return () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return tuple(number for number in HANGUP if signal.getsignal(number) != signal.SIG_IGN)
 
 
 def give_back(handlers: Mapping[signal.Signals, Any]) -> None:
     """Restore signals' handlers {number: handler}, but not of a SIGHUP that is ignored by now, because further ones
     follow when a terminal goes away."""
     for number, handler in handlers.items():
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+        if number not in HANGUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
@@ -232,7 +245,7 @@ def ending_in_order() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         for other in before:
-            signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
+            signal.signal(other, signal.SIG_IGN if other in HANGUP else signal.SIG_DFL)
         raise Ended(number)
 
     before = {number: signal.SIG_DFL for number in ENDINGS if signal.getsignal(number) == signal.SIG_DFL}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..cli.errors import summarize
+from ..cli.errors import is_gpu_memory, summarize
 from ..models.layout import LayerState
 from ..models.parts import LanguageModel
 from ..models.state import State, grows
@@ -336,9 +336,9 @@ class GraphedForward:
         try:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 logits = self.compute(size)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_gpu_memory(error):
+                raise
             remedy = "tokens are drawn without CUDA graphs, and more slowly"
             print(
                 f"this GPU's driver cannot record what the model does ({summarize(error)}); {remedy}", file=sys.stderr

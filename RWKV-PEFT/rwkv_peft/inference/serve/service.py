@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...cli.errors import UserError
+from ...cli.errors import UserError, is_gpu_memory
 from ..engine import Engine, PrefillBudget
 from ..requests import Completion, Constraint, GenerationRequest, PrefixCache
 from ..settings import Sampling
@@ -88,6 +88,8 @@ class EngineThread(threading.Thread):
 
 def is_cuda_error(error: BaseException) -> bool:
     """True for an error after which each later call of CUDA in this process fails too; out of memory is none."""
+    if is_gpu_memory(error):
+        return False
     accelerator = getattr(torch, "AcceleratorError", ())  # of newer versions of torch
     return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 

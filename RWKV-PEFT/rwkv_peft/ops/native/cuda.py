@@ -21,6 +21,7 @@ from .build import BuildError, cache_directory, content_hash, included_files, ma
 from .calls import constant_when_compiled
 
 Block = tuple[int, int]  # a block's (x, y) threads
+FULL_MEMORY = 2  # the driver's CUDA_ERROR_OUT_OF_MEMORY
 MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -66,6 +67,8 @@ class Kernels:
 
     def _call(self, function: str, *arguments: object) -> None:
         status = getattr(self._driver, function)(*arguments)
+        if status == FULL_MEMORY:  # no BuildError, which would turn the kernels off
+            raise torch.OutOfMemoryError(f"{function}: CUDA error: out of memory")
         if status != 0:
             raise BuildError(f"{function} failed with CUDA error {status}; see nvidia-smi for the driver's state")
 
