@@ -54,7 +54,7 @@ for tool in "$@"; do
     case "$tool" in
     ruff) check ruff ruff check --output-format concise . ;;
     format) check format ruff format --check . ;;
-    mypy) check mypy mypy ;;
+    mypy) check mypy mypy && check mypy-windows mypy --platform win32 && check mypy-macos mypy --platform darwin ;;
     clang-format) clang_format ;;
     shell) check shell shell_scripts ;;
     docker) check docker hadolint Dockerfile ;;

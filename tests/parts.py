@@ -1,6 +1,6 @@
 """The package's parts, and which of them each may import."""
 
-BASE = "children config cli memory gpus".split()
+BASE = "children config cli memory gpus system".split()
 FLAGS = ["checkpoints/source_flags", *(f"{room}/flags" for room in "release inference evals inference/serve".split())]
 FLAGS += ["inference/settings"]
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A

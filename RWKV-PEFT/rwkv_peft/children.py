@@ -30,6 +30,12 @@ def guard_children() -> None:
 @contextmanager
 def elsewhere() -> Iterator[None]:
     """For a moment the current folder is this package's, so that other packages read nothing in the user's."""
+    if sys.platform == "win32":  # which opens no folder
+        path = os.getcwd()
+        os.chdir(os.path.dirname(os.path.abspath(__file__)))
+        yield
+        os.chdir(path)
+        return
     here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))  # it may have lost its name, or not be readable
     try:
         os.chdir(os.path.dirname(os.path.abspath(__file__)))

@@ -1,7 +1,6 @@
 """Main memory: its size, and a setting of the C library's heap for large tensors that come and go."""
 
 import ctypes
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -26,17 +25,13 @@ def keep_freed_memory() -> bool:
 
 
 def main_memory() -> tuple[int, int]:
-    """(total, available) bytes of main memory, of a container or batch job within its limit; 0 if it is unknown."""
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        total = page * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0, 0
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.is_file() else None
-    available = int(found[1]) * 1024 if found else 0
+    """(total, available) bytes of main memory, of a container or batch job within its limit."""
+    import psutil  # flags are checked, and --help printed, without any package
+
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
     for limit, left in group_limits():
-        total, available = min(total, limit), min(available or left, left, total)
+        total, available = min(total, limit), min(available, left, limit)
     return total, available
 
 

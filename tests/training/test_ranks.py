@@ -253,11 +253,18 @@ def test_meeting_and_collectives_have_limits_of_their_own_and_the_first_failure_
         thread.start()
     for thread in threads:
         thread.join()
+    hang = threading.Event()
+    monkeypatch.setattr(group, "gathered", lambda value: hang.wait() and [value])
+    leaving = threading.Thread(target=ranks[0].leave, args=(0,))  # it is done, and waits for rank 1
+    leaving.start()
+    assert ranks[0].leaving.wait()
     assert [how["timeout"] for how in kept] == [how["store"].timeout for how in kept] == [timedelta(minutes=7)] * 2
     with pytest.raises(SystemExit):
         ranks[1].fail(UserError(SAID))
     while len(ends) < 2:
         time.sleep(0.01)
+    hang.set()
+    leaving.join()
     assert ends == [2, 2]
 
 

@@ -210,10 +210,8 @@ def write_failure(error: Exception, path: Path) -> str | None:
 def room_at(path: str | Path) -> int:
     """The bytes free for this user on the disk of `path`, which need not exist yet."""
     place = Path(os.path.realpath(path))
-    disk = os.statvfs(next(folder for folder in (place, *place.parents) if folder.exists()))
-    if not disk.f_blocks:  # some file systems give no numbers
-        return sys.maxsize
-    return disk.f_frsize * (disk.f_bavail if os.geteuid() else disk.f_bfree)  # some blocks are kept for root
+    disk = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists()))
+    return disk.free if disk.total else sys.maxsize  # some file systems give no numbers
 
 
 def require_room(flag: str, path: str | Path, needed: int, what: str = "") -> None:

@@ -5,7 +5,6 @@ lies beside it, in FILE.json: its host, its process, and the time since when.
 """
 
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.errors import NotNow
+from ..system import PLAIN, can_share
 from .atomic import CannotWrite, check_output, without_empty_folders, write_failure, write_text
 from .readable import object_in
 
@@ -65,16 +65,11 @@ def holder(path: Path) -> dict[str, Any] | None:
     """The description of the process that holds a lock file (host, process, since), {} if it has written none; None if
     no process holds the file."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
+        handle = os.open(path, os.O_RDONLY | PLAIN)
     except OSError:
         return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except OSError:
-        return object_in(beside(path))
-    finally:
-        os.close(handle)
+    with open(handle) as file:
+        return None if can_share(file) else object_in(beside(path))
 
 
 @contextmanager

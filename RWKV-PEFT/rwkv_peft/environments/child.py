@@ -138,6 +138,8 @@ class Conversations:
 
 def main(argv: list[str]) -> None:
     """Load the environments, and fork for conversations until the parent is gone."""
+    if sys.platform == "win32":
+        raise NotImplementedError  # user_code.py refuses it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that end leave nothing
     os.set_inheritable(int(argv[0]), False)

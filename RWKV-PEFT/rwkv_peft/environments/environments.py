@@ -3,7 +3,7 @@
 
 import json
 import os
-import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, field_names
 from ..data.tools import ToolCall
+from ..system import end_group
 from .user_code import UserProcess
 
 SECONDS = 60.0  # that a tool, a reset or a score may take
@@ -48,9 +49,8 @@ class Place:
         """End the process, and those that a tool started."""
         self.lost = reason
         self.pipe.close()
-        with suppress(ProcessLookupError, PermissionError):
-            if self.process:
-                os.killpg(self.process, signal.SIGKILL)
+        if self.process:
+            end_group(self.process)
 
 
 class Environments(UserProcess):
@@ -148,6 +148,8 @@ class Environments(UserProcess):
         if free := self.free.setdefault(name, []):
             return free.pop()
         self.places = [place for place in self.places if not place.lost]
+        if sys.platform == "win32":
+            raise NotImplementedError  # UserProcess refuses it
         ours, theirs = Pipe()
         with theirs:
             self.pipe.send(name)

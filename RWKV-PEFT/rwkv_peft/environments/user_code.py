@@ -2,12 +2,11 @@
 
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import traceback
 from contextlib import suppress
-from multiprocessing.connection import Pipe
+from multiprocessing.connection import Connection, Pipe
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from typing import Any
 
 from ..children import python_command
 from ..cli.errors import UserError, quoted, summarize
+from ..system import end_group
 
 LARGEST = 1e15  # reward: sums and squares of larger ones overflow
 
@@ -65,7 +65,12 @@ class UserProcess:
     """A process that runs a module of this package with the end of a pipe, whose other end is `pipe`. It ends when this
     process does, and prints nowhere."""
 
+    pipe: "Connection[Any, Any]"
+    process: "subprocess.Popen[bytes]"
+
     def __init__(self, module: str, *words: str) -> None:
+        if sys.platform == "win32":
+            raise UserError("rewards and environments run in processes that Windows does not have; train in WSL")
         self.pipe, theirs = Pipe()
         with theirs:
             self.process = subprocess.Popen(
@@ -79,8 +84,7 @@ class UserProcess:
 
     def stop(self) -> None:
         """End the process and those that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end_group(self.process.pid)
         self.process.wait()
         self.pipe.close()
         assert self.process.stdin is not None
@@ -89,4 +93,4 @@ class UserProcess:
 
 def end_all() -> None:
     """End this process, and those that functions started."""
-    os.killpg(os.getpid(), signal.SIGKILL)
+    end_group(os.getpid())

@@ -5,6 +5,7 @@ saves that share of it; on a CPU pages of 2 MiB halve it, because the processor 
 """
 
 import mmap
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -59,10 +60,11 @@ class Arena:
 
 def large_pages(size: int) -> mmap.mmap:
     """`size` bytes of anonymous memory, in pages of 2 MiB if Linux has them."""
+    if sys.platform != "linux":
+        return mmap.mmap(-1, size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 

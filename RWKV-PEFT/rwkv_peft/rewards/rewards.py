@@ -130,7 +130,7 @@ class Rewards(UserProcess):
     def ending(self) -> str:
         """The message on a process that ended."""
         code = self.process.wait()
-        if code == -signal.SIGKILL:
+        if code == -9:  # SIGKILL
             how = "was killed, as the system does when memory runs out"
         else:
             how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from ..cli.errors import Diverged
+from ..cli.errors import Diverged, is_gpu_memory
 from ..cli.names import METRICS
 from ..data.batches import TrainBatch, TrainBatches
 from .prepared import TrainingRun
@@ -149,8 +149,9 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
             compute.figures = sums.measures  # which the next step's loss may read
         if run.ends(done) and run.rows is not None:  # the last step is saved by now
             run.rows.after(engine)
-    except torch.OutOfMemoryError as error:
-        add_memory_note(error, done, plan.total_steps, peak)
+    except RuntimeError as error:
+        if is_gpu_memory(error):
+            add_memory_note(error, done, plan.total_steps, peak)
         raise
     finally:
         report.close()
@@ -282,7 +283,7 @@ class Report:
             self.progress.close()
 
 
-def add_memory_note(error: torch.OutOfMemoryError, done: int, total: int, peak: int) -> None:
+def add_memory_note(error: RuntimeError, done: int, total: int, peak: int) -> None:
     """Add the step that failed, the peak of those before and the remedy to an error's notes, as its message has them.
 
     peak: bytes of a GPU's memory that the steps before needed at most, 0 if none was taken.

@@ -19,7 +19,7 @@ import torch
 
 from ..checkpoints.atomic import check_output
 from ..checkpoints.lock import alone_in
-from ..cli.errors import Diverged, UserError, hangup_signals, keeping_handlers, past_ctrl_c
+from ..cli.errors import HANGUP, Diverged, UserError, hangup_signals, keeping_handlers, past_ctrl_c
 from ..cli.names import METRICS, PICTURE
 from ..cli.rules import require_none
 from ..config import RunConfig
@@ -209,12 +209,12 @@ def stopping_at_signals(stop: StopRequest, say: Callable[..., object]) -> Iterat
             signal.signal(number, before[number])
             signal.raise_signal(number)
             return
-        if stop.signal not in (0, signal.SIGHUP):  # an agent sends SIGTERM after a second SIGHUP
+        if stop.signal not in (0, *HANGUP):  # an agent sends SIGTERM after a second SIGHUP
             raise KeyboardInterrupt(number)
-        if number == signal.SIGHUP:
+        if number in HANGUP:
             signal.signal(number, signal.SIG_IGN)  # both the system and the shell send one
         stop.signal = stop.signal or number
-        if number != signal.SIGHUP and stop.stage == "steps":  # else the run is ending anyway
+        if number not in HANGUP and stop.stage == "steps":  # else the run is ending anyway
             words = "\nstopping after this step; again to stop at once, without saving"
             # by another thread, because this one may be in the middle of a print
             Thread(target=say, args=(words,), kwargs={"flush": True}).start()

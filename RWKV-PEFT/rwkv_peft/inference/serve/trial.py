@@ -3,13 +3,13 @@ a large prime, llguidance takes hours and all memory, and nothing can stop it fr
 
 The process does without torch, which alone would exceed the bound on memory."""
 
-import resource
 import subprocess
 import sys
 
 import llguidance
 
 from ...children import python_command
+from ...system import bound_process
 
 SECONDS, MEMORY = 2, 1 << 30  # of a processor; bytes
 
@@ -36,8 +36,7 @@ def compiles(grammar: str) -> bool:
 
 
 def main() -> int:
-    for limit, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (most, most))
+    bound_process(SECONDS, MEMORY)
     tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()), n_vocab=len(Bytes.tokens))
     llguidance.LLMatcher(tokenizer, sys.stdin.read(), log_level=0)
     return 0

@@ -10,7 +10,6 @@ import hmac
 import ipaddress
 import json
 import re
-import resource
 import shlex
 import socket
 import sys
@@ -31,6 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
 from ...cli.errors import Ended, UserError, encoded, quoted, short
+from ...system import most_files
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -316,7 +316,7 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._await_head()
-        if len(self.connections) > min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2):
+        if len(self.connections) > min(CONNECTIONS, most_files() // 2):
             waiting = [one for one in self.connections if isinstance(one, Protocol) and one.waits]
             min(waiting, key=lambda one: one.since).transport.abort()
 

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shutil
-import stat
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from ...cli.names import user_cache
+from ...system import others_may_write
 
 Declaration = tuple[Any, ...]  # a C function's: (name, result type or None, *argument types)
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
@@ -87,8 +87,7 @@ def cache_directory() -> Path:
     if folder is None:
         raise BuildError("this user has no home folder to keep kernels in; point XDG_CACHE_HOME at one")
     with suppress(FileNotFoundError):
-        now = folder.stat()
-        if os.geteuid() not in (0, now.st_uid) and now.st_uid != 0 or now.st_mode & stat.S_IWOTH:
+        if others_may_write(folder):
             raise BuildError(
                 f"other users may put files into {folder}, which would run as you; take their right to write from it, "
                 "or point XDG_CACHE_HOME at a folder of your own"

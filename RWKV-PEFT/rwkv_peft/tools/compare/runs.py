@@ -146,6 +146,8 @@ def run_cell(comparison: Comparison, cell: Cell, size: Size) -> Outcome:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # only we pass a Ctrl-C on, once: a second one would keep the run from saving
         )
+    if sys.platform == "win32":
+        raise NotImplementedError
     try:
         _, status, usage = os.wait4(child.pid, 0)
     except BaseException:

@@ -16,6 +16,7 @@ from typing import Any
 from ...checkpoints.atomic import require_room
 from ...checkpoints.readable import home_meant, within
 from ...cli.errors import UserError
+from ...system import PLAIN
 
 SHOWN = 2000  # entries of a folder, at most
 DEEP = 5  # levels of folders that are looked through
@@ -191,7 +192,7 @@ class Uploads:
                 path.unlink(missing_ok=True)  # of an upload that ended on the way
                 require_room("the file", path, size)
             # a link or a pipe of that name may have come with the folder
-            flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | (0 if begin else os.O_CREAT | os.O_EXCL)
+            flags = os.O_WRONLY | os.O_APPEND | PLAIN | (0 if begin else os.O_CREAT | os.O_EXCL)
             try:
                 with open(os.open(path, flags, 0o666), "ab") as file:
                     if file.tell() != begin:

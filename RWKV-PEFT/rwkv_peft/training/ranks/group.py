@@ -22,12 +22,12 @@ import torch
 import torch.distributed as dist
 
 from ...children import python_command
-from ...cli.errors import NotNow, UserError, explained, keeping_handlers, summarize
+from ...cli.errors import ENDINGS, NotNow, UserError, explained, keeping_handlers, summarize
 from ...config import TrainConfig
 from ...ops.products import ProductRow, agreed, row
 from ..saving.checkpoints import how_to_go_on, is_of_connection
 from .agreement import disagreement
-from .world import World
+from .world import LOOPBACK, World
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -39,7 +39,7 @@ GRACE = 3.0  # seconds in which another rank's Failure may come after a connecti
 INTACT = "interrupted; what was saved before is intact"
 VISIBLE = 10.0  # seconds in which a file must appear on a shared disk
 LOOK = 0.2  # seconds between two looks of the agent at the ranks
-ASKED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))  # exit codes after a signal
+ASKED = tuple(128 + number for number in (signal.SIGINT, *ENDINGS))  # exit codes after a signal
 
 
 class Failure(NamedTuple):
@@ -61,9 +61,9 @@ class Ranks:
     def __init__(self, world: World, train: TrainConfig, device: torch.device) -> None:
         self.world, self.train, self.host = world, train, platform.node()
         self.backend = "gloo" if device.type == "cpu" else "nccl"
-        self.store: dist.Store = dist.HashStore()  # for a single rank
+        self.store: dist.Store = single_store()
         self.link: dist.Store = self.store  # the thread's own connection
-        self.ending, self.done = threading.Lock(), threading.Event()
+        self.ending, self.done, self.leaving = threading.Lock(), threading.Event(), threading.Event()
 
     def __enter__(self) -> "Ranks":
         world, limit = self.world, timedelta(minutes=self.train.timeout_minutes)
@@ -129,10 +129,12 @@ class Ranks:
         return agreed(gathered(row()) if self.world.size > 1 else [row()], (state or {}).get("products"))
 
     def leave(self, code: int) -> int:
-        """Return rank 0's exit code once all ranks are done: an agent ends all when one exits with an error code."""
-        self.done.set()
+        """Return rank 0's exit code once all ranks are done: an agent ends all when one exits with an error code. Until
+        then a Failure of another rank ends this one, as when rank 0 finds its disk full while it draws the loss."""
+        self.leaving.set()
         if self.world.size > 1:
             code = gathered(code)[0]
+        self.done.set()
         self.record(Failure(self.world.rank, self.host, code, ""))
         return code
 
@@ -164,6 +166,8 @@ class Ranks:
                 if not self.link.check([FAILED]):
                     continue
             except dist.DistError as error:
+                if self.leaving.is_set():  # a rank that is done may take the store with it
+                    return
                 reason = summarize(error)
             if not self.done.is_set():
                 self.end(self.lost(reason))
@@ -202,10 +206,17 @@ class Ranks:
             Path(path).write_text(json.dumps({**failure._asdict(), "timestamp": int(time.time())}))
 
 
+def single_store() -> dist.Store:
+    """The store of a single rank, within its process."""
+    if sys.platform == "win32":  # whose torch has no other
+        return dist.TCPStore(LOOPBACK, 0, 1, True)
+    return dist.HashStore()
+
+
 def ignore_signals(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
     """After an exception, ignore signals: an agent's SIGTERM would raise in the middle of an orderly end."""
     if error is not None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, *ENDINGS):
             signal.signal(number, signal.SIG_IGN)
 
 
@@ -284,7 +295,7 @@ def leave_signals_to_the_agent() -> None:
     Python's. A SIGHUP that is ignored, as under nohup, is blocked, because the agent would handle it too."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
