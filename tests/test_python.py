@@ -316,6 +316,41 @@ def test_training_on_rows_is_that_of_train_py(base, model, tmp_path, method, fla
     torch.testing.assert_close(found, due, rtol=1e-3, atol=1e-5)
 
 
+def test_a_preference_is_trained_saved_and_gone_on_with(base, tmp_path):
+    """By a fresh model from the folder's checkpoint, to the bits of a run that nothing stopped."""
+    pairs = [{"prompt": f"Say {n}:", "chosen": f" {n}!", "rejected": " no"} for n in ("one", "two", "six")]
+    settings = {"data_type": "pairs", "objective": "dpo", "ctx_len": 64, "epoch_steps": 4, "epoch_count": 1}
+    settings |= {"lr_init": 1e-3, "progress": False}
+
+    def steps(name, **more):
+        model = rp.load(base, precision="fp32", device="cpu")
+        rp.add_adapter(model, rank=8)
+        history = rp.train(model, pairs, proj_dir=tmp_path / name, **settings, **more)
+        return [metrics["loss"] for metrics in history], model
+
+    losses, _ = steps("whole")
+    first, _ = steps("parts", callback=lambda metrics: metrics["step"] == 1)
+    rest, model = steps("parts", resume="auto")
+    assert first + rest == losses and len(first) == 2
+    whole, parts = (read_adapter(tmp_path / name).tensors for name in ("whole", "parts"))
+    trained = {name: weight for name, weight in model.network.named_parameters() if weight.requires_grad}
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]) and torch.equal(tensor, trained[name])
+    assert steps("parts", resume="auto")[0] == []  # it is complete
+
+
+def test_rewards_are_learned_from(base, tmp_path):
+    (tmp_path / "judge.py").write_text(
+        "def length(completions, **_):\n    return [len(text) for text in completions]\n"
+    )
+    model = rp.load(base, precision="fp32", device="cpu")
+    rp.add_adapter(model, rank=8)
+    settings = {"data_type": "prompts", "objective": "grpo", "reward": f"{tmp_path / 'judge.py'}:length"}
+    settings |= {"num_generations": 2, "max_completion_length": 4, "epoch_steps": 2, "epoch_count": 1, "ctx_len": 64}
+    history = rp.train(model, [{"prompt": "Say one:"}], progress=False, **settings)
+    assert len(history) == 2 and all("reward" in metrics for metrics in history)
+
+
 def test_what_was_learned_from_rows_is_answered_and_merged(base, model, tmp_path, capsys):
     rp.add_adapter(model, rank=16)
     seen = []

@@ -96,7 +96,8 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
     that is not finite, before anything of that step is saved.
     """
     config, plan, engine, compute = run.config.train, run.plan, run.engine, run.compute
-    report, done, peak = Report(run), plan.first_step, 0
+    report, done, peak, stopping = Report(run), plan.first_step, 0, False
+    run.model.train()
     try:
         if run.checkpoint is not None:
             load_checkpoint(engine, run.checkpoint)
@@ -138,7 +139,7 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
             start_losses = {}
             report.record(metrics)
             report.show(metrics, sums, validation, lines, seconds)
-            stopping = sums.stop or bool(callback is not None and callback(metrics))
+            stopping = stopping or sums.stop or bool(callback is not None and callback(metrics))
 
             if done % run.config.objective.together == 0:  # else the same completions are learned from once more
                 if save(run, done, sums, last or stopping):

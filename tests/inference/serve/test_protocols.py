@@ -1,6 +1,6 @@
 """Other protocols are answered as OpenAI's is: their clients' bodies, streams and mistakes.
 
-The bodies are those that the sources in docs/guides/serving.md make.
+The bodies follow the types of the packages that docs/guides/serving.md names, and clients' documented fields.
 """
 
 import json
