@@ -11,7 +11,8 @@ import rwkv_peft
 
 PACKAGE = Path(rwkv_peft.__file__).parent
 FILES = [
-    *(f"training/step/{name}.py" for name in ("lit", "steps", "segments", "context_parallel")),
+    *("training/loop.py", "training/engine.py", "training/zero.py"),
+    *(f"training/step/{name}.py" for name in ("steps", "segments", "context_parallel")),
     *(f"objectives/{path.name}" for path in (PACKAGE / "objectives").glob("*.py")),
     *("inference/batch.py", "inference/forward.py", "inference/sampling.py"),  # of a token that is drawn
     *("models/parts.py", "models/state.py"),
@@ -38,7 +39,8 @@ ALLOWED = {
     ("objectives/documents.py", "drawn_log_probabilities", "repeat_interleave"): "into a size that is told",
     ("objectives/documents.py", "head", "repeat_interleave"): "into a size that is told",
     ("objectives/grpo.py", "loss", "repeat_interleave"): "into a size that is told",
-    ("training/step/lit.py", "on_after_backward", "tolist"): "after the backward pass, once",
+    ("training/engine.py", "step", "item"): "after the backward pass",
+    ("training/loop.py", "add", "tolist"): "after the backward pass, once a step",
     ("training/step/context_parallel.py", "recomputed", "tolist"): "of seeds that the CPU drew",
     ("training/step/segments.py", "loss", "tolist"): "of seeds that the CPU drew",
     ("training/step/segments.py", "segments", "tensor"): "ranks agree on a number before forward, in stage 3 alone",

@@ -284,7 +284,7 @@ TOOLS, TOOLS_OF = ["--chat", "--tools", "tools.json"], ["--chat", "--tools", "to
             SHOP.replace("(self):", "(self, goods):"),
             "--tools tools.py:Shop: its reset takes goods, and a chat",
         ),
-        (TOOLS_OF, SHOP.replace("self.looked = 0", "1 / 0"), r"--tools: reset\(\{\}\): it raised ZeroDivisionError"),
+        (TOOLS_OF, SHOP.replace("self.looked = 0", "1 / 0"), r"--tools: reset\(\): it raised ZeroDivisionError"),
         (TOOLS_OF, "", "--tools tools.py:Shop: tools.py has no class Shop"),
         (TOOLS_OF, None, "--tools tools.py:Shop: no such file"),
     ],

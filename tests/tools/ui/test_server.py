@@ -212,11 +212,11 @@ def test_a_preview_shows_a_chat_turn_by_turn(server, folder):
 
 
 def test_a_preview_reads_named_columns_a_folder_and_the_start_of_a_text(server, folder):
-    (folder / "表 格.csv").write_text("问题,答案\n几？,一\n", "utf-8-sig")
+    (folder / "表 格.csv").write_text("甲,乙\n几？,一\n", "utf-8-sig")
     asked = {"path": "表 格.csv", "tokenizer": "bytes"}
     status, text = server.ask("/api/preview", asked)
     assert status == 400 and "name yours, as --sft_field QUESTION ANSWER" in text
-    found = server.json("/api/preview", asked | {"fields": ["问题", "答案"]})
+    found = server.json("/api/preview", asked | {"fields": ["甲", "乙"]})
     assert found["documents"][0]["turns"][1]["pieces"] == [[" 一<end>", True]]
     (folder / "texts").mkdir()
     for name in "ab":
