@@ -17,7 +17,7 @@ from ..cli.errors import Diverged, UserError, quoted
 from ..data.preprocess import SKIP
 from ..data.recorded import chat_of
 from ..training.flags.parser import parser_of_train
-from ..training.flags.request import Request, parse_flags, request_of
+from ..training.flags.request import Request, open_request, parse_flags
 from ..training.inputs import find_inputs
 from ..training.loop import Metrics, StopRequest
 from ..training.loop import train as take_steps
@@ -142,7 +142,7 @@ def request_for(model: Model, file: Path, folder: str | Path, settings: Mapping[
             argv += [f"--{name}", *map(str, value)]
         elif value is not None:
             argv.append(f"--{name}={int(value) if isinstance(value, bool) else value}")
-    return request_of(parse_flags(argv)._replace(adapter=adapter))
+    return open_request(parse_flags(argv)._replace(adapter=adapter))
 
 
 def line_of(row: Any) -> str:

@@ -21,7 +21,7 @@ from rwkv_peft.tools.plan.command import (
     parse_flags,
 )
 from rwkv_peft.tools.plan.memory import CPU, GPU, OPTIMIZER, peak, saved_epochs, written
-from rwkv_peft.training.flags.request import request_of
+from rwkv_peft.training.flags.request import open_request
 from tools.plan.rehearsal import NEW, estimate
 
 
@@ -137,7 +137,7 @@ def test_train_takes_whatever_is_advised_together_with_the_flags_that_are_there(
             continue
         asked += 1
         for change in changes(here, 1 << 40):
-            request_of(parse_flags([*flags, *change.flags.split()]))
+            open_request(parse_flags([*flags, *change.flags.split()]))
             told += 1
     assert asked > 4 and told > asked
 

@@ -20,7 +20,7 @@ from ...checkpoints.pth_header import TensorHeader, read_header
 from ...cli.errors import UserError, short
 from ...cli.names import NONE, STATE, generation
 from ...cli.parser import counted
-from ...cli.rules import EXCLUDES, Refusals, Rule, contradictions
+from ...cli.rules import EXCLUDES, Rule
 from ...cli.tables import GENERATIONS
 from ...config import STRATEGIES, AdapterConfig, ModelConfig, RunConfig, forms, problems
 from ...config.objective import TEACHER
@@ -28,8 +28,7 @@ from ...data.recorded import find_tokenizer
 from ...memory import main_memory
 from ...training.flags.checks import check_base
 from ...training.flags.parser import build_parser
-from ...training.flags.request import Flags, flags_of, goes_together, new_model, request_of, targets_of, with_settings
-from ...training.ranks.world import World
+from ...training.flags.request import Flags, goes_together, new_model, open_request, parse, targets_of, validate
 from .activations import CPU, GPU
 from .activations import GENERATIONS as FORMULAS
 from .memory import ALWAYS, Estimate, Part, keys_of, method_named, peak, written
@@ -71,12 +70,9 @@ def parse_flags(argv: list[str]) -> Flags:
         metavar="SIZE",
         help="plan for a GPU of this memory, such as 24GiB (or 24GB, as its box says), instead of this machine",
     )
+    parser.rules = RULES
     parser.check_rules(RULES)
-    args, mistakes = parser.parse_with_mistakes(with_settings(argv, parser))
-    refusals = Refusals(mistakes)
-    refusals.gather(contradictions, RULES, parser.given(args))
-    world = World(args.num_nodes, args.devices)  # the run may be planned for another machine, however it is started
-    return flags_of(args, world, (), refusals, here=False)
+    return validate(parse(argv, parser, here=False), here=False)
 
 
 class Memory(int):
@@ -151,7 +147,7 @@ def estimate_of(flags: Flags, accelerator: str) -> Estimate:
 
 def of_request(flags: Flags) -> Planned:
     """The Planned of a run, by opening its base and teacher. Raises UserError as train.py does."""
-    request = request_of(flags)
+    request = open_request(flags)
     tensors = {} if request.base is None else request.base.tensors
     sizes = Counter[str]()
     for tensor in tensors.values():

@@ -1,4 +1,8 @@
-"""Turn the command line of train.py into one frozen RunConfig, and open the base that it names, once.
+"""Turn the command line of train.py into one frozen RunConfig in three steps, each with a frozen result.
+
+    parse          argv -> CommandLine: the flags, and those that they imply
+    validate       CommandLine -> Flags: settings that go together, whatever the model is
+    open_request   Flags -> Request: the base that they name, opened once, and the RunConfig that fits it
 
 Names that RWKV-LM and RWKV-PEFT scripts use are kept. Every contradiction is refused here, in the flags' own words,
 before a weight is read; those that the flags show by themselves are refused before torch is imported.
@@ -48,12 +52,41 @@ if TYPE_CHECKING:
     from ...models.family import Family
 
 
+class CommandLine(NamedTuple):
+    """A command line as it is meant. Nothing changes it after parse().
+
+    args: the flags as parsed, with what others imply; world: this process among those of the run, None if it was
+    refused; argv: the flags for the other processes, with the seed if one was drawn; given: the flags that stand on the
+    command line or in a settings file; notes: how they were read; mistakes: what was refused so far.
+    """
+
+    args: Namespace
+    world: World | None
+    argv: tuple[str, ...]
+    given: Entries
+    notes: tuple[str, ...]
+    mistakes: tuple[str, ...]
+
+
+class Flags(NamedTuple):
+    """The settings of a command line that go together, whatever the model is and wherever files lie."""
+
+    args: Namespace
+    adapter: AdapterConfig
+    data: DataConfig
+    train: TrainConfig
+    objective: Objective
+    world: World
+    argv: tuple[str, ...]
+    given: Entries
+    notes: tuple[str, ...]
+
+
 class Request(NamedTuple):
     """The run that a command line asks for.
 
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
-    world: this process among those of the run; argv: the flags for the other processes, with the seed if one was drawn;
-    notes: how the flags were read; args: the flags as parsed; teacher: the model that it learns from, or None.
+    teacher: the model that it learns from, or None; the others as in CommandLine.
     """
 
     config: RunConfig
@@ -66,23 +99,14 @@ class Request(NamedTuple):
     teacher: "Base | None"
 
 
-class Flags(NamedTuple):
-    """The flags by themselves, without the base: as parsed, and as settings; world, argv and notes as in Request."""
+def parse_run(argv: Sequence[str]) -> Request:
+    """argv -> the Request of train.py. Raises UserError for settings that cannot work together, or not here."""
+    return open_request(parse_flags(argv), here=True)
 
-    args: Namespace
-    adapter: AdapterConfig
-    data: DataConfig
-    train: TrainConfig
-    objective: Objective
-    world: World
-    argv: tuple[str, ...]
-    notes: tuple[str, ...]
 
-    @property
-    def given(self) -> Entries:
-        """The flags as given, on the command line or in a settings file."""
-        entries = entries_of(self.argv, parser_of_train()._option_string_actions)
-        return {flag: value for flag, value in entries.items() if flag != WRITE[2:]}
+def parse_flags(argv: Sequence[str]) -> Flags:
+    """argv -> Flags, without torch. Raises one UserError of all mistakes and contradictions."""
+    return validate(parse(argv, parser_of_train()))
 
 
 def check_flags(argv: Sequence[str]) -> None:
@@ -106,19 +130,37 @@ def end_without_launcher(world: World, folder: Path) -> None:
         os._exit(1)
 
 
-def parse_flags(argv: Sequence[str]) -> Flags:
-    """Parse argv -> Flags, without torch. Raises one UserError of all mistakes and contradictions."""
-    parser = parser_of_train()
+# parse
+
+
+def parse(argv: Sequence[str], parser: Parser, here: bool = True) -> CommandLine:
+    """Read argv, and set what it implies. Without `here` the run is planned for another machine, however this process
+    was started. Mistakes are kept for validate, which reports all of them at once."""
     argv = with_settings(argv, parser)
     args, mistakes = parser.parse_with_mistakes(argv)
     refusals = Refusals(mistakes)
-    world = refusals.attempt(find_world, settings_of(args, TrainConfig))
-    if args.random_seed == DRAWN and world is not None:
-        args.random_seed = refusals.attempt(draw_seed, args, world)
-        argv = [*argv, "--random_seed", str(args.random_seed)]
-    if args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
-        args.peft = NONE  # flags describe a new model, which has nothing to adapt
-    return flags_of(args, world, tuple(argv), refusals)
+    refusals.gather(contradictions, parser.rules, parser.given(args))
+    entries = entries_of(argv, parser._option_string_actions)
+    entries.pop(WRITE[2:], None)
+    world: World | None = World(args.num_nodes, args.devices)
+    if here:
+        world = refusals.attempt(find_world, settings_of(args, TrainConfig))
+        if args.random_seed == DRAWN and world is not None:
+            args.random_seed = refusals.attempt(draw_seed, args, world)
+            argv = [*argv, "--random_seed", str(args.random_seed)]
+            entries["random_seed"] = str(args.random_seed)
+        if args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
+            args.peft = NONE  # flags describe a new model, which has nothing to adapt; a plan stands for its base
+    args.data_file, args.more_data = first_of(args.data_file)
+    args.val_data, args.more_val = first_of(args.val_data)
+    notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
+    args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
+    if args.train_type == STATE and not args.train_parts:
+        args.train_parts = [(STATE,)]
+    args.lr_chosen = ()
+    if args.lr_init == AUTO:  # open_request chooses it, by the model
+        args.lr_chosen, args.lr_init = rates_left(args), None
+    return CommandLine(args, world, tuple(argv), entries, notes, tuple(refusals.messages))
 
 
 def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
@@ -130,47 +172,63 @@ def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
     return expanded(argv, parser)
 
 
-def flags_of(
-    args: Namespace, world: World | None, argv: tuple[str, ...], refusals: Refusals, here: bool = True
-) -> Flags:
-    """Turn what a parser made of argv into Flags, without a World if it was refused. Raises all refusals as one; if
-    there are any, with those of look_up, which imports torch."""
-    args.data_file, args.more_data = first_of(args.data_file)
-    args.val_data, args.more_val = first_of(args.val_data)
-    notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
-    args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
-    if args.train_type == STATE and not args.train_parts:
-        args.train_parts = [(STATE,)]
+def rates_left(args: Namespace) -> tuple[str, ...]:
+    """The learning rates to choose: the first, and the last unless it is given."""
+    return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
+
+
+# validate
+
+
+class Draft(NamedTuple):
+    """Settings before all of them are known to fit. None stands for those that were refused."""
+
+    adapter: AdapterConfig | None
+    data: DataConfig | None
+    train: TrainConfig | None
+    objective: Objective
+
+
+def validate(line: CommandLine, here: bool = True) -> Flags:
+    """Make the settings of a CommandLine, and judge them by the table of rules. `here`: as in look_up.
+
+    Raises one UserError of all refusals. If there are any, the base and the data are looked at as well, which imports
+    torch, so that a second attempt does not end at the next mistake."""
+    args, world, argv, entries, notes, mistakes = line
+    refusals = Refusals(mistakes)
     refusals.gather(check_stage, args)
     refusals.gather(check_adapter_flags, args)
     adapter = refusals.attempt(adapter_config, args)
     data = refusals.attempt(data_config, args)
     objective: Objective = settings_of(args, objectives.OBJECTIVES[args.objective or takers_of(args.data_type)[0]])
     train = refusals.attempt(train_config, args, data)
-    made = (adapter, data, train, objective if args.data_type in objective.rows else None)
-    refusals.gather(contradictions, RULES, flags_given(args, *(each for each in made if each)))
+    draft = Draft(adapter, data, train, objective)
+    refusals.gather(contradictions, RULES, flags_given(args, draft))
     refusals.gather(check_objective, args, objective)
     refusals.gather(objective.problems, train)
     refusals.gather(check_tokens, data)
     refusals.gather(check_train, train)
-    refusals.gather(check_overwriting, adapter, data, train, objective)
+    refusals.gather(check_overwriting, *draft)
     if refusals.messages and (args.load_model or args.data_file):
         with suppress(ModuleNotFoundError):  # no torch: these mistakes come first
-            look_up(args, adapter, data, train, objective, refusals, here)
+            look_up(args, draft, refusals, here)
     refusals.raise_all()
     assert world is not None and adapter is not None and data is not None and train is not None
-    return Flags(args, adapter, data, train, objective, world, argv, notes)
+    return Flags(args, adapter, data, train, objective, world, argv, entries, notes)
 
 
-def flags_given(args: Namespace, *made: Settings) -> Given:
-    """The flags that rules judge, as settings have them: those of settings that were not made are left out. A flag
+def flags_given(args: Namespace, draft: Draft) -> Given:
+    """The flags that rules judge, as settings have them: those of settings that were refused are left out. A flag
     without a default of its own counts as given, whatever its value is."""
+    settings: list[Settings] = [each for each in draft[:3] if each is not None]
+    if args.data_type in draft.objective.rows:
+        settings.append(draft.objective)
     parsed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
     others = {name: value for name, value in parsed.items() if name not in (*FLAGS, "objective")}
-    found = given(others | values_of(*made) | {"train_type": args.train_type})
+    judged = given(others | values_of(*settings) | {"train_type": args.train_type})
     unset = {name for name, field in FLAGS.items() if field.metadata["unset"] and getattr(args, name) is not None}
-    own = {name for name, field in objectives.FLAGS.items() if parsed[name] != field.default}
-    return found._replace(names={*found.names, *unset, *own})
+    of_objectives = {name for name, field in objectives.FLAGS.items() if parsed[name] != field.default}
+    return judged._replace(names={*judged.names, *unset, *of_objectives})
 
 
 def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective) -> bool:
@@ -178,44 +236,51 @@ def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, 
     return not any(check_settings(adapter, data, train, objective, rules=RULES))
 
 
-def rates_left(args: Namespace) -> tuple[str, ...]:
-    """The learning rates to choose: the first, and the last unless it is given."""
-    return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
-
-
 def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
-    """Make the TrainConfig; default learning rates depend on what trains, the default number of epochs on the data."""
+    """Make the TrainConfig. Default learning rates depend on what trains, the default number of epochs on the data."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
-    chosen: tuple[str, ...] = ()
-    if args.lr_init == AUTO:  # request_of chooses it, by the model
-        chosen, args.lr_init = rates_left(args), None
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin
     epochs = epochs and (data.of_rows or data.of_answers)
-    others: dict[str, Any] = {"lr_chosen": chosen, "epochs_chosen": epochs}
+    others: dict[str, Any] = {"lr_chosen": args.lr_chosen, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
     train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)
     if args.peft == NONE and parts_of(args) == (STATE,):
-        given = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
-        rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in given.items()}
+        asked = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
+        rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in asked.items()}
         train = replace(train, **rates)
     return train if args.lr_final is not None else replace(train, lr_final=min(train.lr_init, train.lr_final))
 
 
-def parse_run(argv: Sequence[str]) -> Request:
-    """Parse argv -> Request. Raises UserError for settings that cannot work together, or not here."""
-    return request_of(parse_flags(argv), here=True)
+def data_config(args: Namespace) -> DataConfig:
+    """Make the DataConfig. The defaults of --dataload and --loss_mask depend on the data."""
+    files = (args.data_file, *args.more_data)
+    loss_mask = args.loss_mask or ("file" if args.data_type in OF_ROWS else min(map(default_mask, files)))
+    kind = DataConfig(data_type=args.data_type, loss_mask=loss_mask)
+    return settings_of(
+        args,
+        DataConfig,
+        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.of_rows else "get"),
+        loss_mask=loss_mask,
+        more=args.more_data,
+        seed=args.random_seed if args.data_shuffle else None,
+        think_labels=think_bounds(args.think_labels),
+        **markers_of(args),
+    )
 
 
-def request_of(flags: Flags, here: bool = False) -> Request:
-    """Turn Flags into a Request; `here` as in look_up. Without a base, an adapter is fitted to a new model's shapes."""
+# open
+
+
+def open_request(flags: Flags, here: bool = False) -> Request:
+    """Open what Flags name; `here` as in look_up. Without a base, an adapter is fitted to a new model's shapes. Raises
+    UserError for settings that the base or this machine contradicts."""
     from ..rates import automatic_rate, with_chosen_rates
 
-    args, adapter, data, train, objective, world, argv, notes = flags
+    args, adapter, data, train, objective, world, argv, entries, notes = flags
     refusals = Refusals()
-    found = look_up(args, adapter, data, train, objective, refusals, here)
+    base, model, layers, teacher = look_up(args, Draft(adapter, data, train, objective), refusals, here)
     refusals.raise_all()
-    base, model, layers, teacher = found
     assert model is not None and layers is not None
     if base is not None and args.my_testing not in (None, base.config.version):
         notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
@@ -223,11 +288,11 @@ def request_of(flags: Flags, here: bool = False) -> Request:
     if train.lr_chosen or (args.lr_init is None and not adapter.states_alone):
         rate = automatic_rate(adapter, model.n_embd, objective, base is None).value
         train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rate)
-    config = RunConfig(model, adapter, data, train, objective, flags.given)
+    config = RunConfig(model, adapter, data, train, objective, entries)
     return Request(config, base, layers, world, argv, notes, args, teacher)
 
 
-class Found(NamedTuple):
+class Opened(NamedTuple):
     """What flags name: base, layers and teacher as in Request, and the model's dimensions. None stands for what they do
     not name, and for what was refused."""
 
@@ -237,18 +302,10 @@ class Found(NamedTuple):
     teacher: "Base | None"
 
 
-def look_up(
-    args: Namespace,
-    adapter: AdapterConfig | None,
-    data: DataConfig | None,
-    train: TrainConfig | None,
-    objective: Objective,
-    refusals: Refusals,
-    here: bool,
-) -> Found:
-    """Open what flags name, and add to Refusals all that contradicts them there; None stands for settings that were
-    refused. `here` says that the run is to be on this machine, whose GPUs are counted then. The data and the run's
-    folder are looked at only beside other refusals, because a run opens them by itself."""
+def look_up(args: Namespace, draft: Draft, refusals: Refusals, here: bool) -> Opened:
+    """Open what flags name, and add to Refusals all that contradicts the settings there. `here` says that the run is to
+    be on this machine, whose GPUs are counted then. The data and the run's folder are looked at only beside other
+    refusals, because a run opens them by itself."""
     from ...adapters.inject import check_adapter
     from ...checkpoints.base import linear_shapes, open_base
     from ...data.sources import find_data
@@ -257,6 +314,7 @@ def look_up(
     from ..step.compiling import require_compiler
     from ..step.teacher import open_teacher
 
+    adapter, data, train, objective = draft
     base = refusals.attempt(open_base, args.load_model) if args.load_model else None
     if args.load_model and base is None:
         family, model, layers = None, None, None
@@ -265,7 +323,7 @@ def look_up(
         family = generation_of(args, base)
         model = refusals.attempt(new_model, args, family) if base is None else base.config
         shapes = None if model is None else linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
-        refusals.gather(check_model, adapter, data, train, objective, model)
+        refusals.gather(check_model, *draft, model)
         fitted = None if adapter is None else replace(adapter, targets=targets_of(adapter.targets, family))
         layers = refusals.attempt(check_adapter, fitted, shapes, (*family.parts, STATE))
         if base is not None and base.has_states:
@@ -288,7 +346,7 @@ def look_up(
         refusals.attempt(find_data, data)
         if train is not None and adapter is not None and not train.resume:
             refusals.attempt(find_state, Path(train.proj_dir), train, {"adapter": asdict(adapter)})
-    return Found(base, model, layers, teacher)
+    return Opened(base, model, layers, teacher)
 
 
 def generation_of(args: Namespace, base: "Base | None") -> "Family":
@@ -313,20 +371,3 @@ def new_model(args: Namespace, family: "Family") -> ModelConfig:
     if missing:
         raise UserError(f"a new model needs {', '.join(missing)}; or name a base with --load_model")
     return family.new_dimensions(**{name: getattr(args, name) or 0 for name, _ in DIMENSIONS})
-
-
-def data_config(args: Namespace) -> DataConfig:
-    """Make the DataConfig; the defaults of --dataload and --loss_mask depend on the data."""
-    files = (args.data_file, *args.more_data)
-    loss_mask = args.loss_mask or ("file" if args.data_type in OF_ROWS else min(map(default_mask, files)))
-    kind = DataConfig(data_type=args.data_type, loss_mask=loss_mask)
-    return settings_of(
-        args,
-        DataConfig,
-        dataload=args.dataload or ("pad" if kind.of_answers else "pack" if kind.of_rows else "get"),
-        loss_mask=loss_mask,
-        more=args.more_data,
-        seed=args.random_seed if args.data_shuffle else None,
-        think_labels=think_bounds(args.think_labels),
-        **markers_of(args),
-    )
