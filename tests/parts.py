@@ -35,7 +35,7 @@ PARTS = (
     ("rewards", ("rewards",), ("evals", "environments")),
     ("hf", ("hf",), ("inference", "convert")),
     ("plots", ("plots", "tools/plot"), ("containers", "objectives")),
-    ("inspect", ("release/inspect", "release/push"), ("convert", "merge")),
+    ("inspect", ("release/inspect", "release/card", "release/push"), ("convert", "merge")),
     ("tools/doctor", ("tools/doctor",), ("models", "containers", "inspect")),
     ("optimizers", ("training/optimizers",), ("native", "ops")),  # DeepSpeed's Adam is compiled on first use
     ("step", ("training/step",), ("optimizers", "bases", "adapter files", "data", "plots", "merge", "objectives")),

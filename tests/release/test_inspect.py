@@ -13,7 +13,8 @@ from rwkv_peft.checkpoints.base import base_of, save_model
 from rwkv_peft.checkpoints.state_file import read_states
 from rwkv_peft.cli.commands import main
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.release.push import MARK, cell, files_of, write_card
+from rwkv_peft.release.card import MARK, cell, write_card
+from rwkv_peft.release.push import files_of
 from rwkv_peft.release.push import main as push
 
 

@@ -1,37 +1,19 @@
 """Push a run's adapter or model to the Hugging Face hub, with its card: `rwkv-peft push RUN NAME/REPO`.
 
-The card is a README.md that describes the files, their making and their use. A run writes one beside its adapter when
-it ends; a push makes one for a file without. HF_ENDPOINT names another hub, such as a mirror.
+HF_ENDPOINT names another hub, such as a mirror.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from ..checkpoints.adapters import AdapterSource
-from ..checkpoints.atomic import write_text
 from ..checkpoints.best import BEST, labelled, take
 from ..cli.errors import UserError, summarize
 from ..cli.names import ADAPTER, CARD, MERGED, MODEL, PICTURE, TUNED
 from ..cli.parser import counted
-from ..data.recorded import flags_beside
+from .card import card_of, is_own
 from .flags import push_flags
-from .inspect import ADAPTER as IS_ADAPTER
-from .inspect import SHIFTED, STATES, Line, contents_of
 
 NEWEST = (ADAPTER, MODEL, MERGED, TUNED)  # pushed of a run's folder, if they are there; their best if it is taken
-MARK = "<!-- Written by rwkv-peft, which replaces this file unless this line is taken away. -->"
-USE = MappingProxyType(
-    {  # commands of rwkv-peft
-        ADAPTER: (
-            "python merge_bone.py --base_model BASE.pth --bone_checkpoint {name} --output merged.pth",
-            "rwkv-peft generate --model BASE.pth --adapter {name} {asked}",
-        ),
-        TUNED: ("rwkv-peft generate --model BASE.pth --state {name} {asked}",),
-        MODEL: ("rwkv-peft generate --model {name} {asked}",),
-    }
-)
 
 
 def main(argv: list[str]) -> int:
@@ -93,50 +75,3 @@ def push(repo: str, contents: dict[str, Path | bytes], private: bool, message: s
             "again"
         ) from error
     return str(commit.commit_url)
-
-
-def card_of(title: str, files: Iterable[Path], figures: Iterable[Line] = ()) -> str:
-    """The text of a card about files. It describes the first; figures are further (name, value) lines."""
-    first, *_ = paths = list(files)
-    contents = contents_of(AdapterSource(first))
-    kind = ADAPTER if contents.what == IS_ADAPTER else TUNED if contents.what in (STATES, SHIFTED) else MODEL
-    return text_of(title, kind, [path.name for path in paths], [*contents.lines, *figures], flags_beside(first))
-
-
-def text_of(title: str, kind: str, names: list[str], lines: Iterable[Line], asked: str) -> str:
-    """The text of a card: kind is the first file's, ADAPTER, TUNED or MODEL; asked are generate's flags."""
-    tags = ["rwkv", "rwkv-peft", *(["adapter"] if kind == ADAPTER else [])]
-    rows = [f"| {name} | {cell(value)} |" for name, value in lines]
-    others = f"Beside it: {', '.join(f'`{name}`' for name in names[1:])}.\n\n" if names[1:] else ""
-    commands = "\n".join(command.format(name=names[0], asked=asked) for command in USE[kind])
-    return (
-        f"---\ntags: [{', '.join(tags)}]\n---\n{MARK}\n# {cell(title)}\n\n`{names[0]}`:\n\n| | |\n|---|---|\n"
-        + "\n".join(rows)
-        + f"\n\n{others}## Use\n\n```sh\n{commands}\n```\n"
-    )
-
-
-def cell(text: str) -> str:
-    """A text in a cell of a table, as which Markdown and HTML show it letter by letter."""
-    for sign in "\\`*_|[]":
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")
-
-
-def write_card(folder: Path, text: str) -> bool:
-    """Write the card of a folder, unless a README.md of someone else is there -> whether it was written."""
-    path = folder / CARD
-    if path.exists() and not is_own(path):
-        return False
-    write_text(path, text)
-    return True
-
-
-def is_own(path: Path) -> bool:
-    """True if a file is a card that still has the mark; a user takes it away to keep the text."""
-    try:
-        return MARK in path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return False
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); move it away") from error

@@ -16,7 +16,7 @@ from ..cli.parser import counted
 from ..data.recorded import ENTRY, OPENING
 from ..data.report import opening_of
 from ..plots import plot_loss, read_metrics, series
-from ..release.push import card_of, write_card
+from ..release.card import card_of, write_card
 from .inputs import VALIDATION
 from .learned import UNKNOWN, aim_of, by_source, fall_of, held_out_line, notes_on, overfitted
 from .loop import StopRequest
