@@ -15,10 +15,10 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.chat import THINK, with_length
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.recorded import vocabulary_of
-from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.tokenizer import WORLD_END, load_tokenizer
 from rwkv_peft.data.tools import TOOL_FORMS
 from rwkv_peft.inference.serve.requests import ChatBody
-from rwkv_peft.release.vocabulary import END, KNOWN_BY, gguf_template, world_json
+from rwkv_peft.release.vocabulary import KNOWN_BY, gguf_template, world_json
 
 PIECES = [*" \n\t\r=-'\0\xa0\u3000é\u0301\ufffd🦢", "<s>", "क्षि", "ёж", "你好", "한글"]
 ALONE = """
@@ -276,9 +276,15 @@ def awkward(world, number):
         yield draw.randbytes(size).decode("utf-8", "replace")
 
 
-def test_all_tokens_and_any_text_are_those_of_world(world):
+def test_all_tokens_and_any_text_are_those_of_world(world, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    found = tokenizers.Tokenizer.from_str(world_json(world.token_bytes, world.vocab_size).decode())
+    file, rows = tmp_path / "tokenizer.json", tmp_path / "rows.jsonl"
+    file.write_bytes(world_json(world.token_bytes, world.vocab_size))
+    rows.write_text(json.dumps({"question": "Zürich?", "answer": "日本 😀\nb"}))
+    for name, output in (("world", tmp_path / "a"), (file, tmp_path / "b")):
+        assert commands.main(["preprocess", str(rows), "--tokenizer", str(name), "--output", str(output)]) == 0
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+    found = tokenizers.Tokenizer.from_file(str(file))
     known = [number for number, token in enumerate(world.token_bytes) if token]
     assert found.decode_batch([[number] for number in known]) == [world.decode([number]) for number in known]
     for texts in (map(world.decode, zip(known)), awkward(world, 40)):
@@ -286,7 +292,7 @@ def test_all_tokens_and_any_text_are_those_of_world(world):
         assert [encoding.ids for encoding in found.encode_batch(texts)] == list(map(world.encode, texts))
     ids = random.Random(1).choices(known, k=1000)  # bytes that are no text
     assert found.decode(ids) == world.decode(ids)
-    assert found.encode(f"a{END}b").ids == [*world.encode("a"), 0, *world.encode("b")]
+    assert found.encode(f"a{WORLD_END}b").ids == [*world.encode("a"), 0, *world.encode("b")]
     assert found.get_vocab_size() == 65536 and found.id_to_token(65535) == "[PAD65535]"
 
 

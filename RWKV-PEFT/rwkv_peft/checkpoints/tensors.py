@@ -133,11 +133,11 @@ def stream_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def require_weights(state: Mapping[str, torch.Tensor], name: str | Path) -> None:
-    """Raise UserError for a tensor that nothing here computes with: not dense, without data, quantized, not of floats,
-    of less than 16 bits, or a view that is negated or larger than its data."""
+    """Raise UserError for a tensor that nothing here computes with: not dense, without data, quantized, not of floats
+    of 16 or 32 bits, or a view that is negated or larger than its data."""
     for key, tensor in state.items():
         dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta or tensor.is_quantized)
-        floats = dense and tensor.is_floating_point() and tensor.element_size() >= 2 and not tensor.is_neg()
+        floats = dense and tensor.is_floating_point() and tensor.element_size() in (2, 4) and not tensor.is_neg()
         if not floats or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             kind = dtype_name(tensor.dtype) + ("" if floats or dense else " and not dense")
             raise UserError(

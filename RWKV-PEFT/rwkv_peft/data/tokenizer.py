@@ -28,7 +28,8 @@ REPLACEMENT = "\ufffd"
 Result = TypeVar("Result")
 KNOWN_SIZES = ((65536, "world"), (257, "bytes"))  # (a model's vocabulary size, the tokenizer that it implies)
 ENCODES = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # parts of a tokenizer.json that shape its tokens
-END_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
+WORLD_END = "<|rwkv_tokenizer_end_of_text|>"  # World's token 0 in a tokenizer.json, as published folders spell it
+END_TOKENS = (WORLD_END, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>")
 
 
 def load_tokenizer(name: str | Path) -> "Tokenizer":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ..cli.errors import UserError
 from ..data.chat import CHAT, EFFORTS, ENABLED, LENGTHS, ONLY_CALLS, QUOTE, SPEAKERS, THINK, TURN_END, ChatLayout
-from ..data.tokenizer import JsonTokenizer, Tokenizer
+from ..data.tokenizer import WORLD_END, JsonTokenizer, Tokenizer
 
 SEPARATORS = (", ", ": ")  # tojson's own
 CLEANING = (  # as ChatLayout.cleaned
@@ -140,8 +140,7 @@ FOLDER_SETTINGS = MappingProxyType(
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
 
-END = "<|rwkv_tokenizer_end_of_text|>"  # the text of token 0, which ends a document, as published folders spell it
-MARKS = MappingProxyType(dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END))
+MARKS = MappingProxyType(dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), WORLD_END))
 VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 UNSEEN = tuple(byte for byte in range(256) if byte not in VISIBLE)
 # the character that stands for each byte in the library's ByteLevel
@@ -234,14 +233,14 @@ def hf_files(tokenizer: Tokenizer, size: int, chat: ChatLayout = CHAT) -> dict[s
 
 def world_json(table: Sequence[bytes | None], size: int) -> bytes:
     """Make the tokenizer.json of the first `size` entries of a table {id: bytes} (None: an id without a token)."""
-    words: dict[str, int] = {END: 0}
+    words: dict[str, int] = {WORLD_END: 0}
     for number in range(1, size):
         content = table[number] if number < len(table) else None
         words[f"[PAD{number}]" if content is None else "".join(CHARACTERS[byte] for byte in content)] = number
     tokens = [word for word, number in words.items() if number < len(table) and table[number]]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     cut = {"type": "Split", "pattern": {"Regex": longest(tokens)}, "behavior": "Isolated", "invert": False}
-    end = {"id": 0, "content": END, "special": True}
+    end = {"id": 0, "content": WORLD_END, "special": True}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return json.dumps(
         {

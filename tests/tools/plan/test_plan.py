@@ -48,6 +48,12 @@ def test_a_base_is_planned_from_its_header(tmp_path, tiny_state, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_in_float64_is_refused(tmp_path, tiny_state):
+    torch.save(tiny_state(dtype=torch.float64), tmp_path / "base.pth")
+    with pytest.raises(UserError, match="emb.weight is float64; weights must be dense tensors of bfloat16, float16 or"):
+        main(["plan", "--load_model", str(tmp_path / "base.pth"), "--bone_r", "16", "--ctx_len", "32"])
+
+
 def test_tables_stay_in_their_file_until_they_train():
     plain, deep, whole = (
         estimate("--model_version", version, *more).parts(1, 128)
