@@ -187,10 +187,11 @@ def test_a_node_that_waits_in_vain_says_so_and_ctrl_c_ends_it(command):
 @pytest.mark.parametrize("name", ["launcher", "rank-0"])  # Ctrl-C, and the page's Stop
 def test_ctrl_c_once_saves_and_stops_all_ranks_and_twice_ends_them(files, command, name):
     argv, hold = command(name, *PAIR, "--resume", "auto"), files / "hold"
-    for times in (1, 2):
+    for times in (1, 2, 3)[: 3 if name == "launcher" else 2]:
         done = 3 * times
         process = start(held(argv, hold, done))
         wait_for_steps(files, name, done, process)
+        ranks = children(process, 2) if name == "launcher" else []
         pid = process.pid if name == "launcher" else holder(files / name / LOCK)["process"]
         psutil.Process(pid).send_signal(signal.SIGINT)
         wait_for_words("stopping after this step", process)
@@ -199,8 +200,14 @@ def test_ctrl_c_once_saves_and_stops_all_ranks_and_twice_ends_them(files, comman
             out, err = finish(process, 130)
             assert f"stopped after {done + 1} of 60 steps, saved in" in out and err == ""
         else:
+            for rank in ranks[1:]:  # which then hears nothing
+                rank.suspend()
             psutil.Process(pid).send_signal(signal.SIGINT)
+            if times == 3:
+                psutil.wait_procs(ranks[:1], 600)
+                psutil.Process(pid).send_signal(signal.SIGINT)
             _, err = finish(process, 130)
+            assert not any(rank.is_running() for rank in ranks)
             assert err == "interrupted; what was saved before is intact\n"
     assert [path.name for path in (files / name / "checkpoints").iterdir()] == ["step-00000004"]
 

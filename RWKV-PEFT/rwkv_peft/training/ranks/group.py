@@ -6,18 +6,20 @@ import os
 import platform
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -25,6 +27,7 @@ from ...children import python_command
 from ...cli.errors import ENDINGS, NotNow, UserError, explained, keeping_handlers, summarize
 from ...config import TrainConfig
 from ...ops.products import ProductRow, agreed, row
+from ...system import end_group
 from ..saving.checkpoints import how_to_go_on, is_of_connection
 from .agreement import disagreement
 from .world import LOOPBACK, World
@@ -39,6 +42,7 @@ GRACE = 3.0  # seconds in which another rank's Failure may come after a connecti
 INTACT = "interrupted; what was saved before is intact"
 VISIBLE = 10.0  # seconds in which a file must appear on a shared disk
 LOOK = 0.2  # seconds between two looks of the agent at the ranks
+LAST = 5.0  # seconds that ranks have to end after the second signal
 ASKED = tuple(128 + number for number in (signal.SIGINT, *ENDINGS))  # exit codes after a signal
 
 
@@ -248,7 +252,7 @@ def launch(world: World, argv: Sequence[str], train: TrainConfig) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // world.devices)))
     place = f"{world.address}:{world.port}, within {train.join_minutes:g} minutes"
     command = python_command("rwkv_peft", "train", *argv)
-    with tempfile.TemporaryDirectory(prefix="rwkv_peft-ranks-") as logs, keeping_handlers():
+    with tempfile.TemporaryDirectory(prefix="rwkv_peft-ranks-") as logs, keeping_handlers(), ending_ranks():
         leave_signals_to_the_agent()
         if world.nodes > 1:
             print(f"ranks     {world.nodes} nodes meet at {place}", flush=True)
@@ -258,6 +262,7 @@ def launch(world: World, argv: Sequence[str], train: TrainConfig) -> int:
         except ChildFailedError as error:
             return report(error.failures, world, Path(train.proj_dir))
         except SignalException as end:
+            ignore_signals(type(end), end, None)
             codes = [json.loads(path.read_text())["code"] for path in Path(logs).rglob("error.json")]
             return next((code for code in codes if code not in ASKED), 128 + end.sigval)
         except dist.DistError as error:
@@ -288,6 +293,34 @@ def agent_config(world: World, train: TrainConfig, logs: str) -> "LaunchConfig":
     )
     config.shutdown_timeout = round(60 * train.timeout_minutes)  # before SIGKILL; torch's older agents wait 30 s
     return config
+
+
+@contextmanager
+def ending_ranks() -> Iterator[None]:
+    """Within, kill this node's ranks LAST seconds after the second signal, and at the end those that are left: a rank
+    that is stopped, or waits for one, hears no signal, and the agent waits for it as long as for a save."""
+    signals, wakes = socket.socketpair()  # signal numbers come here, whichever handlers the agent sets
+    wakes.setblocking(False)
+
+    def kill() -> list[psutil.Process]:
+        for rank in (ranks := psutil.Process().children()):
+            end_group(rank.pid)
+        return ranks
+
+    def watch() -> None:
+        with signals:
+            if signals.recv(1) and signals.recv(1):
+                time.sleep(LAST)
+                kill()
+
+    before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        wakes.close()
+        psutil.wait_procs(kill(), LAST)
 
 
 def leave_signals_to_the_agent() -> None:
