@@ -3,8 +3,10 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+from random import Random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +79,48 @@ def test_replay_has_its_share_between_data_that_keeps_its_epochs(config, dataloa
     train, held_out = split_samples(with_replay, 80, 0.2)
     assert held_out.tokens == split_samples(own, 80, 0.2)[1].tokens
     assert len(train.parts[-1]) == len(samples.parts[-1])
+
+
+SHAPES = {  # (the tokens of rows, those of them that count, the tokens of a document to replay), each from and to
+    "text beside text": ((5, 60), None, (5, 60)),
+    "long text beside short answers": ((20, 60), (2, 8), (50, 64)),
+    "short text beside long answers": ((10, 64), (9, 63), (3, 12)),
+    "rows of every length beside each other": ((2, 64), (1, 64), (2, 64)),
+}
+
+
+@pytest.mark.parametrize("dataload, bucketed", [("pad", True), ("pack", False)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_50_steps_replay_a_share_of_the_counted_tokens_to_a_tenth(tmp_path, shape, dataload, bucketed):
+    draw, (rows, answers, texts) = Random(1), SHAPES[shape]
+    for name, sizes, answered in (("rows", rows, answers), ("old", texts, None)):
+        with ShardWriter(tmp_path / name, vocab_size=80) as writer:
+            for _ in range(700):
+                size = draw.randint(*sizes) + 1
+                told = min(draw.randint(*answered), size - 1) if answered else size
+                writer.add([1] * size, *([[0] * (size - told) + [1] * told] if answered else []))
+    path, old = str(tmp_path / "rows"), str(tmp_path / "old")
+    samples = build_samples(
+        DataConfig(path=path, replay=old, ctx_len=64, dataload=dataload, loss_mask="file", micro_bsz=1 + bucketed), 80
+    )
+    step = 32  # samples, so that a tenth of what 50 steps replay is more than one
+    for begin in (0, 10**6 * step):  # also as a run that goes on
+        counts = np.array([(samples.source(n), samples.count(n)) for n in range(begin, begin + 200 * step)])
+        learned, replayed = counts[:, 1], counts[:, 1] * counts[:, 0]
+        for step_first in range(0, 150 * step, step):
+            steps = slice(step_first, step_first + 50 * step)
+            assert 0.09 < replayed[steps].sum() / learned[steps].sum() < 0.11
+
+
+def test_a_sample_depends_on_its_number_alone(config):
+    """Whatever was read before: across blocks, epochs and sources, of which one has fewer samples than a block."""
+    for dataload in ("pad", "pack"):
+        settings = replace(config, loss_mask="file", dataload=dataload, mix=(0.5, 0.3, 0.2))
+        samples, numbers = build_samples(settings, 80), [*range(0, 3000, 7), 10**9]
+        places = [samples.place(n)[1] for n in numbers]
+        for n, place in [*zip(numbers, places)][::-1]:
+            again = build_samples(settings, 80) if n % 70 == 0 else samples
+            assert again.place(n)[1] == place
 
 
 def rows_of(sample):

@@ -23,7 +23,7 @@ def mixed(files):
 
 def test_a_mixed_run_tells_each_file_and_goes_on_to_the_bit(files, train, mixed):
     out, _ = train("mixed-whole", *mixed)
-    assert "25.0% of the tokens are of data, read" in out and "is seen of data " in out, out
+    assert "25.0% of the counted tokens are of data, read" in out and "is seen of data " in out, out
     assert f"note: {files}/code has tools in another form than {files}/data; chats" in out
     rewound(files / "mixed-whole", "mixed")
     train("mixed", *mixed, "--data_mix", "1", "3", "--resume")  # the same mix
@@ -52,8 +52,8 @@ def test_replay_is_read_between_the_data_and_validates_nothing(files, train, mix
     """And a run goes on to the bit, with the same share alone."""
     flags = (*FLAGS, "--replay", str(files / "code"), "--replay_share", "0.25")
     out, _ = train("replay-whole", *flags)
-    assert "75.0% of the tokens are of data, read 1.01 times an epoch\n" in out, out
-    assert "25.0% of the tokens are of code, read " in out and " times an epoch (--replay)\n" in out
+    assert "75.0% of the counted tokens are of data, read 1.01 times an epoch\n" in out, out
+    assert "25.0% of the counted tokens are of code, read " in out and " times an epoch (--replay)\n" in out
     rewound(files / "replay-whole", "replay")
     train("replay", *flags, "--resume")
     whole, parts = (metrics(files, name) for name in ("replay-whole", "replay"))

@@ -53,11 +53,11 @@ class DataConfig:
     """The data, and the order in which it is read.
 
     path and `more` are the data files, mixed by the shares of `mix`, and replay is one that has replay_share of the
-    tokens. Each is the prefix of a .bin/.idx pair (data_type "binidx"), or a file or folder of rows that tokenizer
-    turns into tokens: questions and answers ("sft"), prompts with two answers each ("pairs"), prompts with an answer
-    and its label ("labels"), prompts that the model answers itself ("prompts"), or questions and answers with a context
-    that only a teacher reads ("contexts"). seed draws the order of the samples; None keeps the file's. bucketed: True
-    if dataload "pad" brings rows of similar length together; None: if rows share a batch.
+    tokens that count in the loss. Each is the prefix of a .bin/.idx pair (data_type "binidx"), or a file or folder of
+    rows that tokenizer turns into tokens: questions and answers ("sft"), prompts with two answers each ("pairs"),
+    prompts with an answer and its label ("labels"), prompts that the model answers itself ("prompts"), or questions and
+    answers with a context that only a teacher reads ("contexts"). seed draws the order of the samples; None keeps the
+    file's. bucketed: True if dataload "pad" brings rows of similar length together; None: if rows share a batch.
     """
 
     path: str = setting(
@@ -72,8 +72,8 @@ class DataConfig:
     more: tuple[str, ...] = setting(())
     mix: tuple[float, ...] = setting(
         (),
-        "the share of the tokens that each --data_file has, such as 0.7 0.3; an epoch reads as many tokens as all hold "
-        "(default: each file's own share, so that all are read equally often)",
+        "the share of the counted tokens that each --data_file has, such as 0.7 0.3; an epoch counts as many as all "
+        "hold (default: each file's own share, so that all are read equally often)",
         flag="data_mix",
         type=above_zero,
         metavar="SHARE",
@@ -86,7 +86,7 @@ class DataConfig:
     )
     replay_share: float = setting(
         0.1,
-        "the share of the tokens that --replay has; an epoch still reads all of --data_file once",
+        "the share of the counted tokens that --replay has; an epoch still reads all of --data_file once",
         type=open_share,
         metavar="SHARE",
     )

@@ -182,6 +182,15 @@ class Samples(ABC):
         """The input tokens of an epoch."""
 
     @property
+    def targets(self) -> float:
+        """The sum of `counts` over an epoch."""
+        return sum(map(self.count, range(len(self))))
+
+    def counts(self, first: int, last: int) -> np.ndarray:
+        """`count` of samples first to last - 1, float64."""
+        return np.array([self.count(n) for n in range(first, last)], dtype=float)
+
+    @property
     def parts(self) -> Sequence["Samples"]:
         """The samples of each data set by itself."""
         return [self]
@@ -235,6 +244,13 @@ class WindowSamples(Samples):
     def tokens(self) -> int:
         return len(self) * self.ctx_len
 
+    @property
+    def targets(self) -> float:
+        return super().targets if self._mask else self.tokens  # the overlap counted twice, as in counts
+
+    def counts(self, first: int, last: int) -> np.ndarray:
+        return super().counts(first, last) if self._mask else np.full(last - first, float(self.ctx_len))
+
     def __getitem__(self, n: int) -> Sample:
         start, repeated = self._window(n)
         tokens = self.dataset.tokens[start : start + self.ctx_len + 1].astype(np.int64)
@@ -280,6 +296,10 @@ class DocumentSamples(Samples):
     @property
     def tokens(self) -> int:
         return self._tokens_of(self.units)
+
+    @property
+    def targets(self) -> float:
+        return super().targets if self._mask else self.tokens
 
     def _tokens_of(self, documents: np.ndarray) -> int:
         """The number of tokens of these documents that are read."""
