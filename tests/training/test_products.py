@@ -134,3 +134,14 @@ def test_a_tracker_without_its_package_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--wandb mine needs the wandb package: pip install wandb"):
         parse_train_flags(["--data_file", "x", "--load_model", "y", "--wandb", "mine"])
+
+
+@pytest.mark.parametrize("flags", ["--devices 2", "--strategy deepspeed_stage_3", ""])
+def test_deepspeed_is_needed_by_what_shares_work_alone(monkeypatch, flags):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["--data_file", "x", "--load_model", "y", *flags.split()]
+    if not flags:
+        parse_train_flags(words)
+        return
+    with pytest.raises(UserError, match=f"{flags} needs DeepSpeed, .*, or train on one device"):
+        parse_train_flags(words)

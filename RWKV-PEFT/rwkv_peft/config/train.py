@@ -454,3 +454,8 @@ class TrainConfig(MachineSettings, RunSettings, ModelSettings, ValidationConfig,
     def offload(self) -> bool:
         """True if the optimizer is in main memory."""
         return self.strategy.endswith("offload")
+
+    @property
+    def uses_zero(self) -> bool:
+        """True if DeepSpeed's ZeRO moves the weights: with several ranks, stage 3, or offload."""
+        return self.ranks > 1 or self.stage == 3 or self.offload

@@ -32,11 +32,6 @@ ALIGNMENT = 2  # DeepSpeed pads flat tensors to a multiple, so that 8-bit moment
 MANY = 256  # gradients: from about here on, one more hardly changes a sum of bfloat16, whose significand has 8 bits
 
 
-def uses_zero(train: TrainConfig) -> bool:
-    """True for a run whose engine is zero.py's: several ranks, ZeRO-3, or offload."""
-    return train.ranks > 1 or train.stage == 3 or train.offload
-
-
 def sums_apart(train: TrainConfig) -> bool:
     """True if DeepSpeed adds gradients of micro batches up in float32, in a buffer of its own, and not in bfloat16."""
     return train.stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1
@@ -47,7 +42,7 @@ def loses_in_sums(train: TrainConfig) -> bool:
 
     With 1,024 similar ones the sum was 10 % off, and the norm 8 % too small; with 256, 2 %, and 1 % in float32.
     """
-    in_bfloat16 = uses_zero(train) and train.precision == "bf16" and not train.offload and not sums_apart(train)
+    in_bfloat16 = train.uses_zero and train.precision == "bf16" and not train.offload and not sums_apart(train)
     return in_bfloat16 and train.accumulate_grad_batches >= MANY
 
 

@@ -16,7 +16,7 @@ from ..objectives.draws import Draws
 from ..objectives.grpo import GRPO
 from ..objectives.next_token import NextToken
 from ..rewards import Judges
-from .engine import Plain, TrainingEngine, uses_zero
+from .engine import Plain, TrainingEngine
 from .inputs import Inputs
 from .measuring import BeforeAfter, Examiner, Questions, Validator
 from .ranks.world import World
@@ -97,7 +97,7 @@ def make_engine(
     model: LanguageModel, compute: Step, config: RunConfig, world: World, device: torch.device
 ) -> TrainingEngine:
     """The engine of a run: Zero if ranks share the work, or with ZeRO-3 or offload; else Plain, without DeepSpeed."""
-    if not uses_zero(config.train):
+    if not config.train.uses_zero:
         return Plain(model, compute, config, world, device)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, when it is imported, would use a GPU if there is one

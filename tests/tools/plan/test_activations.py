@@ -26,7 +26,6 @@ from rwkv_peft.ops.cross_entropy import CUDA
 from rwkv_peft.tools.plan import activations, memory
 from rwkv_peft.tools.plan.activations import CPU, GPU, ITEM
 from rwkv_peft.tools.plan.memory import activations_of, count
-from rwkv_peft.training.engine import uses_zero
 from rwkv_peft.training.saving import checkpoints, products
 from rwkv_peft.training.step import shared_prefix
 from tools.plan import rehearsal
@@ -154,7 +153,7 @@ def test_numbers_are_those_of_the_modules_that_import_torch():
         flags = ("--strategy", f"deepspeed_stage_{strategy}", "--devices", ranks, "--accumulate_grad_batches", pieces)
         planned = estimate(*map(str, flags))
         names = {part.name for part in planned.parts()}
-        assert ("gradients, in buckets" in names) == uses_zero(planned.config.train)
+        assert ("gradients, in buckets" in names) == planned.config.train.uses_zero
 
 
 def test_logits_take_the_bytes_that_are_counted(monkeypatch):

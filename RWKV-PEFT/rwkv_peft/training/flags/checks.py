@@ -62,6 +62,9 @@ def check_train(train: TrainConfig) -> Iterator[str]:
     package = PACKAGES.get(train.optim)
     if package and importlib.util.find_spec(package) is None:
         yield f"--optim {train.optim} needs the package {package}; {how_to_install('optim')}"
+    if train.uses_zero and importlib.util.find_spec("deepspeed") is None:
+        shares = f"--devices {train.devices}" if train.ranks > 1 else f"--strategy {train.strategy}"
+        yield f"{shares} needs DeepSpeed, which is made for Linux; {how_to_install()}, or train on one device"
     for tracker in TRACKERS:
         if (project := getattr(train, tracker)) and importlib.util.find_spec(tracker) is None:
             yield f"--{tracker} {project} needs the {tracker} package: pip install {tracker}"
