@@ -51,7 +51,7 @@ ALLOWED = {
     ("models/state.py", "repeated", "repeat_interleave"): "by one number, which is no tensor",
     ("models/state.py", "state_tensors", "cpu"): "for a file",
     ("ops/recurrence/signature.py", "check_bounds", "tolist"): "of what nobody has vouched for",
-    ("ops/recurrence/signature.py", "vouch", "tolist"): "of a tensor on the CPU",
+    ("ops/recurrence/signature.py", "check_copy", "tolist"): "of a tensor on the CPU",
     ("ops/recurrence/signature.py", "bounds_on_host", "tolist"): "of a tensor on the CPU",
     ("ops/recurrence/signature.py", "one_by_one", "tolist"): "for the references",
 }

@@ -93,7 +93,7 @@ def resolve_accelerator(train: TrainConfig) -> str:
     """Return "cpu" or "gpu" by --accelerator. Raises UserError for too few GPUs."""
     gpus = 0 if train.accelerator == "cpu" else count_gpus("train with --accelerator cpu")
     accelerator = train.accelerator if train.accelerator != "auto" else "gpu" if gpus else "cpu"
-    if accelerator == "gpu" and train.devices > gpus and not one_each():
+    if accelerator == "gpu" and train.devices > gpus and not shows_one_gpu_each():
         raise UserError(
             f"--devices {train.devices} and this machine has {counted(gpus, 'GPU')}; lower --devices"
             + (", or use --accelerator cpu" if not gpus else "")
@@ -109,7 +109,7 @@ def grow_segments() -> None:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def one_each(environment: Mapping[str, str] = os.environ) -> bool:
+def shows_one_gpu_each(environment: Mapping[str, str] = os.environ) -> bool:
     """True if a launcher shows each of its processes one GPU, as Slurm does with --gpus-per-task 1."""
     launched = "LOCAL_RANK" in environment or environment.get("SLURM_STEP_NUM_TASKS", "1") != "1"
     shown = environment.get("CUDA_VISIBLE_DEVICES", "")

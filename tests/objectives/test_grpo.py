@@ -36,10 +36,10 @@ def batch_of(objective, now, turn=LIMIT):
     prompts, rollouts = [draw(size) for size in PROMPTS], []
     for place, size in enumerate(ANSWERS):
         own = [one for at in range(size) for one in ([False] * 3 if at and at % turn == 0 else []) + [True]]
-        drawn = Rollout(prompts[place // G], draw(len(own)), [0.0] * size, [0.0] * size, "", "stop", own=own)
+        drawn = Rollout(prompts[place // G], draw(len(own)), [0.0] * size, [0.0] * size, "", "stop", sampled=own)
         rollouts.append(drawn)
     rows = [
-        (torch.tensor([*each.prompt, *each.tokens]), len(each.prompt) + torch.tensor(each.own).nonzero()[:, 0])
+        (torch.tensor([*each.prompt, *each.tokens]), len(each.prompt) + torch.tensor(each.sampled).nonzero()[:, 0])
         for each in rollouts
     ]
     drawn = torch.cat(now(rows)).detach() + torch.randn(sum(ANSWERS), generator=generator, dtype=torch.float64) * 0.2

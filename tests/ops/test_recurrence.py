@@ -260,7 +260,7 @@ def test_bounds_that_passed_are_known_without_a_reading_until_they_change(dtype)
     """As on a GPU, for which reading waits; the meta device has no values to read."""
     bounds = torch.tensor([0, 3, 6], dtype=dtype)
     copy = bounds.to("meta")
-    signature.vouch(copy, bounds, 6)
+    signature.check_copy(copy, bounds, 6)
     for known in (copy, signature.as_int64(copy, 6)):
         signature.check_bounds("wkv6", known, 6)
         assert signature.bounds_on_host(known) == [0, 3, 6]

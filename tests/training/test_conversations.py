@@ -117,7 +117,7 @@ def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_onc
         counts = [counted for words, counted in segments for _ in words.encode()]
         due = counts[len(each.prompt) :]
         # if an answer ended otherwise than with a result's speaker, the opening of the results is not the model's
-        own = each.own[: len(due)]
+        own = each.sampled[: len(due)]
         assert own == due or each.number in (1, 4)
     second = BytesTokenizer().decode(conversations[1].tokens)
     assert second.count(f"{form.speaker}: {form.result}3") == 3 and second.count("System:") == 1
@@ -127,11 +127,13 @@ def test_a_conversation_is_its_turns_in_training_data_and_each_token_is_read_onc
     for each, whole in zip(conversations, tokens):
         logits = model(whole[:, :-1])[0][0].log_softmax(-1)
         found = logits.gather(-1, whole[0, 1:, None])[len(each.prompt) - 1 :, 0]
-        own = torch.tensor(each.own)
+        own = torch.tensor(each.sampled)
         assert own.sum() == len(each.logprobs) == len(each.entropies)
         torch.testing.assert_close(found[own], torch.tensor(each.logprobs), rtol=1e-4, atol=1e-4)
     prompt = len(conversations[0].prompt)
-    handed = sum(each.own.count(False) + each.answers - 1 for each in conversations)  # and the last token of an answer
+    handed = sum(
+        each.sampled.count(False) + each.answers - 1 for each in conversations
+    )  # and the last token of an answer
     left_out = len("\n\nSystem:") - 1 + len(f" Well.\n{call_in(form)}")  # and the call that the document's end followed
     assert prompt + handed <= engine.read <= prompt + handed + len(call_in(form)) + 2 + left_out
 
@@ -156,9 +158,9 @@ def test_results_and_the_next_opening_have_the_tokens_of_rows(name, think):
     place = Place("", None)
     for tokens in ([], [*behind[0], *behind[1]]):  # the model may have named the next speaker
         conversation = Episode(0, opening, place, None)
-        conversation.add([*answer, *tokens], own=True)
+        conversation.add([*answer, *tokens], sampled=True)
         hand_back(conversation, ["3\n\nUser: 4.", "5"], tokenizer, SETTINGS._replace(chat=chat))
-        assert conversation.tokens == sum([*behind], [*answer]) and sum(conversation.own) == len(answer + tokens)
+        assert conversation.tokens == sum([*behind], [*answer]) and sum(conversation.sampled) == len(answer + tokens)
 
 
 @pytest.mark.parametrize(

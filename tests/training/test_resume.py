@@ -14,7 +14,7 @@ from rwkv_peft.config import DataConfig, TrainConfig
 from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.ops import products
 from rwkv_peft.training.flags.parser import parser_of_train
-from rwkv_peft.training.ranks.world import World, fit
+from rwkv_peft.training.ranks.world import World, match_world
 from rwkv_peft.training.saving.checkpoints import find_checkpoint, write_state
 from rwkv_peft.training.saving.optimizer_state import SavedOptimizer
 from rwkv_peft.training.saving.resume import with_kept_order
@@ -296,7 +296,7 @@ def kept_steps(tmp_path, micro_bsz, ranks, *more):
     where = ("--load_model", "x", "--data_file", "x", "--proj_dir", str(tmp_path), "--resume")
     given = ("--micro_bsz", str(micro_bsz), "--devices", str(ranks), *more)
     args, _ = parser_of_train().parse_with_mistakes([*where, *given])
-    notes = fit(args, World(1, ranks))
+    notes = match_world(args, World(1, ranks))
     return args.accumulate_grad_batches, notes
 
 

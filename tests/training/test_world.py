@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.training.ranks.world import LOOPBACK, World, find_world, first_host, fit
+from rwkv_peft.training.ranks.world import LOOPBACK, World, find_world, first_host, match_world
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
 TORCHRUN |= {"MASTER_PORT": "29511", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -73,7 +73,7 @@ def test_the_first_host_of_a_list_of_slurm(hosts, first):
 def fitted(world, nodes=1, devices=1, passes=1):
     args = Namespace(num_nodes=nodes, devices=devices, accumulate_grad_batches=passes, micro_bsz=1, context_parallel=1)
     args.proj_dir, args.resume, args.fresh_optimizer = "out", "", False
-    notes = fit(args, world)
+    notes = match_world(args, world)
     return args.num_nodes, args.devices, args.accumulate_grad_batches, notes
 
 

@@ -64,8 +64,8 @@ def add_adapter(model: Model, method: str = "bone", *, load: Source | None = Non
     if not config.targets and config.method != NONE:
         config = replace(config, targets=base.family.targets)
     layers = check_adapter(config, base.linear_shapes, (*base.family.parts, STATE))
-    found = method_of(config)
-    if loaded is None and found is not None and found.held is not None and found.held.from_gradient:
+    chosen = method_of(config)
+    if loaded is None and chosen is not None and chosen.held is not None and chosen.held.from_gradient:
         raise UserError(f"method={method!r} begins from gradients of the data; train it with train.py --peft {method}")
     if STATE in config.train_parts:
         network.tune_states(model.begun(), config.state_parts)

@@ -108,18 +108,18 @@ class PendingCompletion:
         return CompletionOutput(self._shown(), tokens, logprobs, top, self.text.end, partial(self.read, read))
 
 
-def prompts_in(given: Any) -> tuple[list[Any], bool]:
+def prompts_in(argument: Any) -> tuple[list[Any], bool]:
     """(the prompts of an argument, True if it is a single one): a text, tokens, messages, or {"messages", "tools"}."""
-    if hasattr(given, "tolist"):  # a tensor or an array
-        given = given.tolist()
-    if not isinstance(given, Iterable):  # a list of it would be a prompt of one token
-        raise UserError(f"prompts: {quoted(given)} is no prompt; a text, token ids, or messages are due")
-    if isinstance(given, (str, Mapping)):
-        return [given], True
-    found = list(given)
-    first = found[0] if found else None
+    if hasattr(argument, "tolist"):  # a tensor or an array
+        argument = argument.tolist()
+    if not isinstance(argument, Iterable):  # a list of it would be a prompt of one token
+        raise UserError(f"prompts: {quoted(argument)} is no prompt; a text, token ids, or messages are due")
+    if isinstance(argument, (str, Mapping)):
+        return [argument], True
+    prompts = list(argument)
+    first = prompts[0] if prompts else None
     alone = is_whole(first) or (isinstance(first, Mapping) and MESSAGES not in first)
-    return ([found], True) if alone else (found, False)
+    return ([prompts], True) if alone else (prompts, False)
 
 
 def encode_prompt(prompt: Any, number: int, tokenizer: Tokenizer, vocab_size: int, layout: ChatLayout) -> EncodedPrompt:

@@ -28,7 +28,7 @@ from ..inference.flags import WEIGHTS
 from ..inference.forward import prefill
 from ..inference.loading import merged_base, model_of, read_state_file, resolve_device
 from ..inference.settings import Sampling
-from ..inference.speakers import Mirror
+from ..inference.speakers import DecodingCopy
 from ..inference.text import Continuation
 from ..inference.weights import quantize_products
 from ..models.parts import LanguageModel
@@ -73,7 +73,7 @@ class Model(nn.Module):
 
         self.base = base
         self.network, self.start = model_of(base, precision, device, prepare)
-        self._mirror = Mirror()
+        self._decoding = DecodingCopy()
         self.adapter: AdapterConfig | None = None
         self.chat = CHAT  # the layout of messages and tools, as in the rows of the files' run
         self._find_tokenizer: Callable[[], Tokenizer] = partial(find_tokenizer, None, base.config.vocab_size)
@@ -147,13 +147,13 @@ class Model(nn.Module):
             )
         if details:
             settings = {"top_logprobs": 0} | settings
-        given, alone = prompts_in(prompts)
-        pieces = list(self.stream(given, max_tokens, n=n, **settings))
+        prompt_list, alone = prompts_in(prompts)
+        pieces = list(self.stream(prompt_list, max_tokens, n=n, **settings))
         ended = {piece.number: piece.completion for piece in pieces if piece.completion is not None}
-        found: list[Any] = [ended[number] if details else ended[number].text for number in sorted(ended)]
+        answers: list[Any] = [ended[number] if details else ended[number].text for number in sorted(ended)]
         if n is not None:
-            found = [found[first : first + n] for first in range(0, len(found), n)]
-        return found[0] if alone else found
+            answers = [answers[first : first + n] for first in range(0, len(answers), n)]
+        return answers[0] if alone else answers
 
     def stream(
         self,
@@ -186,8 +186,8 @@ class Model(nn.Module):
         vocab_size = min(tokenizer.vocab_size, self.network.config.vocab_size)
         if "logit_bias" in sampling:
             sampling["logit_bias"] = bias_of(sampling["logit_bias"], vocab_size)
-        given = enumerate(prompts_in(prompts)[0])
-        encoded = [encode_prompt(prompt, number, tokenizer, vocab_size, layout) for number, prompt in given]
+        numbered = enumerate(prompts_in(prompts)[0])
+        encoded = [encode_prompt(prompt, number, tokenizer, vocab_size, layout) for number, prompt in numbered]
         if think and not all(prompt.closing for prompt in encoded):
             raise UserError(f"think={think!r} opens the answers to messages; write the opening into another prompt")
         stops = None if stop is None else tuple(texts_in("stop", stop))
@@ -198,12 +198,12 @@ class Model(nn.Module):
                 f"state={quoted(state)}: the State of one sequence is due, as model(tokens) gives it; rp.load takes "
                 "the file of one"
             )
-        due = [prompt for prompt in encoded for _ in range(n or 1)]
-        texts = [Continuation({}, tokenizer, prompt.stops if stops is None else stops) for prompt in due]
-        pending = [PendingCompletion(*each, partial(self._read, state=state)) for each in zip(count(), due, texts)]
+        requests = [prompt for prompt in encoded for _ in range(n or 1)]
+        texts = [Continuation({}, tokenizer, prompt.stops if stops is None else stops) for prompt in requests]
+        pending = [PendingCompletion(*each, partial(self._read, state=state)) for each in zip(count(), requests, texts)]
         steps = generate(
-            self._mirror.of(self.network, self.base),
-            [prompt.tokens for prompt in due],
+            self._decoding.of(self.network, self.base),
+            [prompt.tokens for prompt in requests],
             Sampling(**sampling),
             max_tokens,
             lambda number, token: texts[number].feed(token),
@@ -232,7 +232,7 @@ class Model(nn.Module):
         """The State of one sequence after tokens, which go on from state (None: from the model's own beginning)."""
         start = self.begun() if state is None else state
         with self._evaluating():
-            after = prefill(self._mirror.of(self.network, self.base), [tokens], start)[1]
+            after = prefill(self._decoding.of(self.network, self.base), [tokens], start)[1]
         return after.each(lambda name, tensor: tensor.clone())  # autograd refuses tensors of inference mode
 
 
@@ -243,29 +243,29 @@ def no_setting(of: str, name: str, value: object, known: Sequence[str], names: M
     return [f"{name}={quoted(value)} is no setting of {of}{meant}", f"its settings are {', '.join(known)}"]
 
 
-def texts_in(name: str, given: Any) -> list[str]:
+def texts_in(name: str, argument: Any) -> list[str]:
     """The texts of an argument that may be one. Raises UserError for anything else."""
-    found = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    if wrong := [one for one in found if not isinstance(one, str)]:
+    texts = list(argument) if isinstance(argument, Iterable) and not isinstance(argument, str) else [argument]
+    if wrong := [one for one in texts if not isinstance(one, str)]:
         raise UserError(f"{name}: {quoted(wrong[0])} is no text; a str is due, or several")
-    return found
+    return texts
 
 
-def bias_of(given: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
+def bias_of(argument: Any, vocab_size: int) -> tuple[tuple[int, float], ...]:
     """The pairs of logit_bias, {token: number} or pairs, as Sampling has them. Raises UserError for anything else."""
     try:
-        pairs = tuple(dict(given).items())
+        pairs = tuple(dict(argument).items())
     except (TypeError, ValueError):
         pairs = ((None, None),)
     if not all(is_whole(token, 0) and token < vocab_size and is_finite(value) for token, value in pairs):
-        raise UserError(f"logit_bias={quoted(given)}: {{token id: number}} is due, with ids below {vocab_size}")
+        raise UserError(f"logit_bias={quoted(argument)}: {{token id: number}} is due, with ids below {vocab_size}")
     return pairs
 
 
-def require_one_of(name: str, given: object, known: Iterable[str], remedy: str = "") -> None:
+def require_one_of(name: str, argument: object, known: Iterable[str], remedy: str = "") -> None:
     """Raise UserError for an argument that is neither None nor one of the known ones."""
-    if given not in (*known, None):
-        raise UserError(f"{name}={given!r} is not one of {', '.join(known)}{remedy}")
+    if argument not in (*known, None):
+        raise UserError(f"{name}={argument!r} is not one of {', '.join(known)}{remedy}")
 
 
 def sources_in(adapters: Iterable[Source] | Mapping[Source, float]) -> list[AdapterSource]:

@@ -50,7 +50,7 @@ class HeldOut(NamedTuple):
         return last - lowest > LOST * max(self.first - lowest, 0.0) and not math.isclose(last, lowest, rel_tol=CLOSE)
 
 
-class Taken(NamedTuple):
+class RunFile(NamedTuple):
     """The file of a run to take; the other one, the newest or the best, if there is one; and a note with the
     reason if it is not the newest, else ""."""
 
@@ -64,21 +64,21 @@ def labelled(path: Path, label: str) -> Path:
     return path.with_stem(f"{path.stem}-{label}") if label else path
 
 
-def take(folder: Path, name: str = "") -> Taken:
+def take(folder: Path, name: str = "") -> RunFile:
     """Choose between the newest file `name` in the folder of a run (the model's or else the adapter's) and its best."""
     newest = folder / (name or (MODEL if (folder / MODEL).is_file() else ADAPTER))
     best = labelled(newest, BEST)
     if not (newest.is_file() and best.is_file()):
-        return Taken(newest)
+        return RunFile(newest)
     held_out = HeldOut.of(validations(folder / METRICS), since_of(folder))
     if not held_out.losses or not held_out.rose:
-        return Taken(newest, best)
+        return RunFile(newest, best)
     (step, lowest), (end, last) = held_out.lowest, held_out.losses[-1]
     note = (
         f"note: {best} is taken: its validation loss, after step {step:,}, is {lowest:.4f}, and was {last:.4f} after "
         f"step {end:,}; to take what trained last, name {newest}"
     )
-    return Taken(best, newest, note)
+    return RunFile(best, newest, note)
 
 
 def since_of(folder: Path) -> int:

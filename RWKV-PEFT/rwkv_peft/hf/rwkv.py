@@ -22,7 +22,7 @@ from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.base import Base, base_of, save_model
 from ..cli.errors import UserError
 from ..inference.loading import merged_base
-from ..inference.speakers import Mirror
+from ..inference.speakers import DecodingCopy
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
 from ..release.formats import read_hf_model
@@ -211,7 +211,7 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RWKVConfig) -> None:
         super().__init__(config)
-        self._mirror = Mirror()
+        self._decoding = DecodingCopy()
         self.post_init()
 
     @classmethod
@@ -259,18 +259,18 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        twin: LanguageModel | None = None,
+        decoder: LanguageModel | None = None,
         **settings: Any,
     ) -> RWKVOutput | tuple[Any, ...]:
         """Compute tokens (B, T), which go on from state -> RWKVOutput, of the last logits_to_keep tokens (0: of all) or
         of those with these indices.
 
-        labels (B, T) belong to the same tokens, -100 where none counts. `generate` gives a twin that computes a token
-        of each row. The other arguments are Backbone's.
+        labels (B, T) belong to the same tokens, -100 where none counts. `generate` gives a decoder that computes a
+        token of each row. The other arguments are Backbone's.
         """
         settings = self.with_defaults(settings)
-        if twin is not None and input_ids is not None and not settings["output_hidden_states"]:
-            return RWKVOutput(None, *twin(input_ids, state))
+        if decoder is not None and input_ids is not None and not settings["output_hidden_states"]:
+            return RWKVOutput(None, *decoder(input_ids, state))
         as_tuple = settings.pop("return_dict", None) is False
         count = {name: settings.pop(name) for name in ("num_items_in_batch",) if name in settings}  # of a trainer
         found = self.model(input_ids, attention_mask, state, inputs_embeds, use_cache, **settings)
@@ -305,7 +305,7 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         if read:
             state = settings.get("past_key_values", state)
             given = {"input_ids": input_ids[:, -1:].contiguous(), "state": state, "use_cache": True}
-            return given | {"twin": settings.get("twin")}
+            return given | {"decoder": settings.get("decoder")}
         given = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
         kept = settings.get("logits_to_keep")
         given |= {"attention_mask": attention_mask, "state": state, "use_cache": use_cache}
@@ -317,8 +317,10 @@ class RWKVForCausalLM(RWKVPreTrainedModel, GenerationMixin):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **settings)
         if outputs.state is not None:
             if "read" not in model_kwargs:
-                twin = self._mirror.of(self.model, Base(self.name_or_path, {}, self.config.family, self.model.config))
-                model_kwargs |= {"read": True, "twin": None if twin is self.model else twin}
+                decoder = self._decoding.of(
+                    self.model, Base(self.name_or_path, {}, self.config.family, self.model.config)
+                )
+                model_kwargs |= {"read": True, "decoder": None if decoder is self.model else decoder}
             model_kwargs |= {REORDERED: outputs.state}
         return model_kwargs
 

@@ -139,18 +139,18 @@ def sharing(model: LanguageModel, base: Base, replaced: Mapping[str, torch.Tenso
     return other.to(model.emb.weight.device)
 
 
-class Mirror:
+class DecodingCopy:
     """A second model over a module's memory, which decodes as `rwkv-peft generate` does while the module stays plain
     for those who train, copy or adapt it. It is made at first use, and again after the weights were written to."""
 
     def __init__(self) -> None:
-        self._mirror: LanguageModel | None = None
+        self._decoding: LanguageModel | None = None
         self._weights: list[tuple[int, int]] = []
         self._kinds: dict[str, type[nn.Module]] = {}  # of the generation's modules
         self._shapes: dict[str, torch.Size] = {}  # of their tensors
 
-    def __reduce__(self) -> tuple[type["Mirror"], tuple[()]]:
-        return Mirror, ()  # a copy of the model gets its own
+    def __reduce__(self) -> tuple[type["DecodingCopy"], tuple[()]]:
+        return DecodingCopy, ()  # a copy of the model gets its own
 
     def of(self, model: LanguageModel, base: Base) -> LanguageModel:
         """The model that decodes for a model of a Base: its mirror, or itself on a GPU, where CUDA graphs serve, and if
@@ -160,15 +160,15 @@ class Mirror:
                 plain = base.family.build(base.config)
             self._kinds, self._shapes = module_kinds(plain), {key: x.shape for key, x in plain.state_dict().items()}
         if not model.emb.weight.is_cpu or not self._is_plain(model):
-            self._mirror = None
+            self._decoding = None
             return model
-        if self._mirror is None or self._weights != weight_versions(model):
+        if self._decoding is None or self._weights != weight_versions(model):
             if not any(parameter.requires_grad for parameter in model.parameters()):
                 place(model)  # an optimizer's parameters must stay where they are
-            self._mirror = sharing(model, base, {}).requires_grad_(False).eval()
-            speed_up(self._mirror)
+            self._decoding = sharing(model, base, {}).requires_grad_(False).eval()
+            speed_up(self._decoding)
             self._weights = weight_versions(model)
-        return self._mirror
+        return self._decoding
 
     def _is_plain(self, model: LanguageModel) -> bool:
         """True if the model has the modules of its generation, or products in blocks, and no hooks."""

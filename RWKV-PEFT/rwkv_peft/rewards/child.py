@@ -25,7 +25,7 @@ from ..environments.user_code import end_all, number_in, raised
 from .judges import Answer, FunctionReward, Reward, reward_of
 
 
-class Bench:
+class RewardServer:
     """The rewards of a process, and the pipe to the parent."""
 
     def __init__(self, pipe: "Connection[Any, Any]") -> None:
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
     when_parent_ends(end_all)
     os.set_inheritable(int(argv[0]), False)
     pipe: Connection[Any, Any] = Connection(int(argv[0]))
-    bench = Bench(pipe)
+    bench = RewardServer(pipe)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         bench.serve(bench.open, argv[1:])
         while True:

@@ -113,15 +113,15 @@ def unlikely_answers(config: RunConfig, records: Sequence[Mapping[str, Any]]) ->
     to answer in neither way (Pal et al. 2024, arXiv 2402.13228); else ""."""
     if config.objective.unit != "pair":
         return ""
-    found = ""
+    course = ""
     for name, sign in (("chosen", 1), ("nll", -1)):  # the gain over the base, which begins at 0; the loss
         values = [sign * record[name] for record in records if is_number(record.get(name))]
         if (fall := fall_of(values)) and fall.last < (fall.first - fall.noise if sign < 0 else 0.0):
-            found = f"{name} {fall.in_words(sign)}"
-    if not found:
+            course = f"{name} {fall.in_words(sign)}"
+    if not course:
         return ""
     return (
-        f"note: the chosen answers became less likely themselves ({found}), so that the model may answer in neither "
+        f"note: the chosen answers became less likely themselves ({course}), so that the model may answer in neither "
         "way, whatever accuracy and margin say; a lower --lr_init, --dpo_nll 1 or --objective orpo keeps them likely"
     )
 

@@ -216,10 +216,10 @@ def save(run: TrainingRun, done: int, sums: StepSums, ending: bool) -> bool:
     epoch, rest = divmod(done, run.plan.epoch_steps)
     by_epoch = rest == 0 and config.epoch_save and epoch % config.epoch_save == 0
     by_steps = config.save_every and done % config.save_every == 0
-    due = bool(ending or by_epoch or by_steps or sums.save)
-    if due and run.saver is not None:
+    saves = bool(ending or by_epoch or by_steps or sums.save)
+    if saves and run.saver is not None:
         run.saver.save(run.engine, done, epoch if rest == 0 and (ending or by_epoch) else None, sums.measures)
-    return due
+    return saves
 
 
 class Report:

@@ -152,12 +152,12 @@ def find_rows(config: RunConfig, samples: Samples, measured: Mapping[str, Sample
     try:
         tokenizer = find_tokenizer(None, config.model.vocab_size, samples.vocabulary)
         of = {TRAINING: samples} | ({HELD_OUT: measured[VALIDATION]} if VALIDATION in measured else {})
-        found = {name: rows_of(name, data, number) for name, data in of.items()}
+        rows_by_source = {name: rows_of(name, data, number) for name, data in of.items()}
         stops = list(map(unescaped, train.eval_stop))
-        exam = RowsExam([row for rows in found.values() for row in rows], tokenizer, BATCH, stops)
+        exam = RowsExam([row for rows in rows_by_source.values() for row in rows], tokenizer, BATCH, stops)
     except UserError as error:
         return None, f"no rows are answered before and after training: {error}"
-    numbers = " and ".join(counted(len(rows), f"{name} row") for name, rows in found.items())
+    numbers = " and ".join(counted(len(rows), f"{name} row") for name, rows in rows_by_source.items())
     held_out = "" if HELD_OUT in of else "; --val_split 0.1 would hold some out"
     return exam, f"{numbers} are answered before and after training (--answer_rows){held_out}"
 

@@ -83,16 +83,16 @@ def adapt(
     """Inject the adapter into the model: from the checkpoint to resume from, with the factors that it began with; from
     --bone_load and its kin; or fresh, from gradients if the method needs them. device is inject's."""
     method, loaded = method_of(adapter), None
-    found: Mapping[str, torch.Tensor] = {}
+    first_gradients: Mapping[str, torch.Tensor] = {}
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
         assert base is not None  # the flags were checked for that
         loaded = start_adapter(adapter, base)
     elif method is not None and method.held is not None and method.held.from_gradient:
-        found = gradients()
+        first_gradients = gradients()
     initial = loaded.tensors if loaded else {}
-    report = inject(model, adapter, layers, family=family, initial=initial, gradients=found, device=device)
+    report = inject(model, adapter, layers, family=family, initial=initial, gradients=first_gradients, device=device)
     if loaded:
         load_tensors(model, loaded.tensors, str(checkpoint or adapter.load))
     return report
@@ -143,10 +143,11 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
             f"{other.name}{mode}"
         )
     for field in method.tensors.size:
-        found, here = getattr(theirs, field), getattr(adapter, field)
-        if found != here:
+        loaded_value, wanted = getattr(theirs, field), getattr(adapter, field)
+        if loaded_value != wanted:
             raise UserError(
-                f"{adapter.load} has {field} {found}, and this run {here}; give {found} as {word.flag_of(field)}"
+                f"{adapter.load} has {field} {loaded_value}, and this run {wanted}; "
+                f"give {loaded_value} as {word.flag_of(field)}"
             )
     scale = method.scale(adapter)
     if method.alpha is not None and not math.isclose(theirs.scale, scale):

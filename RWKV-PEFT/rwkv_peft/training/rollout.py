@@ -50,9 +50,9 @@ class Rollout(NamedTuple):
     """A completion: the tokens of its prompt, those behind it, with the one that ends it, the log-probabilities and
     entropies of those that the model sampled, its text, and its end: "end" (of the document), "stop" or a value of CUT.
 
-    Of a conversation with tools, `own` says which tokens the model sampled ([]: all), text is the last answer, turns
-    are all texts behind the prompt by role, score is its environment's, and state that environment's attributes. One
-    with a fault, the message of its environment, is neither judged nor learned from."""
+    Of a conversation with tools, `sampled` says which tokens the model sampled ([]: all), text is the last answer,
+    turns are all texts behind the prompt by role, score is its environment's, and state that environment's attributes.
+    One with a fault, the message of its environment, is neither judged nor learned from."""
 
     prompt: list[int]
     tokens: list[int]
@@ -60,7 +60,7 @@ class Rollout(NamedTuple):
     entropies: list[float]
     text: str
     end: str
-    own: list[bool] = []
+    sampled: list[bool] = []
     turns: list[dict[str, str]] = []
     score: float | None = None
     state: dict[str, Any] = {}
@@ -69,10 +69,10 @@ class Rollout(NamedTuple):
     @classmethod
     def of(cls, episode: Episode) -> "Rollout":
         """The Rollout of an episode."""
-        own, turns = episode.own, episode.turns
+        turns = episode.turns
         text = next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant"), "")
-        sampled = episode.prompt, episode.tokens, episode.logprobs, episode.entropies
-        return cls(*sampled, text, episode.end, own, turns, episode.score, episode.state, episode.fault)
+        measured = episode.prompt, episode.tokens, episode.logprobs, episode.entropies
+        return cls(*measured, text, episode.end, episode.sampled, turns, episode.score, episode.state, episode.fault)
 
     @property
     def cut(self) -> bool:
@@ -122,23 +122,23 @@ def sample_rollouts(
     on the run's seed, the prompt's number and its own alone."""
     tokenizer = settings.tokenizer
     stops = {number: (*stops_of(tokenizer.decode(prompt)), *settings.stop) for number, prompt in prompts.items()}
-    due = {number * times + place: prompt for number, prompt in prompts.items() for place in range(times)}
-    found: dict[int, Rollout] = {}
+    requests = {number * times + place: prompt for number, prompt in prompts.items() for place in range(times)}
+    rollouts: dict[int, Rollout] = {}
     trains = model.training
     model.eval()
     with uncompiled(settings.compiles):
         for completion in sample(
             Subject(model, model.tuned_states(), tokenizer),
-            due,
-            {key: stops[key // times] for key in due},
+            requests,
+            {key: stops[key // times] for key in requests},
             settings.sampling,
             settings.longest,
             settings.batch,
         ):
             key, tokens, text, end, logprobs, entropies = completion
-            found[key] = Rollout(due[key], tokens, logprobs, entropies, text, end)
+            rollouts[key] = Rollout(requests[key], tokens, logprobs, entropies, text, end)
     model.train(trains)
-    return [[found[number * times + place] for place in range(times)] for number in prompts]
+    return [[rollouts[number * times + place] for place in range(times)] for number in prompts]
 
 
 def sample_episodes(
@@ -164,8 +164,8 @@ def packed(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
     for rollout in rollouts:
         tokens = torch.tensor([*rollout.prompt, *rollout.tokens])
         counts = torch.arange(1, len(tokens)) >= len(rollout.prompt)
-        if rollout.own:
-            counts[len(rollout.prompt) - 1 :] = torch.tensor(rollout.own)
+        if rollout.sampled:
+            counts[len(rollout.prompt) - 1 :] = torch.tensor(rollout.sampled)
         documents.append((tokens, counts))
     return collate_packed(documents) | {
         "lengths": torch.tensor([len(rollout.logprobs) for rollout in rollouts]),
@@ -412,14 +412,15 @@ class RolloutLog:
         """(numbers by name, lines of text to print) on rank 0; ({}, []) otherwise."""
         step = engine.compute
         assert isinstance(step, RolloutStep)  # because the run samples
-        found: list[Any] = [(step.records, {name: value.item() for name, value in step.most.items()})]
+        mine = step.records, {name: value.item() for name, value in step.most.items()}
+        of_ranks: list[Any] = [mine]
         if engine.ranks > 1:
-            own, found = found[0], [None] * engine.ranks
-            dist.all_gather_object(found, own)
+            of_ranks = [None] * engine.ranks
+            dist.all_gather_object(of_ranks, mine)
         step.records, step.most = [], {}
         if engine.rank != 0:
             return {}, []
-        parts, largest = zip(*found)
+        parts, largest = zip(*of_ranks)
         most = {name: max(each[name] for each in largest) for name in largest[0]}
         if not parts[0]:  # learned once more from the same rollouts
             return self.numbers | most, []
@@ -466,11 +467,11 @@ def dropped(faults: Sequence[Mapping[str, Any]]) -> str:
 def figures_of(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The figures of a step's rollouts: of rewards, if there are any; means of length and entropy; the share cut."""
     tokens = sum(record["length"] for record in records)
-    found = reward_figures(records) if "reward" in records[0] else {}
-    found["length"] = tokens / len(records)
-    found["cut"] = mean([float(record["end"] in CUT) for record in records])
-    found["entropy"] = math.fsum(record["entropy"] * record["length"] for record in records) / tokens
-    return found
+    figures = reward_figures(records) if "reward" in records[0] else {}
+    figures["length"] = tokens / len(records)
+    figures["cut"] = mean([float(record["end"] in CUT) for record in records])
+    figures["entropy"] = math.fsum(record["entropy"] * record["length"] for record in records) / tokens
+    return figures
 
 
 def reward_figures(records: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -478,12 +479,12 @@ def reward_figures(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     groups: dict[int, list[float]] = {}
     for record in records:
         groups.setdefault(record["sample"], []).extend(known([record["reward"]]))
-    found = {"reward": mean(known(record["reward"] for record in records))}
-    found["reward_std"] = mean([stdev(group) for group in groups.values() if len(group) > 1])
-    found["flat"] = mean([float(len(set(group)) < 2) for group in groups.values()])
+    figures = {"reward": mean(known(record["reward"] for record in records))}
+    figures["reward_std"] = mean([stdev(group) for group in groups.values() if len(group) > 1])
+    figures["flat"] = mean([float(len(set(group)) < 2) for group in groups.values()])
     for name in records[0]["rewards"]:
-        found[f"reward/{name}"] = mean(known(record["rewards"][name] for record in records))
-    return found
+        figures[f"reward/{name}"] = mean(known(record["rewards"][name] for record in records))
+    return figures
 
 
 def known(values: Any) -> list[float]:

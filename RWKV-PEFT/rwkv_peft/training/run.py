@@ -164,7 +164,7 @@ def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[.
             for note in (*request.notes, *notes):
                 say(f"note      {note}")
             describe(inputs, accelerator, batches.notes, report, say)
-            make_way(inputs, report.trainable, say)
+            prepare_folder(inputs, report.trainable, say)
         ready = TrainingRun(inputs, asked, model, judges, device, request.world)
         return train_to_the_end(ready, say)
 
@@ -267,7 +267,7 @@ def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Judges]:
         yield Judges(rewards, environments)
 
 
-def make_way(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:
+def prepare_folder(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:
     """Clear a run's folder of a killed run's leftovers, check its disk, and mark a run that begins anew as UNSAVED."""
     folder, anew = inputs.folder, inputs.state is None
     clear_hidden(folder)

@@ -37,9 +37,9 @@ CACHED = 3  # states of each conversation: after its prompt or results, after it
 @dataclass(eq=False)
 class Episode:
     """A conversation of the prompt with this number, in its own environment: the tokens of the prompt and those behind
-    it, of which `own` are the model's, with their log-probabilities and entropies. turns are its texts by role; end is
-    "end" (of the document), "stop", "length" (of the conversation), TURN_CUT, "turns" or "lost" at last, and score its
-    environment's, if it has one.
+    it, of which `sampled` are the model's, with their log-probabilities and entropies. turns are its texts by role; end
+    is "end" (of the document), "stop", "length" (of the conversation), TURN_CUT, "turns" or "lost" at last, and score
+    its environment's, if it has one.
     fault is the message of a reset or a get_reward that failed: nothing is learned from such a conversation."""
 
     number: int
@@ -47,7 +47,7 @@ class Episode:
     place: Place
     draws: random.Random
     tokens: list[int] = field(default_factory=list)
-    own: list[bool] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -57,9 +57,9 @@ class Episode:
     fault: str = ""
     state: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, tokens: Sequence[int], own: bool) -> None:
+    def add(self, tokens: Sequence[int], sampled: bool) -> None:
         self.tokens += tokens
-        self.own += [own] * len(tokens)
+        self.sampled += [sampled] * len(tokens)
 
 
 class Turn:
@@ -117,7 +117,7 @@ def converse(
     going = list(conversations)
     while going:
         turns = [turn_of(each, tokenizer, settings) for each in going]
-        for tokens, several in alike(turns):
+        for tokens, several in grouped_by_tokens(turns):
             engine.add(GenerationRequest(speaker, tokens, [completion_of(turn, settings.sampling) for turn in several]))
         while engine.busy:
             engine.step()
@@ -140,10 +140,10 @@ class EpisodeSampler:
     def sample(self, subject: Subject, rows: Mapping[int, Mapping[str, Any]], times: int) -> list[list[Episode]]:
         """Hold `times` episodes of each row, {number: row}. The draws of an episode depend on the run's seed, the row's
         number and its own alone."""
-        due = [(number * times + place, row) for number, row in rows.items() for place in range(times)]
-        places, openings = self.environments.begin([row for _, row in due])
+        requests = [(number * times + place, row) for number, row in rows.items() for place in range(times)]
+        places, openings = self.environments.begin([row for _, row in requests])
         episodes = []
-        for (key, row), place, opening in zip(due, places, openings):
+        for (key, row), place, opening in zip(requests, places, openings):
             fault = f"reset: {opening.message}" if isinstance(opening, FailedRequest) else ""
             prompt = [] if isinstance(opening, FailedRequest) else self.prompt(row, place, opening)
             draws = random.Random(self.settings.sampling.seed + key)
@@ -163,9 +163,9 @@ class EpisodeSampler:
         """The tokens of a row's prompt, with the tools of its environment, and a text at the end of the last user's
         turn."""
         tools = self.environments.known[place.name].tools
-        own = encoder(self.encode)
-        (segments,) = own.documents(with_observation(row, text, self.encode.fields) | {"tools": tools})
-        tokens = [token for words, _ in segments for token in own.tokenizer.encode(words)]
+        row_encoder = encoder(self.encode)
+        (segments,) = row_encoder.documents(with_observation(row, text, self.encode.fields) | {"tools": tools})
+        tokens = [token for words, _ in segments for token in row_encoder.tokenizer.encode(words)]
         if len(tokens) + self.settings.longest > self.room:
             raise UserError(
                 f"a prompt has {len(tokens):,} tokens with its tools, and --ctx_len {self.room:,} less "
@@ -199,12 +199,12 @@ def turn_of(conversation: Episode, tokenizer: Tokenizer, settings: TurnSettings)
     return Turn(conversation, tokenizer, stops, longest)
 
 
-def alike(turns: Sequence[Turn]) -> list[tuple[list[int], list[Turn]]]:
+def grouped_by_tokens(turns: Sequence[Turn]) -> list[tuple[list[int], list[Turn]]]:
     """Group the turns that go on from the same tokens, which are read once."""
-    found: dict[tuple[int, ...], list[Turn]] = {}
+    by_tokens: dict[tuple[int, ...], list[Turn]] = {}
     for turn in turns:
-        found.setdefault((*turn.conversation.prompt, *turn.conversation.tokens), []).append(turn)
-    return [(list(tokens), several) for tokens, several in found.items()]
+        by_tokens.setdefault((*turn.conversation.prompt, *turn.conversation.tokens), []).append(turn)
+    return [(list(tokens), same) for tokens, same in by_tokens.items()]
 
 
 def completion_of(turn: Turn, sampling: Sampling) -> Completion:
@@ -222,9 +222,9 @@ def answered(turn: Turn, tokenizer: Tokenizer, settings: TurnSettings) -> list[T
     opens = text.end == "stop" and tokenizer.decode(text.tokens).startswith(text.text + settings.result)
     hands_over = opens and settings.chat.tool_form.speaker == "Tool"
     tokens = text.tokens if opens or not calls or text.end == "length" else text.shown_tokens()
-    kept = len(tokens) if tokens == text.tokens[: len(tokens)] else len(text.tokens)
-    conversation.add(text.tokens[:kept], own=True)
-    logprobs, entropies = zip(*turn.measures[:kept]) if kept else ((), ())
+    length = len(tokens) if tokens == text.tokens[: len(tokens)] else len(text.tokens)
+    conversation.add(text.tokens[:length], sampled=True)
+    logprobs, entropies = zip(*turn.measures[:length]) if length else ((), ())
     conversation.logprobs += logprobs
     conversation.entropies += entropies
     conversation.turns.append({"role": "assistant", "content": text.text.strip()})
@@ -241,11 +241,11 @@ def results_of(environments: Environments, calling: Sequence[tuple[Episode, Sequ
     """Run the calls of each conversation, one after the other, side by side with those of the others -> results."""
     results: list[list[str]] = [[] for _ in calling]
     for number in range(max((len(calls) for _, calls in calling), default=0)):
-        due = [place for place, (_, calls) in enumerate(calling) if number < len(calls)]
-        called = [at for at in due if calling[at][1][number] is not UNCALLED]
-        found = environments.call([calling[at][0].place for at in called], [calling[at][1][number] for at in called])
-        texts = dict(zip(called, found))
-        for at in due:
+        open_places = [place for place, (_, calls) in enumerate(calling) if number < len(calls)]
+        called = [at for at in open_places if calling[at][1][number] is not UNCALLED]
+        places, calls_made = [calling[at][0].place for at in called], [calling[at][1][number] for at in called]
+        texts = dict(zip(called, environments.call(places, calls_made)))
+        for at in open_places:
             results[at].append(texts.get(at, MALFORMED))
     return results
 
@@ -264,4 +264,4 @@ def hand_back(conversation: Episode, results: Sequence[str], tokenizer: Tokenize
     elif len(conversation.tokens) + len(tokens) >= settings.longest:
         conversation.end = "length"
     else:
-        conversation.add(tokens, own=False)
+        conversation.add(tokens, sampled=False)

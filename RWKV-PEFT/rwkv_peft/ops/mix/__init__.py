@@ -54,7 +54,7 @@ def last_token(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     return x[:, -1] if x.shape[1] == 1 else x[:, -1].clone()
 
 
-def fit(low: Tensor | None, up: Tensor | None) -> bool:
+def shapes_match(low: Tensor | None, up: Tensor | None) -> bool:
     """True if (B, T, m K) and (m, K, C) go together, or are both None."""
     if low is None or up is None:
         return low is up
@@ -80,7 +80,7 @@ def lerp(
     make the weights depend on the token; without them (None) they do not -> m tensors (B, T, C).
     """
     check_shift(x, last, cu_seqlens)
-    if not fit(low, up):
+    if not shapes_match(low, up):
         shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (low, up)]
         raise ValueError(f"low and up must be (B, T, m K) and (m, K, C), or both None, not {shapes[0]} and {shapes[1]}")
     if has_kernel(x, last, maa, low, up):

@@ -123,7 +123,7 @@ def check_bounds(op: str, cu_seqlens: Tensor, T: int) -> None:
     _remember(cu_seqlens, bounds)
 
 
-def vouch(copy: Tensor, cu_seqlens: Tensor, T: int) -> None:
+def check_copy(copy: Tensor, cu_seqlens: Tensor, T: int) -> None:
     """Check cu_seqlens on the CPU for its copy on a GPU, which is then not read. Raises check_bounds' ValueError."""
     check_bounds("packing", cu_seqlens, T)
     _remember(copy, cu_seqlens.tolist())

@@ -38,15 +38,15 @@ def add_json_flags(parser: argparse._ArgumentGroup) -> None:
 
 def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
     """Yield (flag, the words of --peft that take it, its keys) of each JSON flag; --peft_config takes peft's keys."""
-    own = dict(WORDS[peft].keys) if peft in WORDS else {}
+    peft_keys = dict(WORDS[peft].keys) if peft in WORDS else {}
     for flag in JSON_FLAGS:
         takers = words_with(flag.json_flag)
         keys = flag.keys or tuple(pair for word in takers for pair in WORDS[word].keys)
         if peft in takers:
-            own |= keys
+            peft_keys |= keys
         yield flag.name, takers, tuple(dict(keys).items())
-    own |= {"r": next((name for name in SIZES if peft in WORDS and WORDS[peft].takes(name)), "rank")}
-    yield PEFT_FLAG, tuple(WORDS), tuple(own.items())
+    peft_keys |= {"r": next((name for name in SIZES if peft in WORDS and WORDS[peft].takes(name)), "rank")}
+    yield PEFT_FLAG, tuple(WORDS), tuple(peft_keys.items())
 
 
 def check_adapter_flags(args: argparse.Namespace) -> Iterator[str]:
@@ -70,20 +70,20 @@ def parts_of(args: argparse.Namespace) -> tuple[str, ...]:
 
 def adapter_config(args: argparse.Namespace) -> AdapterConfig:
     """Make the AdapterConfig from single flags and JSON values."""
-    given: dict[str, Any] = {name: getattr(args, flag) for word in WORDS.values() for name, flag in word.flags}
-    given["targets"] = None if args.target_modules is None else tuple(args.target_modules)
+    values: dict[str, Any] = {name: getattr(args, flag) for word in WORDS.values() for name, flag in word.flags}
+    values["targets"] = None if args.target_modules is None else tuple(args.target_modules)
     for flag, _, keys in json_flags(args.peft):
         if (text := getattr(args, flag)) is None:
             continue
         for key, value in parse_json_flag(flag, text, keys).items():
-            if value == "" and given.get(key):
+            if value == "" and values.get(key):
                 continue  # scripts write "bone_load":"" if they name none
-            if given.get(key) and given[key] != value:
+            if values.get(key) and values[key] != value:
                 raise UserError(
-                    f"--{flag} says {key} {value!r} and a single flag says {given[key]!r}; give one of them"
+                    f"--{flag} says {key} {value!r} and a single flag says {values[key]!r}; give one of them"
                 )
-            given[key] = value
-    settings = {key: value for key, value in given.items() if value is not None}
+            values[key] = value
+    settings = {key: value for key, value in values.items() if value is not None}
     if "mode" in settings and settings["mode"] not in forms(args.peft):
         raise UserError(
             f"bone_mode {settings['mode']!r} does not exist; take {', '.join(forms(args.peft))}, or bat, which is "

@@ -116,9 +116,9 @@ def check_base(args: argparse.Namespace, base: "Base") -> Iterator[str]:
             f"{args.load_model}, which is {base.family.name} ({base.config.version}); leave the flag (--generation) out"
         )
     for name, _ in DIMENSIONS:
-        given, real = getattr(args, name), getattr(base.config, name)
-        if given and given != real:
-            yield f"--{name} {given} contradicts {args.load_model}, which has {real}; leave the flag out"
+        asked, real = getattr(args, name), getattr(base.config, name)
+        if asked and asked != real:
+            yield f"--{name} {asked} contradicts {args.load_model}, which has {real}; leave the flag out"
 
 
 def check_model(
@@ -129,9 +129,9 @@ def check_model(
     from ...models.state import grows
 
     if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
-        given = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
+        flag = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
         yield (
-            f"{given} hands on states of one size, and those of {family_named(model.version).name} grow with the "
+            f"{flag} hands on states of one size, and those of {family_named(model.version).name} grow with the "
             "tokens; leave it out"
         )
 

@@ -284,8 +284,8 @@ def adopt(args: argparse.Namespace) -> list[str]:
 
 def newest_model(folder: Path) -> str:
     """The path of the rwkv-N.pth with the highest N in a folder, else of rwkv-init.pth, else ""."""
-    found = [match for name in (os.listdir(folder) if folder.is_dir() else ()) if (match := SAVED.fullmatch(name))]
-    newest = max(found, key=lambda match: -1 if match[1] == "init" else int(match[1]), default=None)
+    matches = [match for name in (os.listdir(folder) if folder.is_dir() else ()) if (match := SAVED.fullmatch(name))]
+    newest = max(matches, key=lambda match: -1 if match[1] == "init" else int(match[1]), default=None)
     return str(folder / newest[0]) if newest else ""
 
 
@@ -314,13 +314,13 @@ def marker(text: str) -> int | dict[str, Any]:
 def markers_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     """Return {"mask_id", "mask_end_id": token ids} if --mask_id is the JSON, else {}. Its mask1 opens the part that
     counts, its mask0 closes it. Raises UserError if other markers are given too."""
-    given = [item for item in args.mask_id or () if isinstance(item, dict)]
-    if not given:
+    objects = [item for item in args.mask_id or () if isinstance(item, dict)]
+    if not objects:
         return {}
     if len(args.mask_id) > 1 or args.mask_end_id:
-        named = short(json.dumps(given[0]))
+        named = short(json.dumps(objects[0]))
         raise UserError(f"--mask_id {named} names both markers; leave other ids and --mask_end_id out")
-    texts = given[0]
+    texts = objects[0]
     if texts == UNSET:
         return {"mask_id": (), "mask_end_id": ()}
     tokenizer = tokenizer_of(args)

@@ -30,7 +30,7 @@ from ...config.data import OF_ROWS, think_bounds
 from ...config.rules import FLAGS, Settings, check_settings, given, values_of
 from ...data.recorded import default_mask
 from ...objectives import takers_of
-from ..ranks.world import World, find_world, fit
+from ..ranks.world import World, find_world, match_world
 from ..saving.checkpoints import how_to_go_on
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .checks import (
@@ -153,7 +153,7 @@ def parse(argv: Sequence[str], parser: Parser, here: bool = True) -> CommandLine
             args.peft = NONE  # flags describe a new model, which has nothing to adapt; a plan stands for its base
     args.data_file, args.more_data = first_of(args.data_file)
     args.val_data, args.more_val = first_of(args.val_data)
-    notes = (*(refusals.attempt(fit, args, world) or ()), *adopt(args))
+    notes = (*(refusals.attempt(match_world, args, world) or ()), *adopt(args))
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
     if args.train_type == STATE and not args.train_parts:
         args.train_parts = [(STATE,)]

@@ -31,14 +31,14 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
     stand there by any of their names. Raises UserError for a file that cannot be read, and for all of its keys that are
     unknown, set twice or of no sense."""
     actions = parser._option_string_actions
-    given = entries_of(words, actions)
-    name = given.get(READ[2:])
+    entries = entries_of(words, actions)
+    name = entries.get(READ[2:])
     if not isinstance(name, str):
         return list(words)
     place = max(position for position, word in enumerate(words) if word.partition("=")[0] == READ)
     words = [*words[:place], *words[place + 1 + (words[place] == READ) :]]
-    overruled = {actions[f"--{flag}"].dest for flag in given}
-    refusals, found, seen = Refusals(), list[str](), dict[str, str]()
+    overruled = {actions[f"--{flag}"].dest for flag in entries}
+    refusals, from_file, seen = Refusals(), list[str](), dict[str, str]()
     for key, value in settings_in(Path(name)).items():
         flag = f"--{key.removeprefix('--')}"
         if flag not in actions:
@@ -50,9 +50,9 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
         else:
             seen[dest] = key
             if dest not in overruled:
-                found += refusals.attempt(words_of, flag, actions[flag], value, name) or []
+                from_file += refusals.attempt(words_of, flag, actions[flag], value, name) or []
     refusals.raise_all()
-    return [*found, *words]
+    return [*from_file, *words]
 
 
 def settings_in(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ SHOWN = 4  # differences that a message names
 def shared_values(inputs: Inputs, asked: Questions) -> dict[str, Any]:
     """{name in a message: value or digest} of all that a run's ranks must share, in JSON's types."""
     data, checkpoint = inputs.identity["data"], inputs.checkpoint
-    found = {
+    values = {
         "the data": f"{data['content']} ({data['samples']:,} samples)",
         "the tokens of the data that count": data["counted"],
         "the files of the data": data["files"],
@@ -44,19 +44,19 @@ def shared_values(inputs: Inputs, asked: Questions) -> dict[str, Any]:
         "the questions of --eval_data": "" if asked.exam is None else asked.exam.digest,
         "the rows to answer": "" if asked.rows is None else asked.rows.digest,
     }
-    shared: dict[str, Any] = json.loads(json.dumps(values_of(inputs.config) | found))
+    shared: dict[str, Any] = json.loads(json.dumps(values_of(inputs.config) | values))
     return shared
 
 
 def values_of(config: RunConfig) -> dict[str, Any]:
     """{flag, or field without one: value} of a run's settings without FREE."""
-    found = {"the objective": config.objective.name}
+    values = {"the objective": config.objective.name}
     for settings in (config.model, config.adapter, config.data, config.train, config.objective):
         for field in fields(settings):
             if field.name not in (*FREE, "name"):
                 flag = flag_of(field) or (field.name if field.name in dict(DIMENSIONS) else None)
-                found[f"--{flag}" if flag else field.name] = getattr(settings, field.name)
-    return found
+                values[f"--{flag}" if flag else field.name] = getattr(settings, field.name)
+    return values
 
 
 def digest_of_code() -> str:

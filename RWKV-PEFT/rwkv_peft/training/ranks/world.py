@@ -79,10 +79,10 @@ def find_world(train: TrainConfig, environment: Mapping[str, str] = os.environ) 
 def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
     """The World of a rank, by torch's variables. Raises UserError as find_world does."""
     if missing := [name for name in TORCH if name not in environment]:
-        given = next(name for name in TORCH if name in environment)
+        present = next(name for name in TORCH if name in environment)
         raise UserError(
-            f"{given} is set, as for one of several processes that a launcher starts, and {missing[0]} is not; unset "
-            f"{given} to train with this command alone, or start it with torchrun"
+            f"{present} is set, as for one of several processes that a launcher starts, and {missing[0]} is not; unset "
+            f"{present} to train with this command alone, or start it with torchrun"
         )
     rank, size = (number(environment, name) for name in TORCH[:2])
     devices = number(environment, "LOCAL_WORLD_SIZE", train.devices, least=1)
@@ -119,8 +119,8 @@ def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
 
 def first_host(hosts: str) -> str:
     """The first host of a list as Slurm writes it: "gpu[03-05,9],login" -> "gpu03"."""
-    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", hosts)
-    return "".join(part or "" for part in found.groups()) if found else hosts
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", hosts)
+    return "".join(part or "" for part in match.groups()) if match else hosts
 
 
 def meeting_place(others: int, environment: Mapping[str, str]) -> tuple[str, int]:
@@ -153,7 +153,7 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
     return int(text)
 
 
-def fit(args: Namespace, world: World) -> list[str]:
+def match_world(args: Namespace, world: World) -> list[str]:
     """Set --devices and --num_nodes in a parsed command line to an elastic World's -> notes.
 
     --accumulate_grad_batches follows, so that a step has as many samples as in the run that goes on, else as by the

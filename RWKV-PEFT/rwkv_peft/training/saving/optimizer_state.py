@@ -100,13 +100,13 @@ class SavedOptimizer:
     def fill(self, piece: Fragment) -> None:
         """Copy the values of a piece into its tensors. Raises UserError if some are missing."""
         for kind, into in piece.tensors.items():
-            done, due = piece.start, piece.start + len(into)
+            done, end_of_piece = piece.start, piece.start + len(into)
             for start, tensor in sorted(self.found.get((kind, piece.name), ()), key=lambda part: part[0]):
-                end = min(start + len(tensor), due)
+                end = min(start + len(tensor), end_of_piece)
                 if start <= done < end:
                     into[done - piece.start : end - piece.start] = tensor[done - start : end - start].to(into.device)
                     done = end
-            if done != due:
+            if done != end_of_piece:
                 raise self.mismatch(f"{kind} of {piece.name} lacks element {done:,}")
 
     def mismatch(self, reason: str) -> UserError:

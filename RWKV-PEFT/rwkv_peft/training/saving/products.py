@@ -53,20 +53,21 @@ def model_dtypes(config: RunConfig, base: Base | None) -> dict[str, torch.dtype]
     """
     train = config.train
     if base is not None:
-        found = {key: tensor.dtype for key, tensor in base.tensors.items()}
+        dtypes = {key: tensor.dtype for key, tensor in base.tensors.items()}
     else:
         keys = family_named(config.model.version).shapes(config.model)
-        found = dict.fromkeys(keys, DTYPES[train.precision])
+        dtypes = dict.fromkeys(keys, DTYPES[train.precision])
     if STATE in config.adapter.train_parts:
-        found |= dict.fromkeys(time_state_shapes(config.model, config.adapter.state_parts), found["emb.weight"]) | found
-    given = DTYPES.get(train.save_dtype)
-    return {key: given or dtype for key, dtype in found.items()}
+        states = time_state_shapes(config.model, config.adapter.state_parts)
+        dtypes |= dict.fromkeys(states, dtypes["emb.weight"]) | dtypes
+    save_dtype = DTYPES.get(train.save_dtype)
+    return {key: save_dtype or dtype for key, dtype in dtypes.items()}
 
 
 def keeps_all(config: RunConfig, base: Base | None) -> bool:
     """True if the file of a model that trains whole holds every bit of the trained tensors."""
-    kept = {torch.float32, DTYPES[config.train.precision]}
-    return set(model_dtypes(config, base).values()) <= kept
+    exact = {torch.float32, DTYPES[config.train.precision]}
+    return set(model_dtypes(config, base).values()) <= exact
 
 
 def data_flags(data: DataConfig) -> str:

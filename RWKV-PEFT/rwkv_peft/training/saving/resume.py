@@ -223,11 +223,11 @@ def history(path: Path, plan: Plan, since: int = 0) -> list[dict[str, Any]]:
 
     Their "step" is the Plan's: if steps had another size, the one in which the record's samples would have ended.
     """
-    found = []
+    records = []
     for record in read_metrics(path) if path.exists() else ():
         if since < (samples := record.get("samples", 0)) <= plan.first_sample:
-            found.append(record | {"step": max(samples // plan.step_samples - 1, 0)})
-    return found
+            records.append(record | {"step": max(samples // plan.step_samples - 1, 0)})
+    return records
 
 
 def forget_rest(path: Path, plan: Plan) -> None:

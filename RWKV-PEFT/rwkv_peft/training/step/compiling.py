@@ -26,10 +26,10 @@ COMPILERS = ("g++", "clang++", "c++")
 
 def require_compiler() -> None:
     """Raise UserError if this machine lacks a C++ compiler or Python's headers, which torch.compile builds with."""
-    given = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name)]
-    if not any(map(shutil.which, given or COMPILERS)):
+    named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name)]
+    if not any(map(shutil.which, named or COMPILERS)):
         raise UserError(
-            f"--compile needs a C++ compiler, and {', '.join(given or COMPILERS)} cannot be run here; install one "
+            f"--compile needs a C++ compiler, and {', '.join(named or COMPILERS)} cannot be run here; install one "
             "(Debian, Ubuntu: apt install g++), or leave --compile out"
         )
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -114,10 +114,10 @@ class StateRelay:
         if self.again:
             assert self.states is not None  # because only such a pass is repeated
             return self.states[layer]
-        found = self.line.receive(self.like, self.device, -1)
+        tensors = self.line.receive(self.like, self.device, -1)
         if self.states is not None:
-            self.states.append(found)
-        return found
+            self.states.append(tensors)
+        return tensors
 
 
 class ReceiveState(torch.autograd.Function):
@@ -170,10 +170,10 @@ class SharedRows(Whole):
         whole = padded(batch, self.line.parts)
         length = self.segment_length(whole["mask"].shape[1])
         segments = [segment.to(device) for segment in own_parts(whole, length, self.line)]
-        found = {"segments": segments, "tokens": torch.cat([segment.tokens for segment in segments], 1)}
-        found["mask"] = torch.cat([counts(segment) for segment in segments])
+        inputs = {"segments": segments, "tokens": torch.cat([segment.tokens for segment in segments], 1)}
+        inputs["mask"] = torch.cat([counts(segment) for segment in segments])
         weights = [segment.weights.flatten()[segment.counted] for segment in segments if segment.weights is not None]
-        return {**batch, **found} | ({"weights": torch.cat(weights)} if weights else {})
+        return {**batch, **inputs} | ({"weights": torch.cat(weights)} if weights else {})
 
     def segment_length(self, T: int) -> int:
         """The length of segments of rows of T positions, a multiple of the line's parts."""
@@ -191,8 +191,8 @@ class SharedRows(Whole):
         if self.chunk:
             return self.recomputed(model, batch, count, parameters)
         loss = self.sum_of_parts(model, batch, count)
-        found = self.gradients(loss, parameters)
-        gradients = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, found)]
+        computed = self.gradients(loss, parameters)
+        gradients = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, computed)]
         return with_gradients(loss.detach(), gradients, parameters)
 
     def recomputed(self, model: nn.Module, batch: Batch, count: float, parameters: Tensors) -> torch.Tensor:
@@ -259,22 +259,22 @@ def padded(batch: Batch, multiple: int) -> Batch:
     if not missing:
         return batch
     names = [name for name in ("tokens", "targets", "mask", "weights") if name in batch]
-    found = {name: F.pad(batch[name], (0, missing)) for name in names}
+    lengthened = {name: F.pad(batch[name], (0, missing)) for name in names}
     if "cu_seqlens" in batch:
-        found["cu_seqlens"] = torch.cat([batch["cu_seqlens"][:-1], batch["cu_seqlens"][-1:] + missing])
-    return found
+        lengthened["cu_seqlens"] = torch.cat([batch["cu_seqlens"][:-1], batch["cu_seqlens"][-1:] + missing])
+    return lengthened
 
 
 def own_parts(batch: Batch, length: int, line: Line) -> list[Segment]:
     """This rank's part of each segment of `length` positions; both are multiples of the line's parts."""
-    T, found = batch["mask"].shape[1], []
+    T, parts = batch["mask"].shape[1], []
     for start in range(0, end_of(batch), length):
         size = (min(start + length, T) - start) // line.parts
         first = start + line.part * size
-        found.append(part_of(batch, first, first + size))
+        parts.append(part_of(batch, first, first + size))
     if line.part == line.parts - 1:  # nothing follows the last segment, though the row may go on
-        found[-1] = found[-1]._replace(goes_on=False)
-    return found
+        parts[-1] = parts[-1]._replace(goes_on=False)
+    return parts
 
 
 def waiting(parts: int, blocks: int, segments: int = 1) -> float:

@@ -16,7 +16,7 @@ from ...data.samples import positions
 from ...models.parts import HeadFunction
 from ...models.state import State
 from ...objectives.next_token import NextToken
-from ...ops.recurrence.signature import vouch
+from ...ops.recurrence.signature import check_copy
 from .shared_prefix import no_head
 from .steps import NEXT_TOKEN, Batch, Gradient, Step, Tensors, add_gradients, to_device, trainable, with_gradients
 
@@ -78,7 +78,7 @@ def filler(segment: Segment) -> Segment:
     bounds = None
     if segment.cu_seqlens is not None:
         bounds = torch.arange(2, device=zeros.device)
-        vouch(bounds, torch.arange(2), 1)
+        check_copy(bounds, torch.arange(2), 1)
     weights = None if segment.weights is None else segment.weights[:, :1]
     return Segment(zeros, zeros, segment.counted[:0], bounds, carries=False, weights=weights)
 
@@ -114,9 +114,9 @@ class Segments(Step):
         gradient: Gradient = ()
         for segment, seed, state in reversed([*zip(segments, seeds, states)]):
             torch.manual_seed(seed)
-            loss, found, before = go_back(model, segment, state, gradient, parameters, self.head(segment, count))
+            loss, gradients, before = go_back(model, segment, state, gradient, parameters, self.head(segment, count))
             gradient, total = before if segment.carries else (), total + loss
-            add_gradients(sums, found, parameters)
+            add_gradients(sums, gradients, parameters)
         return with_gradients(total, sums, parameters)
 
     @torch.no_grad()
@@ -187,8 +187,8 @@ def go_back(
     start = State(layer._make(islice(rest, len(layer))) for layer in before)
     loss, state = forward(model, segment, start, head)
     ends = [tensor for layer in segment.state_after(state) for tensor in layer]
-    given = [torch.zeros_like(end) if grad is None else grad for end, grad in zip_longest(ends, gradient)]
-    pairs = [(loss, None), *zip(ends, given)]
+    end_gradients = [torch.zeros_like(end) if grad is None else grad for end, grad in zip_longest(ends, gradient)]
+    pairs = [(loss, None), *zip(ends, end_gradients)]
     outputs, grads = zip(*((output, grad) for output, grad in pairs if output.requires_grad))
-    found = torch.autograd.grad(outputs, [*parameters, *inputs], grads, allow_unused=True)
-    return loss.detach(), found[: len(parameters)], found[len(parameters) :]
+    gradients = torch.autograd.grad(outputs, [*parameters, *inputs], grads, allow_unused=True)
+    return loss.detach(), gradients[: len(parameters)], gradients[len(parameters) :]

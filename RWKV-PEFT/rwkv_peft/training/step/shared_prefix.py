@@ -127,8 +127,8 @@ def teacher_batch(batch: Batch) -> Batch:
 
     As many tokens count in both.
     """
-    own = {name.removeprefix(TEACHER): value for name, value in batch.items() if name.startswith(TEACHER)}
-    return own or batch
+    entries = {name.removeprefix(TEACHER): value for name, value in batch.items() if name.startswith(TEACHER)}
+    return entries or batch
 
 
 class Contexts:
@@ -142,8 +142,8 @@ class Contexts:
 
     def split(self, batch: Batch) -> dict[str, Any]:
         """A batch as collate makes it (on the CPU) -> each row's context, and the teacher's entries behind it."""
-        own, whole = batch["cu_seqlens"].diff().tolist(), batch["teacher_cu_seqlens"].tolist()
-        places = zip(whole, whole[1:], own)
+        lengths, teacher_lengths = batch["cu_seqlens"].diff().tolist(), batch["teacher_cu_seqlens"].tolist()
+        places = zip(teacher_lengths, teacher_lengths[1:], lengths)
         contexts = [batch["teacher_tokens"][0, start : stop - size] for start, stop, size in places]
         behind = {f"{TEACHER}{name}": batch[name] for name in ("tokens", "counted", "cu_seqlens")}
         return {**behind, f"{TEACHER}contexts": contexts}
@@ -162,8 +162,8 @@ class Contexts:
         key = context.numpy().tobytes()
         state = self.cache.pop(key, None)
         if state is None:
-            found = model(context[None].to(device), head=no_head)[1]
-            state = found.each(lambda name, tensor: tensor.cpu().clone())
+            after = model(context[None].to(device), head=no_head)[1]
+            state = after.each(lambda name, tensor: tensor.cpu().clone())
         self.cache[key] = state  # the last one used
         while len(self.cache) > 1 and sum(state.nbytes for state in self.cache.values()) > self.room:
             self.cache.pop(next(iter(self.cache)))

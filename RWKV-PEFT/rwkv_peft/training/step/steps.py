@@ -17,7 +17,7 @@ from ...config import Objective
 from ...config.objective import Passes
 from ...models.parts import HeadFunction
 from ...objectives.next_token import NextToken
-from ...ops.recurrence.signature import vouch
+from ...ops.recurrence.signature import check_copy
 from .shared_prefix import Contexts, prefix_states, share_prefixes, teacher_batch
 
 Batch = Mapping[str, Any]  # tensors by name, and facts about them
@@ -136,7 +136,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     }
     for row, bounds in PACKED:
         if batch.get(bounds) is not None:
-            vouch(moved[bounds], batch[bounds], batch[row].shape[1])
+            check_copy(moved[bounds], batch[bounds], batch[row].shape[1])
     return moved
 
 

@@ -29,11 +29,11 @@ def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
 def require_own_tokens(teacher: Base, data: Vocabulary | None) -> None:
     """Raise UserError if the teacher was trained with another tokenizer than the data's, by the run recorded beside
     it."""
-    own = recorded_beside(teacher.path)
-    if own is not None and data is not None and own.hash != data.hash:
+    recorded = recorded_beside(teacher.path)
+    if recorded is not None and data is not None and recorded.hash != data.hash:
         raise UserError(
-            f"--teacher_model {teacher.path} was trained with {own}, and the data was made with {data}, so that one "
-            "number is another text to it; name a teacher of the data's tokenizer"
+            f"--teacher_model {teacher.path} was trained with {recorded}, and the data was made with {data}, so that "
+            "one number is another text to it; name a teacher of the data's tokenizer"
         )
 
 
