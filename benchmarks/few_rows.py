@@ -1,6 +1,6 @@
 """Trains on a few rows by each method, at multiples of --lr_init auto: the loss of held-out rows, and of older text.
 
-    python benchmarks/few_rows.py [--rows 30 200] [--kind chats] [--methods bat-in shira:entries=8] [--times 0.3 1 3]
+    python benchmarks/few_rows.py [--rows 30 200] [--kind chats] [--methods bat-in lora:rank=8] [--times 0.3 1 3]
                                   [--model PTH] [--new] [--seed 1]
 
 The chats are in a manner that the demo's bases do not know: "Tom has 6 golden maps. Who has something?" is answered
@@ -73,7 +73,7 @@ def laid(rows, tokenizer):
 
 
 def parted(text):
-    """Take "shira:entries=8" apart: the name, and its settings."""
+    """Take "lora:rank=8" apart: the name, and its settings."""
     name, _, settings = text.partition(":")
     pairs = [pair.split("=") for pair in settings.split(",") if pair]
     return name, {key: json.loads(value) for key, value in pairs}

@@ -240,7 +240,6 @@ OPS = {
         f"bat-in of {rank}": Op(on_frozen(bat_in), (ROWS, WEIGHT, (C // rank, rank, rank)), (0, 2))
         for rank in (64, 128, 8)
     },
-    "bat-in-scaled": Op(on_frozen(bat_in, 5.0), (ROWS, WEIGHT, (C // 64, 64, 64)), (0, 2)),
     "bat-out": Op(on_frozen(bat_out), (ROWS, WEIGHT, (4, 64, 64)), (0, 2)),
     "bone": Op(on_frozen(bone), (ROWS, WEIGHT, (64, 256)), (0, 2)),
     "lora": Op(on_frozen(lora), (ROWS, WEIGHT, (64, C), (256, 64)), (0, 2, 3)),

@@ -34,8 +34,6 @@ ALLOWED = {
     ("inference/forward.py", "read_packed", "tensor"): "of prompts",
     ("inference/sampling.py", "most_probable", "nonzero"): "on a CPU: a GPU sorts all at once",
     ("inference/sampling.py", "pick", "as_tensor"): "of a tensor that is there",
-    ("adapters/bat_in_scaled.py", "make", "cpu"): "before the first step",
-    ("adapters/seeded.py", "uniform", "from_numpy"): "before the first step",
     ("objectives/documents.py", "drawn_log_probabilities", "repeat_interleave"): "into a size that is told",
     ("objectives/documents.py", "head", "repeat_interleave"): "into a size that is told",
     ("objectives/grpo.py", "loss", "repeat_interleave"): "into a size that is told",

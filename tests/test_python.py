@@ -402,7 +402,7 @@ def test_an_adapter_on_an_adapter_is_merged_after_it(base, tmp_path, model):
     assert not (tmp_path / "n.pth").exists()
 
 
-@pytest.mark.parametrize("method", ["bone", "dora", "shira", "lora"])
+@pytest.mark.parametrize("method", ["bone", "dora", "lora"])
 def test_a_model_with_an_adapter_is_pickled(base, method, tmp_path):
     model = rp.load(base, device="cpu")
     rp.add_adapter(model, method, rank=8)

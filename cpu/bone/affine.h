@@ -1,6 +1,6 @@
 // bat-in's products, with a matrix B_b for each shard x_b of the input:
-//     forward   z_b = x_b + u_b, shift = factor sum_b u_b   u_b = x_b B_b^T
-//     backward  dx_b = dz_b + du_b B_b, dB_b = du_b^T x_b   du_b = dz_b + factor sum_a g_a
+//     forward   z_b = x_b + u_b, shift = sum_b u_b   u_b = x_b B_b^T
+//     backward  dx_b = dz_b + du_b B_b, dB_b = du_b^T x_b   du_b = dz_b + sum_a g_a
 #pragma once
 #include "bone/shards.h"
 #include "bone/tile.h"
@@ -12,8 +12,7 @@ namespace {
 
 // x (tokens, in), bone (in / rank, rank, rank), z (tokens, in), shift (tokens, rank).
 template <class Math, class E>
-void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int64_t in, int64_t rank, float factor,
-            int threads) {
+void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int64_t in, int64_t rank, int threads) {
     using Operand = typename Math::Operand;
     const int64_t blocks = in / rank, width = Math::width(rank), size = Math::packed_size(rank);
     Scratch<Operand> packed(blocks * size);
@@ -51,7 +50,7 @@ void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int6
             }
             for (int64_t t = 0; t < count; t++)
                 for (int64_t c = 0; c < rank; c += kLanes)
-                    store_some(shift + (first + t) * rank + c, factor * load(sums.data() + t * width + c), rank - c);
+                    store_some(shift + (first + t) * rank + c, load(sums.data() + t * width + c), rank - c);
         }
     }
 }
@@ -59,7 +58,7 @@ void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int6
 // d (tokens, in) holds dz and becomes dx. d_bone (float, zeros) may be null, and x with it.
 template <class Math, class E>
 void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, float* d_bone, int64_t tokens, int64_t in,
-                     int64_t out, int64_t rank, float factor, int threads) {
+                     int64_t out, int64_t rank, int threads) {
     using Operand = typename Math::Operand;
     const int64_t blocks = in / rank, width = Math::width(rank), chunk = kChunkTiles * Math::kTile;
     Scratch<float> shift(chunk * width);  // of one chunk's tokens
@@ -87,7 +86,7 @@ void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, floa
                         const float* given = shift.data() + (first - start + t) * width;
                         for (int64_t c = 0; c < width; c += kLanes) {
                             const Vec dz = c < rank ? load_some(here[t] + c, rank - c) : Vec{};
-                            store(du.data() + t * width + c, dz + factor * load(given + c));
+                            store(du.data() + t * width + c, dz + load(given + c));
                         }
                     }
                     if (d_bone) {

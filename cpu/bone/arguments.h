@@ -12,7 +12,6 @@ struct AffineArguments {
     const void* g;         // (tokens, out_features), the gradient of the output that the shift was added to
     float* d_bone;         // zeros that bone's gradient is added to, or null
     int64_t x_stride, g_stride, tokens, in_features, out_features, rank;
-    float factor;  // of the shift
     int bfloat16, threads;
 };
 

@@ -65,11 +65,11 @@ int bone_start() {
 
 BY_TYPE(bone_affine, AffineArguments,
         affine<MathOf<E>, E>({in<E>(a->x), a->x_stride}, in<E>(a->bone), out<E>(a->z), out<E>(a->shift), a->tokens,
-                             a->in_features, a->rank, a->factor, a->threads))
+                             a->in_features, a->rank, a->threads))
 BY_TYPE(bone_affine_backward, AffineArguments,
         affine_backward<MathOf<E>, E>(out<E>(a->d), {in<E>(a->g), a->g_stride}, {in<E>(a->x), a->x_stride},
                                       in<E>(a->bone), a->d_bone, a->tokens, a->in_features, a->out_features, a->rank,
-                                      a->factor, a->threads))
+                                      a->threads))
 BY_TYPE(bone_merge, MergeArguments,
         merge<MathOf<E>, E>(in<E>(a->w), in<E>(a->bone), out<E>(a->merged), a->d_bone, a->count, a->in_features,
                             a->rank, a->threads))

@@ -18,7 +18,6 @@ struct BoneArguments {
     void* tiled;       // (tokens, width): the tiles, repeated along the rows
     void* total;       // (tokens, rank): the sum over shards; or `count` elements: the sum of `groups` parts
     index_t tokens, count;
-    float factor;  // of the shift: in forward of its sums, in backward of g
     int width, rank;
     int groups, strip;  // strip: tokens, or rows of rank elements of a weight, that a block has
 };

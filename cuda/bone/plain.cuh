@@ -68,7 +68,7 @@ __device__ void plain_forward(const BoneArguments& a) {
     #pragma unroll
     for (int m = 0; m < mine.count; m++)
         if (mine.i < rank && mine.token(m) < valid)
-            store((E*)a.shift + (group * a.tokens + t0 + mine.token(m)) * rank + mine.i, a.factor * sums[m]);
+            store((E*)a.shift + (group * a.tokens + t0 + mine.token(m)) * rank + mine.i, sums[m]);
 }
 
 // A block has a shard and a strip of tokens; a thread has the rows and the columns of dB that equal its own modulo 16.
@@ -96,7 +96,7 @@ __device__ void plain_backward(const BoneArguments& a) {
             const bool valid = t0 + t < end;
             const index_t at = (t0 + t) * a.width + b * rank + mine.i;
             if (valid) d[m] = load_at<E>(a.d, at);
-            shared.d[t][mine.i] = valid ? d[m] + a.factor * load_at<E>(a.g, (t0 + t) * rank + mine.i) : 0.f;
+            shared.d[t][mine.i] = valid ? d[m] + load_at<E>(a.g, (t0 + t) * rank + mine.i) : 0.f;
             shared.x[t][mine.i] = valid && a.x ? load_at<E>(a.x, at) : 0.f;
         }
         __syncthreads();

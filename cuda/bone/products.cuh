@@ -1,5 +1,5 @@
 // bat-in's affine form with bf16 products on tensor cores, for ranks that are whole tiles: u_b = B_b x_b for each shard
-// b, z = x + u and shift = factor times the sum over b of u_b; and its gradients.
+// b, z = x + u and shift = the sum over b of u_b; and its gradients.
 #pragma once
 #include "bone/arguments.cuh"
 #include "common/fetch.cuh"
@@ -90,13 +90,11 @@ __device__ void products_forward(const BoneArguments& a) {
     bf16* shift = (bf16*)a.shift + (group * a.tokens + t0 + row0) * R;
     #pragma unroll
     for (int i = 0; i < P::columns; i++) {
-        #pragma unroll
-        for (int e = 0; e < 8; e++) sums[i].c[e] *= a.factor;
         store_tile(shift + (tile0 + i) * 16, R, valid - row0, rounded(sums[i]));
     }
 }
 
-// A block has a shard b and a strip of tokens: du = d + factor g, dx = d + Bᵀ du, and, if x is given, the strip's part
+// A block has a shard b and a strip of tokens: du = d + g, dx = d + Bᵀ du, and, if x is given, the strip's part
 // of dB = sum over tokens of du xᵀ.
 template <int R>
 __device__ void products_backward(const BoneArguments& a) {
@@ -131,8 +129,7 @@ __device__ void products_backward(const BoneArguments& a) {
         for (int i = threadIdx.x; i < P::tokens * (R / 2); i += P::threads) {
             const int row = i / (R / 2), column = i % (R / 2) * 2;
             const uint32_t x = *(const uint32_t*)&d[row][column], y = *(const uint32_t*)&du[row][column];
-            *(uint32_t*)&du[row][column] =
-                pack_bf16(low_half(x) + a.factor * low_half(y), high_half(x) + a.factor * high_half(y));
+            *(uint32_t*)&du[row][column] = pack_bf16(low_half(x) + low_half(y), high_half(x) + high_half(y));
         }
         __syncthreads();
         Tile rows[P::tiles];

@@ -13,7 +13,7 @@ def adapter_config(variant, **settings):
     """An AdapterConfig for a name in METHODS that targets `layer`; alpha is 8 if the method has one."""
     method = METHODS[variant]
     alpha = {"alpha": 8.0} if word_of(method).takes("alpha") else {}
-    settings = {"rank": 4, "mini_rank": 4, "entries": 4, "targets": ("layer",)} | alpha | settings
+    settings = {"rank": 4, "mini_rank": 4, "targets": ("layer",)} | alpha | settings
     return AdapterConfig(**words_of(method), **settings)
 
 

@@ -1,8 +1,5 @@
 """The change of each method is its definition: formulas in float64, block by block, beside the code that merges."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
 
@@ -20,9 +17,8 @@ def bone(W, p):
 
 
 def bat_in(W, p):
-    """W'_ab = W_ab + c W_ab B_b + B_b; c is 1 except in bat-in-scaled."""
-    c = p.get("bone_scale", torch.ones(1))
-    return by_blocks(W, lambda block, a, b: block + c * block @ p["bone"][b] + p["bone"][b])
+    """W'_ab = W_ab + W_ab B_b + B_b."""
+    return by_blocks(W, lambda block, a, b: block + block @ p["bone"][b] + p["bone"][b])
 
 
 def bat_out(W, p):
@@ -55,38 +51,13 @@ def dora(W, p):
     return ((1 + p["lora_gain"]) * p["lora_row_norm"] / turned.norm(dim=1))[:, None] * turned
 
 
-def drawn(seed, stream, rows, columns):
-    """Numbers in [0, 1) of NumPy's legacy generator, seeded by (seed, stream): float64 (rows, columns)."""
-    return torch.from_numpy(np.random.RandomState([int(seed), stream]).random_sample((rows, columns)))
-
-
-def vera(W, p):
-    """W' = W + 6 / sqrt(in rank) diag(b) B diag(d) A, with A and B uniform in [-1, 1), rounded to bfloat16."""
-    b, d = p["vera_b"], p["vera_d"]
-    B, A = ((2 * drawn(p["vera_seed"], n, size, len(d)) - 1).bfloat16().double() for n, size in enumerate((OUT, IN)))
-    return W + 6 / math.sqrt(IN * len(d)) * b.diag() @ B @ d.diag() @ A.t()
-
-
-def shira(W, p):
-    """W'[o, c] = W[o, c] + v[o, j], where c is drawn in [j in / n, (j + 1) in / n), rounded down, for j = 0 … n - 1."""
-    count, changed = p["shira_values"].shape[1], W.clone()
-    numbers = drawn(p["shira_seed"], 0, OUT, count)
-    for j in range(count):
-        start, stop = j * IN // count, (j + 1) * IN // count
-        for o in range(OUT):
-            changed[o, start + int(numbers[o, j] * (stop - start))] += p["shira_values"][o, j]
-    return changed
-
-
 DEFINITIONS = {  # of the methods that files name
     **dict.fromkeys(("bone", "bone-mini", "bone-signed"), bone),
-    **dict.fromkeys(("bat-in", "bat-in-scaled"), bat_in),
+    "bat-in": bat_in,
     "bat-out": bat_out,
     "lora": lora,
     "dora": dora,
     **dict.fromkeys(("pissa", "olora", "lora-ga"), residual),
-    "vera": vera,
-    "shira": shira,
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.adapters.functions import bat_in, bat_out, bone, lora, sparse
+from rwkv_peft.adapters.functions import bat_in, bat_out, bone, lora
 from rwkv_peft.adapters.methods import METHODS
 from rwkv_peft.adapters.product import Frozen
 from rwkv_peft.ops import bone as bone_op
@@ -16,28 +16,18 @@ from rwkv_peft.ops import bone as bone_op
 RANK = 4
 
 
-def columns(out_features, in_features):
-    """Columns that shira might train."""
-    step = in_features // RANK
-    return torch.arange(RANK) * step + torch.arange(out_features)[:, None] % step
-
-
 # variant -> how to call it on (x, weight, params, bias)
 FUNCTIONS = MappingProxyType(
     {
         "bat-in": lambda x, w, p, b: bat_in.bat_in(x, Frozen(w, b), p["bone"]),
-        "bat-in-scaled": lambda x, w, p, b: bat_in.bat_in(x, Frozen(w, b), p["bone"], 2.5),
         "bat-out": lambda x, w, p, b: bat_out.bat_out(x, Frozen(w, b), p["bone"], "weight"),
         "bat-out by activations": lambda x, w, p, b: bat_out.bat_out(x, Frozen(w, b), p["bone"], "activation"),
         "bone": lambda x, w, p, b: bone.bone(x, Frozen(w, b), p["bone"]),
         "bone-mini": lambda x, w, p, b: bone.bone(x, Frozen(w, b), p["bone"]),
         "bone-signed": lambda x, w, p, b: METHODS["bone-signed"].apply(x, Frozen(w, b), p, 1.0, 0.0),
         "lora": lambda x, w, p, b: lora.lora(x, Frozen(w, b), p["lora_A"], p["lora_B"], 0.5),
-        "shira": lambda x, w, p, b: sparse.sparse(x, Frozen(w, b), p["shira_values"], columns(*w.shape)),
     }
 )
-# variant -> constants that its call holds as numbers
-NUMBERS = MappingProxyType({"bat-in-scaled": {"bone_scale": torch.tensor([2.5])}})
 
 
 def variant_of(name):
@@ -49,13 +39,11 @@ def shapes(name, in_features, out_features):
     rank = RANK
     return {
         "bat-in": {"bone": (in_features // rank, rank, rank)},
-        "bat-in-scaled": {"bone": (in_features // rank, rank, rank)},
         "bat-out": {"bone": (out_features // rank, rank, rank)},
         "bone": {"bone": (rank, out_features)},
         "bone-mini": {"bone": (rank, 2)},
         "bone-signed": {"bone": (rank, out_features), "bone_signs": (in_features,)},
         "lora": {"lora_A": (rank, in_features), "lora_B": (out_features, rank)},
-        "shira": {"shira_values": (out_features, rank)},
     }[variant_of(name)]
 
 
@@ -69,9 +57,7 @@ def tensors(name, lead=(2, 5), in_features=24, out_features=16, dtype=torch.floa
 
 def plain(name, x, weight, params, bias):
     """The definition: one linear layer with the merged weight."""
-    if name == "shira":
-        return F.linear(x, weight.scatter_add(1, columns(*weight.shape), params["shira_values"]), bias)
-    change = METHODS[variant_of(name)].change.delta(weight, params | NUMBERS.get(name, {}), scale=0.5)
+    change = METHODS[variant_of(name)].change.delta(weight, params, scale=0.5)
     return F.linear(x, weight + change, bias)
 
 
@@ -88,9 +74,9 @@ def run(function, x, weight, params, bias, train=("x", "params")):
 
 
 def test_every_way_to_compute_is_held_to_the_merged_weight():
-    """A method's own, or that of a method here; those of dora and vera are held to the paper's and peft's gradients."""
+    """A method's own, or that of a method here; dora's is held to the paper's gradients."""
     held = {METHODS[variant_of(name)].apply for name in FUNCTIONS}
-    assert {name for name, method in METHODS.items() if method.apply not in held} == {"dora", "vera"}
+    assert {name for name, method in METHODS.items() if method.apply not in held} == {"dora"}
 
 
 def assert_close(results, references, tolerance):
@@ -201,7 +187,6 @@ def test_saves_activations_and_no_copy_of_a_weight(name):
     elements = sum(tensor.numel() for tensor in saved.values())
     expected = {"bone": 10 * RANK, "bone-mini": 10 * RANK, "lora": 10 * (48 + RANK)}
     expected["bone-signed"] = 10 * RANK + RANK * 48  # and its sketch
-    expected["shira"] = 10 * 48 + 64 * RANK  # and its columns, which a layer holds
     assert elements == expected.get(name, 10 * 48)
 
 

@@ -1,10 +1,6 @@
 """The methods one by one: their starts and gradients against the formulas of their papers or Hugging Face peft's
 layers, and constants, which nothing may change."""
 
-import hashlib
-import math
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -14,11 +10,7 @@ from adapters.layers import merged_weight
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.adapters.methods import METHODS, method_of
 from rwkv_peft.adapters.product import Frozen
-from rwkv_peft.adapters.shira import columns_of
-from rwkv_peft.adapters.vera import shared, size
 from rwkv_peft.cli.errors import UserError
-
-SCALED, VERA = METHODS["bat-in-scaled"], METHODS["vera"]
 
 
 def initial_factors(weight, config, gradient=None):
@@ -150,178 +142,6 @@ def test_rslora_divides_by_the_root_of_the_rank(adapter_config):
     assert METHODS["rslora"].alpha.alpha(2.0, 16) == 8.0
 
 
-def a_layer(std=0.1, in_features=24, out_features=16):
-    layer = nn.Linear(in_features, out_features, bias=False)
-    nn.init.normal_(layer.weight, std=std)
-    return layer
-
-
-@pytest.mark.parametrize("rank", [4, 8])
-@pytest.mark.parametrize("std", [3e-3, 0.1, 40.0])
-def test_the_terms_of_a_step_have_one_size(rank, std, adapter_config):
-    weight = a_layer(std, 128, 96).weight.detach()
-    scale = SCALED.held.make(weight, adapter_config("bat-in-scaled", rank=rank), None)["bone_scale"]
-    assert scale.item() == pytest.approx(1 / (weight.square().mean().sqrt().item() * math.sqrt(rank)), rel=2**-8)
-    step = torch.randn(128 // rank, rank, rank).sign()
-    change, addend = (
-        SCALED.change.delta(w, {"bone": step, "bone_scale": scale}) for w in (weight, torch.zeros_like(weight))
-    )
-    assert [t.square().mean().sqrt().item() for t in (change - addend, addend)] == pytest.approx([1, 1], rel=0.05)
-
-
-def test_a_weight_of_zeros_has_the_scale_1(adapt):
-    layer = a_layer(std=0.0)
-    adapted = adapt(layer, "bat-in-scaled")
-    assert adapted.bone_scale.tolist() == [1.0] and adapted.scale == 1
-    x = torch.randn(5, 24)
-    torch.testing.assert_close(adapted(x), x @ merged_weight(adapted).t())
-
-
-def test_no_cast_of_the_model_changes_the_scale(adapt):
-    layer = adapt(a_layer(), "bat-in-scaled")
-    told, number = layer.bone_scale.clone(), layer.scale
-    layer.bfloat16()
-    assert layer.bone_scale.float().equal(told) and told.item() == layer.scale == number
-
-
-def test_layers_of_different_scales_share_what_torch_compile_makes(adapt):
-    torch._dynamo.reset()
-    x = torch.randn(5, 24, requires_grad=True)
-    for std in (0.1, 0.2, 0.3):
-        layer = adapt(a_layer(std), "bat-in-scaled")
-        expected = layer(x)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            layer.compile(backend="aot_eager", fullgraph=True)
-            y = layer(x)
-        torch.testing.assert_close(y, expected)
-        for found, true in zip(*(torch.autograd.grad(t.square().sum(), (x, layer.bone)) for t in (y, expected))):
-            torch.testing.assert_close(found, true)
-
-
-@pytest.mark.parametrize("scale", [0.0, -2.0, math.inf, math.nan])
-def test_a_scale_that_nothing_can_be_divided_by_is_refused(scale, adapter_config):
-    initial = {"layer.bone_scale": torch.tensor([scale])}
-    with pytest.raises(UserError, match=f"a bone_scale of {scale:g}, .* copy it again"):
-        inject(nn.ModuleDict({"layer": a_layer()}), adapter_config("bat-in-scaled"), initial=initial)
-    with pytest.raises(UserError, match="a finite number above 0"):
-        SCALED.change.opposite({"bone": torch.zeros(6, 4, 4), "bone_scale": torch.tensor([scale])})
-
-
-def gradients(y, *inputs):
-    return torch.autograd.grad(y, inputs, torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
-
-
-def test_veras_values_and_gradients_are_those_of_pefts_layer(adapt):
-    """Of one size, at which both share the same matrices; peft has no c, which goes into its B."""
-    peft = pytest.importorskip("peft")
-    layer = adapt(nn.Linear(24, 16).double(), "vera", d_initial=0.3, init_seed=5)
-    base = nn.Linear(24, 16).double()
-    base.load_state_dict({"weight": layer.weight, "bias": layer.bias})
-    config = peft.VeraConfig(r=4, d_initial=0.3, target_modules=["0"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
-    b, d = theirs.vera_lambda_b["default"], theirs.vera_lambda_d["default"]
-    assert torch.equal(d, torch.full((4,), 0.3).to(d.dtype)) and not b.any()
-    with torch.no_grad():
-        b.data, d.data = layer.vera_b.detach().clone(), layer.vera_d.detach().clone()
-        theirs.vera_A["default"] = layer.vera_A.t().clone()
-        theirs.vera_B["default"] = size(4, 24) * layer.vera_B
-    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
-    ours, expected = layer(x), theirs(x)
-    torch.testing.assert_close(ours, expected)
-    found = gradients(ours, x, layer.vera_b, layer.vera_d)
-    for one, other in zip(found, gradients(expected, x, b, d)):
-        torch.testing.assert_close(one, other)
-    torch.testing.assert_close(merged_weight(layer) - layer.weight.float(), theirs.get_delta_weight("default").float())
-
-
-def test_layers_of_all_widths_share_their_matrices(adapter_config):
-    model = nn.ModuleDict({"layer": nn.Linear(24, 16), "other": nn.ModuleDict({"layer": nn.Linear(32, 40)})})
-    inject(model, adapter_config("vera", rank=8, init_seed=3))
-    small, large = model["layer"], model["other"]["layer"]
-    assert torch.equal(large.vera_A[:24], small.vera_A) and torch.equal(large.vera_B[:16], small.vera_B)
-    assert small.vera_A.min() >= -1 and small.vera_A.max() <= 1
-    inject(again := nn.ModuleDict({"layer": nn.Linear(24, 16)}), adapter_config("vera", rank=8, init_seed=4))
-    assert not torch.equal(again["layer"].vera_A, small.vera_A)
-
-
-def test_a_seed_means_the_same_matrix_in_every_version():
-    drawn = shared(7, 0, 64, 16, torch.float32)[:64]
-    digest = hashlib.sha256(drawn.numpy().tobytes()).hexdigest()[:16]
-    assert digest == "3d930ca996bf3e2e"
-
-
-def test_the_matrices_have_the_size_of_kaiming_initialization():
-    rank, width = 256, 1024
-    A, B = (shared(0, axis, width, rank, torch.float64)[:width] for axis in (1, 0))
-    change = size(rank, width) * (B @ A.t())
-    assert change.square().mean().sqrt().item() == pytest.approx((2 / width * 2 / rank * rank) ** 0.5, rel=0.02)
-
-
-def test_no_cast_of_the_model_changes_the_matrices_or_the_seed(adapt):
-    layer = adapt(nn.Linear(24, 16), "vera", init_seed=255)
-    told = merged_weight(layer)
-    layer.vera_b.data, layer.vera_d.data = layer.vera_b.bfloat16().float(), layer.vera_d.bfloat16().float()
-    told = merged_weight(layer) - layer.weight
-    layer.bfloat16()
-    weight = torch.zeros(16, 24)
-    params = {name: tensor.detach() for name, tensor in layer.params.items()}
-    torch.testing.assert_close(VERA.change.delta(weight, params), told, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("seed", [-1.0, 0.5, 256.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("variant", ["vera", "shira"])
-def test_a_seed_that_is_none_is_refused(seed, variant, adapter_config):
-    initial = {f"layer.{variant}_seed": torch.tensor([seed])}
-    with pytest.raises(UserError, match="a whole number from 0 to 255 is due; the file is damaged"):
-        inject(nn.ModuleDict({"layer": nn.Linear(24, 16)}), adapter_config(variant), initial=initial)
-
-
-@pytest.mark.parametrize(
-    "variant, settings, words",
-    [
-        ("vera", {"init_seed": 256}, "vera_seed 256: a seed is a whole number from 0 to 255"),
-        ("vera", {"d_initial": 0.0}, "d_initial 0.0: b would never move"),
-        ("shira", {"entries": 0}, "entries 0: at least one entry"),
-        ("shira", {"entries": 25}, "entries in --peft_config 25 is more than the 24 entries of a row at layer"),
-        ("bone", {"d_initial": 0.5}, "d_initial 0.5 belongs to --peft vera, and --peft is bone"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(variant, settings, words, adapter_config):
-    with pytest.raises(UserError) as error:
-        inject(nn.ModuleDict({"layer": nn.Linear(24, 16)}), adapter_config(variant, **settings))
-    assert words in str(error.value)
-
-
-def test_shiras_values_and_gradients_are_those_of_pefts_layer(adapt):
-    """peft counts r (in + out) entries, in any rows: 64 at r = 2 are 4 in each of 16 rows."""
-    peft = pytest.importorskip("peft")
-    layer = adapt(nn.Linear(16, 16, bias=False), "shira", entries=4, init_seed=9)
-    mask = torch.zeros(16, 16).scatter(1, layer.shira_columns.long(), 1.0)
-    config = peft.ShiraConfig(r=2, target_modules=["0"])
-    config.mask_fn = lambda base, r, **rest: mask
-    base = nn.Linear(16, 16, bias=False)
-    base.load_state_dict({"weight": layer.weight})
-    theirs = peft.get_peft_model(nn.Sequential(base), config).base_model.model[0]
-    values = theirs.shira_weight["default"]
-    values.data = layer.shira_values.detach().flatten().clone()  # columns ascend in a row, as torch.where finds them
-    x = torch.randn(2, 5, 16, requires_grad=True)
-    g = torch.randn(2, 5, 16)
-    ours = torch.autograd.grad(layer(x), (x, layer.shira_values), g)
-    expected = torch.autograd.grad(theirs(x), (x, values), g)
-    torch.testing.assert_close(layer(x), theirs(x))
-    torch.testing.assert_close(ours[0], expected[0])
-    torch.testing.assert_close(ours[1].flatten(), expected[1])
-
-
-@pytest.mark.parametrize("width, entries", [(24, 4), (23, 5), (16, 16), (7, 6), (4096, 64)])
-def test_columns_of_a_row_differ_and_ascend(width, entries):
-    columns = columns_of(2, 50, width, entries)
-    assert (columns.diff(dim=1) > 0).all() and columns.min() >= 0 and columns.max() < width
-    assert torch.equal(columns_of(2, 10, width, entries)[:10], columns[:10])  # a band of rows has its own
-
-
-def test_every_entry_may_be_drawn():
-    columns = columns_of(0, 2000, 23, 5)
-    assert columns.unique().tolist() == list(range(23))
+def test_a_setting_of_another_method_is_refused(adapter_config):
+    with pytest.raises(UserError, match="lora_plus_ratio 4.0 belongs to --peft lora-plus, and --peft is bone"):
+        inject(nn.ModuleDict({"layer": nn.Linear(24, 16)}), adapter_config("bone", lora_plus_ratio=4.0))

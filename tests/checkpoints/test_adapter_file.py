@@ -120,6 +120,7 @@ def test_adapter_files_that_are_wrong_are_refused(tmp_path):
         ({"format_version": "x"}, "metadata cannot be read"),
         ({"format_version": float("inf")}, "metadata cannot be read"),
         ({"variant": "vara"}, "variant = 'vara', and one of bone,"),
+        ({"variant": "shira", "entries": 8}, "is a shira adapter, and version 0.3.0 of rwkv-peft is the last"),
         ({"variant": "none"}, "names no method .*tensors of an adapter on 1 layers"),
         ({"quant": "q4"}, "quant = 'q4'"),
         ({"rank": "x"}, "rank = 'x'"),

@@ -96,7 +96,7 @@ FORMULAS = {
 VOCABULARY = 30
 OWN = {"pissa": {"svd_niter": 0}, "lora": {"alpha": 16.0}}
 ADAPTERS = {
-    name: AdapterConfig(**words_of(method), rank=8, mini_rank=4, entries=8, **OWN.get(name, {}))
+    name: AdapterConfig(**words_of(method), rank=8, mini_rank=4, **OWN.get(name, {}))
     for name, method in METHODS.items()
     if name != "lora-ga"  # which starts from a gradient
 }

@@ -57,7 +57,7 @@ def gradients(family, name, dtype):
     family.init_weights(model)
     shake(model)
     if name != "none":
-        config = AdapterConfig(**words_of(METHODS[name]), rank=8, mini_rank=8, entries=4)
+        config = AdapterConfig(**words_of(METHODS[name]), rank=8, mini_rank=8)
         drawn = {layer: torch.randn(m.weight.shape) for layer, m in model.named_modules() if hasattr(m, "in_features")}
         inject(model, config, family=family, gradients=drawn)
         shake(model)

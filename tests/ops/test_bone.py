@@ -3,7 +3,6 @@ more than plain torch does. If the processor has no matrix unit, tests/amx_shim 
 
 import functools
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ SIZES = [
     *((1, 480, 96, 32), (7, 128, 192, 64), (301, 192, 64, 64), (530, 36, 24, 12), (131, 30, 15, 5)),
     *((33, 80, 40, 20), (300, 80, 32, 16), (260, 96, 48, 48), (40, 256, 384, 128)),
 ]
-FACTOR = 0.3  # of the shift, as bat-in-scaled has; bat-in's is 1
 
 
 def tensors(sizes, dtype, spread=1):
@@ -42,9 +40,9 @@ def plain(x, bone, g, dz):
     rank = bone.shape[-1]
     shards = x.unflatten(1, (-1, rank))
     u = torch.einsum("bij,tbj->tbi", bone, shards)
-    du = dz.unflatten(1, (-1, rank)) + FACTOR * g.unflatten(1, (-1, rank)).sum(1)[:, None]
+    du = dz.unflatten(1, (-1, rank)) + g.unflatten(1, (-1, rank)).sum(1)[:, None]
     dx = dz + torch.einsum("tbi,bij->tbj", du, bone).flatten(1)
-    return (shards + u).flatten(1), FACTOR * u.sum(1), dx, torch.einsum("tbi,tbj->bij", du, shards)
+    return (shards + u).flatten(1), u.sum(1), dx, torch.einsum("tbi,tbj->bij", du, shards)
 
 
 def merged(rows, bone):
@@ -120,7 +118,7 @@ def on_threads(count):
 
 def ours(x, bone, g, dz, level):
     dx = dz.clone()
-    return *blocks.affine(x, bone, level, FACTOR), dx, blocks.affine_backward_(dx, g, x, bone, level, FACTOR)
+    return *blocks.affine(x, bone, level), dx, blocks.affine_backward_(dx, g, x, bone, level)
 
 
 @pytest.mark.parametrize("number, sizes", list(enumerate(SIZES)), ids=str)
@@ -134,7 +132,7 @@ def test_affine_forward_and_backward(level, dtype, number, sizes):
 
 def test_affine_without_the_gradient_of_the_matrices(level):
     _, (x, bone, g, dz) = tensors((70, 64, 32, 16), torch.float32)
-    assert blocks.affine_backward_(dx := dz.clone(), g, None, bone, level, FACTOR) is None
+    assert blocks.affine_backward_(dx := dz.clone(), g, None, bone, level) is None
     assert torch.equal(dx, ours(x, bone, g, dz, level)[2])
 
 
@@ -214,8 +212,8 @@ def kernels(monkeypatch):
 
 
 def cuda_results(x, bone, g, dz):
-    dx, (z, shift) = dz.clone(), cuda.affine(x, bone, FACTOR)
-    return z, shift.sum(0), dx, cuda.affine_backward_(dx, g, x, bone, FACTOR)
+    dx, (z, shift) = dz.clone(), cuda.affine(x, bone)
+    return z, shift.sum(0), dx, cuda.affine_backward_(dx, g, x, bone)
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, (70, 1024, 64, 64), (33, 34, 17, 17), (20, 63, 21, 3)], ids=str)
@@ -246,7 +244,7 @@ def test_merging_on_a_gpu(kernels, count, width, rank, monkeypatch):
 @pytest.mark.parametrize("rank", (16, 17))
 def test_affine_on_a_gpu_without_the_gradient_of_the_matrices(kernels, rank):
     _, (x, bone, g, dz) = tensors((70, 4 * rank, 2 * rank, rank), torch.bfloat16)
-    assert cuda.affine_backward_(dx := dz.clone(), g, None, bone, FACTOR) is None
+    assert cuda.affine_backward_(dx := dz.clone(), g, None, bone) is None
     assert torch.equal(dx, cuda_results(x, bone, g, dz)[2])
 
 
@@ -266,9 +264,7 @@ def test_one_shard_is_its_own_sum(kernels):
     assert cuda.shard_sum(x, 20) is x
 
 
-@pytest.mark.parametrize(
-    "function", (bat_in, partial(bat_in, scale=6.5), bone_function), ids=("bat-in", "scaled", "bone")
-)
+@pytest.mark.parametrize("function", (bat_in, bone_function), ids=("bat-in", "bone"))
 @pytest.mark.parametrize("width", (64, 16))
 def test_an_adapter_through_the_kernels(kernels, function, width):
     """x and g are slices of a larger tensor, at an address that is no multiple of 16 bytes; `width` is

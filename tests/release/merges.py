@@ -20,7 +20,7 @@ RANK = 8
 def params_of(variant, weight, rank=RANK, std=0.05, seed=0):
     """Random tensors of one adapted layer; constants that follow from its weight keep their values."""
     method, generator = METHODS[variant], torch.Generator().manual_seed(seed)
-    config = AdapterConfig(rank=rank, mini_rank=4, entries=rank)
+    config = AdapterConfig(rank=rank, mini_rank=4)
     shapes = method.tensors.shapes(config, *weight.shape)
     params = {
         name: std * torch.randn(shapes[name], generator=generator) for name in (*method.parameters, *method.constants)

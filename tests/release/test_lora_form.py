@@ -19,14 +19,14 @@ from rwkv_peft.release.convert import main
 from rwkv_peft.release.lora import lora_form
 
 RANK, MINI, SCALE = 8, 4, 1.5
-EXACT = ("bone", "bone-mini", "bone-signed", "lora", "lora-plus", "rslora", "pissa", "olora", "lora-ga", "vera")
+EXACT = ("bone", "bone-mini", "bone-signed", "lora", "lora-plus", "rslora", "pissa", "olora", "lora-ga")
 LAYERS = {"blocks.0.ffn.key": (96, 64), "blocks.1.ffn.value": (64, 96), "blocks.1.att.key": (64, 64)}
 
 
 def random_adapter(method, base, fingerprint=""):
     """An Adapter of a method on LAYERS."""
     torch.manual_seed(1)
-    config = AdapterConfig(rank=RANK, mini_rank=MINI, entries=RANK)
+    config = AdapterConfig(rank=RANK, mini_rank=MINI)
     tensors = {}
     for module, (out_features, in_features) in LAYERS.items():
         constants = {}
@@ -58,9 +58,7 @@ def far(left, right):
 def test_the_lora_of_a_method_is_its_change(method, tiny_state):
     base = tiny_state()
     adapter = random_adapter(method, base)
-    form, errors = lora_form(
-        adapter, base, 0 if adapter.metadata.rank else 2 * RANK
-    )  # a method without a rank needs one
+    form, errors = lora_form(adapter, base)
     assert bool(errors) == (method.name not in EXACT)
     if method.name in EXACT:
         assert far(changes(form, base), changes(adapter, base)) < 1e-5
@@ -69,16 +67,6 @@ def test_the_lora_of_a_method_is_its_change(method, tiny_state):
     assert far(changes(form, base), changes(adapter, base)) == pytest.approx(max(errors.values()), rel=1e-3)
     whole, _ = lora_form(adapter, base, rank=64)
     assert far(changes(whole, base), changes(adapter, base)) < 1e-4
-
-
-def test_a_method_without_a_rank_needs_that_of_the_lora(tmp_path, tiny_state, capsys):
-    base = tiny_state(vocab_size=257)
-    save_model(tmp_path / "base.pth", base)
-    save_adapter(tmp_path / "shira.safetensors", *random_adapter(METHODS["shira"], base)[:2])
-    with pytest.raises(UserError, match="shira has no rank that a LoRA could take: give --lora_rank"):
-        convert(tmp_path, "shira.safetensors", "lora.safetensors")
-    convert(tmp_path, "shira.safetensors", "lora.safetensors", "--lora_rank", "4")
-    assert "LoRA of rank 4 of 3 layers, without " in capsys.readouterr().out
 
 
 def test_the_error_of_a_truncation_is_that_of_the_singular_values_left_out(tiny_state):

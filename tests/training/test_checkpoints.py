@@ -81,6 +81,7 @@ RUN |= {"samples_seen": 1, "trained": [], "validated_from": 0, "validation": ""}
 )
 def test_a_setting_that_a_checkpoint_lacks_has_its_default(tmp_path, saved, now, init, words):
     known = {name: value for name, value in asdict(AdapterConfig(rank=16)).items() if name != "init"}
+    known["entries"] = 64  # a setting of a method that left
     write_state(tmp_path / "state.json", RUN | {"adapter": known, "data": DATA | saved})
     command = RUN | {"adapter": asdict(AdapterConfig(rank=16, init=init)), "data": DATA | now}
     with pytest.raises(UserError, match="^--resume: .* is of 0.2.0 or before, .* add --fresh_optimizer"):

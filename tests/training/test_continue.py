@@ -138,16 +138,3 @@ def test_a_resumed_run_keeps_the_factors_that_it_began_with(base, tmp_path, meth
                 assert torch.equal(tensor, tensors[f"{name}.{key}"])
             taken = tensors[f"{name}.init_lora_B"] @ tensors[f"{name}.init_lora_A"]
             torch.testing.assert_close(layer.weight, base[f"{name}.weight"] - taken)
-
-
-def test_a_resumed_run_keeps_the_scale_that_it_began_with(base, tmp_path):
-    config = AdapterConfig(mode="bat-in-scaled", rank=8)
-    model, adapter = trained(base, config)
-    tensors = {key: 3 * tensor if "scale" in key else tensor for key, tensor in adapter.tensors.items()}
-    save_adapter(tmp_path / "adapter.safetensors", tensors, adapter.metadata)
-    again = new_model(base)
-    adapt(again, config, None, RWKV6_FAMILY, base_of(base), None, tmp_path)
-    layers = [(name, layer) for name, layer in again.named_modules() if isinstance(layer, AdapterLinear)]
-    assert len(layers) == 16
-    for name, layer in layers:
-        assert layer.scale == layer.bone_scale.item() == 3 * model.get_submodule(name).scale

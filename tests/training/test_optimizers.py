@@ -132,7 +132,7 @@ def test_muon_over_ranks_is_torchs_over_whole_matrices(monkeypatch, ranks):
 
 def test_muon_takes_the_matrices_of_blocks_and_of_adapters():
     names = {"emb.weight": 2, "blocks.0.att.key.weight": 2, "blocks.0.att.key.bone": 2, "blocks.0.ln1.weight": 1}
-    names |= {"blocks.0.att.time_faaaa": 2, "blocks.0.att.value.bone": 3, "head.weight": 2, "a.shira_values": 2}
+    names |= {"blocks.0.att.time_faaaa": 2, "blocks.0.att.value.bone": 3, "head.weight": 2, "a.lora_gain": 1}
     parameters = [(name, nn.Parameter(torch.ones((4,) * dims))) for name, dims in names.items()]
     model = SimpleNamespace(named_parameters=lambda: parameters)
     whole, matrices = parameter_groups(model, matrices_apart=True)

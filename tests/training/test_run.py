@@ -20,7 +20,6 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli import commands
-from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.chat import ChatLayout
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.recorded import chat_beside
@@ -28,7 +27,7 @@ from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.tools import TOOL_FORMS
 from rwkv_peft.release.merge import main as merge
 from training.held import held
-from training.runs import ROOT, finish, metrics, rewound, start
+from training.runs import ROOT, finish, metrics, start
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +148,9 @@ def test_a_new_run_continues_from_an_adapter(files, train, one_process):
     assert lines[0]["loss"] < metrics(files, "one")[0]["loss"]
 
 
-METHODS = {  # SEEDED has vera and shira
+METHODS = {
     "bone-mini": "--bone_mode bone-mini --bone_r 8 --bone_mini_r 4",
     "bone-signed": "--bone_mode bone-signed --bone_r 16",
-    "bat-in-scaled": "--bone_mode bat-in-scaled --bone_r 16",
     "bat-out nf4": "--bone_mode bat-out --quant nf4 --bone_r 16",
     "pissa": '--peft pissa --pissa_config {"pissa_r":4,"svd_niter":2}',
     **{
@@ -215,41 +213,6 @@ def test_a_run_records_the_layout_of_the_chats_in_its_rows(tmp_path, tiny_state,
         assert (b"--clean_turns 0" in adapter.read_bytes()) is not clean
         assert f"--tool_form {form}".encode() in adapter.read_bytes()
     assert chat_beside(tmp_path) == ChatLayout()
-
-
-SEEDED = {
-    "vera": ("vera", '{"r": 16, "d_initial": 0.2, "vera_seed": 7}', ()),
-    "shira": ("shira", '{"entries": 8, "shira_seed": 7}', ("--lora_rank", "32")),
-}
-
-
-@pytest.mark.parametrize("peft, settings, lora", SEEDED.values(), ids=SEEDED)
-def test_a_run_resumes_bitwise_and_what_it_trained_is_merged(files, train, capsys, peft, settings, lora):
-    def run(*words):
-        assert commands.main([str(word) for word in words]) == 0
-        return capsys.readouterr().out
-
-    size = "rank 16" if peft == "vera" else "entries 8"
-    flags = ("--peft", peft, "--peft_config", settings, "--lr_init", "0.03", "--lr_schedule", "constant")
-    out, _ = train(f"whole-{peft}", *flags)
-    assert f"training  {peft}, {size}: " in out
-    parts = rewound(files / f"whole-{peft}", f"parts-{peft}")
-    train(parts.name, *flags, "--resume")
-    whole = files / f"whole-{peft}" / "adapter.safetensors"
-    assert whole.read_bytes() == (parts / "adapter.safetensors").read_bytes()
-
-    assert f"{peft}, {size}" in run("inspect", whole)
-    base, merged = files / "base.pth", files / f"{peft}-merged.pth"
-    given = ("--bone_checkpoint", whole)
-    run("merge", "--base_model", base, *given, "--output", merged, "--output_dtype", "fp32")
-    out = run("check", "--base_model", base, *given, "--merged", merged)
-    assert "each as base and adapter make it" in out
-    before, after = (torch.load(path) for path in (base, merged))
-    assert sum(not torch.equal(after[key], tensor.float()) for key, tensor in before.items()) == 16
-    out = run("convert", whole, files / f"{peft}-lora.safetensors", "--to", "lora", "--base_model", base, *lora)
-    assert ("the same change, exactly" in out) == (peft == "vera")
-    with pytest.raises(UserError, match=f"RWKV-PEFT has no {peft}"):
-        commands.main(["convert", str(whole), str(files / f"{peft}.pth")])
 
 
 def test_a_row_of_weight_two_is_as_if_it_stood_there_twice(files, train):

@@ -5,7 +5,6 @@ Kang and Yin 2024, arXiv 2409.15371 (its first versions).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -31,11 +30,9 @@ def sizes(params: Params) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class BlockAffine(Change):
-    """W_ab + W_ab M + B for a matrix B of `bone`: index is the letter of the axis whose blocks share it, and
-    multiplied(params) gives M, which is B in bat-in and bat-out."""
+    """W_ab + W_ab B + B for a matrix B of `bone`: index is the letter of the axis whose blocks share it."""
 
     index: str = field(kw_only=True)
-    multiplied: Callable[[Params], Tensor] = lambda params: params["bone"]
 
     def delta(self, weight: Tensor, params: Params, scale: float = 1.0) -> Tensor:
         params = cast(params, weight.dtype)
@@ -51,7 +48,7 @@ class BlockAffine(Change):
         """-> the change of each block, (out/r, r, in/r, r), in no particular order in memory."""
         bone = params["bone"]
         addend = bone.transpose(0, 1) if self.index == "b" else bone[:, :, None]  # (r, in/r, r) or (out/r, r, 1, r)
-        return torch.einsum(f"aobj,{self.index}ji->aobi", blocks, self.multiplied(params)).add_(addend)
+        return torch.einsum(f"aobj,{self.index}ji->aobi", blocks, bone).add_(addend)
 
     def row_unit(self, params: Params) -> int:
         return params["bone"].shape[-1]
@@ -62,16 +59,14 @@ class BlockAffine(Change):
     def opposite(self, params: Params) -> Params:
         """W' = W (I + B) + B is undone by the change of the same form with C = (I + B)^-1 - I in B's place:
         W = (W' - B)(I + B)^-1 = W' (I + C) + C. Raises UserError if I + B has no inverse."""
-        return {"bone": undone(params["bone"].double())}
-
-
-def undone(bone: Tensor) -> Tensor:
-    """(I + B)^-1 - I of matrices B (n, r, r) float64."""
-    identity = torch.eye(bone.shape[-1], dtype=bone.dtype, device=bone.device)
-    inverse, singular = torch.linalg.inv_ex(identity + bone)
-    if singular.any():
-        raise UserError("an I + B of the adapter has no inverse, so that merging lost the base; take the base itself")
-    return inverse - identity
+        bone = params["bone"].double()
+        identity = torch.eye(bone.shape[-1], dtype=bone.dtype, device=bone.device)
+        inverse, singular = torch.linalg.inv_ex(identity + bone)
+        if singular.any():
+            raise UserError(
+                "an I + B of the adapter has no inverse, so that merging lost the base; take the base itself"
+            )
+        return {"bone": inverse - identity}
 
 
 def blocks_of(weight: Tensor, rank: int) -> Tensor:

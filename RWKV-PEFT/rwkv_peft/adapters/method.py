@@ -150,8 +150,7 @@ class Method:
     factors `lora_A` (r, in) and `lora_B` (out, r), float32, with exactly that product. step(method, config, in) is the
     distance that Adam's first step moves a layer's weight: the root mean square of the change of its entries over the
     learning rate (docs/guides/learning-rates.md); if it depends on the weight, of a square one with entries of mean
-    square 1/in. pace is the rate over the rate of a first step like Bone's, where measurements favour another. rates
-    are (tensor, AdapterConfig field that multiplies its rate).
+    square 1/in. rates are (tensor, AdapterConfig field that multiplies its rate).
     """
 
     name: str
@@ -164,7 +163,6 @@ class Method:
     alpha: Alpha | None = None
     rates: tuple[tuple[str, str], ...] = ()
     step: "FirstStep" = lambda method, config, in_features: 1.0
-    pace: float = 1.0
     lora: Callable[[Params, float, int, int], Params] | None = None
     upstream: Upstream | None = None
     hf: HfForm | None = None

@@ -33,6 +33,7 @@ FORMAT_VERSION = 1
 DIGEST_KEY = "rwkv_peft_digest"  # the entry with the digest of the tensors; files of earlier versions lack it
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
+LEFT = ("bat-in-scaled", "vera", "shira")  # methods that left after version 0.3.0
 FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 COPY = "copy the file that the training wrote"
 
@@ -66,17 +67,16 @@ def read_origin(header: dict[str, str]) -> Origin:
 class AdapterMetadata:
     """Describes an adapter, so that merging needs no retyped flags.
 
-    variant is a method's name ("none": only whole tensors); rank, mini_rank and entries are AdapterConfig's (0: the
-    method has none); scale multiplies lora_B lora_A; targets and train_parts name the trained places, quant the
-    quantization of the frozen weights. base_fingerprint identifies the base, and generation is its --model_version
-    ("": unknown). precision is the dtype that the base was cast to for training, before anything was quantized or
-    taken out of it ("": none, or unknown). source is the tool that wrote the file; origin the history for people.
+    variant is a method's name ("none": only whole tensors); rank and mini_rank are AdapterConfig's (0: the method has
+    none); scale multiplies lora_B lora_A; targets and train_parts name the trained places, quant the quantization of
+    the frozen weights. base_fingerprint identifies the base, and generation is its --model_version ("": unknown).
+    precision is the dtype that the base was cast to for training, before anything was quantized or taken out of it ("":
+    none, or unknown). source is the tool that wrote the file; origin the history for people.
     """
 
     variant: str
     rank: int = 0
     mini_rank: int = 0
-    entries: int = 0
     scale: float = 1.0
     targets: tuple[str, ...] = ()
     train_parts: tuple[str, ...] = ()
@@ -98,7 +98,6 @@ class AdapterMetadata:
             variant=NONE if method is None else method.file_name,
             rank=config.rank if method is None or "rank" in method.tensors.size else 0,
             mini_rank=config.mini_rank,
-            entries=config.entries if method is not None and "entries" in method.tensors.size else 0,
             scale=1.0 if method is None else method.scale(config),
             targets=tuple(config.targets),
             train_parts=tuple(config.train_parts),
@@ -195,8 +194,6 @@ def save_adapter(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
         if not all_finite(tensor):
             raise ValueError(f"{key} holds NaN or Inf; an adapter with it is of no use, so nothing is written")
     values = {name: value for name, value in asdict(metadata).items() if name != "origin"}
-    if not metadata.entries:
-        del values["entries"]  # earlier versions refuse an entry that they do not have
     header = {"format": "pt", METADATA_KEY: json.dumps(values, sort_keys=True), ENTRY: metadata.origin.to_json()}
     header[DIGEST_KEY] = tensors_digest(tensors)
     with atomic_write(path) as temporary:
@@ -252,6 +249,11 @@ def _parse_metadata(path: str | Path, text: str) -> AdapterMetadata:
         values = json.loads(text)
         version = int(values["format_version"])
         values = {key: value for key, value in values.items() if key not in FORGOTTEN}
+    if values.get("variant") in LEFT:  # before entries that only these methods had
+        raise UserError(
+            f"{path} is a {values['variant']} adapter, and version 0.3.0 of rwkv-peft is the last that reads "
+            "them: merge it into its base there, and take the merged model"
+        )
     known = {field.name for field in fields(AdapterMetadata)} - {"origin"}
     if version > FORMAT_VERSION or set(values) - known:
         raise UserError(
@@ -274,7 +276,7 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
     for name, value in ({"variant": None} | values).items():
         if name in known:
             fits, due = value in known[name], "one of " + ", ".join(filter(None, known[name]))
-        elif name in ("rank", "mini_rank", "entries", "format_version"):
+        elif name in ("rank", "mini_rank", "format_version"):
             fits, due = is_whole(value, 0), "a whole number"
         elif name == "scale":
             fits, due = is_finite(value), "a finite number"

@@ -20,8 +20,7 @@ MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 METHOD_ALIASES = (("disha", "bone"),)
 MINI = "bone-mini"  # the form with a mini_rank
 PEFT_FLAG = "peft_config"  # takes the JSON keys of the method that --peft names
-SIZES = ("rank", "mini_rank", "entries")  # settings that give the shapes of tensors
-SEEDS = 256  # a seed lies below it, so that bfloat16 holds it and no cast of the model changes it
+SIZES = ("rank", "mini_rank")  # settings that give the shapes of tensors
 
 
 GOOD_FOR = MappingProxyType(  # value of --peft -> what trains, and when to take it
@@ -34,8 +33,6 @@ GOOD_FOR = MappingProxyType(  # value of --peft -> what trains, and when to take
         "pissa": "lora that starts at the weight's largest singular values, to learn faster at first",
         "olora": "lora that starts at the weight's QR decomposition, for the same end",
         "lora-ga": "lora that starts along the first gradient, for which it reads some rows before",
-        "vera": "two vectors around random matrices, for the smallest file",
-        "shira": "some entries of each row of the weight, to change the fewest of the base's numbers",
         NONE: "no adapter, the model itself (all of it, or --train_parts), in the most memory",
     }
 )
@@ -85,7 +82,6 @@ RANK = whole_from(1, "a rank is at least 1; try 64")
 ALPHA = Condition(
     lambda value: math.isfinite(value) and value >= 0, "it is a finite number above 0, or 0 for that of the rank"
 )
-SEED = Condition(lambda value: 0 <= value < SEEDS, f"a seed is a whole number from 0 to {SEEDS - 1}")
 
 
 def adapter_setting(key: str) -> str:
@@ -98,8 +94,8 @@ def adapter_setting(key: str) -> str:
 class BoneSettings(Settings):
     mode: str = setting(
         "bat-in",
-        "bat-in (block affine by input block, also called bat), bat-in-scaled (its two terms of one size), bat-out, "
-        "bone, bone-mini or bone-signed (default bat-in)",
+        "bat-in (block affine by input block, also called bat), bat-out, bone, bone-mini or bone-signed (default "
+        "bat-in)",
         flag="bone_mode",
         key="bone_mode",
         read=lambda name, value: alias(MODE_ALIASES)(value),
@@ -168,30 +164,7 @@ class PissaSettings(Settings):
 
 
 @dataclass(frozen=True)
-class VeraSettings(Settings):
-    """d_initial fills the vector d; init_seed draws the frozen matrices (peft's projection_prng_key)."""
-
-    rank: int = setting(64, key="r", rule=RANK)
-    load: str = adapter_setting("load")
-    d_initial: float = setting(
-        0.1,
-        key="d_initial",
-        rule=Condition(lambda value: math.isfinite(value) and value != 0, "b would never move; try 0.1"),
-    )
-    init_seed: int = setting(0, key="vera_seed", rule=SEED)
-
-
-@dataclass(frozen=True)
-class ShiraSettings(Settings):
-    """entries is the number of entries of each row of a weight that train, and init_seed draws them."""
-
-    entries: int = setting(64, key="entries", rule=whole_from(1, "at least one entry of a row trains; try 64"))
-    load: str = adapter_setting("load")
-    init_seed: int = setting(0, key="shira_seed", rule=SEED)
-
-
-@dataclass(frozen=True)
-class MethodSettings(BoneSettings, LoraPlusSettings, PissaSettings, VeraSettings, ShiraSettings):
+class MethodSettings(BoneSettings, LoraPlusSettings, PissaSettings):
     """The settings of all methods. Each reads its own; fields of one name are one setting."""
 
 
@@ -231,7 +204,7 @@ class Word(NamedTuple):
         return f"--{metadata['flag']}" if metadata["flag"] else key
 
 
-BONE = ("bone", "bone-mini", "bone-signed", "bat-in", "bat-in-scaled", "bat-out")
+BONE = ("bone", "bone-mini", "bone-signed", "bat-in", "bat-out")
 WORDS: Mapping[str, Word] = MappingProxyType(
     {
         word.name: word
@@ -244,8 +217,6 @@ WORDS: Mapping[str, Word] = MappingProxyType(
             Word("pissa", ("pissa",), "pissa_config", PissaSettings),
             Word("olora", ("olora",), "lora_config", LoraSettings),
             Word("lora-ga", ("lora-ga",), "lora_config", LoraSettings),
-            Word("vera", ("vera",), PEFT_FLAG, VeraSettings),
-            Word("shira", ("shira",), PEFT_FLAG, ShiraSettings),
         )
     }
 )

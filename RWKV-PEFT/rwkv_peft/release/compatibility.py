@@ -18,7 +18,7 @@ from ..models.family import Family
 from ..models.layout import state_parts, time_state_shapes
 
 Adapters = Sequence[tuple[str | Path, Adapter]]  # (name, Adapter) in the order of their application
-ONES = AdapterConfig(rank=1, mini_rank=1, entries=1)  # the smallest sizes: only the number of dimensions is read
+ONES = AdapterConfig(rank=1, mini_rank=1)  # the smallest sizes: only the number of dimensions is read
 
 
 def check_generations(base: Base, adapters: Adapters) -> None:

@@ -56,7 +56,11 @@ def lora_form(
         if factors is None:
             assert base is not None  # layer_shape needed it
             kept = rank or 2 * metadata.rank
-            check_lora_rank(method, kept, module, shape)
+            if kept > min(shape):
+                raise UserError(
+                    f"a LoRA of rank {kept} is more than the weight {shape} of {module} allows; give --lora_rank, at "
+                    f"most {min(shape)}"
+                )
             change = change_of(metadata, method, base[f"{module}.weight"], params)
             require_finite(module, change.norm())  # because the SVD needs finite values
             factors, errors[module] = truncated(change, kept)
@@ -65,7 +69,7 @@ def lora_form(
         width = len(factors["lora_A"])
     if rank and not errors:
         raise UserError(f"--lora_rank {rank}: {method.label} has a LoRA form of its own, which is exact; leave it out")
-    lora = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, entries=0, scale=1.0)
+    lora = replace(metadata, variant=METHODS["lora"].name, rank=width, mini_rank=0, scale=1.0)
     return Adapter(tensors, lora), errors
 
 
@@ -100,17 +104,6 @@ def require_finite(module: str, *tensors: torch.Tensor) -> None:
         raise UserError(
             f"{module}: its change is too large for float32, so that LoRA cannot hold it; the training had diverged: "
             "take an earlier adapter"
-        )
-
-
-def check_lora_rank(method: Method, rank: int, module: str, shape: tuple[int, ...]) -> None:
-    """Raise UserError if a LoRA's rank is 0, or larger than the narrower side of a layer (out, in)."""
-    if not rank:
-        raise UserError(f"{method.label} has no rank that a LoRA could take: give --lora_rank")
-    if rank > min(shape):
-        raise UserError(
-            f"a LoRA of rank {rank} is more than the weight {shape} of {module} allows; give --lora_rank, at most "
-            f"{min(shape)}"
         )
 
 

@@ -3,7 +3,6 @@
 docs/guides/learning-rates.md has the formulas, their evidence, and the cases in which they mislead.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -34,13 +33,14 @@ def automatic_rate(adapter: AdapterConfig, n_embd: int, objective: Objective | N
     if adapter.states_alone:
         return Rate(STATE_LR, "that of states")
     method = method_of(adapter)
-    paces = [(one.pace, one.name) for one in (method, objective) if one is not None]
     step, anchor = 1.0, ANCHOR if method is not None else NEW if new else WHOLE
     reason = f"{anchor:g} / {n_embd} channels"
     if method is not None and (step := method.step(method, adapter, n_embd)) != 1:
         reason = f"bone's {reason}, over {step:.2g}, {method.label}'s first step in the weight where bone's is 1"
-    reason += "".join(f", times {pace:g} for {name}" for pace, name in paces if pace != 1)
-    return Rate(float(f"{math.prod(pace for pace, _ in paces) * anchor / n_embd / step:.2g}"), reason)
+    pace = 1.0 if objective is None else objective.pace
+    if objective is not None and pace != 1:
+        reason += f", times {pace:g} for {objective.name}"
+    return Rate(float(f"{pace * anchor / n_embd / step:.2g}"), reason)
 
 
 def group_rates(config: RunConfig) -> tuple[Family | None, tuple[tuple[str, float], ...]]:

@@ -37,7 +37,7 @@ NAMES = {family.version: family for family in FAMILIES}
 
 def adapter_of(name, family, parts=(), **settings):
     words = {"method": NONE} if name == NONE else words_of(METHODS[name])
-    sizes = {"rank": 16, "mini_rank": 16, "entries": 16} | settings
+    sizes = {"rank": 16, "mini_rank": 16} | settings
     return AdapterConfig(**words, **sizes, targets=family.targets, train_parts=parts)
 
 
@@ -139,7 +139,7 @@ def test_parameters_are_counted_exactly(family):
 def test_the_same_sizes_fit(name):
     config = adapter_of(name, FAMILIES[0])
     for value, out, in_ in product((1, 3, 16, 24, 64, 96, 200), (64, 96), (64, 96)):
-        sized = replace(config, rank=value, mini_rank=value, entries=value)
+        sized = replace(config, rank=value, mini_rank=value)
         assert activations.METHODS[name].fits(sized, out, in_) == (METHODS[name].tensors.fit(sized, out, in_) is None)
 
 

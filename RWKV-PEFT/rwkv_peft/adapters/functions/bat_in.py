@@ -15,27 +15,22 @@ from ..product import Frozen, Product
 from .tokens import apply_to_tokens, weight_gradient
 
 
-def bat_in(x: Tensor, base: Frozen, bone: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """Block affine by input block: W'_ab = W_ab + scale W_ab B_b + B_b.
+def bat_in(x: Tensor, base: Frozen, bone: Tensor) -> Tensor:
+    """Block affine by input block: W'_ab = W_ab + W_ab B_b + B_b.
 
     x (..., in), bone (in/r, r, r) -> (..., out) in x's dtype.
-    r must divide in and out; scale, which is not 0, is a number or, under torch.compile, a tensor (). Costs
-    4 T in out + 6 T in r FLOPs forward and backward.
+    r must divide in and out. Costs 4 T in out + 6 T in r FLOPs forward and backward.
     """
-    return apply_to_tokens(_BatIn, x, base, bone, extra=(scale,))
+    return apply_to_tokens(_BatIn, x, base, bone)
 
 
 class _BatIn(Function):
-    """With the scale a: u_b = a B_b x_b and y = W (x + u) + tile(Σ_b u_b) / a."""
-
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor, product: Product, scale: float | Tensor
-    ) -> Tensor:
-        ctx.product, ctx.scale = product, scale
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bone: Tensor, product: Product) -> Tensor:
+        ctx.product = product
         needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_x else None, weight, bone)
-        z, shift = affine(x, times(bone, scale), 1 / scale)
+        z, shift = affine(x, bone)
         return tiled_product(z, shift, weight, bias, product)
 
     @staticmethod
@@ -44,14 +39,12 @@ class _BatIn(Function):
         x, weight, bone = ctx.saved_tensors
         need_x, need_weight, need_bias, need_bone = ctx.needs_input_grad[:4]
         dx = d_weight = d_bone = None
-        scaled = times(bone, ctx.scale)  # made again, and not kept
         if need_weight:
-            d_weight = weight_gradient(g, affine(x, scaled)[0]).to(weight.dtype)
+            d_weight = weight_gradient(g, affine(x, bone)[0]).to(weight.dtype)
         if need_x or need_bone:
             dx = ctx.product.backward(g, weight)  # holds dz, and becomes dx a few tokens at a time
-            d_scaled = affine_backward_(dx, g, x if need_bone else None, scaled, 1 / ctx.scale)
-            d_bone = None if d_scaled is None else times(d_scaled, ctx.scale)
-        return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
+            d_bone = affine_backward_(dx, g, x if need_bone else None, bone)
+        return dx if need_x else None, d_weight, g.sum(0) if need_bias else None, d_bone, None
 
 
 def tiled_product(z: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
@@ -62,7 +55,3 @@ def tiled_product(z: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None,
         lambda: product.forward(z, weight, bias),
         lambda y: product.add_forward_(y, z, weight, bias),
     )
-
-
-def times(bone: Tensor, scale: float | Tensor) -> Tensor:
-    return bone if isinstance(scale, float) and scale == 1 else scale * bone

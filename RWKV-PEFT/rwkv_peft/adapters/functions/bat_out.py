@@ -80,15 +80,11 @@ class _BatOut(Function):
         return dx, d_weight, g.sum(0) if need_bias else None, d_bone, None, None
 
 
-def row_step(like: Tensor, columns: int) -> int:
-    """The rows of W', of so many columns, that are held at a time on the device of `like`; 1 at least."""
-    return max(1, (CHUNK_ELEMENTS if like.is_cpu else GPU_CHUNK_ELEMENTS) // columns)
-
-
 def _row_chunks(bone: Tensor, in_features: int) -> Iterator[tuple[slice, slice]]:
     """(slice of output blocks, slice of the same blocks' rows), a few blocks at a time."""
     count, rank = bone.shape[:2]
-    step = max(1, row_step(bone, in_features) // rank)
+    elements = CHUNK_ELEMENTS if bone.is_cpu else GPU_CHUNK_ELEMENTS  # of W' at a time
+    step = max(1, elements // in_features // rank)
     for start in range(0, count, step):
         stop = min(start + step, count)
         yield slice(start, stop), slice(start * rank, stop * rank)

@@ -3,7 +3,7 @@ bat-out's merged weight, sums over shards, and a tile added to each shard.
 
 Each operation is written out in plain torch, which takes any device and dtype. float32 and bfloat16 tensors go through
 the kernels of cpu.py and cuda.py if those can be built, in graphs of torch.compile too. No operation is differentiable:
-the autograd Functions are in adapters/. A factor is a number, or, under torch.compile, a tensor without dimensions.
+the autograd Functions are in adapters/.
 """
 
 from collections.abc import Callable
@@ -26,15 +26,12 @@ def backend(first: Tensor, *others: Tensor | None, rank: int = 0) -> ModuleType 
     return cuda if cuda.takes(first, *others, rank=rank) else None
 
 
-def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """z = x + u and s = factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> z (T, in), and s in a form
+def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
+    """z = x + u and s = Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> z (T, in), and s in a form
     that plus_tiled takes."""
-    if isinstance(factor, Tensor):
-        z, shift = affine(x, bone)
-        return z, factor * shift
     kernels, rank = backend(x, bone, rank=bone.shape[-1]), bone.shape[-1]
     if kernels is not None:
-        return kernels.affine(x, bone, factor=factor)
+        return kernels.affine(x, bone)
     z, shift = torch.empty_like(x), x.new_empty(x.shape[0], rank)
     for tokens in _token_chunks(x):
         z[tokens] = x[tokens]  # in memory's order, so that the strided reads below find it in the cache
@@ -42,23 +39,19 @@ def affine(x: Tensor, bone: Tensor, factor: float | Tensor = 1.0) -> tuple[Tenso
         u = matmul(shards, bone.transpose(1, 2))
         torch.sum(u, 0, out=shift[tokens])
         shards += u
-    return z, shift.mul_(factor)
+    return z, shift
 
 
-def affine_backward_(
-    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float | Tensor = 1.0
-) -> Tensor | None:
+def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> Tensor | None:
     """Turn dz (T, in) into dx in place, given g (T, out), the gradient of the output that s was added to;
     -> the gradient of bone if x (T, in) is given, else None.
 
-    du_b = dz_b + factor Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
+    du_b = dz_b + Σ_a g_a, dB_b = du_bᵀ x_b, dx_b = dz_b + B_bᵀ du_b.
     """
-    if isinstance(factor, Tensor):
-        return affine_backward_(dz, factor * g, x, bone)
     kernels, rank = backend(dz, g, x, bone, rank=bone.shape[-1]), bone.shape[-1]
     if kernels is not None and dz.is_contiguous():
-        return kernels.affine_backward_(dz, g, x, bone, factor=factor)
-    g_shift = factor * split_shards(g, rank).sum(1)  # (T, r)
+        return kernels.affine_backward_(dz, g, x, bone)
+    g_shift = split_shards(g, rank).sum(1)  # (T, r)
     d_bone = None if x is None else bone.new_zeros(bone.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     for tokens in _token_chunks(dz):
         shards = split_shards(dz[tokens], rank).transpose(0, 1)  # (in/r, t, r)

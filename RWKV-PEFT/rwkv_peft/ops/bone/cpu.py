@@ -25,7 +25,7 @@ LEVELS = ("amx", *cpu.LEVELS)
 class AffineArguments(ctypes.Structure):
     """The structure of the same name in cpu/bone/arguments.h. The next ones likewise."""
 
-    _fields_ = fields("x bone z shift d g d_bone", "x_stride g_stride tokens in_features out_features rank", "factor")
+    _fields_ = fields("x bone z shift d g d_bone", "x_stride g_stride tokens in_features out_features rank")
 
 
 class MergeArguments(ctypes.Structure):
@@ -93,19 +93,17 @@ def call(name: str, like: Tensor, tensors: Mapping[str, Tensor], **sizes: float)
 compute = Operator("bone_cpu", call)
 
 
-def affine(x: Tensor, bone: Tensor, level: str = "", factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """z = x + u and factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
+def affine(x: Tensor, bone: Tensor, level: str = "") -> tuple[Tensor, Tensor]:
+    """z = x + u and Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in), (T, r)."""
     x, rank = _rows(x), bone.shape[-1]
     assert x.shape[1] == rank * bone.shape[0]
     z, shift = x.new_empty(x.shape), x.new_empty(x.shape[0], rank)
-    sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank, factor=factor)
+    sizes = dict(x_stride=x.stride(0), tokens=x.shape[0], in_features=x.shape[1], rank=rank)
     compute(f"affine:{level}", dict(x=x, bone=bone.contiguous()), dict(z=z, shift=shift), **sizes)
     return z, shift
 
 
-def affine_backward_(
-    dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, level: str = "", factor: float = 1.0
-) -> Tensor | None:
+def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, level: str = "") -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
     x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, or None without x.
@@ -116,7 +114,7 @@ def affine_backward_(
     read, written = dict(g=g, x=x, bone=bone.contiguous()), dict(d=dz, d_bone=d_bone)
     strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
     sizes = dict(tokens=dz.shape[0], in_features=dz.shape[1], out_features=g.shape[1], rank=bone.shape[-1])
-    compute(f"affine_backward:{level}", read, written, **strides, **sizes, factor=factor)
+    compute(f"affine_backward:{level}", read, written, **strides, **sizes)
     return None if d_bone is None else d_bone.to(bone.dtype)
 
 

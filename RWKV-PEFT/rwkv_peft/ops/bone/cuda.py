@@ -31,25 +31,23 @@ KERNELS = (
 class BoneArguments(ctypes.Structure):
     """The structure of the same name in cuda/bone/arguments.cuh."""
 
-    _fields_ = fields(
-        "x bone z shift d dx g parts tile tiled total", "tokens count", "factor", "width rank groups strip"
-    )
+    _fields_ = fields("x bone z shift d dx g parts tile tiled total", "tokens count", flags="width rank groups strip")
 
 
-def affine(x: Tensor, bone: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """z = x + u and the parts of factor Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
+def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
+    """z = x + u and the parts of Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
     (groups, T, r), which `tiled` adds up."""
     x, bone, rank = x.contiguous(), bone.contiguous(), bone.shape[-1]
     tile = _tile(x, rank)
     tiles = -(-x.shape[0] // tile)
     groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
     z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
-    sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, factor=factor, blocks=tiles * groups)
+    sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, blocks=tiles * groups)
     compute(_affine_kernel("forward", x, rank), dict(x=x, bone=bone), dict(z=z, shift=shift), **sizes)
     return z, shift
 
 
-def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, factor: float = 1.0) -> Tensor | None:
+def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> Tensor | None:
     """Turn dz (T, in), contiguous, into dx, given g (T, out), the gradient of the output that the shift was added to.
 
     x (T, in) or None; bone (in/r, r, r) -> the gradient of bone, summed in float32, or None without x.
@@ -61,7 +59,7 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, fact
     strips = -(-tokens // strip)
     parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
     read = dict(g=shard_sum(g, rank), x=x, bone=bone)
-    sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, factor=factor, blocks=shards * strips)
+    sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, blocks=shards * strips)
     compute(_affine_kernel("backward", dz, rank), read, dict(dx=dz, parts=parts), **sizes)
     if parts is None:
         return None

@@ -72,7 +72,6 @@ METHODS: Mapping[str, MethodFormula] = MappingProxyType(
         ),
         "bone-signed": BONE._replace(constants=lambda a, out, in_: in_, fixed=lambda a, out, in_: a.rank * in_),
         "bat-in": BAT_IN,
-        "bat-in-scaled": BAT_IN._replace(constants=lambda a, out, in_: 1),
         "bat-out": BAT_IN._replace(trains=BONE.trains, work=lambda a, out, in_: 2 * out * in_),  # W' and its gradient
         "lora": LORA,
         "lora-plus": LORA,
@@ -87,21 +86,6 @@ METHODS: Mapping[str, MethodFormula] = MappingProxyType(
         "pissa": LORA._replace(constants=factors),
         "olora": LORA._replace(constants=factors),
         "lora-ga": LORA._replace(constants=factors, fits=lambda a, out, in_: a.rank <= min(out, in_) // 2),
-        "vera": LORA._replace(
-            trains=lambda a, out, in_: out + a.rank,
-            vectors=lambda a, out, in_: out + a.rank,
-            constants=lambda a, out, in_: factors(a, out, in_) + 1,
-            fits=lambda a, out, in_: a.rank <= out + in_,
-            fixed=factors,
-        ),
-        "shira": BAT_IN._replace(
-            trains=lambda a, out, in_: a.entries * out,
-            vectors=lambda a, out, in_: a.entries * out,
-            constants=lambda a, out, in_: a.entries * out + 1,
-            fits=lambda a, out, in_: a.entries <= in_,
-            sizes=("entries",),
-            work=lambda a, out, in_: 2 * out * in_,
-        ),
     }
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 from ...cli.errors import UserError, short, summarize
 from ...cli.names import STATE_PARTS, is_finite
 from ...config import WORDS, AdapterConfig, forms
-from ...config.adapter import JSON_FLAGS, PEFT_FLAG, SIZES, words_with
+from ...config.adapter import JSON_FLAGS, PEFT_FLAG, words_with
 
 Keys = tuple[tuple[str, str], ...]  # (key of a JSON form, AdapterConfig field)
 
@@ -31,8 +31,7 @@ def add_json_flags(parser: argparse._ArgumentGroup) -> None:
         f"--{PEFT_FLAG}",
         default=None,
         metavar="JSON",
-        help='settings of any --peft under their names above, its rank or entries also as r: {"r":8,"lora_alpha":32}; '
-        + "; ".join(f"{word} has {', '.join(dict(WORDS[word].keys))}" for word in words_with(PEFT_FLAG)),
+        help='settings of any --peft under their names above, its rank also as r: {"r":8,"lora_alpha":32}',
     )
 
 
@@ -45,8 +44,7 @@ def json_flags(peft: str) -> Iterator[tuple[str, tuple[str, ...], Keys]]:
         if peft in takers:
             peft_keys |= keys
         yield flag.name, takers, tuple(dict(keys).items())
-    peft_keys |= {"r": next((name for name in SIZES if peft in WORDS and WORDS[peft].takes(name)), "rank")}
-    yield PEFT_FLAG, tuple(WORDS), tuple(peft_keys.items())
+    yield PEFT_FLAG, tuple(WORDS), tuple((peft_keys | {"r": "rank"}).items())
 
 
 def check_adapter_flags(args: argparse.Namespace) -> Iterator[str]:

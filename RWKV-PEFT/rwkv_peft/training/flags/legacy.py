@@ -138,7 +138,6 @@ SYNONYMS = MappingProxyType({f"--{name}": ours for ours, names in MEANINGS for n
 VALUE_MEANINGS = (
     ("--peft", "--peft miss", ("MISS", "MiSS", "DiSHA")),
     ("--peft", "--peft bone --bone_mode bat-in", ("bat", "bat-in")),
-    ("--peft", "--peft bone --bone_mode bat-in-scaled", ("bat-in-scaled",)),
     ("--peft", "--peft bone --bone_mode bat-out", ("bat-out",)),
     ("--peft", "--peft none", ("full", "finetune")),
     ("--train_type", "--train_type finetune", ("full",)),

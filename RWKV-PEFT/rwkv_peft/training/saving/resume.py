@@ -142,7 +142,8 @@ def read_run_state(checkpoint: Path, now: Mapping[str, Any], fresh_optimizer: bo
             state["data"]["think_labels"] = list(think_bounds([int(labels)]))
         if mix := state["data"].get("mix"):
             state["data"]["mix"] = shares_of(mix)
-        state["adapter"] = json.loads(to_json(AdapterConfig())) | state["adapter"]
+        of_adapter = json.loads(to_json(AdapterConfig()))  # earlier versions had other settings, of other methods
+        state["adapter"] = {name: state["adapter"].get(name, default) for name, default in of_adapter.items()}
         missing = [name for name in NEEDED if name not in state]
         if missing:
             raise KeyError(missing[0])

@@ -378,8 +378,6 @@ export const TEXTS = {
   "value.peft.pissa": ["PiSSA: LoRA that learns faster at first", "PiSSA：开头学得更快的 LoRA"],
   "value.peft.olora": ["OLoRA: another LoRA that learns faster at first", "OLoRA：另一种开头学得更快的 LoRA"],
   "value.peft.lora-ga": ["LoRA-GA: begins along the first gradient of the rows", "LoRA-GA：从数据的第一个梯度开始"],
-  "value.peft.vera": ["VeRA: for the smallest file", "VeRA：文件最小"],
-  "value.peft.shira": ["SHiRA: changes the fewest numbers of the base", "SHiRA：改动底模的数字最少"],
   "value.peft.none": ["the model itself, in the most memory", "模型本身，最占内存"],
   "value.optim.adamw": ["AdamW: the usual one", "AdamW：常用的"],
   "value.optim.adamw8bit": ["AdamW in 8 bits: less memory", "8 位的 AdamW：更省内存"],
