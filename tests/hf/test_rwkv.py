@@ -115,7 +115,11 @@ def test_logits_are_those_of_the_package_and_of_the_tokens_asked_for(path, model
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, logits)
     assert torch.equal(model(ids, return_dict=False)[0], logits)
     first = model(ids[:, :4], use_cache=True)
-    torch.testing.assert_close(model(ids[:, 4:], state=first.state).logits, logits[:, 4:], **CLOSE)
+    assert first.state is first.cache is first.past_key_values is not None
+    assert model.base_model(ids[:, :4]).cache is not None and model(ids, use_cache=False).cache is None
+    for name in ("state", "cache", "past_key_values"):
+        rest = model(ids[:, 4:], **{name: getattr(first, name)})
+        torch.testing.assert_close(rest.logits, logits[:, 4:], **CLOSE)
 
 
 def test_many_prompts_are_generated_from_as_each_alone(path, model):

@@ -26,7 +26,7 @@ from ..inference.speakers import DecodingCopy
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
 from ..release.formats import read_hf_model
-from .rwkv_backbone import CACHES, Backbone, BackboneOutput, refuse_others
+from .rwkv_backbone import CACHES, Backbone, BackboneOutput, Cached, refuse_others
 from .rwkv_config import RWKV6Config, RWKV7Config, RWKVConfig, config_of, config_of_base, is_pth
 
 PREFIX = "model."  # of the parameters' names, before the official key
@@ -41,7 +41,7 @@ KEPT = (
 
 
 @dataclass
-class RWKVOutput(ModelOutput):
+class RWKVOutput(Cached):
     """loss (a scalar, if labels were given), logits (B, T, V), the State after the tokens if use_cache is set, and
     hidden_states as in BackboneOutput."""
 

@@ -16,8 +16,20 @@ from ..models.state import State
 CACHES = ("past_key_values", "cache")  # transformers' names of what a model goes on from
 
 
+class Cached(ModelOutput):
+    """An output whose `state` also has the names of transformers' caches: the older and the newer one."""
+
+    state: State | None
+
+    @property
+    def past_key_values(self) -> State | None:
+        return self.state
+
+    cache = past_key_values
+
+
 @dataclass
-class BackboneOutput(ModelOutput):
+class BackboneOutput(Cached):
     """last_hidden_state (B, T, C) after the last norm, the State after the tokens if use_cache is set, and n_layer + 1
     hidden_states: the embeddings, the outputs of all blocks but the last, and last_hidden_state."""
 
