@@ -118,6 +118,28 @@ def test_files_of_rwkv_peft_are_compared(tmp_path, tiny_state, tensors, flags):
             check(base, adapter, merged)
 
 
+SECOND = [  # settings of two adapters on one base, of which the second applies to the result of the first
+    ({"mode": "bat-in"}, {"mode": "bat-in", "train_parts": ("ln",)}),
+    ({"method": "pissa"}, {"mode": "bone", "quant": "int8"}),
+    ({"method": "none", "train_parts": ("head", "time")}, {"method": "lora"}),
+]
+
+
+@pytest.mark.parametrize("first, second", SECOND, ids=str)
+def test_several_scaled_adapters_are_checked_as_they_are_merged(tmp_path, tiny_state, capsys, first, second):
+    if "quant" in second:
+        pytest.importorskip("bitsandbytes")
+    for name, settings in (("one", first), ("two", second)):
+        (tmp_path / name).mkdir()
+        base, _, _ = make_files(tmp_path / name, tiny_state(), **settings)
+    merged, files = tmp_path / "merged.pth", [tmp_path / name / "adapter.safetensors" for name in ("one", "two")]
+    words = f"{files[0]}=0.7 {files[1]}=-1.5"
+    merge(base, words, merged)
+    assert check(base, f"{files[0]}=0.7 --adapter {files[1]}=-1.5", merged) == 0, capsys.readouterr().out
+    assert check(base, f"{files[0]}=0.7 {files[1]}=-1.4", merged) == 1
+    assert "DIFFERS" in capsys.readouterr().out
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_state):
     """With the merge's words, and accepted if the merge would accept it."""
     base, adapter, merged = make_files(tmp_path, tiny_state())
@@ -204,7 +226,7 @@ def test_one_block_at_a_time_becomes_float32(tmp_path, tiny_state, settings):
     opened, whole, held = open_base(base), open_base(merged), read_adapter(adapter)
     tokens = torch.arange(4)
     for compute in (
-        lambda: adapted_logits(opened, held, "adapter", tokens, {}),
+        lambda: adapted_logits(opened, [("adapter", held)], tokens, {}),
         lambda: reference_logits(whole, tokens, torch.float32),
     ):
         with InMemory() as tracker:
@@ -250,10 +272,10 @@ def merge_of(base, adapter, **options):
 def test_a_true_merge_has_no_differences_and_one_value_is_found(tiny_state, small_bands, variant, dtype, output):
     base, adapter = of_method(tiny_state(n_layer=1, dtype=dtype), variant)
     merged, key = merge_of(base, adapter, dtype=output), "blocks.0.ffn.value.weight"
-    assert differences(base_of(merged), base, adapter) == []
+    assert differences(base_of(merged), base, [("adapter", adapter)]) == []
     value = merged[key][40, 3]
     value += 2 * max(torch.finfo(output).eps, 1e-5) * max(abs(value), 1)
-    (line,) = differences(base_of(merged), base, adapter)
+    (line,) = differences(base_of(merged), base, [("adapter", adapter)])
     assert line.startswith(f"{key}: 1 of {merged[key].numel():,} values, by up to ")
     assert line.endswith(", the first at [40, 3]")
 
@@ -283,9 +305,9 @@ def test_a_merge_onto_the_quantized_base_or_the_original_has_no_differences(tiny
     base, adapter = of_method(tiny_state(dtype=torch.float16), variant, quant=quant, precision="bf16")
     for onto in (None, "none"):
         merged = merge_of(base, adapter, quant=onto, dtype=torch.float32)
-        assert differences(base_of(merged), base, adapter) == []
+        assert differences(base_of(merged), base, [("adapter", adapter)]) == []
     merged["blocks.0.att.key.weight"][5, 7] += 0.5
-    (line,) = differences(base_of(merged), base, adapter)
+    (line,) = differences(base_of(merged), base, [("adapter", adapter)])
     assert "blocks.0.att.key.weight: 1 of " in line and line.endswith("by up to 0.5, the first at [5, 7]")
 
 
@@ -295,7 +317,7 @@ def test_a_value_may_differ_by_the_slack_of_float32(tiny_state, share, found):
     merged = merge_of(base, adapter)
     row = merged["blocks.0.att.key.weight"][5]
     row[3] += share * SLACK * row.abs().max()
-    assert len(differences(base_of(merged), base, adapter)) == found
+    assert len(differences(base_of(merged), base, [("adapter", adapter)])) == found
 
 
 def altered(state, key, where, change):
@@ -339,8 +361,8 @@ def files(tmp_path_factory):
 def test_what_differs_is_named(files, line):
     folder, merged = files
     base, adapter = open_base(folder / "base.pth"), read_adapter(folder / "a.safetensors")
-    assert differences(base_of(merged), base, adapter) == []
-    (found,) = differences(base_of(MUTATIONS[line](merged)), base, adapter)
+    assert differences(base_of(merged), base, [("adapter", adapter)]) == []
+    (found,) = differences(base_of(MUTATIONS[line](merged)), base, [("adapter", adapter)])
     assert found.startswith(line)
 
 
@@ -364,8 +386,8 @@ def test_trained_whole_tensors_and_time_states_are_the_adapters(tiny_state):
     whole = {"ln_out.weight": torch.randn(64), **states}
     adapter = Adapter(adapter.tensors | whole, adapter.metadata)
     merged = merge_of(base, adapter)
-    assert differences(base_of(merged), base, adapter) == []
+    assert differences(base_of(merged), base, [("adapter", adapter)]) == []
     merged["ln_out.weight"] = base.tensors["ln_out.weight"]
     merged["blocks.1.att.time_state"] = -merged["blocks.1.att.time_state"]
-    lines = differences(base_of(merged), base, adapter)
+    lines = differences(base_of(merged), base, [("adapter", adapter)])
     assert [line.split(" ")[0] for line in lines] == ["ln_out.weight:", "blocks.1.att.time_state:"]

@@ -1,9 +1,11 @@
 """Check a merged model against base and adapter, here and in a foreign runtime.
 
     rwkv-peft check --base_model base.pth --bone_checkpoint adapter.safetensors --merged merged.pth
+    rwkv-peft check --base_model base.pth --bone_checkpoint one.safetensors=0.7 two.safetensors --merged merged.pth
     rwkv-peft check --merged merged.pth --runtimes
 
-One random token sequence is read with base and adapter layers, with the merged file, and with the merged file in the
+One random token sequence is read with base and adapter layers (of several adapters, with their merge before it is
+rounded), with the merged file, and with the merged file in the
 `rwkv` package, all in float32 on the CPU; their logits are compared. A single wrong value may not show there, so each
 tensor is compared too: unchanged ones with the base's, adapted ones with base and change, computed anew. Files stay
 mapped, and one block at a time becomes float32; the `rwkv` package holds a float32 copy.
@@ -11,16 +13,16 @@ mapped, and one block at a time becomes float32; the `rwkv` package holds a floa
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from ..adapters.change import Params
 from ..adapters.inject import inject, load_tensors
-from ..adapters.quant import roundtrip, row_unit
-from ..checkpoints.adapter_file import Adapter, AdapterMetadata
+from ..adapters.quant import roundtrip
+from ..checkpoints.adapter_file import Adapter
 from ..checkpoints.adapters import sources_of
 from ..checkpoints.atomic import scratch_folder
 from ..checkpoints.base import Base, open_base
@@ -29,8 +31,9 @@ from ..checkpoints.tensors import dtype_name, save_pth
 from ..cli.errors import UserError, summarize
 from ..cli.parser import counted
 from ..models.state import State, is_time_state, split_time_states, state_of
+from .compatibility import Adapters
 from .flags import check_flags
-from .merge import Merge, check_fingerprints
+from .merge import LayerChange, Merge, MergeOptions, WholeChange, changed, check_fingerprints, is_layer_change
 from .runtimes import logits_by_parts, random_tokens, reference_logits, refused_by_rwkv, runtimes_agree, rwkv_sequence
 
 SAME_FILE = 1e-4  # relative difference allowed between two float32 programs that read the same weights
@@ -42,6 +45,7 @@ SLACK = 2.0**-18  # relative to a row's largest value: more than float32 arithme
 Range = tuple[torch.Tensor, torch.Tensor]  # the lowest and the highest value allowed for each element
 # (rows of the source, the first row's number, the file's dtype) -> the Range of the rows
 Expect = Callable[[torch.Tensor, int, torch.dtype], Range]
+Adapt = Callable[[str, torch.nn.Module], None]  # changes a part of a model, of a name, as it is reached
 
 
 def main(argv: list[str]) -> int:
@@ -49,25 +53,23 @@ def main(argv: list[str]) -> int:
     args = check_flags(argv)
     merged = open_base(args.merged)
     base = open_base(args.base_model) if args.base_model else None
-    adapter = None
+    adapters: Adapters = []
     if base is not None and args.bone_checkpoint:
         check_comparable(merged, base)
-        (source,) = sources_of(args, [args.bone_checkpoint])
-        adapter = source.read(base.tensors)
-        Merge(base, [(args.bone_checkpoint, adapter)])  # raises UserError for an adapter that cannot be merged
+        adapters = [(source.path, source.read(base.tensors)) for source in sources_of(args, args.bone_checkpoint)]
+        Merge(base, adapters)  # raises UserError for an adapter that cannot be merged
         if not args.any_base:
-            check_fingerprints(base, [(args.bone_checkpoint, adapter)])
+            check_fingerprints(base, adapters)
     if args.state:
         states = read_states(args.state)
-        states.check_base(merged if base is None or adapter is None else base)
+        states.check_base(base if base is not None and adapters else merged)
         merged = states.added_to(merged)
     if merged.has_states and (note := merged.family.unread_states(merged.tensors)):
         print(f"time states: {note}; here they are put into its list of states, as a program that uses them must")
     agree = True
-    if base is not None and adapter is not None:
-        where = args.state or args.merged
-        agree = logits_agree(merged, base, adapter, args.bone_checkpoint, where, args.tokens)
-        agree = tensors_agree(merged, base, adapter) and agree
+    if base is not None and adapters:
+        agree = logits_agree(merged, base, adapters, args.state or args.merged, args.tokens)
+        agree = tensors_agree(merged, base, adapters) and agree
     if args.runtimes:
         agree = runtimes_agree(merged, args.tokens, args.gguf_types) and agree
     return int(not agree)
@@ -87,23 +89,25 @@ def check_comparable(merged: Base, base: Base) -> None:
         )
 
 
-def logits_agree(merged: Base, base: Base, adapter: Adapter, name: str, where: str, length: int) -> bool:
-    """Print how the logits of a merged model compare with the rwkv package's, and with a Base's under an Adapter of
-    that file name; True if both agree. `where` is the file of the time states, if there are any."""
+def logits_agree(merged: Base, base: Base, adapters: Adapters, where: str, length: int) -> bool:
+    """Print how the logits of a merged model compare with the rwkv package's, and with a Base's under adapters; True if
+    both agree. `where` is the file of the time states, if there are any."""
     states = split_time_states(merged.tensors)[1]
-    if split_time_states(adapter.tensors)[1] and not states:
-        raise UserError(
-            f"{name} holds time states, and {merged.path} none; give the file that the merge wrote them to as --state"
-        )
+    for name, adapter in adapters:
+        if split_time_states(adapter.tensors)[1] and not states:
+            raise UserError(
+                f"{name} holds time states, and {merged.path} none; give the file that the merge wrote them to as "
+                "--state"
+            )
     if states:
-        foreign = not states.keys() <= base.tensors.keys() | adapter.tensors.keys()
+        foreign = not states.keys() <= base.tensors.keys() | {key for _, adapter in adapters for key in adapter.tensors}
         neither = ", which neither the base nor the adapter holds" if foreign else ""
         print(f"time states: the merged model starts from those of {where}{neither}")
     tokens, agree = random_tokens(base.config.vocab_size, length), True
     ours = reference_logits(merged, tokens, torch.float32)
     for text, found, expected, limit in (
         ("merged file, rwkv package and ours", package_logits(merged, tokens), ours, SAME_FILE),
-        ("merged file and base with adapter on", ours, adapted_logits(base, adapter, name, tokens, states), ROUNDED),
+        ("merged file and base with adapter on", ours, adapted_logits(base, adapters, tokens, states), ROUNDED),
     ):
         relative = float((found - expected).norm() / expected.norm())
         top = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
@@ -114,14 +118,39 @@ def logits_agree(merged: Base, base: Base, adapter: Adapter, name: str, where: s
 
 
 def adapted_logits(
-    base: Base, loaded: Adapter, adapter: str, tokens: torch.Tensor, states: Mapping[str, torch.Tensor]
+    base: Base, adapters: Adapters, tokens: torch.Tensor, states: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Compute the logits (T, V) of a Base over tokens (T,), in float32, with an Adapter; `adapter` names its file.
+    """Compute the logits (T, V) of a Base over tokens (T,), in float32, with adapters.
 
-    The sequence starts from the adapter's time states, else from `states`, else from zeros.
+    The sequence starts from the adapters' time states, else from `states`, else from zeros.
     """
+    whole, tuned = split_time_states(whole_tensors(base, adapters))
+    start = State.zeros(base.config, 1)
+    if tuned or states:
+        start = state_of(
+            tuned or states, start, base.family.rows_are_keys, ", ".join(str(name) for name, _ in adapters)
+        )
+    adapt = layers_of(base, *adapters[0]) if len(adapters) == 1 else weights_of(base, adapters)
+    return logits_by_parts(base.family.load(base.tensors | whole, base.config), tokens, start, torch.float32, adapt)
+
+
+def weights_of(base: Base, adapters: Adapters) -> Adapt:
+    """Put weights in float32, changed by one adapter after the other, in the places of a block's."""
+    merge = Merge(base, adapters)
+
+    def adapt(name: str, part: torch.nn.Module) -> None:
+        prefix = f"blocks.{name}."
+        for key, changes in merge.changes.items():
+            if key.startswith(prefix) and any(map(is_layer_change, changes)):
+                weight = part.get_parameter(key.removeprefix(prefix))
+                weight.data = changed(base.tensors[key].float(), changes)
+
+    return adapt
+
+
+def layers_of(base: Base, adapter: str | Path, loaded: Adapter) -> Adapt:
+    """Put an Adapter's layers into a block; `adapter` names its file."""
     family, metadata, modules = base.family, loaded.metadata, loaded.modules()
-    whole, tuned = split_time_states(whole_tensors(base, loaded))
     config = replace(loaded.config(family), train_parts=())  # tensors that trained whole take the base's places
     # quantized, or less its first factors, in the dtype that the training had
     rounded = metadata.quant != "none" or (metadata.method is not None and metadata.method.residual is not None)
@@ -143,10 +172,7 @@ def adapted_logits(
             weight, layer = base.tensors[f"{module}.weight"].float(), part.get_submodule(module.removeprefix(prefix))
             layer.register_forward_hook(partial(scaled_output, weight=weight, amount=loaded.amount))
 
-    start = State.zeros(base.config, 1)
-    if tuned or states:
-        start = state_of(tuned or states, start, family.rows_are_keys, adapter)
-    return logits_by_parts(family.load(base.tensors | whole, base.config), tokens, start, torch.float32, adapt)
+    return adapt
 
 
 def scaled_output(
@@ -156,9 +182,10 @@ def scaled_output(
     return torch.lerp(torch.nn.functional.linear(inputs[0], weight), output, amount)
 
 
-def whole_tensors(base: Base, adapter: Adapter) -> dict[str, torch.Tensor]:
-    """{key: tensor} that an Adapter puts in place of a Base's; float32 if it does so in part."""
-    return adapter.whole() if adapter.amount == 1 else Merge(base, [("the adapter", adapter)]).whole(base)
+def whole_tensors(base: Base, adapters: Adapters) -> dict[str, torch.Tensor]:
+    """{key: tensor} that adapters put in place of a Base's; float32 if they are several, or do so in part."""
+    (_, first), *others = adapters
+    return first.whole() if first.amount == 1 and not others else Merge(base, adapters).whole(base)
 
 
 def package_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
@@ -186,9 +213,9 @@ def package_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
             ) from error
 
 
-def tensors_agree(merged: Base, base: Base, adapter: Adapter) -> bool:
-    """Print how a merged model's tensors differ from base and adapter; True if they do not."""
-    found = differences(merged, base, adapter)
+def tensors_agree(merged: Base, base: Base, adapters: Adapters) -> bool:
+    """Print how a merged model's tensors differ from base and adapters; True if they do not."""
+    found = differences(merged, base, adapters)
     for line in found[:SHOWN]:
         print(f"DIFFERS  {line}")
     if len(found) > SHOWN:
@@ -198,15 +225,15 @@ def tensors_agree(merged: Base, base: Base, adapter: Adapter) -> bool:
     return not found
 
 
-def differences(merged: Base, base: Base, adapter: Adapter) -> list[str]:
-    """Lines on the differences between a Base `merged` and the merge of a Base and an Adapter: order, dtypes, values.
+def differences(merged: Base, base: Base, adapters: Adapters) -> list[str]:
+    """Lines on the differences between a Base `merged` and the merge of a Base and adapters: order, dtypes, values.
 
-    An adapter that was trained on a quantized base may be merged into the quantized or the original one; the closer of
+    Adapters that were trained on a quantized base may be merged into the quantized or the original one; the closer of
     the two counts.
     """
-    odd = list(odd_values(merged, base, adapter, adapter.metadata.quant))
-    if odd and adapter.metadata.quant != "none":
-        odd = min(odd, list(odd_values(merged, base, adapter, "none")), key=len)
+    odd = list(odd_values(merged, base, adapters))
+    if odd and any(adapter.metadata.quant != "none" for _, adapter in adapters):
+        odd = min(odd, list(odd_values(merged, base, adapters, "none")), key=len)
     return [*odd_order(merged, base), *odd_dtypes(merged, base), *odd]
 
 
@@ -226,18 +253,23 @@ def odd_dtypes(merged: Base, base: Base) -> Iterator[str]:
                 yield f"{key}: {dtype_name(dtype)}, and the base has {dtype_name(base.tensors[key].dtype)}"
 
 
-def odd_values(merged: Base, base: Base, adapter: Adapter, quant: str) -> Iterator[str]:
-    """Yield a line for each tensor with wrong values. `quant` names the quantization of the frozen weights."""
-    modules, metadata, whole = adapter.modules(), adapter.metadata, whole_tensors(base, adapter)
+def odd_values(merged: Base, base: Base, adapters: Adapters, quant: str | None = None) -> Iterator[str]:
+    """Yield a line for each tensor with wrong values. `quant` names the quantization of the frozen weights (None: as
+    recorded)."""
+    whole, merge = whole_tensors(base, adapters), Merge(base, adapters, MergeOptions(quant=quant))
+    exact = len(adapters) == 1 and adapters[0][1].amount == 1
     for key, source in (base.tensors | whole).items():
         if (tensor := merged.tensors.get(key)) is None:
             yield f"{key}: missing"  # a time state, because a model that lacks another tensor is not opened
             continue
-        expect: Expect = near if key in whole and adapter.amount != 1 else cast
-        unit = 1
-        if (params := modules.get(key.removesuffix(".weight"))) and metadata.method is not None:
-            expect = adapted(metadata, params, quant, adapter.amount)
-            unit = math.lcm(metadata.method.change.row_unit(params), row_unit(quant, tensor.shape[1]))
+        expect: Expect = near if key in whole and not exact else cast
+        changes, unit = merge.changes.get(key, []), 1
+        if any(map(is_layer_change, changes)):
+            first, *others = changes
+            expect = adapted_in_turn(changes)
+            if isinstance(first, LayerChange) and not others:
+                expect = adapted(first)
+            unit = math.lcm(*(change.unit(tensor.shape[1]) for change in changes))
         if odd := compared(tensor, source, expect, unit):
             unmerged = key in base.tensors and not compared(tensor, base.tensors[key], cast)
             yield f"{key}: {odd}" + (", as the base has it" if unmerged else "")
@@ -276,19 +308,19 @@ def near(source: torch.Tensor, start: int, dtype: torch.dtype) -> Range:
     return (source - loss).to(dtype), (source + loss).to(dtype)
 
 
-def adapted(metadata: AdapterMetadata, params: Params, quant: str, amount: float) -> Expect:
+def adapted(change: LayerChange) -> Expect:
     """The Expect of an adapted weight: base plus `amount` times the change, give or take the loss of float32
     arithmetic, rounded."""
-    assert metadata.method is not None  # because it adapts layers
-    change, scale = metadata.method.change, metadata.scale
-    is_residual = metadata.method.residual is not None
+    form, scale, amount = change.method.change, change.scale, change.amount
+    is_residual = change.method.residual is not None
 
     def expect(source: torch.Tensor, start: int, dtype: torch.dtype) -> Range:
-        own = change.rows(params, start, start + len(source))
-        bases = [base.float() for base in trained_on(source, own, metadata, quant)]
+        own = change.rows(start, start + len(source))
+        bases = [base.float() for base in trained_on(source, own)]
         # a residual base lacks a part of `delta` already
         ends = [
-            change.added(base, own, scale) if is_residual else base + change.delta(base, own, scale) for base in bases
+            form.added(base, own.params, scale) if is_residual else base + form.delta(base, own.params, scale)
+            for base in bases
         ]
         loss = lost(source.float(), *ends)
         if amount != 1:
@@ -299,18 +331,29 @@ def adapted(metadata: AdapterMetadata, params: Params, quant: str, amount: float
     return expect
 
 
-def trained_on(source: torch.Tensor, params: Params, metadata: AdapterMetadata, quant: str) -> list[torch.Tensor]:
+def adapted_in_turn(changes: Sequence[LayerChange | WholeChange]) -> Expect:
+    """The Expect of a weight under several changes, each of the result of those before, give or take as `adapted`."""
+
+    def expect(source: torch.Tensor, start: int, dtype: torch.dtype) -> Range:
+        weights = [source.float()]
+        for change in changes:
+            weights.append(change.rows(start, start + len(source)).apply(weights[-1]))
+        loss = lost(*weights)
+        return (weights[-1] - loss).to(dtype), (weights[-1] + loss).to(dtype)
+
+    return expect
+
+
+def trained_on(source: torch.Tensor, change: LayerChange) -> list[torch.Tensor]:
     """The weight that the adapter was trained on, from rows of the base -> [it]; if it was rounded after first factors
     were taken out of it, [the lowest, the highest] that it may be."""
-    method = metadata.method
-    residual = None if method is None else method.residual
+    residual, quant, dtype = change.method.residual, change.quant, change.dtype
     if quant == "none" and residual is None:
         return [source]
-    dtype = metadata.base_dtype() or source.dtype
     kept = [source.to(dtype)]
     if residual is not None:
         wide = kept[0].float()
-        left = residual.base(wide, params, metadata.scale)  # float32, as not rounded
+        left = residual.base(wide, change.params, change.scale)  # float32, as not rounded
         loss = lost(wide, left)
         kept = [(left - loss).to(dtype), (left + loss).to(dtype)]
     if quant == "none":

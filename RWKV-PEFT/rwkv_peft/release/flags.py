@@ -121,8 +121,10 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     add(
         *ADAPTER_FLAGS,
         action=ScaledFiles,
+        nargs="+",
+        default=[],
         metavar="FILE[=SCALE]",
-        help="the adapter, or the folder of the run, with the scale of the merge",
+        help="the adapters in the order of the merge, or folders of runs, with its scales",
     )
     add_source_flags(parser)
     add("--state", metavar="FILE", help="its time states, if in another file (merge_bone.py --state_output)")

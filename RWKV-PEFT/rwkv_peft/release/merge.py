@@ -197,6 +197,11 @@ def is_layer_change(change: LayerChange | WholeChange) -> bool:
     return isinstance(change, LayerChange)
 
 
+def changed(weight: torch.Tensor, changes: Sequence[LayerChange | WholeChange]) -> torch.Tensor:
+    """A weight (out, in) float32 under changes, each of the result of those before: float32, not rounded."""
+    return reduce(lambda weight, change: change.apply(weight), changes, weight)
+
+
 class Band(NamedTuple):
     """Rows of an output tensor, with the sums of squares of W, W' - W and cast(W') - W' over them (zeros if nothing
     changes); differs is True if any element differs from the base's."""
@@ -270,7 +275,7 @@ class Merge:
         rounded."""
         kept = {key: changes for key, changes in self.changes.items() if not any(map(is_layer_change, changes))}
         found = {key: base.tensors.get(key, torch.zeros(self.specs[key].shape)).float() for key in kept}
-        return {key: reduce(lambda weight, change: change.apply(weight), kept[key], found[key]) for key in kept}
+        return {key: changed(found[key], kept[key]) for key in kept}
 
     def tensors(self, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the output's (key, tensor), as `bands` does but whole; an unchanged one is the base's own, no copy."""
@@ -298,9 +303,8 @@ class Merge:
             rows = source.to(dtype)
             check_finite(key, rows, source)
             return Band(key, rows)
-        exact = weight = source.to(self.options.device, torch.float32)
-        for change in changes:
-            exact = change.apply(exact)
+        weight = source.to(self.options.device, torch.float32)
+        exact = changed(weight, changes)
         rows = exact.to(dtype)  # the only cast
         squares = square(weight), square(exact - weight), square(rows - exact)
         rows = rows.cpu()
