@@ -1,13 +1,16 @@
 """Environments: a class in trl's form gives tools, conversations and scores; what is wrong with one is told, and a tool
 that raises, hangs, prints, forks or floods takes no other conversation with it."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tools import ToolCall
 from rwkv_peft.environments.environments import Environments
+from rwkv_peft.rewards.rewards import Rewards
 
 SHOP = '''
 import os, subprocess, sys, time
@@ -236,3 +239,16 @@ def test_rows_name_one_of_several_environments_and_hold_what_it_takes(shop, tmp_
             environments.of_row({"goods": {}})
         with pytest.raises(UserError, match="reset of its environment takes goods, and the row has the fields environ"):
             environments.of_row({"environment": "shop"})
+
+
+def test_the_guides_shop_rewards_the_right_answer_alone(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs/guides/rewards.md").read_text(encoding="utf-8")
+    file = tmp_path / "shop.py"
+    file.write_text(next(block for block in re.findall(r"```python\n(.*?)```", guide, re.S) if "class Shop" in block))
+    row = json.loads(re.search(r'`(\{"prompt": .*?\}\})`', guide)[1])
+    with Environments.open([f"{file}:Shop"]) as environments, Rewards.open([f"{file}:right"]) as rewards:
+        places, _ = environments.begin([row] * 3)
+        assert environments.call(places[:1], [ToolCall("price", {"name": row["asked"]})]) == ["2.5"]
+        answers = ["It is 2.5 euros.", "2.5? No, 3", "I cannot say."]
+        judged = rewards.score([row["prompt"]] * 3, answers, [row] * 3, environments.states(places))
+    assert judged.total == [1.0, 0.0, 0.0]

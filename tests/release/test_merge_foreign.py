@@ -2,12 +2,13 @@
 .pth of RWKV-PEFT, which are written too, and folders of Hugging Face peft and of rwkv_lightning_cuda."""
 
 import json
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from release.merges import RANK, TARGETS, adapter_of, run
+from release.merges import RANK, ROOT, TARGETS, adapter_of, run
 from rwkv_peft.checkpoints.adapter_file import Adapter
 from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import base_of, open_base, save_model
@@ -18,6 +19,7 @@ from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
 from rwkv_peft.release.merge import main as merge
 from rwkv_peft.release.merge import merged_tensors
+from training.runs import finish, start
 
 ALPHA = 24
 
@@ -77,6 +79,28 @@ def test_lora_and_pissa_files_of_rwkv_peft_merge(folder):
     torch.save(dict(list(initial.items())[:-1]), folder / "short.pth")
     with pytest.raises(UserError, match="is not the init file"):
         run(folder, "--lora_init", folder / "short.pth", adapter="p.pth")
+
+
+SCRIPTS = {  # of RWKV-PEFT -> (the file that it calls, the form of its adapter, its flags beside --base_model)
+    "merge_bone.sh": ("merge_bone.py", "bone", "--lora_checkpoint {a} --output {m}"),
+    "merge_disha.sh": ("merge_disha.py", "bone", "--peft_checkpoint {a} --output {m}"),
+    "merge_lora.sh": ("merge.py", "lora", "--lora_checkpoint {a} --output {m} --type lora --lora_alpha 32"),
+    "merge_pissa.sh": ("merge.py", "pissa", "--lora_init {i} --lora_checkpoint {a} --output {m} --type pissa"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_merge_scripts_of_rwkv_peft_run_as_they_are(folder, script):
+    name, variant, flags = SCRIPTS[script]
+    base = open_base(folder / "base.pth").tensors
+    tensors, metadata = adapter_of(variant, base, scale=4.0 if variant == "lora" else 1.0)  # 32 / 8
+    write_rwkv_peft(folder / "a.pth", Adapter(tensors, metadata))
+    paths = {"a": folder / "a.pth", "i": folder / "init_a.pth", "m": folder / "m.pth"}
+    argv = [str(ROOT / "merge" / name), "--base_model", str(folder / "base.pth"), *flags.format(**paths).split()]
+    finish(start([sys.executable, *argv]))
+    merged = open_base(folder / "m.pth").tensors
+    expected = merged_tensors(base_of(base), [("a", Adapter(tensors, metadata))])
+    assert all(torch.equal(merged[key], expected[key]) for key in base)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "base_model.model.", "model.base_model.model."])
