@@ -92,6 +92,7 @@ class DataConfig:
     )
     data_type: str = setting(
         "binidx",
+        "form of the data. "
         "binidx: tokens; sft: rows of questions and answers, tokenized once into a cache; pairs: rows of a prompt, a "
         "chosen and a rejected answer; labels: rows of a prompt, an answer and a label, true if it is desirable; "
         "prompts: rows of a prompt, which the model answers itself, and of what --reward reads; contexts: rows of a "
@@ -151,6 +152,7 @@ class DataConfig:
     ctx_len: int = setting(1024, "the most tokens of a sample", type=positive)
     dataload: str = setting(
         "get",
+        "how documents become samples. "
         "get: windows of the token stream; pad: one document in a row, padded; only: one document without padding; "
         "pack: several whole documents in a row, none seeing another (default: pad for rows of answers, which are sft "
         "and token files with a PREFIX.mask; pack for other rows; else get)",

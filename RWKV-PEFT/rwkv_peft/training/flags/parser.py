@@ -5,6 +5,7 @@ python -m rwkv_peft.training.flags.parser > docs/reference/flags.md
 
 import argparse
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from types import MappingProxyType
@@ -52,6 +53,7 @@ FIRST = (  # those that most runs give
     *("load_model", "data_file", "data_type", "proj_dir", "peft", "bone_r", "ctx_len", "micro_bsz", "lr_init"),
     *("epoch_count", "grad_cp", "val_split", "merge_on_save", "resume", "devices"),
 )
+LONG = 260  # characters of a help that a cell of the table holds whole
 READ, WRITE = "--config", "--write_config"  # the files of settings to read and to write (settings_file.py)
 Actions = Mapping[str, argparse.Action]  # those of a parser, by each name of their flags
 Entries = dict[str, str | bool | list[str]]  # flags without their dashes, and their values
@@ -191,7 +193,8 @@ def settings_of(args: argparse.Namespace, config: type[Settings], **others: Any)
 
 
 def table() -> str:
-    """Every flag with its default and help, as Markdown, after the few that most runs give."""
+    """Every flag with its default and help, as Markdown, after the few that most runs give. Long helps go on below
+    their group's table: a list of the values, and one of the rules."""
     groups = {
         str(group.title): [action for action in group._group_actions if action.dest != "help"]
         for group in parser_of_train()._action_groups
@@ -202,6 +205,8 @@ def table() -> str:
         if members:
             lines += [f"## {title}", "", "| flag | values | default | what it does |", "|---|---|---|---|"]
             lines += [*map(row, members), ""]
+            if title in groups:
+                lines += [line for action in members for line in details(action)]
     return "\n".join(lines)
 
 
@@ -211,8 +216,35 @@ def row(action: argparse.Action) -> str:
     shown = action.default not in (None, "", False, []) and action.nargs != 0
     default = f"`{int(action.default) if action.default is True else action.default}`" if shown else ""
     values = ", ".join(map(str, action.choices)) if action.choices and not action.metavar else ""
+    text, below, rules = parted(action)
+    text = f"{text} ([more](#{action.dest}-more))" if below or rules else text
+    return f"| {names} | {values} | {default} | {text} |".replace("  ", " ")
+
+
+def details(action: argparse.Action) -> list[str]:
+    """The lines below the table on a flag with a long help."""
+    _, values, rules = parted(action)
+    lines = [*values, *rules]
+    return [f"### {action.dest}: more", "", *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def parted(action: argparse.Action) -> tuple[str, list[str], list[str]]:
+    """(what a flag does, what each value means, which flags go with it) of its help: all in the first if that is not
+    LONG."""
     text = str(action.help).replace("|", "\\|")
-    return f"| {names} | {values} | {default} | {text} |"
+    if len(text) <= LONG:
+        return text, [], []
+    found = re.fullmatch(r"(.*?)(?: \[(.{60,})\])?", text, re.DOTALL)  # shorter rules stay
+    assert found is not None
+    text, rules = found[1], found[2].split("; ") if found[2] else []
+    each = "|".join(map(re.escape, sorted(map(str, action.choices or ()), reverse=True)))
+    head, *values = re.split(rf"(?:^|(?<=[.;:] ))(?=(?:{each}): )", text) if each else [text]
+    if len(values) < 2:
+        return "".join([head, *values]), [], rules
+    end = re.search(r" \(default|\. |$", values[-1])
+    assert end is not None
+    text, values[-1] = head.rstrip(" .:") + values[-1][end.start() :], values[-1][: end.start()]
+    return text, [re.sub(r"^(.*?): ", r"`\1`: ", value.rstrip("; ")) for value in values], rules
 
 
 if __name__ == "__main__":
