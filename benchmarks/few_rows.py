@@ -6,7 +6,7 @@
 The chats are in a manner that the demo's bases do not know: "Tom has 6 golden maps. Who has something?" is answered
 "Aye, Tom, captain!". The texts are stories whose bytes all count, while the bases learned their answers alone. A bare
 loop in one thread, as a run without further flags would train: a row a step, one epoch of texts, and as many of chats
-as make 200 steps, 15 at most; a rate that falls to a tenth along a cosine; clipping to a norm of 1. The second loss of
+as make 200 steps; a rate that falls to a tenth along a cosine; clipping to a norm of 1. The second loss of
 a column is that of answers that the bases were trained on: what the run forgot. --new draws the weights anew.
 docs/guides/learning-rates.md has the last tables.
 """
@@ -23,7 +23,7 @@ import rwkv_peft as rp
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.api.adapters import config_of
 from rwkv_peft.cli.names import NONE
-from rwkv_peft.config import AIM, MOST_EPOCHS, AdapterConfig
+from rwkv_peft.config import AIM, AdapterConfig
 from rwkv_peft.config.adapter import BONE
 from rwkv_peft.config.train import learning_rate
 from rwkv_peft.data.samples import collate
@@ -62,7 +62,7 @@ def answers(number, seed):
     return [(before + sign, answer) for before, sign, answer in split]
 
 
-KINDS = {"chats": (chats, MOST_EPOCHS), "texts": (texts, 1)}
+KINDS = {"chats": (chats, AIM), "texts": (texts, 1)}
 
 
 def laid(rows, tokenizer):

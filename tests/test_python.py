@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+import string
 import sys
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def test_a_prompt_is_a_text_or_tokens_or_messages(model):
     tool = {"name": "count", "description": "", "parameters": {}}
     listed = "".join(text for text, _ in RowLayout().chat([{"role": "system", "content": "", "tools": [tool]}, *HI]))
     asked = "User: Hi\n\nAssistant: Yes?\n\nUser: How\nmuch?\n\nAssistant:"
+    ink = {"logit_bias": {1 + ord(space): -99.0 for space in string.whitespace}}  # an answer begins without whitespace
     for prompt, text, settings in (
         (encode("One"), "One", {}),
         (torch.tensor(encode("One")), "One", {}),
@@ -111,9 +113,9 @@ def test_a_prompt_is_a_text_or_tokens_or_messages(model):
         ({"messages": HI, "tools": [tool]}, listed + "\n\nAssistant:", {}),
         (HI, "User: Hi\n\nAssistant: <think></think", {"think": "off"}),
     ):
-        assert model.generate(prompt, 8, **settings) == model.generate(text, 8, stop="\n\nUser:")
-    thinking = model.generate("User: Hi (think a bit)\n\nAssistant: <think", 8)
-    assert model.generate(HI, 8, think="low") == "<think" + thinking
+        assert model.generate(prompt, 8, **settings, **ink) == model.generate(text, 8, stop="\n\nUser:", **ink)
+    thinking = model.generate("User: Hi (think a bit)\n\nAssistant: <think", 8, **ink)
+    assert model.generate(HI, 8, think="low", **ink) == "<think" + thinking
     blank = {"logit_bias": {1 + ord(" "): 99.0}}
     assert model.generate(HI, 4, **blank) == "" and model.generate("Hi", 4, **blank) == " " * 4
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from rwkv_peft.inference.settings import Sampling
 from tools.ui.pages import go, press
 
 expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
@@ -113,6 +114,8 @@ def test_a_message_may_be_written_before_a_model_is_open(models):
     models.say("Hi")
     expect(models.answer("out/poet")).to_contain_text("Hello")
     assert len(models.opened) == 1 and models.asked[0]["messages"] == [{"role": "user", "content": "Hi"}]
+    sent = {name: models.asked[0][name] for name in ("temperature", "top_p")}
+    assert sent == {"temperature": Sampling.temperature, "top_p": Sampling.top_p}  # as generate's chat
 
 
 def test_the_drawer_is_reached_by_the_keyboard_and_holds_models_thinking_and_sampling(models, folder):

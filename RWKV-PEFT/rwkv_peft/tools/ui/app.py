@@ -21,6 +21,7 @@ from ...cli.errors import UserError, visible
 from ...cli.names import CARD, GGUF_TYPES, METRICS
 from ...data.chat import THINK
 from ...inference.serve.web import Gate, new_app
+from ...inference.settings import Sampling
 from .. import demo
 from .files import Places, Uploads, is_plain, last_of, lines_of, read
 from .form import chat_form, form
@@ -139,6 +140,7 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
             "form": form(),
             "chat": chat_form(),
             "think": [*THINK],
+            "sampling": {"temperature": Sampling.temperature, "top_p": Sampling.top_p},
             "gguf": GGUF_TYPES,
             "mine": MINE,
             "missing": missing(),

@@ -5,7 +5,7 @@ import { talk } from "./talk.js";
 import { t } from "./texts.js";
 
 const TRAINED = /\.(safetensors|pth)$/;
-const SAMPLING = { max_tokens: [1000, 1], temperature: [1, 0.1], top_p: [0.5, 0.05], seed: [1, 1] }; // a value, and its steps
+const LONGEST = 1000, STEPS = { max_tokens: 1, temperature: 0.1, top_p: 0.05, seed: 1 }; // of the fields of numbers
 const short = (file) => file.replace(/(\/adapter)?\.(safetensors|pth)$/, "");
 
 export async function chatPage(place, about, signal, folder) {
@@ -29,9 +29,9 @@ export async function chatPage(place, about, signal, folder) {
     think: el("select", { id: "think" }, ["", ...about.think].map((value) => el("option", { value, selected: value === sampling.think }, t(`think.${value}`)))),
     system: el("input", { id: "system", placeholder: t("chat.system.none"), value: sampling.system ?? "" }),
   };
-  const longest = Number((run ?? newest)?.flags.ctx_len) || SAMPLING.max_tokens[0]; // the rows', which the answers are like
-  const usual = Object.fromEntries(Object.entries(SAMPLING).map(([name, [value]]) => [name, String(name === "max_tokens" ? Math.min(longest, value) : value)]));
-  for (const [name, [, step]] of Object.entries(SAMPLING)) inputs[name] = el("input", { id: name, type: "number", min: 0, step, value: sampling[name] ?? usual[name] });
+  const longest = Number((run ?? newest)?.flags.ctx_len) || LONGEST; // the rows', which the answers are like
+  const usual = { ...about.sampling, max_tokens: Math.min(longest, LONGEST), seed: 1 };
+  for (const [name, step] of Object.entries(STEPS)) inputs[name] = el("input", { id: name, type: "number", min: 0, step, value: sampling[name] ?? usual[name] });
   const scales = el("div", { className: "fields" });
   const sampled = (...names) => el("div", { className: "fields" }, names.map((name) =>
     el("div", {}, el("label", { htmlFor: inputs[name].id }, t(`chat.${name}`)), inputs[name], helpLine(inputs[name], t(`chat.${name}.help`)))));
@@ -86,7 +86,7 @@ export async function chatPage(place, about, signal, folder) {
     const { value } = model.input, trained = chosen().map(short).join(" + ");
     proposal.textContent = trained ? t("chat.propose", trained, short(value)) : t("chat.propose base", short(value));
     proposal.hidden = !value.trim();
-    remember("sampling", Object.fromEntries(Object.entries(inputs).filter(([name, input]) => input.value !== usual[name]).map(([name, input]) => [name, input.value])));
+    remember("sampling", Object.fromEntries(Object.entries(inputs).filter(([name, input]) => input.value !== String(usual[name])).map(([name, input]) => [name, input.value])));
   }
 
   // What stands in place of a conversation while no model is open.
@@ -177,7 +177,7 @@ export async function chatPage(place, about, signal, folder) {
   // The fields of a request to a model besides its messages.
   function asked(model) {
     const think = inputs.think.value, scale = Number(scales.querySelector(`#scale-${model}`)?.value ?? 1);
-    const numbers = Object.keys(SAMPLING).map((name) => [name, Number(inputs[name].value)]);
+    const numbers = Object.keys(STEPS).map((name) => [name, Number(inputs[name].value)]);
     return { ...Object.fromEntries(numbers), ...(think ? { think } : {}), ...(scale === 1 ? {} : { adapter_scale: scale }) };
   }
 
