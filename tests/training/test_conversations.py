@@ -250,14 +250,16 @@ def test_a_conversation_that_fails_is_dropped_and_told_with_its_row(files):
     shop = RUN.replace("self.called = 0", "self.called = 0 if query != '1' else 1 / 0").replace(
         "return float(self.called)", "return float(self.called) if random.random() < 0.7 else float('nan')"
     )
+    shop = shop.replace('" Really?" if query == "0"', '" Really?" * 40 if query == "0"')  # which leaves no room
     (files / "faulty.py").write_text(f"import random\n{shop}")
     environment = ("--environment", f"{files}/faulty.py:Shop", "--turn_tokens", "12", "--sft_think", "on")
     out, _ = trained(files, "faulty", *environment, "--micro_bsz", "8", "--epoch_steps", "1", "--reward", "match:.*a.*")
     lines = [json.loads(line) for line in (files / "faulty" / "answers.jsonl").read_text().splitlines()]
     faults = [line for line in lines if "fault" in line]
-    assert len(lines) == 8 * 3 > len(faults) > 3 and len({line["row"] for line in lines}) == 8
+    assert len(lines) == 8 * 3 > len(faults) >= 6 and len({line["row"] for line in lines}) == 8
     assert sum("reset: it raised ZeroDivisionError" in line["fault"] for line in faults) == 3
-    assert all("nan; return a finite number" in line["fault"] for line in faults if line["row"] != 1)
+    assert sum("raise the first, or lower the second" in line["fault"] for line in faults if line["row"] == 0) == 3
+    assert all("nan; return a finite number" in line["fault"] for line in faults if line["row"] > 1)
     assert f"of {len(faults)}, was dropped" in out and "'query': " in out and "cut at --turn_tokens; raise" in out
     assert all(line["prompt"].endswith("Assistant: <think") for line in lines if "fault" not in line)
     assert (files / "faulty" / "adapter.safetensors").exists()

@@ -144,8 +144,14 @@ class EpisodeSampler:
         places, openings = self.environments.begin([row for _, row in requests])
         episodes = []
         for (key, row), place, opening in zip(requests, places, openings):
-            fault = f"reset: {opening.message}" if isinstance(opening, FailedRequest) else ""
-            prompt = [] if isinstance(opening, FailedRequest) else self.prompt(row, place, opening)
+            prompt, fault = list[int](), ""
+            if isinstance(opening, FailedRequest):
+                fault = f"reset: {opening.message}"
+            else:
+                try:
+                    prompt = self.prompt(row, place, opening)
+                except UserError as error:  # its text may leave no room
+                    fault = f"reset: {error}"
             draws = random.Random(self.settings.sampling.seed + key)
             episodes.append(Episode(key, prompt, place, draws, fault=fault))
         begun = [episode for episode in episodes if not episode.fault]
