@@ -10,7 +10,8 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import WORDS
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.sources import build_samples
-from rwkv_peft.training.flags.legacy import SYNONYMS
+from rwkv_peft.training.flags.legacy import SYNONYMS, WITHOUT_EFFECT
+from rwkv_peft.training.flags.parser import build_parser
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.run import main
 from training.command_lines import refused
@@ -106,11 +107,15 @@ def test_a_seed_of_several_nodes_is_given(files, monkeypatch):
 
 
 def test_a_meaning_is_never_that_of_a_flag_that_exists():
-    from rwkv_peft.training.flags.parser import build_parser
-
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert not known & SYNONYMS.keys()
     assert all(set(re.findall(r"--\w+", ours)) <= known for ours in SYNONYMS.values())
+
+
+def test_help_leaves_out_what_sets_nothing():
+    shown = set(re.findall(r"^  --(\w+)", build_parser().format_help(), flags=re.M))
+    assert len(WITHOUT_EFFECT) == 37 and "my_exit_tokens" in shown
+    assert not shown & {flag for flag, _, _ in WITHOUT_EFFECT}
 
 
 def test_peft_config_is_the_json_of_any_method(files):

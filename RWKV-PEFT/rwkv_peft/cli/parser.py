@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
         """Add the rules on each flag to its help."""
         told = notes(rules)
         for action in self._actions:
-            action.help = f"{action.help}{told.get(action.dest, '')}"
+            if action.dest in told:
+                action.help = f"{action.help}{told[action.dest]}"
 
     def given(self, namespace: argparse.Namespace) -> Given:
         """Collect the input of rules: all flags and facts, and the names of flags that are not their defaults, and of

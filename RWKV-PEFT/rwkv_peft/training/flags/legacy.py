@@ -1,7 +1,7 @@
 """Flags of RWKV-LM's, RWKV-PEFT's and other trainers' scripts: a table of spellings, and those that are translated.
 
-In the table are flags that are accepted and ignored; flags that are accepted with the values that change nothing here;
-flags and values with another name here, which the refusal gives. Meanings go by effect, because spellings mislead.
+In the tables are flags that set nothing here, with the values that are accepted; flags and values with another name
+here, which the refusal gives. Meanings go by effect, because spellings mislead.
 
 RWKV-LM trains whole models in stages. --train_stage 1 writes a new model, PROJ_DIR/rwkv-init.pth; stages 2 and 3 train
 the newest rwkv-N.pth there, or rwkv-init.pth, or a new model if there is neither. Its epochs are 40,320 samples each. A
@@ -27,24 +27,22 @@ from ..ranks.world import step_samples
 
 KERNELS = "the device chooses the kernels, and all compute the same"
 LOADING = "the data is mapped from its file, and no processes load it"
-# (flag, why it is ignored), with any value or none
-IGNORED = (
-    ("kernel", KERNELS),
-    ("fla", KERNELS),
-    ("fused_kernel", KERNELS),
-    ("fused", "every run computes blocks by the same kernels, and --compile fuses what lies between them"),
-    ("cuda_graphs", "training records no graphs; --compile takes fewer launches"),
-    ("draw_ahead", "a step samples its completions by the weights that learn from them"),
-    ("stall_minutes", "--timeout_minutes ends a run in which a rank waits for another in vain"),
-    ("bptt_segments", "the gradient of a row's states goes back to its first token"),
-    ("head_chunk", "the loss holds a few rows of logits at a time, whatever is asked"),
-    ("ds_bucket_mb", "the size of communication buckets follows from what trains"),
-    ("num_workers", LOADING),
-    ("prefetch_factor", LOADING),
-    ("persistent_workers", LOADING),
-)
-# (flag, the values that ask for what training does anyway, what another value asks for)
-INERT = (
+# (flag, the values that ask for what training does anyway, what another value asks for), and of those that take any
+# value or none (flag, (), why it is ignored)
+WITHOUT_EFFECT: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("kernel", (), KERNELS),
+    ("fla", (), KERNELS),
+    ("fused_kernel", (), KERNELS),
+    ("fused", (), "every run computes blocks by the same kernels, and --compile fuses what lies between them"),
+    ("cuda_graphs", (), "training records no graphs; --compile takes fewer launches"),
+    ("draw_ahead", (), "a step samples its completions by the weights that learn from them"),
+    ("stall_minutes", (), "--timeout_minutes ends a run in which a rank waits for another in vain"),
+    ("bptt_segments", (), "the gradient of a row's states goes back to its first token"),
+    ("head_chunk", (), "the loss holds a few rows of logits at a time, whatever is asked"),
+    ("ds_bucket_mb", (), "the size of communication buckets follows from what trains"),
+    ("num_workers", (), LOADING),
+    ("prefetch_factor", (), LOADING),
+    ("persistent_workers", (), LOADING),
     ("op", ("cuda", "fla", "triton"), "other kernels, and the device chooses them here"),
     ("pre_ffn", ("0",), "a feed-forward layer in place of the first attention, which RWKV-6 and RWKV-7 do not have"),
     ("head_qk", ("0",), "a copying head, which RWKV-6 and RWKV-7 do not have"),
@@ -176,20 +174,19 @@ SEVERAL = MappingProxyType(
 
 
 def add_legacy_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of IGNORED and INERT to a parser, in a group of their own."""
+    """Add the flags of WITHOUT_EFFECT to a parser, which --help leaves out."""
     group = parser.add_argument_group("flags of RWKV-LM's and RWKV-PEFT's scripts, which set nothing here")
-    for flag, values, asked in INERT:
-        words = f"accepts only {' or '.join(values)}: another value asks for {asked}"
-        group.add_argument(f"--{flag}", type=inert(values, asked), metavar="|".join(values), help=words)
-    for flag, why in IGNORED:
-        words = f"is accepted with any value and ignored, because {why}"
-        group.add_argument(f"--{flag}", nargs="?", const="", metavar="ANY", help=words)
+    for flag, values, asked in WITHOUT_EFFECT:
+        if values:
+            group.add_argument(f"--{flag}", type=inert(values, asked), help=argparse.SUPPRESS)
+        else:
+            group.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
 
 
 def ignored(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a note on each flag of IGNORED that is given."""
-    for flag, why in IGNORED:
-        if (value := getattr(args, flag)) is not None:
+    """Yield a note on each flag of WITHOUT_EFFECT that is given and takes any value."""
+    for flag, values, why in WITHOUT_EFFECT:
+        if not values and (value := getattr(args, flag)) is not None:
             yield f"--{flag}{' ' * bool(value)}{short(value)} is ignored: {why}"
 
 

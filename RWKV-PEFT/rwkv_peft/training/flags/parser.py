@@ -196,7 +196,7 @@ def table() -> str:
     """Every flag with its default and help, as Markdown, after the few that most runs give. Long helps go on below
     their group's table: a list of the values, and one of the rules."""
     groups = {
-        str(group.title): [action for action in group._group_actions if action.dest != "help"]
+        str(group.title): [a for a in group._group_actions if a.dest != "help" and a.help != argparse.SUPPRESS]
         for group in parser_of_train()._action_groups
     }
     known = {action.dest: action for actions in groups.values() for action in actions}
