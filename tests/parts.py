@@ -54,7 +54,7 @@ PARTS = (
     ("run", ("training/run",), ("training", "ranks", "evals", "rewards")),
     ("python", ("api",), ("run", "check")),  # what `import rwkv_peft as rp` offers
     ("tools/plan", ("tools/plan",), ("training",)),
-    ("demo", ("tools/demo",), ("containers",)),
+    ("demo", ("tools/demo", "tools/download"), ("containers",)),
     ("page", ("tools/ui",), ("tools/plan", "data", "web", "demo")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too
     ("tools/compare", ("tools/compare",), ("run", "tools/plan")),

@@ -32,6 +32,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
+    Command("Data", "download", "download an official base model, from the hub or a mirror", "tools.download"),
     Command(
         "Data",
         "preprocess",

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.tools import ui
+from rwkv_peft.tools.download import OFFICIAL, REPOSITORY
+from tools.hub import Hub
 from tools.ui.pages import ROOT, go, press
 
 expect = pytest.importorskip("playwright.sync_api", reason="needs the extra test").expect
 PAGE = Path(ui.__file__).parent / "page"
+MORE_BASES = "More bases: the demo, and official ones"
 MARKDOWN = """<img src=x onerror=alert(1)> <b>x</b> **bold** [y](javascript:alert(1)) ![z](https://example.com/z.png)
 
 - one
@@ -53,6 +56,7 @@ def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, server, 
     page = open_page(width=390)
     expect(page.get_by_role("heading", level=1)).to_have_text("Base")
     page.get_by_label("Size", exact=True).select_option(label="0.1B")
+    page.get_by_text("From another place, or by a terminal").click()
     expect(page.get_by_text("hf download BlinkDL/rwkv7-g1 rwkv7-g1d-0.1b-20260129-ctx8192.pth")).to_be_visible()
     press(page, "Use the demo")
 
@@ -203,10 +207,30 @@ def test_both_languages_have_a_text_for_each_key_and_no_text_stands_outside_the_
     assert [(name, text) for name, code in sources.items() for text in literals(code)] == []
 
 
+def test_an_official_base_comes_by_a_button(open_page, folder):
+    content = (ROOT / "demo/rwkv7-demo.pth").read_bytes()
+    (folder / "rwkv7-demo.pth").write_bytes(content)
+    with Hub(REPOSITORY, OFFICIAL[0], content) as hub:
+        page = open_page()
+        go(page, "Base")
+        page.get_by_text(MORE_BASES).click()
+        page.get_by_label("Size", exact=True).select_option(label="0.1B")
+        page.get_by_text("From another place, or by a terminal").click()
+        page.get_by_label("Mirror's address", exact=True).fill(hub.address)
+        press(page, "Download")
+        expect(page.get_by_role("radio", name=OFFICIAL[0])).to_be_checked()
+    assert (folder / OFFICIAL[0]).read_bytes() == content
+    (folder / OFFICIAL[0]).unlink()
+    page.get_by_text(MORE_BASES).click()
+    page.get_by_label("Size", exact=True).select_option(label="0.4B")
+    press(page, "Download")
+    expect(page.get_by_role("alert")).to_contain_text("was not downloaded from http://127")
+    expect(page.get_by_role("button", name="Download", exact=True)).to_be_enabled()
+
+
 def test_the_official_bases_are_the_documents_newest():
-    listed = ((PAGE / "base.js").read_text(), (ROOT / "docs/start/models.md").read_text())
-    page, document = (set(re.findall(r"\brwkv7-g1\w-[\w.-]+\.pth", text)) for text in listed)
-    assert page == document and len(page) == 6
+    document = (ROOT / "docs/start/models.md").read_text()
+    assert set(re.findall(r"\brwkv7-g1\w-[\w.-]+\.pth", document)) == set(OFFICIAL)
 
 
 def literals(code):

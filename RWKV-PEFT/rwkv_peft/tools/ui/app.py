@@ -23,6 +23,7 @@ from ...data.chat import THINK
 from ...inference.serve.web import Gate, new_app
 from ...inference.settings import Sampling
 from .. import demo
+from ..download import MIRROR, REPOSITORY, SIZES
 from .files import Places, Uploads, is_plain, last_of, lines_of, read
 from .form import chat_form, form
 from .jobs import Jobs, ask, interrupt, serve
@@ -137,6 +138,9 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     def about() -> dict[str, Any]:
         about = {"version": __version__, "root": str(places.root), "demo": demo.settings()}
         return about | {
+            "official": SIZES,
+            "repository": REPOSITORY,
+            "mirror": MIRROR,
             "form": form(),
             "chat": chat_form(),
             "think": [*THINK],

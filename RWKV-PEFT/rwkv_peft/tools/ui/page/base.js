@@ -1,12 +1,7 @@
 // Base: the model that a run begins with, one of the folder, the demo's, or an official one.
 import { showJob } from "./job.js";
-import { cards, copyButton, el, ended, folded, get, pathField, settings, settle, size, tell } from "./lib.js";
+import { cards, copyButton, el, ended, folded, get, helpLine, pathField, post, recall, remember, settings, settle, size, tell } from "./lib.js";
 import { t } from "./texts.js";
-
-const OFFICIAL = [ // the newest of each size (docs/start/models.md)
-  "rwkv7-g1d-0.1b-20260129-ctx8192.pth", "rwkv7-g1d-0.4b-20260210-ctx8192.pth", "rwkv7-g1k-1.5b-20260930-ctx25600.pth",
-  "rwkv7-g1k-2.9b-20260930-ctx25600.pth", "rwkv7-g1k-7.2b-20260930-ctx25600.pth", "rwkv7-g1k-13.3b-20260930-ctx25600.pth",
-];
 
 export async function basePage(place, about, signal) {
   const { bases } = await get("/api/proposals");
@@ -19,7 +14,7 @@ export async function basePage(place, about, signal) {
     chosen = other.input.value.trim();
     for (const radio of list.querySelectorAll("input")) radio.checked = radio.value === chosen;
   });
-  const error = el("div", { "aria-live": "polite" }), more = [demoOffer(about, signal), official()];
+  const error = el("div", { "aria-live": "polite" }), more = [demoOffer(about, signal), await official(about, signal)];
   place.append(el("h1", {}, t("nav.base")), el("p", { className: "lead" }, t("base.lead")),
     ...(bases.length ? [list] : [el("p", { className: "note" }, t("base.none")), ...more]), other.box, error,
     el("div", { className: "row" }, el("button", { type: "button", className: bases.length ? "main" : "", onclick: take }, t("base.take"))),
@@ -57,23 +52,54 @@ export function demoOffer({ demo }, signal) {
   return demo.load_model ? el("section", { className: "panel" }, el("h2", {}, t("demo.title")), el("p", {}, t("demo.text")), button, result) : "";
 }
 
-// The lines that download an official base of the size that is chosen.
-function official() {
-  const lines = el("div"), sizeOf = (name) => name.split("-")[2].toUpperCase();
-  const select = el("select", { id: "size", onchange: show }, OFFICIAL.map((name) => el("option", { value: name, selected: name.includes("-1.5b-") }, sizeOf(name))));
+// Offers the official bases: a click downloads the one of the size that is chosen, from the hub or a mirror, and chooses it.
+async function official({ official: names, repository, mirror }, signal) {
+  const select = el("select", { id: "size", onchange: show }, Object.entries(names).map(([of, name]) => el("option", { value: of, selected: name.includes("-1.5b-") }, of.toUpperCase())));
+  const place = el("input", { id: "mirror", type: "url", placeholder: mirror, value: recall("mirror", ""), onchange: () => remember("mirror", place.value.trim()) });
+  const lines = el("div"), result = el("div", { "aria-live": "polite" }), button = el("button", { type: "button", onclick: take }, t("official.take"));
+  const jobs = (await get("/api/jobs")).filter((job) => job.words[0] === "download" && job.state === "running");
 
   function show() {
     const commands = [
-      `pip install huggingface_hub && hf download BlinkDL/rwkv7-g1 ${select.value} --local-dir .`,
-      `pip install modelscope && modelscope download --model RWKV/rwkv7-g1 ${select.value} --local_dir .`,
+      `pip install huggingface_hub && hf download ${repository} ${names[select.value]} --local-dir .`,
+      `pip install modelscope && modelscope download --model RWKV/rwkv7-g1 ${names[select.value]} --local_dir .`,
     ];
     lines.replaceChildren(...commands.flatMap((command) => [el("pre", { tabIndex: 0 }, command), copyButton(() => command)]));
   }
 
+  async function take() {
+    button.disabled = true;
+    const address = place.value.trim();
+    remember("mirror", address);
+    try {
+      watch(await post("/api/jobs", { words: ["download", select.value, ...(address ? ["--mirror", address] : [])] }), names[select.value]);
+    } catch (problem) {
+      tell(result, problem);
+      button.disabled = false;
+    }
+  }
+
+  // Shows a download until it has ended; it goes on while another page is open.
+  function watch({ id }, name) {
+    button.disabled = true;
+    result.replaceChildren();
+    showJob(result, id, signal, {
+      bar: true,
+      done() {
+        settle({ load_model: name });
+        dispatchEvent(new Event("hashchange"));
+      },
+      otherwise() { button.disabled = false; },
+    });
+  }
+
   show();
+  for (const job of jobs.slice(0, 1)) watch(job, names[job.words[1]] ?? job.words[1]);
   return el("section", { className: "panel" }, el("h2", {}, t("official.title")), el("p", {}, t("official.text")),
-    el("label", { htmlFor: "size" }, t("official.size")), select, lines,
-    el("div", { className: "row" }, el("button", { type: "button", onclick: () => dispatchEvent(new Event("hashchange")) }, t("official.again"))));
+    el("label", { htmlFor: "size" }, t("official.size")), select, el("div", { className: "row" }, button), result,
+    folded(t("official.other"), el("label", { htmlFor: "mirror" }, t("official.mirror")), place, helpLine(place, t("official.mirror.help")),
+      el("p", {}, t("official.lines")), lines,
+      el("div", { className: "row" }, el("button", { type: "button", onclick: () => dispatchEvent(new Event("hashchange")) }, t("official.again")))));
 }
 
 const large = (count) => (count >= 1e9 ? `${(count / 1e9).toFixed(1)}B` : `${(count / 1e6).toFixed(1)}M`);

@@ -13,11 +13,13 @@ export function badge(job) {
 
 // Shows a command in `place` until it has ended. done() is called if it ended well. run: the command is a run's, which is
 // shown, stopped and resumed as such, so that only its notes, its mistake and, folded, its words and output are added.
-export function showJob(place, id, signal, { run = false, done = () => {} } = {}) {
+// bar: it prints how far it is, as "12 %  …", which is shown as a bar. otherwise() is called if it ended in another way.
+export function showJob(place, id, signal, { run = false, bar = false, done = () => {}, otherwise = () => {} } = {}) {
   const line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": t("job.output") });
   const printed = el("details", { open: !run }, el("summary", {}, t(run ? "job.both" : "job.output")), run ? line : "", output);
-  const state = el("div"), notes = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
-  place.append(el("div", { className: "job" }, ...(run ? [] : [el("h2", {}, t("job.name", id)), line, state]), notes, wrong, run ? "" : buttons, printed));
+  const state = el("div"), share = el("progress", { max: 100, value: 0, "aria-label": t("job.share") }), far = el("p", {}, "");
+  const notes = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
+  place.append(el("div", { className: "job" }, ...(run ? [] : [el("h2", {}, t("job.name", id)), bar ? "" : line, state, ...(bar ? [share, far] : [])]), notes, wrong, run ? "" : buttons, printed));
   const leave = new AbortController();
   let next = 0, stopping = false;
   const stop = ({ target }) => {
@@ -39,10 +41,14 @@ export function showJob(place, id, signal, { run = false, done = () => {} } = {}
     if (low) output.scrollTop = output.scrollHeight;
     line.textContent = words(job.words);
     state.replaceChildren(badge(job));
+    const [, percent, rest] = [...output.textContent.matchAll(/^ *(\d+) % +(.*)$/gm)].at(-1) ?? ["", 0, ""];
+    share.value = percent;
+    far.textContent = rest;
     buttons.replaceChildren(job.state === "running" ? el("button", { type: "button", disabled: stopping, onclick: stop }, t("stop")) : "");
     if (job.state === "running") return;
     leave.abort();
     if (job.code === 0) done();
+    else otherwise();
     notes.replaceChildren(...[...output.textContent.matchAll(/^note: .*$/gm)].map(([note]) => el("p", { className: "note" }, note)));
     if (failed(job)) tell(wrong, job.state === "lost" ? t("job.lost") : lastWords(output.textContent, job.code));
   });

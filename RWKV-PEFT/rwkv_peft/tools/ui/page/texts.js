@@ -82,6 +82,7 @@ export const TEXTS = {
     "{0}：共 {2} 行，训练后有 {1} 行的回答和数据一字不差，训练前有 {3} 行",
   ],
   "job.name": ["Work {0}", "任务 {0}"],
+  "job.share": ["how much is done", "完成了多少"],
   "job.output": ["What it printed", "命令的输出"],
   "job.both": ["The command, and what it printed", "命令和它的输出"],
   "job.lost": [
@@ -146,8 +147,16 @@ export const TEXTS = {
   "demo.coming": ["The demo's files are being written.", "正在写演示用的文件。"],
   "official.title": ["Download an official base", "下载官方底模"],
   "official.text": [
-    "Run one of these commands in a terminal in this folder, and look again when it is done. Smaller models need less memory, larger ones answer better.",
-    "在终端里进入这个文件夹，运行下面一条命令，完成后再看一次。小模型占内存少，大模型答得好。",
+    "Smaller models need less memory, larger ones answer better. A download that is stopped goes on where it was.",
+    "小模型占内存少，大模型答得好。中断的下载会接着下。",
+  ],
+  "official.take": ["Download", "下载"],
+  "official.other": ["From another place, or by a terminal", "换一个来源，或者用终端下载"],
+  "official.mirror": ["Mirror's address", "镜像地址"],
+  "official.mirror.help": ["Empty: the Hugging Face hub.", "留空：Hugging Face。"],
+  "official.lines": [
+    "Or run one of these commands in a terminal in this folder, and look again when it is done.",
+    "或者在终端里进入这个文件夹，运行下面一条命令，完成后再看一次。",
   ],
   "official.size": ["Size", "大小"],
   "official.again": ["Look again", "再看一次"],
