@@ -14,7 +14,7 @@ PARTS = (
     ("models", ("models",), ("base", "ops")),
     ("adapters", ("adapters",), ("base", "ops")),
     ("containers", ("checkpoints",), ("flags",)),
-    ("bases", ("checkpoints/base",), ("containers", "models", "adapters")),
+    ("bases", ("checkpoints/base", "checkpoints/hf_folder"), ("containers", "models", "adapters")),
     (
         "adapter files",
         (

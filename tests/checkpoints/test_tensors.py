@@ -120,7 +120,7 @@ def test_load_base_refuses_what_is_not_a_base(tmp_path, tiny_state, change, mess
         ("m.st", "convert .*m.st model.pth"),
         ("m.safetensors", "convert"),
         ("m.gguf", "the .pth that it was made from"),
-        ("hf", "a Hugging Face folder.*convert"),
+        ("hf", "hf/model.safetensors is not a readable safetensors file"),
         ("run", "run is the folder of a run, which holds an adapter and no base model; give it as --adapter"),
         ("whole", "whole is the folder of a run; give the model that it trained, .*whole/rwkv.pth"),
     ],

@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import rwkv_peft as rp
 from families import DISTINCT
@@ -15,7 +17,7 @@ from release.merges import convert
 from release.test_convert import in_fla, write
 from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.hf import RWKVForCausalLM, RWKVTokenizer
+from rwkv_peft.hf import RWKV7Config, RWKVForCausalLM, RWKVTokenizer, register_rwkv
 from rwkv_peft.hf.rwkv_config import config_of
 from rwkv_peft.models import family_named
 from rwkv_peft.models.layout import time_state_shapes
@@ -193,6 +195,52 @@ def test_a_folder_of_flash_linear_attention_is_read(tmp_path, ids):
     found = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(found(ids).logits, RWKVForCausalLM.from_pth(tmp_path / "base.pth")(ids).logits)
     assert found.config.eos_token_id == 7 and found.config.num_hidden_layers == 3
+
+
+class StandInConfig(PretrainedConfig):
+    """A config class of transformers' own for RWKV-7, with the settings of its pull request #47787."""
+
+    model_type = "rwkv7"
+    hidden_size, num_heads, head_dim, norm_eps = 768, 12, 64, 1e-5
+
+
+class StandIn(PreTrainedModel):
+    """Its model: the parameters of #47787, under its names."""
+
+    config_class, base_model_prefix = StandInConfig, "rwkv7"
+
+    def __init__(self, config):
+        super().__init__(config)
+        family = family_named("x070")
+        ranks = {"decay_rank": "decay", "iclr_rank": "a", "value_rank": "v", "gate_rank": "gate"}
+        sizes = family.new_dimensions(
+            config.num_hidden_layers, config.hidden_size, config.vocab_size, 0, config.intermediate_size
+        )
+        sizes = replace(sizes, **{name: getattr(config, f"{there}_low_rank_dim") for name, there in ranks.items()})
+        self.rwkv7 = family.build(sizes)
+        self.head = self.rwkv7.head
+        del self.rwkv7.head
+        self.post_init()
+
+
+def test_transformers_own_rwkv7_is_not_shadowed(tmp_path, ids, monkeypatch):
+    demo = Path(__file__).resolve().parents[2] / "demo" / "rwkv7-demo.pth"
+    convert(demo, tmp_path / "hf", "--tokenizer", "bytes")
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "rwkv7", StandInConfig)
+    mapping = AutoModelForCausalLM._model_mapping
+    monkeypatch.setattr(mapping, "_extra_content", {**mapping._extra_content, StandInConfig: StandIn})
+    register_rwkv()
+    found, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert type(found) is StandIn and not report["missing_keys"] and not report["unexpected_keys"]
+    assert AutoConfig.for_model("rwkv7").num_heads == 12
+    ours = RWKVForCausalLM.from_pretrained(tmp_path / "hf")  # for training
+    assert torch.equal(ours(ids).logits, RWKVForCausalLM.from_pth(demo)(ids).logits)
+
+
+def test_a_config_of_transformers_own_names_gives_the_sizes():
+    for heads in ({"head_dim": 32}, {"num_heads": 4}, {"head_size": 32}):
+        config = RWKV7Config(vocab_size=257, hidden_size=128, num_hidden_layers=2, **heads)
+        assert config.model_config().head_size == 32
 
 
 def test_a_new_model_is_drawn_by_its_generations_rule(model):

@@ -3,6 +3,7 @@ flash-linear-attention's layout, are written as a whole, and refused if they hol
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.checkpoints.tensors import TensorSpec, write_safetensors
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tokenizer import BytesTokenizer
+from rwkv_peft.inference.command import main as generate
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.formats import to_hf
 from rwkv_peft.release.convert import read_model
@@ -502,3 +504,96 @@ def test_settings_of_another_computation_are_refused(tmp_path, state, settings, 
     folder = write(tmp_path / "hf", in_fla(state), settings)
     with pytest.raises(UserError, match=f"config.json: {next(iter(settings))} is .*it is {due} in RWKV-7"):
         convert(folder, tmp_path / "m.pth")
+
+
+DEMOS = Path(__file__).resolve().parents[2] / "demo"
+
+
+@pytest.mark.parametrize("name", ["rwkv6-demo.pth", "rwkv7-demo.pth"])
+def test_a_folder_is_the_model_that_it_was_made_of(tmp_path, name, capsys):
+    """Both demos, to the bit and in order, through a folder and back, and as --model."""
+    base = open_base(DEMOS / name)
+    convert(DEMOS / name, tmp_path / "hf", "--tokenizer", "bytes")
+    opened = open_base(tmp_path / "hf")
+    assert opened.fingerprint == base.fingerprint and opened.config == base.config
+    assert all(torch.equal(opened.tensors[key], tensor) for key, tensor in base.tensors.items())
+    convert(tmp_path / "hf", tmp_path / "back.pth")
+    convert(DEMOS / name, tmp_path / "copy.pth")
+    back, copy = (torch.load(tmp_path / file, weights_only=True) for file in ("back.pth", "copy.pth"))
+    assert back.keys() == copy.keys() and all(torch.equal(back[key], copy[key]) for key in back)
+    asked = ("--prompt", "Q: 2 and 2?", "--temperature", "0", "--max_tokens", "6", "--seed", "1", "--precision", "fp32")
+    capsys.readouterr()
+    answers = []
+    for model in (DEMOS / name, tmp_path / "hf"):
+        assert generate(["--model", str(model), *asked]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
+
+
+def test_the_folder_has_the_names_and_settings_of_transformers_rwkv7(tmp_path, state):
+    """Pull request #47787: official keys behind `rwkv7.`, zeros for the value residual that layer 0 lacks."""
+    torch.save(state, tmp_path / "m.pth")
+    convert(tmp_path / "m.pth", tmp_path / "hf", "--dtype", "keep")
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    first = {f"rwkv7.blocks.0.att.v{i}": torch.zeros_like(state[f"blocks.1.att.v{i}"]) for i in range(3)}
+    due = {key if key == "head.weight" else f"rwkv7.{key}": tensor for key, tensor in state.items()} | first
+    assert written.keys() == due.keys() and all(torch.equal(written[key], due[key]) for key in due)
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    sizes = {"head_dim": 64, "num_heads": 2, "norm_eps": 1e-5, "hidden_size": CHANNELS, "intermediate_size": 192}
+    assert settings.items() >= (sizes | {"model_type": "rwkv7", "num_hidden_layers": LAYERS}).items()
+    assert settings["max_position_embeddings"] > 0 and settings["architectures"] == ["Rwkv7ForCausalLM"]
+    convert(tmp_path / "hf", tmp_path / "back.pth", "--dtype", "keep")
+    assert same(torch.load(tmp_path / "back.pth", weights_only=True), state)
+
+
+def in_qwen_names(state):
+    """{key: tensor} as transformers-rwkv's converter (temp/rwkv_pth2st.py) names and shapes an official state dict."""
+    names = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm", "att": "linear_attn", "ffn": "mlp"}
+    projections = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj", "ln_x": "g_norm"}
+    ends = {"emb": "model.embed_tokens", "ln_out": "model.norm", "head": "lm_head"}
+    found = {}
+    for key, tensor in state.items():
+        first, *rest = key.split(".")
+        if first in ends:
+            there = [ends[first], *rest]
+        elif rest[1] == "ln0":
+            there = ["model.embedding_norm", rest[2]]
+        else:
+            leaf = projections.get(rest[2], rest[2]) if rest[1] == "att" else rest[2]
+            there = ["model.layers", rest[0], names[rest[1]], leaf, *rest[3:]]
+        found[".".join(there)] = tensor.flatten() if tensor.ndim == 3 else tensor
+    return found
+
+
+RWKV_RS = {"model_type": "rwkv", "architecture_version": "rwkv7", "head_size": 64, "group_norm_epsilon": 64e-5}
+
+
+def test_a_folder_of_transformers_rwkv_is_read(tmp_path, state):
+    for name, tensors in (
+        ("later", in_qwen_names(state)),
+        ("first", {key if key == "head.weight" else f"model.{key}": tensor for key, tensor in state.items()}),
+    ):
+        convert(write(tmp_path / name, tensors, RWKV_RS), tmp_path / f"{name}.pth", "--dtype", "keep")
+        assert same(torch.load(tmp_path / f"{name}.pth", weights_only=True), state)
+    fused = {key: tensor for key, tensor in in_qwen_names(state).items() if "embedding_norm" not in key}
+    for name, tensors, settings, message in (
+        ("fused", fused, {"embedding_layer_norm_fused": True}, "embedding_layer_norm_fused is True, and it is False"),
+        ("four", in_qwen_names(state), {"architecture_version": "rwkv4"}, "architecture_version is rwkv4"),
+        ("odd", in_qwen_names(state) | {"model.layers.0.mlp.gate.weight": state["head.weight"]}, {}, "ffn.gate.weight"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(write(tmp_path / name, tensors, RWKV_RS | settings), tmp_path / "none.pth")
+    assert not (tmp_path / "none.pth").exists()
+
+
+def test_heads_that_transformers_norms_otherwise_are_refused(tmp_path, state):
+    """Its eps is head size x norm_eps; a folder of ours says in group_norm_epsilon that it has RWKV-7's."""
+    heads = {key: tensor.view(4, 32) if key.endswith("r_k") else tensor for key, tensor in state.items()}
+    torch.save(heads, tmp_path / "m.pth")
+    convert(tmp_path / "m.pth", tmp_path / "hf", "--dtype", "keep")
+    assert open_base(tmp_path / "hf").config.head_size == 32
+    settings = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del settings["group_norm_epsilon"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="head_dim is 32, and heads of 64 are due"):
+        open_base(tmp_path / "hf")

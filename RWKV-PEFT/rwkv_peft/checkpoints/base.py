@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..models.family import Family
 from ..models.state import is_time_state
 from .atomic import atomic_write
 from .best import take
+from .hf_folder import read_hf_model
 from .tensors import read_safetensors, read_tensors, save_pth
 
 WINDOWS, WINDOW = 4, 16  # a fingerprint reads this many runs of this many values in each tensor
@@ -75,7 +76,7 @@ def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
 
 
 def open_base(path: str | Path) -> Base:
-    """Open the .pth at `path` as a Base.
+    """Open the .pth, or the folder of a Hugging Face model, at `path` as a Base.
 
     Raises UserError as read_tensors does, and for the folder of a run; another format; another RWKV version; prefixed
     keys; adapter tensors that were never merged; missing, extra or misshapen tensors; a dtype that is not a float.
@@ -88,8 +89,9 @@ def open_base(path: str | Path) -> Base:
             "base that it was trained on here"
         )
     kind = next((kind for ending, kind in OTHER_FORMATS if str(path).endswith(ending)), None)
-    if kind is None and (Path(path) / "config.json").is_file():
-        kind = "a Hugging Face folder"
+    if (Path(path) / "config.json").is_file():
+        base = base_of(read_hf_model(Path(path)), path)
+        return replace(base, tensors={key: base.tensors[key] for key in base.family.shapes(base.config)})
     if kind == "a GGUF file":
         raise UserError(f"{path} is {kind}, and a .pth is due here; give the .pth that it was made from")
     if kind == "a safetensors file" and any(adapter_parameter(key) for key in read_safetensors(path)[0]):

@@ -1,4 +1,5 @@
-"""Hugging Face: importing this registers BONE with the installed peft, and RWKV with transformers' Auto classes.
+"""Hugging Face: importing this registers BONE with the installed peft, and RWKV with transformers' Auto classes, but
+for a generation that these know already: the class behind the name stays, for inference.
 
     from rwkv_peft.hf import BoneConfig
     model = get_peft_model(model, BoneConfig(r=64, init_weights="bat-in"))
@@ -7,6 +8,7 @@
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .config import BoneConfig
 from .layer import BoneLinear
@@ -39,11 +41,13 @@ def register_rwkv() -> None:
     import transformers  # only now: importing peft may put another module object in its place
 
     for config in CONFIGS:
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-        AutoTokenizer.register(config, fast_tokenizer_class=RWKVTokenizer, exist_ok=True)
+        if config.model_type not in CONFIG_MAPPING:
+            AutoConfig.register(config.model_type, config)
+            AutoTokenizer.register(config, fast_tokenizer_class=RWKVTokenizer)
     for auto, kinds in KINDS:
         for model in kinds.__subclasses__():
-            auto.register(model.config_class, model, exist_ok=True)
+            if CONFIG_MAPPING[model.config_class.model_type] is model.config_class:
+                auto.register(model.config_class, model, exist_ok=True)
             setattr(transformers, model.__name__, model)  # where trl looks for a folder's class
     read_configs_of_pth()
 

@@ -20,12 +20,12 @@ from transformers.utils import ModelOutput
 
 from ..checkpoints.adapters import AdapterSource
 from ..checkpoints.base import Base, base_of, save_model
+from ..checkpoints.hf_folder import read_hf_model
 from ..cli.errors import UserError
 from ..inference.loading import merged_base
 from ..inference.speakers import DecodingCopy
 from ..models.parts import LanguageModel
 from ..models.state import State, split_time_states
-from ..release.formats import read_hf_model
 from .rwkv_backbone import CACHES, Backbone, BackboneOutput, Cached, refuse_others
 from .rwkv_config import RWKV6Config, RWKV7Config, RWKVConfig, config_of, config_of_base, is_pth
 
@@ -124,8 +124,7 @@ class RWKVPreTrainedModel(PreTrainedModel):
         """Save config.json and .safetensors in the layout of RWKV's own folders, which `rwkv-peft convert` reads."""
         given = settings.pop("state_dict", None)
         state = self.state_dict() if given is None else given
-        to_hf = self.config.family.to_hf
-        named = {to_hf(key.removeprefix(PREFIX)): tensor for key, tensor in state.items()}
+        named = self.config.family.hf_tensors({key.removeprefix(PREFIX): tensor for key, tensor in state.items()})
         super().save_pretrained(folder, *args, state_dict=named, **settings)
 
     def with_defaults(self, arguments: dict[str, Any]) -> dict[str, Any]:

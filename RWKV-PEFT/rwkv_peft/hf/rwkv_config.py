@@ -13,6 +13,11 @@ from ..config import ModelConfig
 from ..models import family_named
 from ..models.family import Family
 
+# a size of new_dimensions -> the settings that give it, in folders of any age
+SIZES = MappingProxyType(
+    {"dim_att": ("attention_hidden_size",), "dim_ffn": ("intermediate_size",), "head_size": ("head_size", "head_dim")}
+)
+
 
 class RWKVConfig(PretrainedConfig):
     """Settings of a generation's model: its sizes under the names of RWKV's own folders, and in `dimensions` under
@@ -37,9 +42,13 @@ class RWKVConfig(PretrainedConfig):
         if self.dimensions is not None:
             kind = type(self.family.new_dimensions(1, 64, 2))
             return kind(**(self.dimensions | {"vocab_size": self.vocab_size}))
-        sizes = {"dim_att": "attention_hidden_size", "dim_ffn": "intermediate_size", "head_size": "head_size"}
-        given = {name: getattr(self, theirs, None) or 0 for name, theirs in sizes.items()}
-        return self.family.new_dimensions(self.num_hidden_layers, self.hidden_size, self.vocab_size, **given)
+        sizes = {
+            name: next((size for setting in settings if (size := getattr(self, setting, None))), 0)
+            for name, settings in SIZES.items()
+        }
+        if not sizes["head_size"] and (heads := getattr(self, "num_heads", None)):
+            sizes["head_size"] = self.hidden_size // heads
+        return self.family.new_dimensions(self.num_hidden_layers, self.hidden_size, self.vocab_size, **sizes)
 
 
 class RWKV6Config(RWKVConfig):

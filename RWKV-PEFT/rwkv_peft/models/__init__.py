@@ -1,6 +1,6 @@
 """The models: a folder for each generation; family.py has the interface that all of them implement."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,15 @@ def official_key(key: str) -> str:
     for family in _families():
         key = family.from_hf(key)
     return key
+
+
+def official_tensors(
+    tensors: "Mapping[str, Tensor]", naming: "Callable[[Family], Callable[[str], str]]"
+) -> "tuple[Family, dict[str, Tensor]]":
+    """Rename tensors by naming(family), which turns another format's name into the official one -> (the Family with
+    such names, {official key: tensor}); the first Family if none has."""
+    named = [(family, {naming(family)(key): tensor for key, tensor in tensors.items()}) for family in _families()]
+    return next((pair for pair in named if pair[0].sign in pair[1]), named[0])
 
 
 def family_of(tensors: "Mapping[str, Tensor]", name: str | Path = "the checkpoint") -> "Family":

@@ -107,16 +107,28 @@ class Family(ABC, Generic[Config, Model]):
         """The inverse of to_hf; a key that is official already stays as it is."""
         return key
 
-    def from_fla(
+    def hf_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{key there: tensor} of {official key: tensor}, whole or a part, for the generation's Hugging Face model."""
+        return {self.to_hf(key): tensor for key, tensor in tensors.items()}
+
+    def from_hf_tensors(
+        self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path
+    ) -> dict[str, Tensor]:
+        """The inverse of hf_tensors. settings come from config.json, name is the folder's. Raises UserError for a
+        setting that makes it another model."""
+        return {self.from_hf(key): tensor for key, tensor in tensors.items()}
+
+    def from_layers(
         self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path
     ) -> dict[str, Tensor] | None:
-        """{official key: tensor, a view} of {key: tensor} in flash-linear-attention's layout for this generation; None
-        for another layout, or if this generation reads none. settings come from config.json, name is the folder's.
-        Raises UserError for a missing or unexpected tensor, and for a setting that makes it another model."""
+        """{official key: tensor, a view} of {key: tensor} in a layout with names of its own, `model.layers.0.…`, such
+        as flash-linear-attention's; None for another layout, or if this generation reads none. settings come from
+        config.json, name is the folder's. Raises UserError for a missing or unexpected tensor, and for a setting that
+        makes it another model."""
         return None
 
     def to_fla(self, base: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The inverse of from_fla: the tensors in that layout, without those that its models do not compute, and the
+        """The tensors in flash-linear-attention's layout, without those that its models do not compute, and the
         settings of config.json but the tokenizer's. Raises UserError without such a form."""
         raise self.formless("flash-linear-attention's folder")
 

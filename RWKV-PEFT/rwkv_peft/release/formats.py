@@ -18,12 +18,12 @@ import torch
 
 from ..checkpoints.atomic import atomic_write
 from ..checkpoints.base import Base
-from ..checkpoints.readable import choice_in, read_settings
+from ..checkpoints.hf_folder import read_hf_model
 from ..checkpoints.tensors import TensorSpec, dtype_name, read_safetensors, read_tensors, write_pth, write_safetensors
 from ..cli.errors import UserError, summarize
 from ..cli.names import all_finite
 from ..data.chat import CHAT, ChatLayout
-from ..models import FAMILIES
+from ..models import official_tensors
 from ..models.family import Family
 from ..models.gguf import gguf_module
 from ..models.layout import WKV
@@ -85,7 +85,7 @@ def read_web(path: Path) -> dict[str, torch.Tensor]:
 
 def web_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same of tensors that are read."""
-    family, tensors = _official(found, lambda family: family.from_web)
+    family, tensors = official_tensors(found, lambda family: family.from_web)
     turned = {key for key in tensors if family.swapped_in_web(key) or key.endswith(WKV)}
     return {key: swapped(tensor) if key in turned else tensor for key, tensor in tensors.items()}
 
@@ -115,39 +115,10 @@ def write_llama_cpp(path: Path, base: Base, wanted: Wanted) -> str:
     return f"{number} tensors, the large ones {wanted.gguf_type}"
 
 
-def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
-    """Read a folder in the layout of a generation's Hugging Face model or of flash-linear-attention -> {official key:
-    tensor}. Raises UserError for a folder without .safetensors or config.json, or with files of two models."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{path} is a folder without .safetensors files, and so no Hugging Face model"
-            + (choice_in(path, ".pth", ".st", ".gguf") or "; name a file")
-        )
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} has no config.json, which is written last: its conversion or download was interrupted, and its "
-            "files may be of two models; make it again"
-        )
-    found: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors = read_safetensors(file)[0]
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise UserError(
-                f"{path}: {file.name} and another of its .safetensors files both hold {twice[0]}, so that they are of "
-                "two models; remove those of one"
-            )
-        found |= tensors
-    settings = read_settings(path / "config.json")
-    for family in FAMILIES:
-        if (official := family.from_fla(found, settings, path)) is not None:
-            return official
-    return _official(found, lambda family: family.from_hf)[1]
-
-
 def write_hf_folder(folder: Path, base: Base, wanted: Wanted) -> str:
-    tensors = {base.family.to_hf(key): tensor for key, tensor in base.tensors.items()}
-    return _write_folder(folder, base, wanted, tensors, base.family.hf_settings(base.config))
+    return _write_folder(
+        folder, base, wanted, base.family.hf_tensors(base.tensors), base.family.hf_settings(base.config)
+    )
 
 
 def write_fla_folder(folder: Path, base: Base, wanted: Wanted) -> str:
@@ -176,9 +147,9 @@ def _write_folder(
 
 
 HF_LOADER = (
-    "transformers loads its tokenizer, and the model after `import rwkv_peft.hf`, or with trust_remote_code=True once "
-    "the Python files of a published model of its generation (of RWKV-6 such as RWKV/v6-Finch-1B6-HF) lie beside it "
-    "and config.json has that model's auto_map"
+    "transformers loads its tokenizer, and the model after `import rwkv_peft.hf`, by an RWKV-7 of its own if it has "
+    "one (with heads of 64), or with trust_remote_code=True once the Python files of a published model of its "
+    "generation (of RWKV-6 such as RWKV/v6-Finch-1B6-HF) lie beside it and config.json has that model's auto_map"
 )
 FOLDER = Format(
     ("",),
@@ -200,15 +171,6 @@ FORMATS = (
     Format((".gguf",), read_gguf, write_llama_cpp, "llama.cpp loads it", vocabulary=True),
     FOLDER,
 )
-
-
-def _official(
-    tensors: Mapping[str, torch.Tensor], naming: Callable[[Family], Callable[[str], str]]
-) -> tuple[Family, dict[str, torch.Tensor]]:
-    """Rename tensors by naming(family), which turns another format's name into the official one -> (the Family with
-    such names, {official key: tensor}); the first Family if none has."""
-    named = [(family, {naming(family)(key): tensor for key, tensor in tensors.items()}) for family in FAMILIES]
-    return next((pair for pair in named if pair[0].sign in pair[1]), named[0])
 
 
 def _write(path: Path, writer: Writer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> str:

@@ -16,6 +16,7 @@ from ..checkpoints.adapter_file import METADATA_KEY, Adapter
 from ..checkpoints.adapter_folders import is_adapter_folder, is_lightning_folder
 from ..checkpoints.adapters import AdapterSource, product_of_run, source_of
 from ..checkpoints.base import Base, base_of
+from ..checkpoints.hf_folder import read_hf_model
 from ..checkpoints.readable import require_file
 from ..checkpoints.rwkv_peft_file import unwrapped
 from ..checkpoints.tensors import dtype_name, read_safetensors, read_tensors
@@ -24,7 +25,7 @@ from ..cli.parser import counted
 from ..models.layout import WKV, is_time_state, state_parts
 from ..models.state import check_time_states
 from .flags import inspect_flags
-from .formats import read_hf_model, web_tensors
+from .formats import web_tensors
 
 Line = tuple[str, str]
 MODEL, ADAPTER, UNKNOWN = "model", "adapter", ""  # what a file may hold

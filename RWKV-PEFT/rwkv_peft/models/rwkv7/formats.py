@@ -1,4 +1,8 @@
-"""An RWKV-7 checkpoint's keys and tensors as other formats have them; Hugging Face's keys only lack a prefix.
+"""An RWKV-7 checkpoint's keys and tensors as other formats have them.
+
+transformers (its pull request #47787, src/transformers/models/rwkv7, and RWKV's folders of August 2026): the official
+keys behind `rwkv7.`, and head.weight. Layer 0 has a value residual that nothing computes: zeros stand in for one that
+the file lacks. Other folders have `model.` or no prefix.
 
 llama.cpp (architecture rwkv7): low-rank factors are transposed, the six token-shift amounts stacked, the other vectors
 flat. llama.cpp wants a value residual in layer 0 too, though that layer uses none, as wide as the in-context learning
@@ -7,10 +11,13 @@ rate's: copies of the latter stand in, even if the file has a value residual the
 flash-linear-attention (fla/models/rwkv7), the layout of folders on Hugging Face: low-rank factors are linear layers,
 and so transposed, with w0, a0 and v0 as their biases; vectors are flat but for the token shift's; layer 0 has no value
 residual. Older folders have the six token-shift amounts of a layer in one tensor of six rows.
+
+transformers-rwkv (github.com/rwkv-rs, temp/rwkv_pth2st.py; model_type rwkv): layers named as in Qwen, low-rank factors
+as in official files, vectors flat, layer 0 without the value residual. It is read and not written.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +29,37 @@ from ..family import GgufTensor, differences
 from ..gguf import GgufTensors, all_settings, flat
 from .keys import LOW_RANK, SHIFTS, RWKV7Config
 
-HF_PREFIX = "model."
-PREFIXES = (HF_PREFIX, "rwkv7.", "_orig_mod.", "module.")  # what trainers and converters put before official keys
+HF_PREFIX = "rwkv7."
+PREFIXES = ("model.", HF_PREFIX, "_orig_mod.", "module.")  # what trainers and converters put before official keys
+
+
+# (setting of config.json, the value that it must have, and has by default)
+HF_SETTINGS: tuple[tuple[str, Any], ...] = (
+    ("architecture_version", "rwkv7"),
+    ("norm_eps", 1e-5),
+    ("layer_norm_epsilon", 1e-5),
+    ("group_norm_epsilon", 64e-5),
+    ("norm_bias", True),
+    ("tie_word_embeddings", False),
+    ("embedding_layer_norm_fused", False),
+    ("use_deep_embed", False),
+)
+FIRST_VALUE = ("att.v0", "att.v1", "att.v2")
+HEAD_SIZE = 64  # the eps of the norm after the recurrence is head size x norm_eps elsewhere: RWKV-7's only at this size
+
+
+def check_settings(due: Iterable[tuple[str, Any]], settings: Mapping[str, Any], name: str | Path) -> None:
+    """Raise UserError for a setting of config.json with another value than the due one."""
+    for setting, wanted in due:
+        if (value := settings.get(setting, wanted)) != wanted:
+            raise UserError(
+                f"{name}/config.json: {setting} is {short(str(value))}, and it is {wanted} in RWKV-7; take a model "
+                "that is RWKV-7"
+            )
 
 
 def to_hf(key: str) -> str:
-    """blocks.0.att.key.weight -> model.blocks.0.att.key.weight; head.weight stays."""
+    """blocks.0.att.key.weight -> rwkv7.blocks.0.att.key.weight; head.weight stays."""
     return key if key.startswith("head.") else HF_PREFIX + key
 
 
@@ -48,21 +80,47 @@ def swapped_in_web(key: str) -> bool:
     return key.rpartition(".")[2] in LOW_RANK
 
 
+def hf_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """See Family.hf_tensors."""
+    written = {to_hf(key): tensor for key, tensor in tensors.items()}
+    if "blocks.1.att.v0" in tensors:
+        for leaf in FIRST_VALUE:
+            written.setdefault(to_hf(f"blocks.0.{leaf}"), torch.zeros_like(tensors[f"blocks.1.{leaf}"]))
+    return written
+
+
+def from_hf_tensors(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path) -> dict[str, Tensor]:
+    """See Family.from_hf_tensors."""
+    check_settings(HF_SETTINGS, settings, name)
+    head_size = settings.get("head_dim", HEAD_SIZE)
+    if head_size != HEAD_SIZE and "group_norm_epsilon" not in settings:
+        raise UserError(
+            f"{name}/config.json: head_dim is {short(str(head_size))}, and heads of {HEAD_SIZE} are due: transformers' "
+            "eps of the norm after the recurrence depends on the head size, and in RWKV-7 it does not"
+        )
+    official = {from_hf(key): tensor for key, tensor in tensors.items()}
+    first = [f"blocks.0.{leaf}" for leaf in FIRST_VALUE]
+    if all(key in official and not official[key].any() for key in first):
+        return {key: tensor for key, tensor in official.items() if key not in first}
+    return official
+
+
 def hf_settings(config: RWKV7Config) -> dict[str, Any]:
-    """config.json of a folder with the layout of the Hugging Face RWKV-7 models."""
+    """config.json for transformers' RWKV-7; head size x norm_eps is its eps of the norm after the recurrence, and
+    group_norm_epsilon, which it does not read, that of RWKV-7."""
     return {
         "architectures": ["Rwkv7ForCausalLM"],
         "model_type": "rwkv7",
         "vocab_size": config.vocab_size,
-        "context_length": 1 << 20,
+        "max_position_embeddings": 1 << 20,
         "hidden_size": config.n_embd,
         "num_hidden_layers": config.n_layer,
         "intermediate_size": config.dim_ffn,
-        "head_size": config.head_size,
-        "num_attention_heads": config.n_head,
-        "layer_norm_epsilon": 1e-5,
+        "head_dim": config.head_size,
+        "num_heads": config.n_head,
+        "norm_eps": 1e-5,
+        "norm_bias": True,
         "group_norm_epsilon": 64e-5,
-        "embedding_layer_norm_fused": False,
         "wkv_state_dtype": "float32",
         "decay_low_rank_dim": config.decay_rank,
         "a_low_rank_dim": config.iclr_rank,
@@ -117,7 +175,6 @@ def gguf_settings(config: RWKV7Config) -> tuple[tuple[str, float], ...]:
 LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
 SIGN = re.compile(r"model\.layers\.[0-9]+\.attn\.[wavg]_lora\.lora\.")
 STACKED = ".attn.x_x"
-HEAD_SIZE = 64  # the eps of the norm after the recurrence is head size x norm_eps there: RWKV-7's only at this size
 # (key there, or its start, the official one)
 OUTSIDE = (
     ("model.embeddings.weight", "emb.weight"),
@@ -134,7 +191,24 @@ MATRICES = (
     ("ffn.key", "ffn.key"),
     ("ffn.value", "ffn.value"),
 )
-# (setting of config.json, the value that it must have, and has by default)
+QWEN_SIGN = ".linear_attn.x_"
+# (a pattern in a key there, what official keys have in its place)
+QWEN_NAMES = (
+    (r"^model\.embed_tokens\.", "emb."),
+    (r"^model\.embedding_norm\.", "blocks.0.ln0."),
+    (r"^model\.norm\.", "ln_out."),
+    (r"^lm_head\.", "head."),
+    (r"^model\.layers\.", "blocks."),
+    (r"\.input_layernorm\.", ".ln1."),
+    (r"\.post_attention_layernorm\.", ".ln2."),
+    (r"\.linear_attn\.", ".att."),
+    (r"\.mlp\.", ".ffn."),
+    (r"\.r_proj\.", ".receptance."),
+    (r"\.k_proj\.", ".key."),
+    (r"\.v_proj\.", ".value."),
+    (r"\.o_proj\.", ".output."),
+    (r"\.g_norm\.", ".ln_x."),
+)
 SETTINGS: tuple[tuple[str, Any], ...] = (
     ("hidden_act", "sqrelu"),
     ("norm_eps", 1e-5),
@@ -143,16 +217,15 @@ SETTINGS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def from_fla(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path) -> dict[str, Tensor] | None:
-    """See Family.from_fla."""
+def from_layers(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path
+) -> dict[str, Tensor] | None:
+    """See Family.from_layers."""
+    if any(QWEN_SIGN in key for key in tensors):
+        return from_qwen_names(tensors, settings, name)
     if not any(map(SIGN.match, tensors)):
         return None
-    for setting, due in SETTINGS:
-        if (value := settings.get(setting, due)) != due:
-            raise UserError(
-                f"{name}/config.json: {setting} is {short(str(value))}, and it is {due} in RWKV-7; take a model that "
-                "is RWKV-7"
-            )
+    check_settings(SETTINGS, settings, name)
     tensors = _unstacked(tensors)
     official = _names(tensors)
     if wrong := differences(official, tensors):
@@ -167,6 +240,18 @@ def from_fla(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: s
                 "eps of the norm after the recurrence depends on the head size, and in RWKV-7 it does not"
             )
     return {official[key]: _official(official[key], tensor) for key, tensor in tensors.items()}
+
+
+def from_qwen_names(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], name: str | Path) -> dict[str, Tensor]:
+    """from_layers for transformers-rwkv."""
+    check_settings(HF_SETTINGS, settings, name)
+    official = {}
+    for key, tensor in tensors.items():
+        for there, here in QWEN_NAMES:
+            key = re.sub(there, here, key)
+        flat = tensor.ndim == 1 and not key.endswith((".weight", ".bias"))
+        official[key] = tensor[None, None] if flat else tensor
+    return official
 
 
 def to_fla(base: Mapping[str, Tensor], config: RWKV7Config) -> tuple[dict[str, Tensor], dict[str, Any]]:
