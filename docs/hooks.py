@@ -1,4 +1,6 @@
-"""Pages that mkdocs makes of the source: the help of every command, and the documents at the repository's root."""
+"""Pages that mkdocs makes of the source: the help of every command, and the documents at the repository's root; and for
+readers that are programs llms.txt (llmstxt.org), with the Markdown of every page beside it.
+"""
 
 import contextlib
 import io
@@ -6,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from jinja2 import Environment
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -27,6 +30,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=linked((ROOT / name).read_text(encoding="utf-8"), page)))
     files.append(File.generated(config, PICTURE, abs_src_path=str(ROOT / PICTURE)))
     return files
+
+
+def on_env(env: Environment, config: MkDocsConfig, files: Files) -> Environment:
+    """Write each page's Markdown under the name of its source, so that links between pages hold, and llms.txt, which
+    lists them in the order of the navigation."""
+    site = Path(config.site_dir)
+    pages = [file.page for file in files.documentation_pages() if file.page is not None]
+    page = next(page for page in pages if page.is_homepage)
+    lines, section = [f"# {config.site_name}", f"\n> {config.site_description}\n"], None
+    while page is not None:
+        if page.parent is not section and (section := page.parent) is not None:
+            lines.append(f"\n## {section.title}\n")
+        lines.append(f"- [{page.title}]({page.file.src_uri})")
+        target = site / page.file.src_uri
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page.markdown or "", encoding="utf-8")
+        page = page.next_page
+    (site / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return env
 
 
 def linked(text: str, page: str) -> str:

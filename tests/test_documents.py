@@ -74,6 +74,10 @@ def test_the_site_is_built(tmp_path):
     assert [command.name for command in COMMANDS if f'<h2 id="{command.name}">' not in page] == []
     assert page.count("usage: ") > len(COMMANDS)  # that of rwkv-peft itself, and one each
     assert "one GPU, on many, or on a laptop" in (tmp_path / "index.html").read_text(encoding="utf-8")  # README's
+    listed = re.findall(r"\]\((.*)\)$", (tmp_path / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    titled = [name for name in listed if re.search(r"^# ", (tmp_path / name).read_text(encoding="utf-8"), re.MULTILINE)]
+    assert listed == titled and len(set(listed)) == len(list(tmp_path.rglob("*.md"))) > 40
+    assert listed[0] == "index.md" and "guides/data.md" in listed
     pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
     fetched = r'<(?:script|img|link)\b[^>]*\b(?:src|href)="https?:(?!//arxiv)[^"]*"|class="mermaid"'  # shown offline
     assert {path.name: found for path, text in pages.items() if (found := re.findall(fetched, text))} == {}
