@@ -115,6 +115,12 @@ class DataConfig:
         "rows, or in a folder of several splits those of the same split (--val_data: of its validation or test split)",
         metavar="SPLIT",
     )
+    sft_as: str = setting(
+        "",
+        "in a dialogue of people, such as WhatsApp's .txt, the one whose words are learned (without it the message "
+        "lists the names)",
+        metavar="NAME",
+    )
     sft_long: str = setting(
         "left",
         "rows longer than --ctx_len lose the front of their prompt, or are left out; with a context they are refused, "

@@ -23,7 +23,8 @@ FACTS = (ALONE, BESIDE, WHOLE, LOADED, INIT, SEVERAL, OWN_TEACHER)
 STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part in name)}" for part in ("3", "offload"))
 UNSCALED = "--train_type infctx, --context_parallel, --data_type prompts"
 OF_ROWS = (
-    "--tokenizer, --sft_field, --sft_split, --sft_long, --sft_think, --clean_turns 0, --tool_form, --skip_bad_rows"
+    "--tokenizer, --sft_field, --sft_split, --sft_as, --sft_long, --sft_think, --clean_turns 0, --tool_form, "
+    "--skip_bad_rows"
 )
 OF_TASK = "--eval_task, --eval_template, --eval_max_tokens"
 # reasons
@@ -85,6 +86,7 @@ RULES = (
         "it reads one document at a time",
         "take --dataload pad, which batches",
     ),
+    Rule("--sft_as", EXCLUDES, "--sft_field", "that reads rows as they are, without speakers", "leave one out"),
     Rule("--think_labels", NEEDS, "--sft_think on", "it labels the thinking that this lays out", "add it"),
     Rule("--think_labels", NEEDS, "--data_type sft", "other answers share a prompt, or are drawn", OUT),
     Rule("--data_mix", NEEDS, SEVERAL, "it is the share of each", "name several, or leave it out"),

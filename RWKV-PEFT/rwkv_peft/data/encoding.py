@@ -34,6 +34,7 @@ from .chat import (
     without_parts,
 )
 from .columns import KNOWN, Columns, columns_of, is_answer_word, peeked
+from .exports import export_of, read_export, require_speaker
 from .fields import LISTS, UnknownForm, unread
 from .forms import ANSWER, ANSWERS, CHATS, SIDES, TURNS, label_of, loss_weight_of, refuse_compared
 from .layouts import FOREIGN_MARKS, RowLayout, Template
@@ -90,6 +91,7 @@ class EncodeSettings:
     - think_labels: with think "on", end a user's turn with the words for the length of the thinking behind it; the
       tokens below which it is short, and above which it is long
     - tool_form: a name of TOOL_FORMS
+    - speaker: in a dialogue of people, the name of the one whose words are learned
     """
 
     tokenizer: str = "world"
@@ -104,6 +106,7 @@ class EncodeSettings:
     command: str = "preprocess"
     think_labels: tuple[int, ...] = ()
     tool_form: str = G1
+    speaker: str = ""
 
 
 class BadRows:
@@ -223,13 +226,19 @@ class Encoder:
         """The documents of a row with a prompt and an answer: all but a context."""
         return documents[1:] if self.kind == "contexts" else documents
 
-    def columns(self, path: str | Path, items: Items) -> tuple[Columns, Items]:
-        """(the Columns of a file's items of read_rows, the items). Raises UserError if several fields may be the
-        question or the answer."""
+    def columns(self, path: str | Path, items: Items, counts: Counter[str]) -> tuple[Columns, Items]:
+        """(the Columns of a file's items of read_rows, the items, of an export as rows of messages). Raises UserError
+        if several fields may be the question or the answer, and if nothing says whose words are learned."""
         if self.settings.fields or self.template:
             return KNOWN, items
         rows, items = peeked(items, parse)
+        speaker, flag = self.settings.speaker, "--as" if self.kind == "preprocess" else "--sft_as"
         try:
+            if export := export_of(rows):
+                require_speaker(rows, export, speaker, flag)
+                return KNOWN, read_export(items, export, parse, speaker, counts)
+            if speaker:
+                raise UserError(f"{flag} {speaker}: these rows are no dialogue of people with names; leave it out")
             return columns_of(rows, self.kind, self.settings.think), items
         except UserError as error:
             remedy = self._remedy(f"{path}, row 1", error) if isinstance(error, UnknownForm) else ""

@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
         options.clean_turns,
         options.skip_bad_rows,
         tool_form=options.tool_form,
+        speaker=vars(options)["as"],  # a word of Python
     )
     output, encode = binidx_prefix(options.output), encoder(settings)
     for end in ENDINGS:
@@ -94,7 +95,7 @@ def write(
         disable=progress is None,
     )
     with bar, output if isinstance(output, ShardWriter) else ShardWriter(output, encode.tokenizer.vocab_size) as writer:
-        files = (encode.columns(path, read_rows(path, split)) for path in inputs)
+        files = (encode.columns(path, read_rows(path, split), totals.counts) for path in inputs)
         for columns, place, item in ((columns, *item) for columns, items in files for item in items):
             part = encode.encode(place, item, totals, columns)
             characters = totals.counts["characters"]

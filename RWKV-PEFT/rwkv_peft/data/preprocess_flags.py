@@ -12,11 +12,12 @@ from .tools import TOOL_FORMS
 
 PROG = "rwkv-peft preprocess"
 WRITING = (
-    "--output, --overwrite, --append_eod 0, --fields, --template, --think, --clean_turns 0, --tool_form, "
+    "--output, --overwrite, --append_eod 0, --fields, --template, --as, --think, --clean_turns 0, --tool_form, "
     "--split, --skip_bad_rows, --drop_duplicates, --shard_tokens, --show"
 )
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
+    Rule("--as", EXCLUDES, "--fields, --template", "these read rows as they are, without speakers", "leave one out"),
     Rule(WRITING, EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
 )
 # flags of other tools that make token files -> their equivalents here
@@ -65,6 +66,13 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         default="",
         metavar="NAME|FILE",
         help=f"{', '.join(TEMPLATES)}, or a text with {{field}} for fields and [[ ]] around the parts that count",
+    )
+    add(
+        "--as",
+        default="",
+        metavar="NAME",
+        help="in a dialogue of people, such as WhatsApp's .txt, the one whose words are learned (without it the "
+        "message lists the names)",
     )
     add(
         "--think",

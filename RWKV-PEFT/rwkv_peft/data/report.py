@@ -12,6 +12,7 @@ from ..cli.parser import counted
 from .binidx import BinidxDataset, counting
 from .chat import QUOTE, THINKING, TURN_END, opening_within, stops_of
 from .encoding import Totals
+from .exports import CHATS_OF, LEFT_OUT
 from .masks import undesirable
 from .recorded import Vocabulary, vocabulary_of
 from .tokenizer import Tokenizer, load_tokenizer
@@ -43,6 +44,10 @@ def laid_out(totals: Totals) -> list[str]:
     """The lines on rows with thinking and without, for think "on", and notes on rows that may be mistakes."""
     counts = totals.counts
     lines = [f"note: read {note}; the first row: {in_line(short(text))}" for note, text in totals.readings.items()]
+    chats = [f"{name} ({counted(number, 'chat')})" for name, number in under(totals, CHATS_OF)]
+    if chats:
+        ignored = [f"{number:,} {what}" for what, number in under(totals, LEFT_OUT)]
+        lines.append(f"note: read {', '.join(chats)}" + f"; left out: {', '.join(ignored)}" * bool(ignored))
     if counts["thinking"]:
         lines.append(
             f"{counted(counts['thinking'], 'row')} with thinking, {counts['at_once']:,} without (<think></think)"
@@ -75,13 +80,18 @@ def laid_out(totals: Totals) -> list[str]:
 
 def unread_fields(totals: Totals) -> list[str]:
     """The note, as a list, on fields with a text in no document; [] if there are none."""
-    names = [(name.removeprefix(UNREAD), n) for name, n in totals.counts.most_common() if name.startswith(UNREAD)]
+    names = under(totals, UNREAD)
     if not names:
         return []
     listed = some([f"{name} ({counted(number, 'row')})" for name, number in names], 20)
     remedies = ["preprocess --template lays out any field"]
     remedies += ["--think (train.py: --sft_think) thinking"] * any(name in THINKING for name, _ in names)
     return [f"note: not read: {listed}; {', and '.join(remedies)}"]
+
+
+def under(totals: Totals, prefix: str) -> list[tuple[str, int]]:
+    """The counts whose names begin so, (the rest of the name, the count), the most frequent first."""
+    return [(name.removeprefix(prefix), n) for name, n in totals.counts.most_common() if n and name.startswith(prefix)]
 
 
 def left_out(totals: Totals) -> list[str]:

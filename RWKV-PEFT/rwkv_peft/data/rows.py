@@ -9,19 +9,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 from ..checkpoints.readable import choice_in, object_in, read_settings, reading, require_readable
 from ..cli.errors import UserError, short, summarize
+from .exports import LINES, WHATSAPP, card_in, opens_log, opens_whatsapp
 
 BATCH_ROWS = 1000  # of a table that are in memory at once
 ROW_BYTES = 1 << 26  # of a line, at most: a few compressed bytes may unpack to any length
 KINDS = (
-    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a folder of .jsonl, .csv, .parquet or .txt files, "
-    "or one that datasets.save_to_disk wrote"
+    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a character card (.png), a folder of .jsonl, .csv, "
+    ".parquet or .txt files, or one that datasets.save_to_disk wrote"
 )
 JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
 CSV_ENDINGS = (".csv", ".tsv")
@@ -91,7 +92,10 @@ def file_rows(path: Path) -> Items:
     if suffix in CSV_ENDINGS:
         return numbered(path, csv_rows(path))
     if suffix == ".txt":
-        return numbered(path, [path.read_text("utf-8-sig")])
+        text = path.read_text("utf-8-sig")
+        return numbered(path, [{WHATSAPP: text} if opens_whatsapp(text) else text])
+    if suffix == ".png":
+        return numbered(path, [card_in(path)])
     if suffix == ".parquet":
         return numbered(path, parquet_rows(path))
     raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx) as .csv, a document (.docx, .pdf) as .txt")
@@ -152,7 +156,8 @@ def json_rows(path: Path) -> Items:
         start = file.peek().lstrip(b"\xef\xbb\xbf \t\r\n")
         one = start.partition(b"\n")[0].strip() == b"{"
         if not one and not start.startswith(b"["):
-            yield from numbered(path, read_lines(file, path), "line")
+            lines = read_lines(file, path)
+            yield from log_rows(path, lines) if b'"user_name"' in start else numbered(path, lines, "line")
             return
         text = file.read()
     try:
@@ -166,6 +171,20 @@ def json_rows(path: Path) -> Items:
             "each, or in one list, with no comma behind the last), or copy it again if its end is missing"
         ) from error
     yield from numbered(path, [rows] if one else rows)
+
+
+def log_rows(path: Path, lines: Iterator[bytes]) -> Items:
+    """Yield the rows of lines, or one row of all lines if the first is that of a program's chat."""
+    first = next(lines)
+    try:
+        head = json.loads(first)
+    except (ValueError, RecursionError):
+        head = None
+    if not opens_log(head):
+        yield from numbered(path, chain([first], lines), "line")
+        return
+    with reading(path, "is no whole chat", "export it again"):
+        yield f"{path}, row 1", head | {LINES: [json.loads(line) for line in lines if line.strip()]}
 
 
 def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:

@@ -44,7 +44,7 @@ from .report import laid_out, left_out
 from .rows import JSON_ENDINGS, KINDS
 from .samples import DocumentSamples, Permutation, Samples
 
-FORMAT = 12  # of the cache
+FORMAT = 13  # of the cache
 FILES = (*ENDINGS, ROWS)  # of a set in the cache; ROWS only of prompts
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # --data_type -> the samples of data that no --dataload cuts otherwise
@@ -154,7 +154,7 @@ def parts_of(config: DataConfig, flag: str = "--data_file") -> dict[str, DataCon
             )
         found[key] = replace(config.own, path=path, more=(), mix=(), loss_mask=mask)
         if replayed:  # flags on the form of rows are for the run's own
-            found[key] = replace(found[key], sft_field=(), sft_split="", sft_think="", think_labels=())
+            found[key] = replace(found[key], sft_field=(), sft_split="", sft_as="", sft_think="", think_labels=())
     return found
 
 
@@ -218,6 +218,7 @@ def settings_of(config: DataConfig) -> EncodeSettings:
         think_labels=config.think_labels,
         clean_turns=config.clean_turns,
         tool_form=config.tool_form,
+        speaker=config.sft_as,
         skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
         command="train" if config.data_type == "sft" else config.data_type,

@@ -1,0 +1,392 @@
+"""Exports of programs in which people chat, in one table: the fields that recognize one, and a function to its chats.
+
+A file's first rows decide for the whole file. Its chats become rows of messages, which are read like any other.
+"""
+
+import base64
+import html
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoints.readable import reading
+from ..cli.errors import UserError, some
+from .chat import THINKING
+from .fields import Row, UnknownForm
+
+LINES, WHATSAPP = "lines", "whatsapp"  # fields of rows that stand for a whole file
+PAUSE = 6 * 3600  # seconds without a message behind which a dialogue of people is another document
+LEFT_OUT, CHATS_OF = "left out: ", "chats of "  # before the words of a count in Totals.counts
+MEDIA, SYSTEM, CALLS = "pictures, files and sounds", "system lines", "calls of tools and their results"
+HIDDEN = "hidden messages"
+OTHERS_ALONE = "chats without the one whose words are learned"
+PNG, CARDS = b"\x89PNG\r\n\x1a\n", (b"ccv3", b"chara")  # the keywords of a card's text, the newer first
+REASONING = re.compile(r'<details type="reasoning".*?</summary>(.*?)</details>\s*', re.DOTALL)
+TOOL_DETAILS = re.compile(r'<details type="(?:tool_calls|code_interpreter)".*?</details>\s*', re.DOTALL)
+# the beginning of a message in WhatsApp's texts: [date, time] as on iPhones, or date, time -
+STAMP = re.compile(
+    r"\u200e?\[?(\d{1,4})[./-](\d{1,2})[./-](\d{1,4})\.?,?\s(上午|下午|[ap]\.?\s?m\.?\s)?\s?"
+    r"(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?\s?([ap]\.?\s?m\.?)?(?:\]| -)\s(.*)",
+    re.IGNORECASE,
+)
+SAID = re.compile(r"([^:]{1,60}):(?:\s(.*)|)", re.DOTALL)
+# a message in WhatsApp's texts that stands for a file, in any language: <Media omitted>, photo.jpg (file attached)
+OMITTED = re.compile(r"\u200e.*|<[^<>\n]{3,60}>|\S+\.\w{2,4} \([^()\n]{3,40}\)(?:\n.*)?|null", re.DOTALL)
+EDITED = re.compile(r"\s*\u200e?<This message was edited>$")
+
+
+class LeftOut(NamedTuple):
+    """A message that is not read, by its kind."""
+
+    what: str
+
+
+class Said(NamedTuple):
+    """A message of somebody with a name, at `time` in seconds. role is "user" or "assistant" if the export says so."""
+
+    name: str
+    words: str
+    time: float = 0.0
+    role: str = ""
+
+
+Message = dict[str, Any] | Said | LeftOut  # a turn {role, content} if its speaker has no name
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export, recognized by its fields, all of them, if it `fits`.
+
+    chats yields a document's lists of messages; people is True if they may be Said."""
+
+    name: str
+    fields: tuple[str, ...]
+    chats: Callable[[Row], Iterable[list[Message]]]
+    fits: Callable[[Row], Any] = lambda row: True
+    people: bool = False
+
+    def recognizes(self, row: Any) -> bool:
+        return isinstance(row, dict) and all(name in row for name in self.fields) and bool(self.fits(row))
+
+    def reading(self, place: str) -> AbstractContextManager[None]:
+        """Within, whatever a damaged document raises becomes a UserError."""
+        return reading(place, f"is no whole export of {self.name}", "export it again")
+
+
+def branch(nodes: Mapping[str, Any], last: str | None, parent: str) -> list[Any]:
+    """The nodes of a tree from its root to the one named `last`, each of which names its parent."""
+    path = dict[str, Any]()
+    while last and last in nodes and last not in path:
+        path[last] = nodes[last]
+        last = nodes[last].get(parent)
+    return list(path.values())[::-1]
+
+
+def silly_tavern(row: Row) -> Iterator[list[Message]]:
+    found = list[Message]()
+    for line in row[LINES]:
+        extra = line.get("extra") or {}
+        words = line["mes"].strip()
+        if line.get("is_system") or extra.get("type") == "narrator":
+            found.append(LeftOut(SYSTEM))
+            continue
+        found += [LeftOut(MEDIA)] * any(extra.get(name) for name in ("image", "media", "file", "video"))
+        if line.get("is_user") or not extra.get("reasoning"):
+            found.append(Said(line["name"], words, role="user" if line.get("is_user") else "assistant"))
+        else:
+            thinking = f"<think>\n{extra['reasoning'].strip()}\n</think>\n"
+            found.append(Said(line["name"], thinking + words, role="assistant"))
+    yield found
+
+
+def is_card(row: Row) -> bool:
+    return "chara_card" in str(row["spec"])
+
+
+def card(row: Row) -> Iterator[list[Message]]:
+    """The greetings and examples of a character card, each behind a system text of its name and descriptions."""
+    data: Row = row["data"] if isinstance(row.get("data"), dict) else row
+    name = data["name"]
+
+    def filled(words: str) -> str:
+        words = re.sub(r"\{\{original\}\}", "", words, flags=re.IGNORECASE)
+        words = re.sub(r"\{\{char\}\}|<BOT>", lambda _: name, words, flags=re.IGNORECASE)
+        return re.sub(r"\{\{user\}\}|<USER>", "User", words, flags=re.IGNORECASE).strip()
+
+    parts = [
+        heading + filled(data[field])
+        for heading, field in (
+            ("", "system_prompt"),
+            ("", "description"),
+            ("Personality: ", "personality"),
+            ("Scenario: ", "scenario"),
+        )
+        if data.get(field)
+    ]
+    system = {"role": "system", "content": "\n".join([f"You are {name}.", *parts])}
+    for greeting in (data.get("first_mes"), *(data.get("alternate_greetings") or ())):
+        if greeting:
+            yield [system, {"role": "assistant", "content": filled(greeting)}]
+    for example in re.split("<START>", data.get("mes_example") or "", flags=re.IGNORECASE):
+        pieces = re.split(r"^(\{\{user\}\}|\{\{char\}\}|<USER>|<BOT>):", example, flags=re.IGNORECASE | re.MULTILINE)
+        turns = [
+            {"role": "user" if "user" in who.lower() else "assistant", "content": filled(words)}
+            for who, words in zip(pieces[1::2], pieces[2::2])
+        ]
+        if turns:
+            yield [system, *turns]
+
+
+def open_webui(row: Row) -> Iterator[list[Message]]:
+    chat = row["chat"]
+    history = chat.get("history") or {}
+    turns = branch(history.get("messages") or {}, history.get("currentId"), "parentId") or chat["messages"]
+    system = (chat.get("params") or {}).get("system") or chat.get("system")
+    found: list[Message] = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        words = turn["content"]
+        thinking = [
+            html.unescape(re.sub(r"^\s*> ?", "", text, flags=re.MULTILINE)) for text in REASONING.findall(words)
+        ]
+        words, calls = TOOL_DETAILS.subn("", REASONING.sub("", words))
+        found += [LeftOut(CALLS)] * calls + [LeftOut(MEDIA)] * len(turn.get("files") or ())
+        found.append({"role": turn["role"], "content": words} | thought("\n".join(thinking)))
+    yield found
+
+
+def thought(words: str) -> dict[str, str]:
+    return {THINKING[0]: words.strip()} if words.strip() else {}
+
+
+def chat_gpt(row: Row) -> Iterator[list[Message]]:
+    found, thoughts = list[Message](), list[str]()
+    for node in branch(row["mapping"], row["current_node"], "parent"):
+        message = node.get("message")
+        if not message:
+            continue
+        role, content, about = message["author"]["role"], message["content"], message.get("metadata") or {}
+        kind, parts = content["content_type"], content.get("parts") or []
+        if kind == "thoughts":
+            thoughts += [part["content"] for part in content["thoughts"]]
+            continue
+        if kind == "reasoning_recap":
+            continue
+        if role == "tool" or message.get("recipient", "all") != "all" or kind in ("code", "execution_output"):
+            found.append(LeftOut(CALLS))
+            continue
+        texts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
+        words = "\n".join(filter(None, texts)).strip()
+        if (
+            role == "system"
+            or about.get("is_visually_hidden_from_conversation")
+            or kind not in ("text", "multimodal_text")
+        ):
+            found += [LeftOut(HIDDEN)] * bool(words or content.keys() - {"content_type", "parts"})
+            continue
+        found += [LeftOut(MEDIA)] * sum(isinstance(part, dict) and not part.get("text") for part in parts)
+        if words:
+            found.append({"role": role, "content": words} | thought("\n".join(thoughts) if role == "assistant" else ""))
+            thoughts = []
+    yield found
+
+
+def claude(row: Row) -> Iterator[list[Message]]:
+    messages = row["chat_messages"]
+    nodes = {message.get("uuid"): message for message in messages}
+    threaded = any(message.get("parent_message_uuid") in nodes for message in messages)
+    last = row.get("current_leaf_message_uuid") or messages[-1].get("uuid") if threaded else None
+    found = list[Message]()
+    for message in branch(nodes, last, "parent_message_uuid") or messages:
+        parts = message.get("content") or []
+        words = "\n\n".join(part["text"] for part in parts if part.get("type") == "text") or message.get("text") or ""
+        thinking = "\n".join(part["thinking"] for part in parts if part.get("type") == "thinking")
+        found += [LeftOut(CALLS) for part in parts if part.get("type") in ("tool_use", "tool_result")]
+        found += [LeftOut(MEDIA) for _ in message.get("files") or ()]
+        attached = [each["extracted_content"] for each in message.get("attachments") or () if each["extracted_content"]]
+        words = "\n".join([*attached, words]).strip()
+        found.append({"role": message["sender"], "content": words} | thought(thinking))
+    yield found
+
+
+def whatsapp(row: Row) -> Iterator[list[Message]]:
+    entries = list[tuple[re.Match[str], list[str]]]()
+    for line in row[WHATSAPP].splitlines():
+        stamp = STAMP.match(line)
+        if stamp:
+            entries.append((stamp, [stamp[9]]))
+        elif entries:
+            entries[-1][1].append(line)
+    times = times_of([stamp for stamp, _ in entries])
+    found = list[Message]()
+    for time, (_, lines) in zip(times, entries):
+        said = SAID.fullmatch("\n".join(lines))
+        words = EDITED.sub("", said[2] or "").strip(" \t\n") if said else ""
+        if not said:
+            found.append(LeftOut(SYSTEM))
+        elif not words or OMITTED.fullmatch(words):
+            found.append(LeftOut(MEDIA))
+        else:
+            found.append(Said(said[1].strip("\u200e\u202a\u202c ~"), words, time))
+    yield from by_pauses(found)
+
+
+def times_of(stamps: list[re.Match[str]]) -> list[float]:
+    """The seconds of WhatsApp's stamps. Phones write the day, the month or the year first: the order is the one in
+    which all are dates, and time runs backwards least."""
+    best, fewest = [0.0] * len(stamps), len(stamps) + 1
+    for year, month, day in ((3, 2, 1), (3, 1, 2), (1, 2, 3)):
+        times = list[float]()
+        try:
+            for stamp in stamps:
+                half = (stamp[4] or stamp[8] or "").lower()
+                hour = int(stamp[5])
+                hour = hour % 12 + 12 * (half.startswith("p") or half == "下午") if half else hour
+                years = int(stamp[year]) + 2000 * (len(stamp[year]) == 2)
+                moment = datetime(years, int(stamp[month]), int(stamp[day]), hour, int(stamp[6]), int(stamp[7] or 0))
+                times.append((moment - datetime(1970, 1, 1)).total_seconds())
+        except ValueError:
+            continue
+        backwards = sum(second < first for first, second in zip(times, times[1:]))
+        if backwards < fewest:
+            best, fewest = times, backwards
+    return best
+
+
+def by_pauses(messages: Iterable[Message]) -> Iterator[list[Message]]:
+    """Yield messages in parts, which end where nobody says anything for PAUSE."""
+    part, last = list[Message](), 0.0
+    for message in messages:
+        if isinstance(message, Said):
+            if part and last and message.time - last > PAUSE:
+                yield part
+                part = []
+            last = message.time
+        part.append(message)
+    if part:
+        yield part
+
+
+def opens_log(first: object) -> bool:
+    """True for the first line of SillyTavern's chats, which says who talks."""
+    return isinstance(first, dict) and "user_name" in first and "character_name" in first
+
+
+EXPORTS = (
+    Export("SillyTavern's chats (.jsonl)", (LINES,), silly_tavern, opens_log, people=True),
+    Export("character cards (.json or .png)", ("spec", "data"), card, is_card),
+    Export("character cards (version 1)", ("name", "first_mes", "mes_example"), card),
+    Export("Open WebUI", ("chat",), open_webui, lambda row: isinstance(row["chat"], dict)),
+    Export("ChatGPT (conversations.json)", ("mapping", "current_node"), chat_gpt),
+    Export("Claude (conversations.json)", ("chat_messages",), claude),
+    Export("WhatsApp (.txt)", (WHATSAPP,), whatsapp, people=True),
+)
+
+
+def export_of(rows: Iterable[Any]) -> Export | None:
+    """The export whose fields one of a file's first rows has."""
+    rows = list(rows)
+    return next((export for export in EXPORTS if any(map(export.recognizes, rows))), None)
+
+
+def read_export(
+    items: Iterable[tuple[str, object]],
+    export: Export,
+    parse: Callable[[object], Any],
+    speaker: str,
+    counts: Counter[str],
+) -> Iterator[tuple[str, object]]:
+    """Yield the items of an export's file as rows of messages; what is left out is counted. `speaker` is the name of
+    the one whose words are learned."""
+    for place, item in items:
+        try:
+            row = parse(item)
+            if not export.recognizes(row):
+                yield place, row
+                continue
+            with export.reading(place):
+                chats = [(messages, turns_of(messages, speaker)) for messages in export.chats(row)]
+            for messages, turns in chats:
+                counts.update(LEFT_OUT + each.what for each in messages if isinstance(each, LeftOut))
+                if speaker and not any(turn["role"] == "assistant" for turn in turns):
+                    counts[LEFT_OUT + OTHERS_ALONE] += bool(turns)
+                elif turns:
+                    counts[CHATS_OF + export.name] += 1
+                    yield place, {"messages": turns}
+        except UserError as error:
+            yield place, error
+
+
+def turns_of(messages: list[Message], speaker: str) -> list[dict[str, Any]]:
+    """The turns of messages, those of one speaker behind each other joined. If more than one other speaks, each of
+    their messages begins with a name."""
+    others = {each.name for each in messages if isinstance(each, Said) and role_of(each, speaker) == "user"}
+    turns = list[dict[str, Any]]()
+    for each in messages:
+        if isinstance(each, Said):
+            role = role_of(each, speaker)
+            words = f"{each.name}: {each.words}" if role == "user" and len(others) > 1 else each.words
+            each = {"role": role, "content": words}
+        if isinstance(each, LeftOut) or not each["content"].strip():
+            continue
+        if turns and turns[-1]["role"] == each["role"] and len(each) == 2:
+            turns[-1] = turns[-1] | {"content": f"{turns[-1]['content']}\n{each['content']}"}
+        else:
+            turns.append(each)
+    return turns
+
+
+def role_of(said: Said, speaker: str) -> str:
+    return ("assistant" if said.name == speaker else "user") if speaker else said.role
+
+
+def require_speaker(rows: Iterable[Any], export: Export, speaker: str, flag: str) -> None:
+    """Raise UserError if a dialogue of people needs a `speaker`, or does not have this one, with all names."""
+    said = list[Said]()
+    with export.reading("it"):
+        for row in filter(export.recognizes, rows if export.people else ()):
+            said += [each for messages in export.chats(row) for each in messages if isinstance(each, Said)]
+    names = [f"{name} ({number})" for name, number in Counter(each.name for each in said).most_common()]
+    heads = {each.name for each in said if each.role == "assistant"}
+    if speaker and speaker not in {each.name for each in said}:
+        raise UserError(
+            f"{flag} {speaker}: nobody has that name; "
+            + (f"give one of {some(names, 20)}" if names else f"{export.name} has no names, so leave it out")
+        )
+    if names and not speaker and (len(heads) != 1 or not all(each.role for each in said)):
+        raise UnknownForm(
+            f"it is a dialogue of {some(names, 20)} (messages); say whose words are learned, as {flag} "
+            f"{names[0].rpartition(' (')[0]!r}, or learn all of it as a text",
+            [[WHATSAPP]] if export.fields == (WHATSAPP,) else [],
+        )
+
+
+def opens_whatsapp(text: str) -> bool:
+    """True for a text of WhatsApp's, in which two of the first lines begin with a date, a time and a name."""
+    stamps = [STAMP.match(line) for line in text[:4000].splitlines()[:30]]
+    return sum(bool(stamp and SAID.match(stamp[9])) for stamp in stamps) > 1
+
+
+def card_in(path: Path) -> dict[str, Any]:
+    """The character card in a picture. Raises UserError for a picture without one."""
+    data, texts, place = path.read_bytes(), dict[bytes, bytes](), len(PNG)
+    while data.startswith(PNG) and place + 8 <= len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        if data[place + 4 : place + 8] == b"tEXt":
+            keyword, _, words = data[place + 8 : place + 8 + size].partition(b"\0")
+            texts[keyword.lower()] = words
+        place += size + 12  # its length, its type and its check sum
+    words = next((texts[name] for name in CARDS if name in texts), b"")
+    if not words:
+        raise UserError(
+            f"{path} is a picture without a character card; those who edit or send pictures remove it, so download the "
+            "card again, or take its .json"
+        )
+    with reading(path, "holds a damaged character card", "download it again"):
+        found = json.loads(base64.b64decode(words))
+        return {"spec": "chara_card", "data": found.get("data") or found}

@@ -1,0 +1,305 @@
+"""Exports of programs in which people chat become chats, by preprocess; what is not read is counted in a note."""
+
+import base64
+import json
+import re
+
+import pytest
+
+from data.documents import texts
+from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.exports import EXPORTS
+from rwkv_peft.data.sources import build_samples
+
+HI = "User: Hi?\n\nAssistant: Yes."
+TREE = [("root", None, None), ("a", "root", "Hi?"), ("b", "a", "No."), ("c", "a", "Yes.")]
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def said(name, words, **more):
+    return {
+        "name": name,
+        "is_user": name == "Max",
+        "is_system": False,
+        "mes": words,
+        "swipes": [words, "Other."],
+    } | more
+
+
+def gpt(node, parent, role, kind="text", content=None, **more):
+    message = {"author": {"role": role}, "content": {"content_type": kind} | (content or {}), "metadata": {}} | more
+    return node, {"id": node, "parent": parent, "children": [], "message": message}
+
+
+def parts(*words):
+    return {"parts": list(words)}
+
+
+SILLY = lines(
+    {"user_name": "Max", "character_name": "Ada", "create_date": "2024-1-1", "chat_metadata": {}},
+    said("Ada", "Welcome."),
+    said("Max", "Hi?"),
+    said("Max", "Are you there?", swipes=[]),
+    said("System", "A rule.", is_system=True),
+    said("Ada", "Yes.", extra={"reasoning": "Hm.", "image": "a.png"}),
+)
+CARD = {
+    "name": "Ada",
+    "description": "{{char}} counts.",
+    "personality": "calm",
+    "scenario": "",
+    "first_mes": "Hello, {{user}}.",
+    "mes_example": "<START>\n{{user}}: Hi?\n{{char}}: Yes.\nAlways.\n<START>\n{{user}}: 1?\n{{char}}: 2.",
+}
+ABOUT = "System: You are Ada.\nAda counts.\nPersonality: calm\n\n"
+CARD_TEXTS = [
+    f"{ABOUT}Assistant: Hello, User.",
+    f"{ABOUT}User: Hi?\n\nAssistant: Yes.\nAlways.",
+    f"{ABOUT}User: 1?\n\nAssistant: 2.",
+]
+V2 = {"spec": "chara_card_v2", "spec_version": "2.0", "data": CARD | {"alternate_greetings": [], "tags": []}}
+
+
+def png(*chunks):
+    found = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", bytes(13)), *chunks, (b"IEND", b"")):
+        found += len(data).to_bytes(4, "big") + kind + data + bytes(4)
+    return found
+
+
+def carded(keyword, card):
+    return b"tEXt", keyword + b"\0" + base64.b64encode(json.dumps(card).encode())
+
+
+WEBUI = [
+    {
+        "id": "1",
+        "title": "T",
+        "chat": {
+            "params": {"system": "Be brief."},
+            "messages": [],
+            "history": {
+                "currentId": "c",
+                "messages": {
+                    "a": {"id": "a", "parentId": None, "role": "user", "content": "Hi?", "files": [{"type": "image"}]},
+                    "b": {"id": "b", "parentId": "a", "role": "assistant", "content": "No."},
+                    "c": {
+                        "id": "c",
+                        "parentId": "a",
+                        "role": "assistant",
+                        "content": '<details type="reasoning" done="true" duration="3">\n<summary>Thought for 3 seconds'
+                        "</summary>\n&gt; Hm.\n</details>\nYes.".replace("&gt;", ">"),
+                    },
+                },
+            },
+        },
+    }
+]
+GPT = [
+    {
+        "title": "T",
+        "current_node": "e",
+        "mapping": dict(
+            [
+                ("r", {"id": "r", "parent": None, "children": ["s"], "message": None}),
+                gpt("s", "r", "system", content=parts("")),
+                gpt("a", "s", "user", "multimodal_text", parts({"content_type": "image_asset_pointer"}, "Hi?")),
+                gpt("b", "a", "assistant", content=parts("No.")),
+                gpt("c", "a", "assistant", "thoughts", {"thoughts": [{"summary": "S", "content": "Hm."}]}),
+                gpt("d", "c", "assistant", "code", {"text": "search()"}, recipient="web"),
+                gpt("e", "d", "assistant", content=parts("Yes."), recipient="all"),
+            ]
+        ),
+    }
+]
+CLAUDE = [
+    {
+        "uuid": "1",
+        "name": "T",
+        "chat_messages": [
+            {
+                "uuid": "a",
+                "sender": "human",
+                "text": "Hi?",
+                "content": [{"type": "text", "text": "Hi?"}],
+                "attachments": [{"file_name": "a.txt", "extracted_content": "A file."}],
+                "files": [{"file_name": "b.png"}],
+            },
+            {
+                "uuid": "b",
+                "sender": "assistant",
+                "text": "Yes.",
+                "content": [
+                    {"type": "thinking", "thinking": "Hm."},
+                    {"type": "tool_use", "name": "f", "input": {}},
+                    {"type": "text", "text": "Yes."},
+                ],
+                "attachments": [],
+                "files": [],
+            },
+        ],
+    }
+]
+WHATSAPP = """\
+31.12.23, 18:00 - Messages and calls are end-to-end encrypted.
+31.12.23, 18:01 - Ada: Hi?
+31.12.23, 18:01 - Ada: Are you
+there?
+31.12.23, 18:02 - Max: <Media omitted>
+31.12.23, 18:02 - Max: Yes. <This message was edited>
+01.01.24, 12:00 - Ada: Again?
+01.01.24, 12:01 - Max: No: never.
+"""
+IPHONE = """\
+[1/30/24, 6:01:02\u202fPM] Ada: Hi?
+\u200e[1/30/24, 6:02:02\u202fPM] Max: \u200eimage omitted
+[1/30/24, 6:02:03\u202fPM] Max: Yes.
+[1/31/24, 6:02:03\u202fAM] Bo: Hm?
+[1/31/24, 6:02:04\u202fAM] Ada: Ho?
+[1/31/24, 6:02:09\u202fAM] Max: No.
+"""
+MAX = ("--as", "Max")
+CASES = {
+    "SillyTavern": (
+        SILLY,
+        "a.jsonl",
+        (),
+        ["Assistant: Welcome.\n\nUser: Hi?\nAre you there?\n\nAssistant: <think>\nHm.\n</think>\nYes."],
+        "1 system lines, 1 pictures",
+    ),
+    "SillyTavern, the user learned": (
+        SILLY,
+        "a.jsonl",
+        MAX,
+        ["User: Welcome.\n\nAssistant: Hi?\nAre you there?\n\nUser: <think>\nHm.\n</think>\nYes."],
+        "",
+    ),
+    "card 1": (json.dumps(CARD), "a.json", (), CARD_TEXTS, "3 chats"),
+    "card 2": (json.dumps(V2, indent=4), "a.json", (), CARD_TEXTS, ""),
+    "card 2 as picture": (png(carded(b"chara", V2)), "a.png", (), CARD_TEXTS, ""),
+    "card 3 as picture": (
+        png(carded(b"chara", {"data": CARD | {"name": "Old"}}), carded(b"ccv3", V2 | {"spec": "chara_card_v3"})),
+        "a.png",
+        (),
+        CARD_TEXTS,
+        "",
+    ),
+    "Open WebUI": (
+        json.dumps(WEBUI),
+        "a.json",
+        ("--think", "on"),
+        ["System: Be brief.\n\nUser: Hi?\n\nAssistant: <think>\nHm.\n</think>\nYes."],
+        "1 pictures",
+    ),
+    "ChatGPT": (
+        json.dumps(GPT),
+        "conversations.json",
+        ("--think", "on"),
+        ["User: Hi?\n\nAssistant: <think>\nHm.\n</think>\nYes."],
+        "1 pictures, files and sounds, 1 calls of tools",
+    ),
+    "Claude": (
+        json.dumps(CLAUDE, indent=1),
+        "conversations.json",
+        ("--think", "on"),
+        ["User: A file.\nHi?\n\nAssistant: <think>\nHm.\n</think>\nYes."],
+        "1 pictures, files and sounds, 1 calls of tools",
+    ),
+    "WhatsApp": (
+        WHATSAPP,
+        "chat.txt",
+        MAX,
+        ["User: Hi?\nAre you\nthere?\n\nAssistant: Yes.", "User: Again?\n\nAssistant: No: never."],
+        "1 system lines, 1 pictures",
+    ),
+    "WhatsApp, iPhone, three people": (
+        IPHONE,
+        "_chat.txt",
+        MAX,
+        ["User: Hi?\n\nAssistant: Yes.", "User: Bo: Hm?\nAda: Ho?\n\nAssistant: No."],
+        "2 chats",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_becomes_chats_and_a_note_counts_what_is_left_out(preprocess, capsys, name):
+    content, file, flags, chats, note = CASES[name]
+    found = texts(preprocess(content, *flags, name=file))
+    assert [text for text, _ in found] == chats
+    assert all(words and "Hi?" not in words or "--as" in flags for _, words in found)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: read ")]
+    assert note in line
+
+
+def test_a_dialogue_of_people_asks_whose_words_are_learned_and_each_remedy_works(preprocess):
+    with pytest.raises(UserError, match=r"Ada \(3\), Max \(2\)") as refused:
+        preprocess(WHATSAPP, name="chat.txt")
+    (name,) = re.findall(r"--as '(\w+)'", str(refused.value))
+    (field,) = re.findall(r"--fields (\w+)", str(refused.value))
+    assert texts(preprocess(WHATSAPP, "--as", name, name="chat.txt"))
+    assert texts(preprocess(WHATSAPP, "--fields", field, name="chat.txt")) == [(WHATSAPP, WHATSAPP)]
+    with pytest.raises(UserError, match="--as Eve: nobody has that name; give one of Ada"):
+        preprocess(WHATSAPP, "--as", "Eve", name="chat.txt")
+    with pytest.raises(UserError, match="--as Eve: these rows are no dialogue of people"):
+        preprocess([{"text": "T"}], "--as", "Eve")
+    group = SILLY + lines(said("Bo", "I, too."))
+    with pytest.raises(UserError, match="Ada .2., Max .2., Bo .1."):
+        preprocess(group, name="a.jsonl")
+
+
+def test_train_reads_exports_by_the_same_code(answers, tmp_path):
+    config = answers("sft")([], sft_as="Max", ctx_len=64)
+    (tmp_path / "chat.txt").write_text(WHATSAPP)
+    config = config.__class__(**vars(config) | {"path": str(tmp_path / "chat.txt")})
+    samples = build_samples(config, 257)
+    assert len(samples) and any("2 chats" in note for note in samples.row_notes)
+
+
+def damaged(content, seed):
+    """The content with a value of its JSON, or a piece of its text, replaced."""
+    text = content.decode("latin-1") if isinstance(content, bytes) else content
+    places = [match.start() for match in re.finditer(r'[\[{":,]', text)] or range(len(text))
+    place = places[seed * 7919 % len(places)]
+    broken = (text[:place], text[:place] + "7" + text[place + 1 :], text[:place] + "null" + text[place:])[seed % 3]
+    return broken.encode("latin-1") if isinstance(content, bytes) else broken
+
+
+VALUES = (None, 7, "x", [], {}, [7], {"x": None}, True)
+
+
+def variants(value):
+    """Copies of a value with each of its parts replaced, or left out."""
+    yield from VALUES
+    pairs = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    for name, part in pairs:
+        for new in variants(part):
+            yield {**value, name: new} if isinstance(value, dict) else [*value[:name], new, *value[name + 1 :]]
+        if isinstance(value, dict):
+            yield {other: part for other, part in pairs if other != name}
+
+
+@pytest.mark.parametrize("export", [V2, CARD, WEBUI[0], GPT[0], CLAUDE[0]], ids=lambda row: next(iter(row)))
+def test_a_damaged_export_gets_a_message(preprocess, export):
+    """In one file for each, whose bad rows are reported together."""
+    rows = [row for row in variants(export) if isinstance(row, dict)]
+    assert len(rows) > 50
+    preprocess([export, *rows], "--skip_bad_rows")
+
+
+@pytest.mark.parametrize("name", ["SillyTavern", "card 3 as picture", "WhatsApp"])
+def test_a_damaged_file_of_an_export_gets_a_message(preprocess, name):
+    content, file, flags, *_ = CASES[name]
+    for seed in range(40):
+        try:
+            preprocess(damaged(content, seed), *flags, name=file)
+        except UserError as error:
+            assert "Traceback" not in str(error)
+
+
+def test_the_guide_lists_every_export(request):
+    guide = (request.config.rootpath / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
+    assert all(export.name.partition(" (")[0] in guide for export in EXPORTS)
