@@ -19,19 +19,22 @@ from .forward import Forward, forward_of, prefill, read_packed
 from .requests import CachedPrefix, Completion, GenerationRequest, PrefixCache
 
 LEAST, MOST = 16, 4096  # tokens of a PrefillBudget
-CROWD, ALONE = 3.0, 8.0  # times as many tokens at most are read while many wait, beside running sequences or none
+CROWD, ALONE = 1.5, 8.0  # times as many tokens at most are read while many wait, beside running sequences or none
 
 
 class PrefillBudget:
     """The number of prompt `tokens` to read in a step, more while many wait and few are being sampled.
 
-    With `seconds`, it follows the machine: as many tokens as are read in that time, or in the time of the batch's own
-    step if that is longer. No next token is delayed by much more than its own time, or CROWD times `seconds`.
+    With `seconds`, it follows the machine: as many tokens as are read in that time beyond the time of a pass over few,
+    or in the time of the batch's own step if that is longer. No next token is delayed by much more than its own time,
+    or CROWD times `seconds`, and the pass over few.
     """
 
     def __init__(self, tokens: int, seconds: float = 0.0) -> None:
         self.tokens, self.seconds = tokens, seconds
         self.read, self.began, self.ended = 0, 0.0, math.inf
+        self.few = 0.0  # seconds of the fastest pass over fewer tokens than LEAST, which reads all weights as any does
+        self.sums = float(tokens), seconds  # tokens read, and seconds beyond `few`, each pass counting half of the next
 
     def due(self, waiting: int, running: int) -> int:
         """The tokens to read for `waiting` prompts beside `running` sequences."""
@@ -45,13 +48,21 @@ class PrefillBudget:
         self.read, self.began = tokens, time.perf_counter()
 
     def end(self) -> None:
-        """Stop the clock: the pass is computed, and the batch's own step begins."""
-        self.ended = time.perf_counter()
-        if self.seconds and self.read >= LEAST:  # fewer take the time of a pass, whatever a token costs
-            fitting = self.read * self.seconds / (self.ended - self.began)
-            mean = math.sqrt(self.tokens * fitting)  # one slow pass does not undo many
-            self.tokens = int(min(max(mean, LEAST), MOST))
+        """Stop the clock: the pass is computed."""
+        seconds = time.perf_counter() - self.began
+        if self.seconds and self.read >= LEAST:
+            # A budget that paid for the weights too would shrink until they take all of its time. The eighth: a first
+            # pass over few may be slow.
+            spent = max(seconds - self.few, seconds / 8)
+            self.sums = self.sums[0] / 2 + self.read, self.sums[1] / 2 + spent
+            self.tokens = int(min(max(self.seconds * self.sums[0] / self.sums[1], LEAST), MOST))
+        elif self.read:
+            self.few = min(self.few or seconds, seconds)
         self.read = 0
+
+    def leave(self) -> None:
+        """The batch's own step begins."""
+        self.ended = time.perf_counter()
 
 
 @dataclass(eq=False)
@@ -98,6 +109,7 @@ class Engine:
         self.prompts: deque[PartialPrompt] = deque()
         self.batches: dict[LanguageModel, ModelBatch] = {}
         self.forwards: dict[LanguageModel, Forward] = {}
+        self.zeros: dict[LanguageModel, State] = {}  # before the first token
         self._open: dict[Completion, None] = {}  # those that have not ended, in the order in which they were added
         self.sampled = self.read = self.reused = 0  # tokens since the start
 
@@ -122,8 +134,9 @@ class Engine:
             self._end(completion, reason)
 
     def forget(self, model: LanguageModel) -> None:
-        """Free the graphs of a model that has left."""
+        """Free the graphs and the state of a model that has left."""
         self.forwards.pop(model, None)
+        self.zeros.pop(model, None)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -138,9 +151,13 @@ class Engine:
             self._deliver()
         while self.waiting and (free := self.batch - self.places_taken) > 0:
             self._admit(self.waiting.popleft(), free)
-        self._read()
+        begun = self._read()
         if self.budget is not None and not self.overlap:
             self.budget.end()
+        if begun is not None:
+            self._begin(*begun)
+        if self.budget is not None and not self.overlap:
+            self.budget.leave()
         for batch in self.batches.values():
             batch.sample(self.vocab_size, not self.overlap)
         if not self.overlap:
@@ -172,18 +189,20 @@ class Engine:
                 request.cached = prefix.length
                 self.reused += prefix.length
         if prefix is None:
-            weight = speaker.model.emb.weight
-            start = speaker.start or State.zeros(speaker.model.config, 1, weight.device, weight.dtype)
-            self.prompts.append(PartialPrompt(request, 0, start, places))
+            model, weight = speaker.model, speaker.model.emb.weight
+            if speaker.start is None and model not in self.zeros:
+                self.zeros[model] = State.zeros(model.config, 1, weight.device, weight.dtype)
+            self.prompts.append(PartialPrompt(request, 0, speaker.start or self.zeros[model], places))
         elif prefix.length < len(request.tokens):
             self.prompts.append(PartialPrompt(request, prefix.length, prefix.state, places))
         else:
             self._begin([(0, request, places)], prefix.logits, prefix.state)
 
-    def _read(self) -> None:
-        """Read a piece of the prompts of one model; the models take turns."""
+    def _read(self) -> tuple[list[tuple[int, GenerationRequest, int]], torch.Tensor, State] | None:
+        """Read a piece of the prompts of one model -> what `_begin` takes, for those that are read to their ends. The
+        models take turns."""
         if not self.prompts:
-            return
+            return None
         first = self.prompts[0].request
         model = first.speaker.model
         turn = self._turn([prompt for prompt in self.prompts if prompt.request.speaker.model is model])
@@ -192,7 +211,10 @@ class Engine:
         if self.budget is not None:
             self.budget.begin(total)
         before, *others = (prompt.state for prompt, _ in turn)
-        state = before.joined(*others) if others else before
+        if all(other is before for other in others):  # as most are: copying one is faster than copying each
+            state = before.repeated(len(turn)) if others else before
+        else:
+            state = before.joined(*others)
         logits, state = (prefill if self.budget is None else read_packed)(model, pieces, state)
         self.read += total
         begun = []
@@ -210,8 +232,7 @@ class Engine:
         read = [prompt for prompt, _ in turn]
         self.prompts = deque(prompt for prompt in self.prompts if prompt not in read)
         self.prompts.extend(prompt for prompt in read if prompt.left)
-        if begun:
-            self._begin(begun, logits.float(), state)
+        return (begun, logits.float(), state) if begun else None
 
     def _turn(self, prompts: Sequence[PartialPrompt]) -> list[tuple[PartialPrompt, list[int]]]:
         """Share the budget among prompts -> those to read, each with its next tokens. The first gets half if it needs
@@ -266,3 +287,4 @@ class Engine:
                 batch.select(staying)
         if self.budget is not None and self.overlap:
             self.budget.end()
+            self.budget.leave()
