@@ -3,16 +3,18 @@
 
 import json
 import sys
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from release.merges import RANK, ROOT, TARGETS, adapter_of, run
+from release.merges import RANK, ROOT, TARGETS, adapter_of, convert, run
 from rwkv_peft.checkpoints.adapter_file import Adapter
 from rwkv_peft.checkpoints.adapters import read_adapter
 from rwkv_peft.checkpoints.base import base_of, open_base, save_model
 from rwkv_peft.checkpoints.rwkv_peft_file import write_rwkv_peft
+from rwkv_peft.checkpoints.tensors import save_pth
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
@@ -506,6 +508,43 @@ def test_a_folder_of_rwkv_lightning_cuda_is_a_bone_adapter(base, merged, tmp_pat
     torch.save(tensors, tmp_path / "served" / "adapter.pth")
     (tmp_path / "served" / "adapter.json").write_text(json.dumps(LIGHTNING | {"rank": RANK, "scale": scale}))
     check(base, merged("served"), MISS, adapter)
+
+
+def save_with_manifest(path, tensors, manifest):
+    """Write a .pth with a manifest in its archive, as rwkv_lightning_cuda's pth_writer does."""
+    save_pth(path, tensors)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/miss.json", manifest)
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_a_file_of_rwkv_lightning_cuda_is_a_bone_adapter(base, merged, tmp_path, master):
+    """adapter-final.pth, in bfloat16 with its manifest inside, and a checkpoint's training.pth, whose masters count."""
+    kind = torch.float32 if master else torch.bfloat16
+    adapter = {
+        module: {name: tensor.to(kind).float() for name, tensor in params.items()}
+        for module, params in drawn(base, MISS).items()
+    }
+    tensors = {f"{module}.weight.D": params["D"].T.to(kind).contiguous() for module, params in adapter.items()}
+    if master:
+        moments = {f"{key}.{name}": torch.ones_like(tensor) for key, tensor in tensors.items() for name in "gmv"}
+        tensors = {f"{key}.master": tensor for key, tensor in tensors.items()} | moments
+    manifest = LIGHTNING | {"rank": RANK, "scale": 1, "tensor_source": "master" if master else "D"}
+    save_with_manifest(tmp_path / "adapter-final.pth", tensors, json.dumps(manifest))
+    check(base, merged("adapter-final.pth"), MISS, adapter)
+    convert(tmp_path / "adapter-final.pth", tmp_path / "ours.safetensors")
+    ours = read_adapter(tmp_path / "ours.safetensors")
+    assert all(torch.equal(ours.tensors[f"{module}.bone"].float(), params["D"]) for module, params in adapter.items())
+
+
+@pytest.mark.parametrize(
+    "manifest, message",
+    [("{", "has a damaged miss.json"), ("[]", "its miss.json holds no settings"), ("{}", "format_version is None")],
+)
+def test_a_file_of_rwkv_lightning_cuda_with_another_manifest_is_refused(merged, tmp_path, manifest, message):
+    save_with_manifest(tmp_path / "a.pth", {"blocks.0.att.key.weight.D": torch.ones(32, RANK)}, manifest)
+    with pytest.raises(UserError, match=message):
+        merged("a.pth")
 
 
 @pytest.mark.parametrize(

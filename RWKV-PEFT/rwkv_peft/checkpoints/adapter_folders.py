@@ -5,13 +5,16 @@ peft's "bat" is bat-out; folders of rwkv_peft.hf's BoneConfig may also have "bat
 rwkv_lightning_cuda serves MiSS on an RWKV-7, beside a model that is never merged: adapter.json describes the layers,
 and adapter.pth holds each layer's D (out, rank) in 16 bits, under `blocks.N.att.key.weight.D`. With S, the sums of
 inputs with equal numbers modulo the rank, it computes y = W x + scale D S, which is bone with Dᵀ
-(https://github.com/Alic-Li/rwkv_lightning_cuda, src/miss).
+(https://github.com/Alic-Li/rwkv_lightning_cuda, src/miss). Its trainer of 2026 writes one file, adapter-final.pth, with
+the manifest in the archive; D is bfloat16 or float16. Its checkpoints' training.pth are such files too: the manifest
+says `tensor_source: master`, and D is the float32 master.
 """
 
 import json
 import reprlib
+import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
@@ -22,12 +25,13 @@ from ..cli.names import NONE, is_finite, is_whole
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, Origin, target_names
 from .atomic import atomic_write
-from .readable import choice_in, read_settings, require_readable
-from .tensors import read_safetensors, read_tensors, save_safetensors
+from .readable import choice_in, read_settings, reading, require_readable
+from .tensors import read_safetensors, read_tensors, records_of, save_safetensors
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 HF_PREFIX = "base_model.model."
 MANIFEST, WEIGHTS = "adapter.json", "adapter.pth"  # of rwkv_lightning_cuda, with its form
+EMBEDDED, MOST_MANIFEST = "miss.json", 8 << 20  # the same manifest in a .pth, and the most bytes that it may have
 FORM = (("format_version", 1), ("method", "miss"), ("kind", "inference_adapter"), ("layout", "modulo_rank_zero_pad"))
 # settings of peft's LoRA with which a layer's change is not B A times one scale for all layers and tokens
 NO_PLAIN_LORA = (
@@ -182,31 +186,55 @@ def _check_plain_lora(folder: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{folder}: this LoRA uses {', '.join(odd)}, and only plain LoRA is read here; {remedy}")
 
 
-def is_lightning_folder(folder: str | Path) -> bool:
-    """Return whether a folder is one, by the names of its files."""
-    return (Path(folder) / MANIFEST).is_file() and (Path(folder) / WEIGHTS).is_file()
+def is_lightning(path: str | Path) -> bool:
+    """Return whether a path is an adapter of rwkv_lightning_cuda: a folder by the names of its files, a .pth by the
+    manifest inside."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / MANIFEST).is_file() and (path / WEIGHTS).is_file()
+    return path.suffix == ".pth" and zipfile.is_zipfile(path) and any(map(_embeds, records_of(path)))
 
 
-def read_lightning_folder(folder: Path) -> Adapter:
-    """Read a folder as a bone Adapter: the same numbers, in float32 with the scale in them if that is not 1. Raises
-    UserError for another format, and for tensors that the manifest does not describe."""
-    manifest = read_settings(folder / MANIFEST)
+def _embeds(record: zipfile.ZipInfo) -> bool:
+    return PurePosixPath(record.filename).name == EMBEDDED
+
+
+def read_lightning(path: Path) -> Adapter:
+    """Read a folder or a .pth as a bone Adapter: the same numbers, in float32 with the scale in them if that is not 1.
+    Of a training's checkpoint these are the masters. Raises UserError for another format, and for tensors that the
+    manifest does not describe."""
+    weights, manifest_path = (path / WEIGHTS, path / MANIFEST) if path.is_dir() else (path, path)
+    manifest = read_settings(manifest_path) if path.is_dir() else _embedded(path)
     for name, due in FORM:
         if (value := manifest.get(name)) != due:
-            found = quoted(value)
             raise UserError(
-                f"{folder / MANIFEST}: {name} is {found}, and {due!r} is read here; merge it where it is from"
+                f"{manifest_path}: {name} is {quoted(value)}, and {due!r} is read here; merge it where it is from"
             )
     rank, scale = manifest.get("rank"), manifest.get("scale")
     if not is_whole(rank) or not is_finite(scale) or scale == 0:
         pair = short(f"rank = {rank!r} and scale = {scale!r}")
-        raise UserError(f"{folder / MANIFEST} has {pair}, and two finite numbers other than 0 are due; copy it again")
-    tensors = read_tensors(folder / WEIGHTS)
-    if not all(tensor.shape[1:] == (rank,) and key.endswith(".weight.D") for key, tensor in tensors.items()):
-        raise UserError(f"{folder}: not all tensors of {WEIGHTS} are D of rank {rank}; copy the folder again")
-    own = {key.removesuffix(".weight.D") + ".bone": tensor.t().contiguous() for key, tensor in tensors.items()}
+        raise UserError(f"{manifest_path} has {pair}, and two finite numbers other than 0 are due; copy it again")
+    tensors = read_tensors(weights)
+    ending = ".weight.D"
+    if manifest.get("tensor_source") == "master":  # beside each: its gradient, and two moments of the optimizer
+        tensors = {key.removesuffix(".master"): tensor for key, tensor in tensors.items() if key.endswith(".D.master")}
+    if not tensors or not all(tensor.shape[1:] == (rank,) and key.endswith(ending) for key, tensor in tensors.items()):
+        raise UserError(f"{path}: not all tensors of {weights.name} are D of rank {rank}; copy it again")
+    own = {key.removesuffix(ending) + ".bone": tensor.t().contiguous() for key, tensor in tensors.items()}
     if scale != 1:
         own = {key: tensor.float() * scale for key, tensor in own.items()}
     names = target_names(key.removesuffix(".bone") for key in own)
     metadata = AdapterMetadata("bone", rank=rank, targets=names, generation="x070", source="rwkv_lightning_cuda")
     return Adapter(own, metadata)
+
+
+def _embedded(path: Path) -> dict[str, Any]:
+    """The manifest inside a .pth. Raises UserError if it is damaged."""
+    record = next(filter(_embeds, records_of(path)))
+    if record.file_size > MOST_MANIFEST:
+        raise UserError(f"{path}: its {EMBEDDED} has {record.file_size:,} bytes; at most {MOST_MANIFEST:,} are read")
+    with reading(path, f"has a damaged {EMBEDDED}"), zipfile.ZipFile(path) as archive:
+        manifest = json.loads(archive.read(record))
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path}: its {EMBEDDED} holds no settings; copy it again")
+    return manifest

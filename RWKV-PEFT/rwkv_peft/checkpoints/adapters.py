@@ -13,7 +13,7 @@ import torch
 from ..cli.errors import UserError
 from ..cli.names import ADAPTER, METRICS, MODEL, all_finite
 from .adapter_file import Adapter, check_names, read_own
-from .adapter_folders import is_adapter_folder, is_lightning_folder, read_hf_folder, read_lightning_folder
+from .adapter_folders import is_adapter_folder, is_lightning, read_hf_folder, read_lightning
 from .best import take
 from .rwkv_peft_file import read_rwkv_peft
 
@@ -42,8 +42,8 @@ class AdapterSource:
         file; a tensor that is empty or holds NaN or Inf.
         """
         path = adapter_of_run(self.path, tell=True)
-        if is_lightning_folder(path):
-            adapter = read_lightning_folder(path)
+        if is_lightning(path):
+            adapter = read_lightning(path)
         elif path.is_dir():
             adapter = read_hf_folder(path)
         elif path.suffix == ".safetensors":
@@ -83,7 +83,7 @@ def adapter_of_run(path: str | Path, tell: bool = False) -> Path:
     Hugging Face peft, unchanged. With `tell` a note is printed if it is not the newest. Raises UserError if the run
     trained the model itself or has saved nothing yet."""
     path = Path(path)
-    if not path.is_dir() or is_adapter_folder(path) or is_lightning_folder(path):
+    if not path.is_dir() or is_adapter_folder(path) or is_lightning(path):
         return path
     if (path / ADAPTER).exists():
         return taken(path, ADAPTER, tell)

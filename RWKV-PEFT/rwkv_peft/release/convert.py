@@ -13,7 +13,7 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..checkpoints.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
-from ..checkpoints.adapter_folders import CONFIG, TENSORS, is_adapter_folder, is_lightning_folder, write_lora_folder
+from ..checkpoints.adapter_folders import CONFIG, TENSORS, is_adapter_folder, is_lightning, write_lora_folder
 from ..checkpoints.adapters import product_of_run, source_of
 from ..checkpoints.atomic import atomic_write, check_output
 from ..checkpoints.base import base_of, open_base
@@ -98,11 +98,11 @@ def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None
 def is_adapter(path: Path) -> bool:
     """True if a file or folder holds an adapter, other than of time states only. Files of unknown endings hold none."""
     if path.is_dir():
-        return is_adapter_folder(path) or is_lightning_folder(path)
+        return is_adapter_folder(path) or is_lightning(path)
     if path.suffix in (".safetensors", ".st", ".state"):
         tensors, header = read_safetensors(path)
         return METADATA_KEY in header and not all(map(is_time_state, tensors))
-    return any(adapter_parameter(key) for key in read_tensors(path)) if path.suffix == ".pth" else False
+    return path.suffix == ".pth" and (is_lightning(path) or any(map(adapter_parameter, read_tensors(path))))
 
 
 def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Sequence[Path | str]:

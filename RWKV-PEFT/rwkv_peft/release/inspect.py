@@ -13,7 +13,7 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..checkpoints.adapter_file import METADATA_KEY, Adapter
-from ..checkpoints.adapter_folders import is_adapter_folder, is_lightning_folder
+from ..checkpoints.adapter_folders import is_adapter_folder, is_lightning
 from ..checkpoints.adapters import AdapterSource, product_of_run, source_of
 from ..checkpoints.base import Base, base_of
 from ..checkpoints.hf_folder import read_hf_model
@@ -55,7 +55,7 @@ def contents_of(source: AdapterSource) -> Contents:
     if path.suffix == ".gguf":
         return gguf_contents(path)
     if path.is_dir():
-        if is_adapter_folder(path) or is_lightning_folder(path):
+        if is_adapter_folder(path) or is_lightning(path):
             return adapter_contents(source)
         return tensor_contents(read_hf_model(path), path, "Hugging Face")
     if path.suffix in (".safetensors", ".st", ".state"):
@@ -63,6 +63,8 @@ def contents_of(source: AdapterSource) -> Contents:
         if METADATA_KEY in header:
             return adapter_contents(source)
         return tensor_contents(web_tensors(tensors), path, "web-rwkv, Ai00")
+    if is_lightning(path):
+        return adapter_contents(source)
     tensors = read_tensors(path)
     if any(adapter_parameter(key) for key in tensors) and "emb.weight" not in tensors:
         return foreign_adapter_contents(source, tensors)
