@@ -48,6 +48,8 @@ VALUES = {
     "--think": "on",
     "--clean_turns": "0",
     "--tool_form": "hermes",
+    "--encoding": "gb18030",
+    "--document_end": "stars",
     "--gguf_types": "q8_0",
     "--gpu": "24GiB",
     "--part_tokens": "64",

@@ -67,9 +67,8 @@ def test_other_inputs(preprocess, tmp_path):
         ("in.json", "[1,", "not JSON"),
         ("in.json", '{\n"text": "a"\n}\n{\n"text": "b"\n}', "one row over several lines, .*rows stand a line each"),
         ("in.jsonl", "a,b\n", "not JSON .* the name of a table ends in .csv"),
-        ("in.jsonl", '{"text": "é"}'.encode("utf-16"), "is UTF-16, .* convert the file"),
-        ("in.csv", b"PK\3\4", "is a zip file, .* export it as .csv"),
-        ("in.json", b'["\xff"]', "not UTF-8 .* convert the file"),
+        ("in.csv", b"PK\3\4", "is a zip file, .* name it .zip, .xlsx or .docx as it is"),
+        ("in.json", b'["\xff"]', "not UTF-8, .* convert the file"),
     ):
         with pytest.raises(UserError, match=message):
             preprocess(content, name=name)

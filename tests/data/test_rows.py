@@ -175,7 +175,11 @@ def test_a_folder_of_parquet(folder, tmp_path):
         ({"main/a.jsonl": "x", "other/a.jsonl": "x"}, "", "several folders of rows; give one of .*main, .*other"),
         (TWO | HELD, "dev", "no split 'dev'; it has test, train, validation"),
         (HELD, "", "no split 'train'; it has test, validation"),
-        ({"a.json": "x"}, "", "not a folder that datasets.save_to_disk wrote; give .*a.json"),
+        (
+            {"a.pdf": "x"},
+            "",
+            "not a folder that datasets.save_to_disk wrote, and no file in it can be read; name a file",
+        ),
     ],
 )
 def test_folders_that_leave_a_choice_are_refused(folder, files, split, message):
@@ -251,7 +255,7 @@ def test_a_folder_of_splits_validates_on_what_is_held_out(folder, header, kind):
         datasets.DatasetDict({name: datasets.Dataset.from_list(of) for name, of in splits.items()}).save_to_disk(path)
     said = header("--data_file", path, "--data_type", "sft", "--val_data", path)
     held = 1 if kind == "files" else 2
-    assert f"validation on {held} samples of {path}, split validation: " in said and "note:" not in said
+    assert f"validation on {held} samples of {path}, split validation: " in said and "is the training data" not in said
     assert "3 documents" in said
     said = header("--data_file", path, "--data_type", "sft", "--val_data", path, "--sft_split", "validation")
     assert f"note: --val_data {path}, split validation is the training data" in said

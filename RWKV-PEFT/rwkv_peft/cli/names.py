@@ -27,6 +27,16 @@ AUTO = "auto"  # value of --lr_init: the rate is chosen
 THINK_MODES = ("off", "minimal", "on", "low", "medium", "high")  # values of --think; data/chat.py has their prompts
 LARGEST_SCALE = 100  # of an adapter's change, as of serve's adapter_scale
 G1, HERMES = "g1", "hermes"  # values of --tool_form
+DOCUMENT_ENDS = ("endoftext", "stars", "dashes")  # values of --document_end
+# the helps of flags on texts, of preprocess and of train.py
+ENCODING = (
+    "the encoding of texts and tables that are not UTF-8 and have no byte order mark, such as gb18030, big5, shift_jis "
+    "or cp1252 (default: recognised if the text is long enough, with a note)"
+)
+CUT = (
+    "cut texts into documents: endoftext at each <|endoftext|>, stars at lines of ***, dashes at lines of --- "
+    "(default: a text is one document)"
+)
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 

@@ -180,6 +180,15 @@ def name_of(action: argparse.Action) -> str:
     return "/".join(action.option_strings) or str(action.metavar or action.dest)
 
 
+def codec(text: str) -> str:
+    """Read the name of an encoding of texts."""
+    try:
+        "a".encode(text or "utf-8")
+    except (LookupError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no encoding of texts, such as gb18030") from None
+    return text.lower()
+
+
 def switch(text: str) -> bool:
     """Read 0 / 1, as RWKV-LM's scripts write them, true / false, or yes / no."""
     if text.lower() in ("1", "true", "yes"):

@@ -92,6 +92,7 @@ class EncodeSettings:
       tokens below which it is short, and above which it is long
     - tool_form: a name of TOOL_FORMS
     - speaker: in a dialogue of people, the name of the one whose words are learned
+    - encoding, document_end: as in a Reading
     """
 
     tokenizer: str = "world"
@@ -107,6 +108,8 @@ class EncodeSettings:
     think_labels: tuple[int, ...] = ()
     tool_form: str = G1
     speaker: str = ""
+    encoding: str = ""
+    document_end: str = ""
 
 
 class BadRows:
@@ -153,12 +156,13 @@ class Totals:
     """Counts of all rows: the bad ones; the JSON of each row, of prompts; and counts of characters of text, of counted
     tokens, and of rows: those left out or cut by `report.left_out`, those worth a note by `report.laid_out`, and
     "unread NAME" for rows with a field that no document holds. readings are the notes on fields that columns.py takes
-    for a question and an answer, with the first row of each as text."""
+    for a question and an answer, with the first row of each as text; notes are those on the files."""
 
     bad: BadRows = field(default_factory=BadRows)
     rows: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     readings: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @lru_cache(maxsize=4)

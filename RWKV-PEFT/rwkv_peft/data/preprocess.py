@@ -2,9 +2,9 @@
 
     rwkv-peft preprocess INPUT... --output PREFIX [--tokenizer world|bytes|FILE]
 
-INPUT is .jsonl (a row a line; forms.py lists them), .json, .csv (the first line names the
-fields), .txt (one document a file), .parquet, a folder of .jsonl, .csv or .parquet files, or one that
-datasets.save_to_disk wrote. Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
+INPUT is .jsonl (a row a line; forms.py lists them), .json, .csv and .xlsx (the first line names the fields), .txt, .md
+or .docx (one document a file), .parquet, an archive or a folder of such files, or one that datasets.save_to_disk wrote
+(rows.KINDS). Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
 loss, PREFIX.weights if rows have weights, and PREFIX.json, which names the tokenizer; with --shard_tokens in shards,
 PREFIX-00001.bin and so on, which PREFIX.json lists.
 
@@ -29,6 +29,7 @@ from .recorded import ENDINGS, binidx_prefix, check_record, record_of
 from .report import describe, laid_out, left_out, show_documents
 from .rows import read_rows
 from .shard_writer import ShardWriter
+from .texts import Reading
 from .tokenizer import load_tokenizer
 
 MOST_COMPARED = 1 << 22  # rows that are compared to count repeated ones, unless they are dropped
@@ -52,6 +53,8 @@ def main(argv: list[str]) -> int:
         options.skip_bad_rows,
         tool_form=options.tool_form,
         speaker=vars(options)["as"],  # a word of Python
+        encoding=options.encoding,
+        document_end=options.document_end,
     )
     output, encode = binidx_prefix(options.output), encoder(settings)
     for end in ENDINGS:
@@ -81,6 +84,7 @@ def write(
     UserError if inputs cannot be read, if no document is left, and if think is "on" and no row has a thinking.
     """
     encode, seen, totals = encoder(settings), set[bytes](), Totals()
+    how = Reading(settings.encoding, settings.document_end, totals.notes)
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
     # a character counts as a byte of the input, which is near enough for a bar
     bar = tqdm(
@@ -95,7 +99,7 @@ def write(
         disable=progress is None,
     )
     with bar, output if isinstance(output, ShardWriter) else ShardWriter(output, encode.tokenizer.vocab_size) as writer:
-        files = (encode.columns(path, read_rows(path, split), totals.counts) for path in inputs)
+        files = (encode.columns(path, read_rows(path, split, how), totals.counts) for path in inputs)
         for columns, place, item in ((columns, *item) for columns, items in files for item in items):
             part = encode.encode(place, item, totals, columns)
             characters = totals.counts["characters"]

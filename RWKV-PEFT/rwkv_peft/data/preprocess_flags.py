@@ -3,8 +3,8 @@
 import argparse
 from types import MappingProxyType
 
-from ..cli.names import G1
-from ..cli.parser import Parser, count, positive, switch
+from ..cli.names import CUT, DOCUMENT_ENDS, ENCODING, G1
+from ..cli.parser import Parser, codec, count, positive, switch
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from .layouts import TEMPLATES
 from .rows import KINDS
@@ -13,7 +13,7 @@ from .tools import TOOL_FORMS
 PROG = "rwkv-peft preprocess"
 WRITING = (
     "--output, --overwrite, --append_eod 0, --fields, --template, --as, --think, --clean_turns 0, --tool_form, "
-    "--split, --skip_bad_rows, --drop_duplicates, --shard_tokens, --show"
+    "--split, --encoding, --document_end, --skip_bad_rows, --drop_duplicates, --shard_tokens, --show"
 )
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
@@ -98,6 +98,8 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "PREFIX.json records it (default %(default)s)",
     )
     add("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [500:]")
+    add("--encoding", type=codec, default="", metavar="NAME", help=ENCODING)
+    add("--document_end", default="", choices=DOCUMENT_ENDS, help=CUT)
     add("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind")
     add(
         "--show",

@@ -43,7 +43,8 @@ def describe(dataset: BinidxDataset, totals: Totals | None = None) -> str:
 def laid_out(totals: Totals) -> list[str]:
     """The lines on rows with thinking and without, for think "on", and notes on rows that may be mistakes."""
     counts = totals.counts
-    lines = [f"note: read {note}; the first row: {in_line(short(text))}" for note, text in totals.readings.items()]
+    lines = [f"note: {note}" for note in totals.notes]
+    lines += [f"note: read {note}; the first row: {in_line(short(text))}" for note, text in totals.readings.items()]
     chats = [f"{name} ({counted(number, 'chat')})" for name, number in under(totals, CHATS_OF)]
     if chats:
         ignored = [f"{number:,} {what}" for what, number in under(totals, LEFT_OUT)]

@@ -1,47 +1,51 @@
-"""Rows of .jsonl, .json, .csv, .txt and .parquet files, of folders of them and datasets, one after the other."""
+"""Rows of files, of folders of them and datasets, one after the other; containers.py unpacks, texts.py decodes."""
 
 import csv
-import gzip
+import io
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from io import BufferedIOBase
 from itertools import chain, count, islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from ..checkpoints.readable import choice_in, object_in, read_settings, reading, require_readable
-from ..cli.errors import UserError, short, summarize
+from ..checkpoints.readable import choice_in, files_below, object_in, read_settings, reading, require_readable
+from ..cli.errors import UserError, short, some, summarize
+from .containers import ARCHIVES, DOCUMENTS, PACKED, SHEETS, document, kind_of, opened, packing_of, sheet, unpacked
 from .exports import LINES, WHATSAPP, card_in, opens_log, opens_whatsapp
+from .texts import Reading, documents, in_utf8
 
 BATCH_ROWS = 1000  # of a table that are in memory at once
 ROW_BYTES = 1 << 26  # of a line, at most: a few compressed bytes may unpack to any length
-KINDS = (
-    ".jsonl (or .jsonl.gz), .json, .csv (or .tsv), .txt, .parquet, a character card (.png), a folder of .jsonl, .csv, "
-    ".parquet or .txt files, or one that datasets.save_to_disk wrote"
-)
-JSON_ENDINGS = (".jsonl", ".ndjson", ".jsonl.gz", ".json")
+JSON_LINES = (".jsonl", ".ndjson")
+JSON_ENDINGS = (*JSON_LINES, *(ending + packing for ending in JSON_LINES for packing in PACKED), ".json")
 CSV_ENDINGS = (".csv", ".tsv")
-ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet")
-IN_FOLDERS = (".jsonl", ".ndjson", ".jsonl.gz", *CSV_ENDINGS, ".parquet")  # not .json, which settings have, too
+TEXTS = (".txt", ".md")
+ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, *TEXTS, ".parquet", *SHEETS, *DOCUMENTS, *PACKED, *ARCHIVES)
+IN_FOLDERS = (*JSON_LINES, *CSV_ENDINGS, ".parquet", *SHEETS)  # not .json, which settings have, too
+KINDS = (
+    f".jsonl, .json, .csv (or .tsv), .txt, .md, .parquet, {', '.join((*SHEETS, *DOCUMENTS[:-1]))}; one of them as "
+    f"{', '.join(PACKED)}; a character card (.png); several as .zip or .tar (.tar.gz, …), or in a folder; or one of "
+    "datasets.save_to_disk"
+)
+# files about the others in a folder of texts
+ABOUT = re.compile(
+    r"(readme|licen[cs]e|notice|copying|authors|changelog|contributing|metadata|dataset_infos?|config)\b"
+)
+LISTS = ("data", "rows", "examples", "instances")  # fields of a .json that hold all rows
 Items = Iterator[tuple[str, object]]
 Bounds = tuple[int, int | None]  # of rows, counted from 0
-TO_UTF_8 = (
-    "convert the file to UTF-8: Excel saves as CSV UTF-8, Notepad asks for the encoding, and in a shell `iconv -f GBK "
-    "-t UTF-8 OLD > NEW` converts GBK (`-f WINDOWS-1252`: Western Europe's)"
-)
-UTF_16 = f"UTF-16, and UTF-8 is due; {TO_UTF_8.partition(' (`')[0].replace('GBK', 'UTF-16')}"
+TO_UTF_8 = "name its encoding, as --encoding gb18030 (or big5, shift_jis, cp1252, utf-16), or convert the file to UTF-8"
+BINARY = (".parquet", *ARCHIVES, *SHEETS, *DOCUMENTS)
 STARTS = (  # the first bytes of a file that is named as a text, its kind and the remedy
-    (b"\xff\xfe", UTF_16),
-    (b"\xfe\xff", UTF_16),
-    (b"PK\3\4", "a zip file, as office programs write them, whatever its name; export it as .csv or .txt"),
+    (b"PK\3\4", "a zip file, as office programs write them, whatever its name; name it .zip, .xlsx or .docx as it is"),
     (b"PAR1", "a .parquet file; name it so"),
-    (b"\x1f\x8b", "compressed by gzip; name it .jsonl.gz, or unpack it"),
-    (b"%PDF", "a PDF, whatever its name; export its text as .txt"),
+    (b"\x1f\x8b", "compressed by gzip; name it so, as .jsonl.gz, or unpack it"),
+    (b"%PDF", "a PDF; `pdftotext -enc UTF-8 {path} {text}` (of poppler-utils) makes a text of it, which is read"),
 )
 DELIMITERS = ",;\t"
 MOST_CHARACTERS = 1 << 24  # of a cell: without a bound an unclosed quote would take in all that follows
@@ -62,43 +66,74 @@ HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits to validate o
 SAVED, SPLITS = "state.json", "dataset_dict.json"  # one of them lies in a folder of datasets.save_to_disk
 
 
-def read_rows(path: str | Path, split: str = "") -> Items:
+def read_rows(path: str | Path, split: str = "", how: Reading | None = None) -> Items:
     """Yield (place, item) for each row of one input: a line of JSON (bytes), a row (dict), the UserError of a row that
     cannot be read, or a text (str), and its file and number for messages.
 
-    split selects rows: "train[:1000]", "[500:]"; the name matters only in a folder of splits.
+    split selects rows: "train[:1000]", "[500:]"; the name matters only in a folder of splits. `how` says how texts are
+    read, and takes the notes on what was found.
     """
-    path = Path(path)
+    path, how = Path(path), how or Reading()
     name, bounds = parse_split(split)
-    if bounds and path.suffix == ".txt":
-        raise UserError(f"{path}: a .txt file is one document, which {split!r} does not split")
-    try:
-        rows = folder_rows(path, name) if path.is_dir() else file_rows(path)
-        yield from islice(rows, *bounds) if bounds else rows
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); {TO_UTF_8}") from error
+    if bounds and kind_of(path) in (*TEXTS, *DOCUMENTS) and not how.document_end:
+        raise UserError(f"{path}: a {kind_of(path)} file is one document, which {split!r} does not split")
+    rows = folder_rows(path, name, how) if path.is_dir() else file_rows(path, name, how)
+    yield from islice(rows, *bounds) if bounds else rows
 
 
-def file_rows(path: Path) -> Items:
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    again = suffix in (*CSV_ENDINGS, ".parquet")
-    require_readable(path, f"{path}: no such file; inputs are {KINDS}", again)
+def file_rows(path: Path, split: str, how: Reading) -> Items:
+    kind, packing = kind_of(path), packing_of(path)
+    again = packing or kind in (*ARCHIVES, *CSV_ENDINGS, *SHEETS, *DOCUMENTS, ".parquet")
+    require_readable(path, f"{path}: no such file; inputs are {KINDS}", bool(again))
     if path.is_file():
         refuse_foreign(path)
-    if suffix == ".jsonl.gz":
-        return numbered(path, read_lines(gzip.open(path, "rb"), path), "line")
-    if suffix in JSON_ENDINGS:
-        return json_rows(path)
-    if suffix in CSV_ENDINGS:
-        return numbered(path, csv_rows(path))
-    if suffix == ".txt":
-        text = path.read_text("utf-8-sig")
-        return numbered(path, [{WHATSAPP: text} if opens_whatsapp(text) else text])
-    if suffix == ".png":
-        return numbered(path, [card_in(path)])
-    if suffix == ".parquet":
+    if kind in ARCHIVES:
+        return archive_rows(path, split, how)
+    if packing and kind in (*SHEETS, *DOCUMENTS, ".parquet"):
+        raise UserError(f"{path}: {kind} files are compressed within; unpack it, and give that")
+    if kind == ".parquet":
         return numbered(path, parquet_rows(path))
-    raise UserError(f"{path}: inputs are {KINDS}; export a table (.xlsx) as .csv, a document (.docx, .pdf) as .txt")
+    if kind == ".png":
+        return numbered(path, [card_in(path)])
+    if kind in SHEETS:
+        return numbered(path, sheet_rows(path, how))
+    if kind in DOCUMENTS:
+        return numbered(path, documents(document(path), path, how), "document")
+    if kind in (*JSON_LINES, ".json", *CSV_ENDINGS, *TEXTS):
+        return text_rows(path, kind, split, how)
+    raise UserError(f"{path}: inputs are {KINDS}; export a table as .csv, a document as .txt")
+
+
+def text_rows(path: Path, kind: str, split: str, how: Reading) -> Items:
+    """The rows of a file of text, which may be compressed."""
+    with (
+        reading(path, "cannot be read to its end", "copy it again"),
+        in_utf8(opened(path), path, how, kind in JSON_LINES) as file,
+    ):
+        try:
+            if kind in CSV_ENDINGS:
+                yield from numbered(path, csv_rows(file, path))
+            elif kind in TEXTS:
+                text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
+                found = [{WHATSAPP: text}] if opens_whatsapp(text) else documents(text, path, how)
+                yield from numbered(path, found)
+            else:
+                yield from json_rows(file, path, kind == ".json", split)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error.reason}); {TO_UTF_8}") from error
+
+
+def archive_rows(path: Path, split: str, how: Reading) -> Items:
+    """The rows of the files in an archive, as of a folder; places and messages name the archive."""
+    with unpacked(path) as folder:
+        notes = len(how.notes)
+        try:
+            for place, item in folder_rows(folder, split, how):
+                yield place.replace(str(folder), str(path)), item
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), str(path))) from error
+        finally:
+            how.notes[notes:] = [note.replace(str(folder), str(path)) for note in how.notes[notes:]]
 
 
 def numbered(path: Path, items: Iterable[object], unit: str = "row") -> Items:
@@ -110,21 +145,35 @@ def refuse_foreign(path: Path) -> None:
     with open(path, "rb") as file:
         start = file.read(4)
     for first, kind in STARTS:
-        if start.startswith(first) and path.suffix not in (".parquet", ".gz"):
-            raise UserError(f"{path} is {kind}")
+        if start.startswith(first) and kind_of(path) not in BINARY and not packing_of(path):
+            raise UserError(f"{path} is {kind.format(path=path, text=path.with_suffix('.txt'))}")
 
 
-def folder_rows(path: Path, split: str) -> Items:
+def folder_rows(path: Path, split: str, how: Reading) -> Items:
     if is_saved(path):
         yield from numbered(path, saved_rows(path, split))
     elif splits := row_files(path):
-        for file in splits[choose(splits, split, path)]:
-            yield from read_rows(file)
+        name = choose(splits, split, path)
+        note_rest(path, splits, "" if split else name, how)
+        for file in splits[name]:
+            yield from read_rows(file, how=how)
     else:
         raise UserError(
-            f"{path}: not a folder that datasets.save_to_disk wrote"
+            f"{path}: not a folder that datasets.save_to_disk wrote, and no file in it can be read"
             + (choice_in(path, *ENDINGS) or "; name a file of rows")
         )
+
+
+def note_rest(folder: Path, splits: dict[str, list[Path]], name: str, how: Reading) -> None:
+    """Add the notes on the splits, if none was asked for, and the files of a folder that are not read."""
+    others = [other for other in splits if other != name]
+    if others and name:
+        how.notes.append(f"{folder}: the split {name} is read; {', '.join(others)} may validate (--val_data {folder})")
+    read = {*chain(*splits.values())}
+    rest = [str(file.relative_to(folder)) for file in files_below(folder) if file not in read]
+    rest = [each for each in rest if not re.search(r"(^|[\\/])\.[^\\/]*[\\/]", each)]
+    if rest:
+        how.notes.append(f"{folder}: left out {some(rest, 10)}")
 
 
 def parse_split(split: str) -> tuple[str, Bounds | None]:
@@ -136,41 +185,45 @@ def parse_split(split: str) -> tuple[str, Bounds | None]:
     return name, (int(begin or 0), int(end) if end else None) if split.endswith("]") else None
 
 
-def read_lines(file: BufferedIOBase, path: Path) -> Iterator[bytes]:
-    """Yield the lines of an open file, and close it. Raises UserError for a line beyond ROW_BYTES."""
-    with reading(path, "cannot be read to its end", "copy it again"), file:
-        for number in count(1):
-            if not (line := file.readline(ROW_BYTES + 1)):
-                return
-            if len(line) > ROW_BYTES:
-                raise UserError(
-                    f"{path}, line {number} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or "
-                    "give a long text as a .txt"
-                )
-            yield line
-
-
-def json_rows(path: Path) -> Items:
-    """Yield the rows of a .json or .jsonl file: a row a line, a list of all rows, or one row over several lines."""
-    with open(path, "rb") as file:  # once, because it may be a pipe
-        start = file.peek().lstrip(b"\xef\xbb\xbf \t\r\n")
-        one = start.partition(b"\n")[0].strip() == b"{"
-        if not one and not start.startswith(b"["):
-            lines = read_lines(file, path)
-            yield from log_rows(path, lines) if b'"user_name"' in start else numbered(path, lines, "line")
+def read_lines(file: io.BufferedReader, path: Path) -> Iterator[bytes]:
+    """Yield the lines of an open file. Raises UserError for a line beyond ROW_BYTES."""
+    for number in count(1):
+        if not (line := file.readline(ROW_BYTES + 1)):
             return
-        text = file.read()
+        if len(line) > ROW_BYTES:
+            raise UserError(
+                f"{path}, line {number} has more than {ROW_BYTES:,} bytes, which no row may have; split it, or "
+                "give a long text as a .txt"
+            )
+        yield line
+
+
+def json_rows(file: io.BufferedReader, path: Path, may_be_one: bool, split: str) -> Items:
+    """Yield the rows of a file of JSON: a row a line, a list of all rows, or one object over several lines, or on one
+    line if it `may_be_one`, which is a row or holds all of them."""
+    start = file.peek().lstrip(b"\xef\xbb\xbf \t\r\n")
+    first, _, rest = start.partition(b"\n")
+    one = first.strip() == b"{"
+    whole = may_be_one and first[:1] == b"{" and (not rest.strip() or first.rstrip()[-1:] in (b"{", b"["))
+    if not one and not whole and not start.startswith(b"["):
+        lines = read_lines(file, path)
+        yield from log_rows(path, lines) if b'"user_name"' in start else numbered(path, lines, "line")
+        return
+    text = file.read()
     try:
         rows = json.loads(text)
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
+        if whole and not one:
+            yield from numbered(path, read_lines(io.BufferedReader(io.BytesIO(text)), path), "line")
+            return
         begins = "{, so that it is one row over several lines" if one else "[, so that it is one list of rows"
         raise UserError(
             f"{path} begins with {begins}, and is not JSON ({summarize(error)}); mend it there (rows stand a line "
             "each, or in one list, with no comma behind the last), or copy it again if its end is missing"
         ) from error
-    yield from numbered(path, [rows] if one else rows)
+    yield from numbered(path, rows_within(rows, path, split) if isinstance(rows, dict) else rows)
 
 
 def log_rows(path: Path, lines: Iterator[bytes]) -> Items:
@@ -187,24 +240,57 @@ def log_rows(path: Path, lines: Iterator[bytes]) -> Items:
         yield f"{path}, row 1", head | {LINES: [json.loads(line) for line in lines if line.strip()]}
 
 
-def csv_rows(path: Path) -> Iterator[dict[str, str] | UserError]:
+def rows_within(value: dict[str, Any], path: Path, split: str) -> list[Any]:
+    """The rows that an object holds: those of a split, in a field of LISTS, or a column in each field, a list or, as
+    pandas writes it, an object of numbered cells; else the object is a row itself."""
+    lists = {name: part for name, part in value.items() if isinstance(part, list) and dict in set(map(type, part))}
+    if splits := [name for name in lists if name.lower() in WORDS]:
+        return lists[choose(splits, split, path)]
+    if held := next((name for name in LISTS if name in lists), None):
+        return lists[held]
+    columns = [list(part.values()) if isinstance(part, dict) and "0" in part else part for part in value.values()]
+    cells = (str, int, float, type(None))
+    are_columns = all(isinstance(part, list) and all(isinstance(cell, cells) for cell in part) for part in columns)
+    if len(columns) > 1 and are_columns and len({*map(len, columns)}) == 1:
+        return [dict(zip(value, row)) for row in zip(*columns)]
+    return [value]
+
+
+def sheet_rows(path: Path, how: Reading) -> Iterator[dict[str, str] | UserError]:
+    """Yield the rows of a workbook's first sheet as csv_rows does; columns without a name are left out."""
+    names, *rows = sheet(path)
+    if len(names) > 1:
+        how.notes.append(f"{path}: the sheet {names[0]} is read; left out {some(names[1:], 10)}")
+    rows = [[cell_text(cell) for cell in row] for row in rows]
+    head = next((place for place, row in enumerate(rows) if any(row)), 0)
+    columns = [place for place, name in enumerate(rows[head] if rows else []) if name]
+    filled = (row for row in rows[head:] if any(row))
+    return named(([row[place] for place in columns] for row in filled), path)
+
+
+def cell_text(cell: object) -> str:
+    whole = isinstance(cell, float) and cell.is_integer()
+    return str(int(cell) if whole else "" if cell is None else cell).strip()  # type: ignore[call-overload]
+
+
+def csv_rows(file: io.BufferedReader, path: Path) -> Iterator[dict[str, str] | UserError]:
     """Yield each row as {name in the first line: cell}, or a UserError for a row with more or fewer cells than names.
 
     The most frequent of DELIMITERS in the first line separates cells. Raises UserError if the file is no CSV, and
     UnicodeDecodeError if it is not UTF-8.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter = max(DELIMITERS, key=file.readline().count)
-        file.seek(0)
-        csv.field_size_limit(MOST_CHARACTERS)
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            yield from named(reader, path)
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {reader.line_num}: not CSV ({summarize(error)}); a cell that holds a quote, a comma or "
-                'a line end stands in quotes ("…"), its own quotes twice ("")'
-            ) from error
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    line = file.peek().partition(b"\n")[0]
+    delimiter = max(DELIMITERS, key=lambda mark: line.count(mark.encode()))
+    csv.field_size_limit(MOST_CHARACTERS)
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        yield from named(reader, path)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: not CSV ({summarize(error)}); a cell that holds a quote, a comma or "
+            'a line end stands in quotes ("…"), its own quotes twice ("")'
+        ) from error
 
 
 def named(rows: Iterator[list[str]], path: Path) -> Iterator[dict[str, str] | UserError]:
@@ -316,32 +402,43 @@ def saved_splits(folder: Path) -> list[str]:
 
 
 def row_files(folder: Path) -> dict[str, list[Path]]:
-    """The {split: files of rows} of a folder or, if it has none, of the one folder in it that has some, or else the
-    folder's texts; {} if there are none. Files without one of WORDS in their names are of the split train.
+    """The {split: files} of a folder: its files of rows or, if it has none, those of the one folder in it that has
+    some, or of folders named as splits; else all texts and documents below it, or all .json files; {} if there are
+    none. Files without one of WORDS in their names are of the split train, as are texts.
 
     Raises UserError for files of several kinds, for several such folders, and for a link out of the folder."""
     found, place = files_in(folder), folder
+    splits: dict[str, list[Path]] = {}
     if not found:
         places = [path for path in below(folder) if path.is_dir() and files_in(path)]
-        if len(places) > 1:
+        if len(places) > 1 and not all(path.name.lower() in WORDS for path in places):
             raise UserError(f"{folder} holds several folders of rows; give one of {', '.join(map(str, places))}")
-        for place in places:
-            found = files_in(place)
+        place = places[0] if len(places) == 1 else folder
+        found = [file for each in places for file in files_in(each)]
     kinds = sorted({ending_of(path) for path in found})
     if len(kinds) > 1:
         raise UserError(
             f"{place} holds files of several kinds ({', '.join(kinds)}), which may be the same rows twice; name a "
             "file, or leave one kind in the folder"
         )
-    splits: dict[str, list[Path]] = {}
     for path in found:
-        words = re.split("[^a-z]+", path.name.lower())
+        words = re.split("[^a-z]+", str(path.relative_to(place)).lower())
         splits.setdefault(next((WORDS[word] for word in words if word in WORDS), TRAIN), []).append(path)
-    if texts := [] if found else [path for path in below(folder) if path.suffix == ".txt" and path.is_file()]:
-        splits[TRAIN] = texts
+    for endings in ((*TEXTS, *DOCUMENTS), (".json",)):
+        if not splits and (texts := [path for path in every_file(folder) if kind_of(path) in endings]):
+            splits[TRAIN] = [path for path in texts if not ABOUT.match(path.name.lower())] or texts
     for path in sum(splits.values(), []):
         require_within(folder, path)
     return splits
+
+
+def every_file(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, by name, without hidden ones. Links to folders are not followed."""
+    for path in below(folder):
+        if path.is_dir() and not path.is_symlink():
+            yield from every_file(path)
+        elif path.is_file():
+            yield path
 
 
 def require_within(folder: Path, path: Path) -> Path:
@@ -383,5 +480,5 @@ def below(folder: Path) -> list[Path]:
 
 
 def ending_of(path: Path) -> str:
-    """The ending of a name among IN_FOLDERS, or ""."""
-    return next((ending for ending in reversed(IN_FOLDERS) if path.name.endswith(ending)), "")
+    """The ending of a file of rows, as .jsonl or .jsonl.gz, or ""."""
+    return kind_of(path) + packing_of(path) if kind_of(path) in IN_FOLDERS else ""

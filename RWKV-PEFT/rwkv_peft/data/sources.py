@@ -219,6 +219,8 @@ def settings_of(config: DataConfig) -> EncodeSettings:
         clean_turns=config.clean_turns,
         tool_form=config.tool_form,
         speaker=config.sft_as,
+        encoding=config.encoding,
+        document_end=config.document_end,
         skip_bad_rows=config.skip_bad_rows,
         too_long=config.sft_long,
         command="train" if config.data_type == "sft" else config.data_type,

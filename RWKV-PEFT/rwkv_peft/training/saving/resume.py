@@ -83,6 +83,9 @@ def find_trained(folder: Path, newest: str) -> str | None:
     return min(written) if written and (folder / METRICS).exists() else None
 
 
+READ = ("encoding", "document_end")  # settings of texts, whose hashes tell what they did
+
+
 def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     """The data's identity: settings that choose and order samples, their number, hashes, and a digest of the files.
 
@@ -91,7 +94,7 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in asdict(config.data).items()
-        if name not in ("path", "more", "replay", "tokenizer", "micro_bsz", "bucketed")
+        if name not in ("path", "more", "replay", "tokenizer", "micro_bsz", "bucketed", *READ)
     }
     if not config.data.clean_turns:
         del settings["clean_turns"]  # as in runs from before there was such a setting
