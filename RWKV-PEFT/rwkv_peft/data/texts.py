@@ -37,8 +37,8 @@ class Reading:
 
 
 def in_utf8(file: io.BufferedReader, path: Path, how: Reading, by_line: bool = False) -> io.BufferedReader:
-    """A file's bytes in UTF-8: by its byte order mark, or else the encoding that is named, or UTF-8, or a guess. Without
-    one it is the file itself if each line is judged `by_line`."""
+    """A file's bytes in UTF-8: by its byte order mark, or else the encoding that is named, or UTF-8, or a guess.
+    Without one it is the file itself if each line is judged `by_line`."""
     start = file.peek(BLOCK)
     encoding = next((name for mark, name in MARKS if start.startswith(mark)), how.encoding)
     if not encoding and not is_utf8(start):
