@@ -11,7 +11,6 @@ import lzma
 import shutil
 import stat
 import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, cast
 
 from ..checkpoints.readable import reading
+from ..children import python_command
 from ..cli.errors import UserError, in_line, short, summarize
 from ..cli.installing import how_to_install
 
@@ -33,20 +33,6 @@ DOCUMENTS = (".docx", ".odt", ".rtf", ".epub", ".html", ".htm")  # of which pand
 RATIO, FLOOR = 100, 1 << 26  # a file may unpack to FLOOR bytes, or to RATIO times its size: rows shrink to a tenth
 MOST_FILES = 100_000  # of an archive
 MEMORY, SECONDS = 4 << 30, 600  # bytes and time for the program that reads an office document
-# prints the names of a workbook's sheets, and the rows of the first, in a process that a hostile file may end
-READ_SHEET = f"""
-import json, sys
-from python_calamine import CalamineWorkbook
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
-except ImportError:
-    pass
-book = CalamineWorkbook.from_path(sys.argv[1])
-print(json.dumps(book.sheet_names))
-for row in book.get_sheet_by_index(0).iter_rows():
-    print(json.dumps(row, default=str))
-"""
 
 
 class Stream(io.RawIOBase):
@@ -177,8 +163,8 @@ def refuse_link(path: Path, name: str, is_link: bool) -> None:
 
 def sheet(path: Path) -> list[list[Any]]:
     """The names of a workbook's sheets, and the rows of the first, as lists of cells."""
-    found = sys.executable if find_spec("python_calamine") else None
-    lines = converted(path, found, "python-calamine", "-I", "-c", READ_SHEET)
+    command = python_command("rwkv_peft.data.workbook", path.resolve(), str(MEMORY))
+    lines = converted(path, command if find_spec("python_calamine") else [], "python-calamine")
     return [json.loads(line) for line in lines.splitlines()]
 
 
@@ -192,14 +178,14 @@ def document(path: Path) -> str:
     )
     form = {".htm": "html"}.get(kind_of(path), kind_of(path)[1:])
     options = ["--sandbox", "--from", form, "--to", "plain", "--wrap", "none", "+RTS", f"-M{MEMORY}", "-RTS"]
-    return converted(path, beside or shutil.which("pandoc"), "pandoc", *options).decode()
+    pandoc = beside or shutil.which("pandoc")
+    return converted(path, [pandoc, *options, str(path.resolve())] if pandoc else [], "pandoc").decode()
 
 
-def converted(path: Path, program: str | None, name: str, *options: str) -> bytes:
-    """What a program makes of a document, in a process of its own."""
-    if not program:
+def converted(path: Path, command: list[str], name: str) -> bytes:
+    """What a command, [] if its program is missing, makes of a document, in a process of its own."""
+    if not command:
         raise UserError(f"{path}: reading {kind_of(path)} needs {name}: {how_to_install('documents')}")
-    command = [program, *options, str(path.resolve())]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
