@@ -96,6 +96,7 @@ def assert_close(results, references, tolerance):
     ],
     ids=str,
 )
+@pytest.mark.processor
 def test_values_and_gradients_equal_the_merged_weights(name, lead, sizes):
     inputs = tensors(name, lead, *sizes)
     train = ("x", "weight", "params", "bias")
@@ -152,6 +153,7 @@ def test_gradcheck(name):
 
 @pytest.mark.parametrize("std", [0.3, 0.01])
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.processor
 def test_bfloat16_errs_no_more_than_twice_plain_bfloat16(name, std):
     inputs = tensors(name, lead=(64,), in_features=96, out_features=64, std=std)
     low = [{k: p.bfloat16() for k, p in i.items()} if isinstance(i, dict) else i.bfloat16() for i in inputs]
@@ -191,6 +193,7 @@ def test_saves_activations_and_no_copy_of_a_weight(name):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.processor
 def test_autocast_computes_low_and_keeps_no_cast_weight(name):
     x, weight, params, bias = tensors(name, lead=(10,), in_features=48, out_features=64, dtype=torch.float32)
     x.requires_grad_()
@@ -209,6 +212,7 @@ def test_autocast_computes_low_and_keeps_no_cast_weight(name):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.processor
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     inputs = tensors(name)
 

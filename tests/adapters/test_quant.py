@@ -35,6 +35,7 @@ def test_a_quantized_layer_holds_the_quantized_weight_alone(kind, bits, adapt):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", METHODS)
+@pytest.mark.processor
 def test_forward_backward_and_merge_agree_with_the_dequantized_weight(variant, kind, adapt):
     base = nn.Linear(20, 12)
     original = base.weight.detach().clone()
@@ -92,6 +93,7 @@ def test_casting_the_model_leaves_the_scales_alone(kind, adapt):
 
 @pytest.mark.parametrize("variant", ["none", "bat-in", "bat-out", "bone", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.processor
 def test_nothing_of_the_weights_size_is_kept_for_backward(kind, variant, adapt):
     tokens, in_features, out_features = 3, 64, 48
     layer = adapt(nn.Linear(in_features, out_features), "bone" if variant == "none" else variant, quant=kind)

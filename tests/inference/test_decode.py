@@ -42,6 +42,7 @@ def continuations(model, prompts, *arguments, **settings):
     return found
 
 
+@pytest.mark.processor
 def test_greedy_is_the_argmax_of_the_full_forward(model):
     growing = shaken(family_named("x070b"), 0.3, seed=2, n_embd=32, vocab_size=80, head_size=16)
     for one in (model, growing.double().requires_grad_(False)):
@@ -60,6 +61,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(model):
     ],
     ids=["greedy", "top_p", "penalties", "top_k"],
 )
+@pytest.mark.processor
 def test_a_batch_equals_its_prompts_one_by_one(model, sampling):
     together = continuations(model, PROMPTS, sampling, 15)
     assert continuations(model, PROMPTS, sampling, 15, batch=1) == together
@@ -137,6 +139,7 @@ def test_a_time_state_is_the_transpose_of_what_the_model_computes_with(model, tm
     ids=lambda settings: settings.get("mode", "lora"),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.processor
 def test_an_adapter_gives_the_tokens_of_the_merged_file(tiny_state, tmp_path, settings, dtype):
     base, adapter, merged = make_files(tmp_path, tiny_state(seed=3, dtype=dtype), 0.1, **settings)
     sampling = Sampling(top_p=0.9, seed=1)
@@ -196,6 +199,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.processor
 def test_a_model_computes_with_the_rounded_matrices(path, tmp_path, monkeypatch, bits):
     told = []
     model, _ = load_model(path, weights=f"int{bits}", log=told.append)

@@ -89,6 +89,7 @@ SHAPES += [(19, 2, 2, N, DTYPES[0], 0, True) for N in (4, 12, 20, 40, 96)]  # an
 
 
 @pytest.mark.parametrize("T, B, H, N, dtype, decay, with_state", SHAPES)
+@pytest.mark.processor
 def test_backends_are_as_accurate_as_plain_torch(pair, T, B, H, N, dtype, decay, with_state):
     B, H = (1, 1) if T > 64 and N == 128 else (B, H)  # the reference is slow
     assert_as_accurate(pair, B, T, H, N, dtype=dtype, decay=CASES[pair[0]].decays[decay], with_state=with_state)

@@ -123,6 +123,7 @@ def ours(x, bone, g, dz, level):
 
 @pytest.mark.parametrize("number, sizes", list(enumerate(SIZES)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.processor
 def test_affine_forward_and_backward(level, dtype, number, sizes):
     """One thread or two in rotation."""
     _, inputs = tensors(sizes, dtype, spread=2)
@@ -137,6 +138,7 @@ def test_affine_without_the_gradient_of_the_matrices(level):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.processor
 def test_a_run_repeats_bit_by_bit(level, dtype, threads):
     _, inputs = tensors((301, 192, 64, 64), dtype)
     for first, again in zip(ours(*inputs, level), ours(*inputs, level)):
@@ -150,6 +152,7 @@ def test_zero_matrices_leave_every_row_as_it_is(level):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.processor
 def test_merging_by_output_block_and_its_gradient(level, dtype, threads):
     for sizes in [(1, 64, 64), (3, 320, 64), (2, 96, 48), (5, 60, 12), (3, 15, 5), (1, 512, 128)]:
         check_merging(level, dtype, *sizes)
@@ -177,6 +180,7 @@ def test_transposed(level, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.processor
 def test_shards_add_up_and_tiles_repeat_with_a_short_last_one(level, dtype, threads):
     for width in (3, 22, 64, 200):
         x, tile = torch.randn(131, width).to(dtype), torch.randn(131, 20).to(dtype)

@@ -60,6 +60,7 @@ def problem(rows, out, width, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out, width", [*SHAPES, (3, 1), (5, 17), (9, 47), (70, 333)])
+@pytest.mark.processor
 def test_plain_matrices(level, out, width, dtype):
     for rows in (1, 2, 3, 4, 7, MOST_ROWS, MOST_ROWS + 1):
         x, weight = problem(rows, out, width, dtype)
@@ -71,6 +72,7 @@ def test_plain_matrices(level, out, width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", (8, 4))
 @pytest.mark.parametrize("out, width", SHAPES)
+@pytest.mark.processor
 def test_blocks(level, bits, out, width, dtype):
     """x is rounded to integers of 8 bits; the largest number in a block of 32 becomes 127."""
     for rows in (1, 3, 8, 15, 19, MOST_ROWS + 3):
@@ -83,6 +85,7 @@ def test_blocks(level, bits, out, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.processor
 def test_a_rows_product_is_the_same_bits_in_any_company(dtype):
     if reason := CPU.unavailable():
         pytest.skip(reason)

@@ -48,6 +48,7 @@ def test_no_converted_tensor_is_kept(lowered):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.processor
 def test_a_dtype_that_is_fast_goes_through_torchs_products(dtype):
     a, b, c = (torch.randn(size).to(dtype) for size in ((20, 30), (40, 30), (20, 40)))
     with products.computing(products.NATIVE):
@@ -59,6 +60,7 @@ def test_a_dtype_that_is_fast_goes_through_torchs_products(dtype):
 @needs_onednn
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("rows, inner, columns", ((50, 70, 30), (1, 70, 30), (70, 1, 30)))
+@pytest.mark.processor
 def test_onednn_multiplies_float32_forward_and_both_gradients(monkeypatch, dtype, rows, inner, columns):
     """Within the errors of torch's own float32, so that nothing was rounded to bfloat16; and torch multiplies none."""
     monkeypatch.setattr(products, "SMALL", 0)
@@ -95,6 +97,7 @@ def test_onednn_multiplies_float32_forward_and_both_gradients(monkeypatch, dtype
 
 
 @needs_onednn
+@pytest.mark.processor
 def test_products_of_a_few_numbers_and_those_under_autocast_are_torchs():
     a, b = torch.randn(300, 200), torch.randn(400, 200)
     with products.computing(products.ProductRow(True, True)):
@@ -105,6 +108,7 @@ def test_products_of_a_few_numbers_and_those_under_autocast_are_torchs():
 
 @needs_onednn
 @pytest.mark.parametrize("method", ("bat-in", "bone", "lora", "none"))
+@pytest.mark.processor
 def test_onednn_multiplies_all_of_a_step(monkeypatch, method):
     """What torch multiplies of a step in float32 are batches, and products of a few numbers."""
     monkeypatch.setattr(products, "SMALL", 0)

@@ -51,6 +51,7 @@ def merge(base, adapter, merged, *flags):
 
 
 @pytest.mark.parametrize("mode", ["bat-in", "bat-out", "bone"])
+@pytest.mark.processor
 def test_a_true_merge_passes(tmp_path, tiny_state, capsys, mode):
     assert check(*make_files(tmp_path, tiny_state(), mode=mode)) == 0
     assert "MORE THAN" not in capsys.readouterr().out
@@ -269,6 +270,7 @@ def merge_of(base, adapter, **options):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype, output", [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16)])
+@pytest.mark.processor
 def test_a_true_merge_has_no_differences_and_one_value_is_found(tiny_state, small_bands, variant, dtype, output):
     base, adapter = of_method(tiny_state(n_layer=1, dtype=dtype), variant)
     merged, key = merge_of(base, adapter, dtype=output), "blocks.0.ffn.value.weight"

@@ -73,6 +73,7 @@ def run(engine, several):
 
 
 @pytest.mark.parametrize("optim", ("adamw", "adamw8bit", "muon"))
+@pytest.mark.processor
 def test_an_optimizer_goes_on_to_the_bit_from_what_a_checkpoint_keeps(optim, tmp_path):
     size = 6000 if optim == "adamw8bit" else 600  # fewer have moments of 32 bits
     matrices = {"shapes": ((20, size // 20),)} if optim == "muon" else {}
@@ -100,6 +101,7 @@ def test_moments_of_8_bits_are_near_adams():
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has it from 2.9 on")
 @pytest.mark.parametrize("ranks", (1, 3))
+@pytest.mark.processor
 def test_muon_over_ranks_is_torchs_over_whole_matrices(monkeypatch, ranks):
     monkeypatch.setattr(products, "converts", lambda x: False)  # torch multiplies in bfloat16 on every processor
     shapes, sizes, length = ((8, 12), (30, 10), (14, 6), (6, 20)), [96, 300, 84, 120], 600 // ranks
@@ -174,6 +176,7 @@ def test_codes_of_a_rank_are_read_to_the_bit_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize("optim", ("muon",))
+@pytest.mark.processor
 def test_a_run_resumes_bitwise(files, train, optim):
     whole, parts = (files / f"{name}-{optim}" for name in ("whole", "parts"))
     train(whole.name, *FLAGS, "--optim", optim)

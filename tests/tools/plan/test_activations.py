@@ -59,6 +59,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("version, name, precision, device, grad_cp, parts", CASES)
+@pytest.mark.processor
 def test_a_step_keeps_and_needs_what_the_formulas_say(monkeypatch, version, name, precision, device, grad_cp, parts):
     """Within 2 % of what is kept, and of the peak, on a processor that converts no factors of products."""
     monkeypatch.setattr(dense, "converts", lambda x: False)
@@ -111,6 +112,7 @@ REAL = [(DISTINCT[0], name) for name in (*METHODS, NONE)] + [(DISTINCT[1], name)
 
 
 @pytest.mark.parametrize("family, name", REAL, ids=[f"{family.name}, {name}" for family, name in REAL])
+@pytest.mark.processor
 def test_what_is_kept_is_what_autograd_keeps_of_a_real_model(family, name):
     config = family.new_dimensions(5, 64, 80, head_size=32)
     adapter = adapter_of(name, family)
