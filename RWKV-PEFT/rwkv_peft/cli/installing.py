@@ -1,9 +1,14 @@
-"""The command that installs a missing package, chosen by the files beside this package."""
+"""The commands that install what is missing: a package, by the files beside this one, and a C++ compiler."""
 
 import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
+
+COMPILER = (
+    "Debian, Ubuntu: apt install g++; Fedora, RHEL: dnf install gcc-c++; without root: "
+    "conda install -c conda-forge gxx; macOS: xcode-select --install"
+)
 
 
 def how_to_install(extra: str = "") -> str:

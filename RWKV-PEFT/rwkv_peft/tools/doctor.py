@@ -31,7 +31,7 @@ from .. import __version__
 from ..checkpoints.atomic import room_at
 from ..checkpoints.readable import require_readable
 from ..cli.errors import summarize
-from ..cli.installing import how_to_install, requirements_of
+from ..cli.installing import COMPILER, how_to_install, requirements_of
 from ..cli.parser import Parser
 from ..memory import main_memory
 
@@ -45,7 +45,6 @@ MARGIN = 1.3  # a product that takes so many times the fastest's time is told, b
 OK, NOTE, MISSING = "ok", "-", "MISSING"  # as it should be; good to know; training cannot run without it
 LOG_LINES = 40  # of a log in a report
 KEYS = re.compile(r"\b(?:hf_|sk-|ghp_)[\w-]{8,}|(?<=://)[^/\s@]+(?=@)")  # of hubs and services; of addresses
-COMPILER = "apt install g++ (Debian, Ubuntu), or xcode-select --install (macOS)"
 MODULES = MappingProxyType({"pyyaml": "yaml"})  # packages with modules of other names
 OPTIONAL = MappingProxyType(
     {

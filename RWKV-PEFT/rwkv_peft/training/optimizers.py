@@ -14,6 +14,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from ..cli.errors import UserError, summarize
+from ..cli.installing import COMPILER
 from ..cli.tables import OPTIMS
 from ..config import TrainConfig
 from ..ops.native.build import COMPILING
@@ -177,9 +178,8 @@ def cpu_adam(groups: Groups, **settings: Any) -> Any:
             cause = cause.__cause__
         raise UserError(
             f"an offload strategy needs DeepSpeed's Adam for the CPU, which cannot be built here: {summarize(cause)}; "
-            "it takes a C++ compiler (Debian, Ubuntu: apt install g++), ninja (pip install ninja) and a folder for "
-            "torch's extensions that can be written (TORCH_EXTENSIONS_DIR names another); or take a --strategy without "
-            "offload"
+            f"it takes a C++ compiler ({COMPILER}), ninja (pip install ninja) and a folder for torch's extensions that "
+            "can be written (TORCH_EXTENSIONS_DIR names another); or take a --strategy without offload"
         ) from error
     optimizer.register_step_pre_hook(forget_powers)
     return optimizer

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from ...cli.installing import COMPILER
 from ...cli.names import user_cache
 from ...system import others_may_write
 
@@ -131,10 +132,7 @@ def find_compiler() -> str:
     for name in ("g++", "clang++"):
         if path := shutil.which(name):
             return path
-    raise BuildError(
-        "no g++ or clang++ on this machine's PATH; install one (Debian, Ubuntu: apt install g++), or take "
-        "backend='reference'"
-    )
+    raise BuildError(f"no g++ or clang++ on this machine's PATH; install one ({COMPILER}), or take backend='reference'")
 
 
 def compiler_knows(flags: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ...cli.errors import UserError
+from ...cli.installing import COMPILER
 from ...cli.names import user_cache
 from ...config import DataConfig
 from ...models.parts import LanguageModel
@@ -30,7 +31,7 @@ def require_compiler() -> None:
     if not any(map(shutil.which, named or COMPILERS)):
         raise UserError(
             f"--compile needs a C++ compiler, and {', '.join(named or COMPILERS)} cannot be run here; install one "
-            "(Debian, Ubuntu: apt install g++), or leave --compile out"
+            f"({COMPILER}), or leave --compile out"
         )
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
