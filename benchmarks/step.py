@@ -2,32 +2,30 @@
 
     python benchmarks/step.py                                   (both shapes, every method, RWKV-6)
     python benchmarks/step.py --models x060 x070 --shapes 768x3072x12 --methods bat-in --dtypes fp32 bf16 --tokens 512
-    python benchmarks/step.py --instructions avx2 avx512 amx --models x070 --shapes 768x3072x12 --methods bat-in
+    python benchmarks/step.py --instructions avx2 avx512 all --models x070 --shapes 768x3072x12 --dtypes fp32 bf16
 
 Shapes are CxFxL: channels, feed-forward channels, layers (2048x7168 are the 1.6B's, at a reduced depth); the vocabulary
 is World's, and low-rank widths are those of a new model. A step is forward, loss, backward, gradient clipping and
 AdamW, as the trainer runs it. "floor" is only the frozen matrix products, output and input gradient of every linear
-layer and of the head, which no adapter can avoid. Floor and methods run once in each round, in turn, so that a
-machine's drift affects all of them; the medians of times and of ratios within a round are printed. The shares are of
-one more step under torch's profiler, which slows small operations down: read them as proportions.
+layer and of the head, which no adapter can avoid, each by the fastest of torch in the model's dtype, torch in float32
+and oneDNN in float32. Floor and methods run once in each round, in turn, so that a machine's drift affects all of them;
+the medians of times and of ratios within a round are printed. "by torch's float32" is the same step where float32 is
+left to torch's library, and halves are converted to it: what an unknown processor does. The shares are of one more step
+under torch's profiler, which slows small operations down: read them as proportions.
 
---instructions prints another table: a bf16 step's time as a part of the same step's in fp32, as the package computes it
-and with torch's own bf16 products, on this processor told to be an older one (AMX: as it is). One thread; processor
-time; the steps in turn.
+--instructions prints the tables for this processor told to be an older one, all: as it is. One thread; processor time.
 """
 
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 import time
 from functools import partial
 
 import torch
-from common import Parser
+from common import Parser, head, in_turns, median_ms, ratio, row
 from torch import nn
-from torch.nn import functional as F
 
 from rwkv_peft.adapters.groups import parameter_groups
 from rwkv_peft.adapters.inject import inject
@@ -39,15 +37,16 @@ from rwkv_peft.ops import products
 
 SHAPES = ("768x2688x12", "2048x7168x2")
 METHODS = ("bat-in", "bone", "bat-out", "lora", "none")
+CONVERTED = "by torch's float32"
 PARTS = ("gemm", "adapter", "wkv", "norm", "mix", "loss", "optimizer", "other")
 DECAYS = ("time_decay", "w0")
 # torch and oneDNN read when they are loaded, and so by processes of their own, which instructions they may use
 INSTRUCTIONS = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "amx": {},
+    "all": {},
 }
-MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 
 # What the profiler calls the operations of each part, theirs of the backward pass included.
 WORDS = (
@@ -73,18 +72,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processor_time", action="store_true", help="instead of the clock's, on a busy machine")
-    parser.add_argument("--instructions", nargs="+", choices=INSTRUCTIONS, help="compare bf16 with fp32 on these")
-    parser.add_argument("--as_told", metavar="NAME", help="print the rows of --instructions NAME of this process")
+    parser.add_argument(
+        "--instructions", nargs="+", choices=INSTRUCTIONS, help="a processor that has no more than these"
+    )
     args = parser.parse_args()
     if args.instructions:
         return print_instructions(args.instructions)
     # the profiler's library takes its settings from the environment alone; at any other it prints a line a session
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    torch.set_num_threads(1 if args.as_told else args.threads)
+    torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the trainer does
-    if args.as_told:
-        return print_ratios(args)
     print(f"torch {torch.__version__}, CPU, {args.threads} thread(s), rank {args.rank}, median of {args.rounds} rounds")
+    print(f"products: {products.row()}")
     for shape in args.shapes:
         C, F_, L = map(int, shape.split("x"))
         for version, dtype in itertools.product(args.models, args.dtypes):
@@ -93,34 +92,13 @@ def main():
 
 
 def print_instructions(names):
-    """Print the table of --instructions, each of whose rows a process of its own prints."""
-    print("| instructions | model | shape, tokens | method | fp32, ms | bf16 / fp32 | torch's own bf16 / fp32 |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    """Print the tables of --instructions, those of each by a process of its own."""
     for name in names:
-        command = [sys.executable, *sys.argv, "--as_told", name]
+        print(f"\n{name}:", flush=True)
+        command = [sys.executable, *sys.argv, "--threads", "1", "--processor_time"]
         at = command.index("--instructions")
         del command[at : at + 1 + len(names)]
         subprocess.run(command, env={**os.environ, **INSTRUCTIONS[name]}, check=True)
-
-
-def print_ratios(args):
-    """Print the rows of this process's instructions."""
-    for version, shape, method in itertools.product(args.models, args.shapes, args.methods):
-        C, F_, L = map(int, shape.split("x"))
-        family = family_named(version)
-        config = family.new_dimensions(L, C, args.vocab, dim_ffn=F_)
-        kinds = ({"device": "cpu", "dtype": dtype} for dtype in (torch.float32, torch.bfloat16))
-        steps = [make_step(family, config, random_weights(family, config, kind), method, kind, args) for kind in kinds]
-        rounds = [[timed(step, "cpu", time.process_time) for step in steps] for _ in range(args.rounds + 1)]
-        fp32, ratio = (statistics.median(x) for x in zip(*((a, b / a) for a, b in rounds[1:])))  # the first warms up
-        converts, products.converts = products.converts, lambda x: False
-        own = timed(steps[1], "cpu", time.process_time) / fp32  # once, because it may take a minute
-        products.converts = converts
-        print(
-            f"| {args.as_told} | {family.name} | {shape}, {args.batch * args.tokens} | {method} | "
-            f"{1e3 * fp32:.0f} | {ratio:.2f} | {own:.2f} |",
-            flush=True,
-        )
 
 
 def table(family, config, dtype, args):
@@ -134,25 +112,19 @@ def table(family, config, dtype, args):
     steps = {"floor": make_floor(linear_weights(family, weights), args.batch * args.tokens)}
     for method in args.methods:
         steps[method] = make_step(family, config, weights, method, kind, args)
-    clock = time.process_time if args.processor_time else time.perf_counter
-    times = {name: [] for name in steps}
-    for round_ in range(args.rounds + 1):  # the first warms up
-        for name, step in steps.items():
-            seconds = timed(step, "cpu", clock)
-            if round_:
-                times[name].append(seconds)
-    floor = times.pop("floor")
-    print(f"| method | ms | / floor | {' | '.join(PARTS)} |")
-    print("|---|---|---|" + "---|" * len(PARTS))
-    print(f"| floor | {1e3 * statistics.median(floor):.0f} | 1 | 100 % |" + " |" * (len(PARTS) - 1), flush=True)
-    for method, seconds in times.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds, floor))
+        steps[method, CONVERTED] = products.computing(products.CONVERTING)(steps[method])
+    times = in_turns(steps, args.rounds, time.process_time if args.processor_time else time.perf_counter)
+    floor = times["floor"]
+    head("method", "ms", "/ floor", "by torch's float32, ms", *PARTS)
+    row("floor", f"{median_ms(floor):.0f}", 1, "", "100 %", *[""] * (len(PARTS) - 1))
+    for method in args.methods:
         parts = shares(steps[method], linear_weights(family, weights))
-        print(
-            f"| {method} | {1e3 * statistics.median(seconds):.0f} | {ratio:.2f} | "
-            + " | ".join(f"{100 * parts[part]:.1f} %" for part in PARTS)
-            + " |",
-            flush=True,
+        row(
+            method,
+            f"{median_ms(times[method]):.0f}",
+            f"{ratio(times[method], floor):.2f}",
+            f"{median_ms(times[method, CONVERTED]):.0f}",
+            *(f"{100 * parts[part]:.1f} %" for part in PARTS),
         )
 
 
@@ -178,17 +150,25 @@ def linear_weights(family, weights):
 
 def make_floor(matrices, tokens):
     """A function that multiplies by every linear layer's weight, forward and for the input's gradient."""
-    inputs = {n: torch.randn(tokens, n).to(matrices[0]) for weight in matrices[:-1] for n in weight.shape}
-    head = matrices[-1]
+    *others, head = matrices
     chunk = max(1, 2**25 // head.shape[0])  # the loss never holds all logits, so neither does its floor
-    hidden = inputs[head.shape[1]]
+    rows = [(weight, tokens) for weight in others]
+    rows += [(head, min(chunk, tokens - start)) for start in range(0, tokens, chunk)]
+    inputs = {(count, n): torch.randn(count, n).to(head) for weight, count in rows for n in weight.shape}
+    pairs = [(inputs[count, b.shape[0]], b) for weight, count in rows for b in (weight.t(), weight)]
+    fastest = {}  # by shapes and the order in memory
+    for a, b in pairs:
+        kind = a.shape, b.shape, b.stride()
+        if kind not in fastest:
+            ways = [(torch.mm, a.dtype), (torch.mm, torch.float32), *ONEDNN]
+            times = in_turns({(way, dtype): partial(way, a.to(dtype), b.to(dtype)) for way, dtype in ways}, 2)
+            fastest[kind] = min(times, key=lambda choice: min(times[choice]))
+    chosen = [(*fastest[a.shape, b.shape, b.stride()], a, b) for a, b in pairs]
+    work = [(way, a.to(dtype), b.to(dtype)) for way, dtype, a, b in chosen]
 
     def step():
-        for weight in matrices[:-1]:
-            F.linear(inputs[weight.shape[1]], weight)
-            inputs[weight.shape[0]] @ weight
-        for rows in hidden.split(chunk):
-            F.linear(rows, head) @ head
+        for way, a, b in work:
+            way(a, b)
 
     return step
 
@@ -226,12 +206,12 @@ def make_step(family, config, weights, method, kind, args):
     return step
 
 
-def timed(step, device, clock):
-    start = clock()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
+def onednn(a, b):
+    """a b of float32 by oneDNN's operator; torch.mm gives it bfloat16 itself."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+
+
+ONEDNN = [(onednn, torch.float32)] if torch.backends.mkldnn.is_available() else []
 
 
 def shares(step, matrices):
