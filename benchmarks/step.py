@@ -214,6 +214,14 @@ def onednn(a, b):
 ONEDNN = [(onednn, torch.float32)] if torch.backends.mkldnn.is_available() else []
 
 
+def timed(step, device, clock):
+    start = clock()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
 def shares(step, matrices):
     """The share of each of PARTS in a step's time; time outside of any operation is "other"."""
     shapes = {tuple(sorted(weight.shape)) for weight in matrices}

@@ -195,7 +195,7 @@ def ours(version, environments, args):
         step.loss(model, batch | share_prefixes(batch, args.answers), args.prompts).backward()
         model.zero_grad()
         learned = time.process_time()
-        trained = sum(sum(each.own) for each in episodes)
+        trained = sum(sum(each.sampled) for each in episodes)
         return positions, read.taken(), trained, sampled - began, learned - sampled
 
     return family.name, take

@@ -21,6 +21,7 @@ FACTS = {
     OWN_TEACHER: "--data_type contexts",
     "--think_labels": "--think_labels 3 9",
     "--state_parts": "--state_parts shift",
+    "--encoding": "--encoding gbk",
 }
 SHOWN = {LOADED: f"{LOADED} (x)"}
 ANOTHER = {"peft": "lora", "train_parts": "ln", "micro_bsz": "2", "loss_mask": "none", "eval_task": "choices"}

@@ -34,7 +34,7 @@ ENCODING = (
     "or cp1252 (default: recognised if the text is long enough, with a note)"
 )
 CUT = (
-    "cut texts into documents: endoftext at each <|endoftext|>, stars at lines of ***, dashes at lines of --- "
+    "cut texts into documents: endoftext at each <|endoftext|>, stars at lines of ***, dashes at lines of hyphens "
     "(default: a text is one document)"
 )
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")

@@ -56,8 +56,12 @@ def download_flags(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "name", metavar="SIZE|FILE", help=f"{', '.join(SIZES)}: the newest official base of this size; or a file's name"
     )
-    parser.add_argument("folder", nargs="?", default=".", metavar="FOLDER", help="where to put it")
-    parser.add_argument("--repository", default=REPOSITORY, metavar="NAME", help="the repository of the hub")
+    parser.add_argument(
+        "folder", nargs="?", default=".", metavar="FOLDER", help="where to put it (default: the current one)"
+    )
+    parser.add_argument(
+        "--repository", default=REPOSITORY, metavar="NAME", help="the repository of the hub (default: %(default)s)"
+    )
     parser.add_argument(
         "--mirror", default=None, metavar="URL", help=f"a mirror of the Hugging Face hub, such as {MIRROR}"
     )
