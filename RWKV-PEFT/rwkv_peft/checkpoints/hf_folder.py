@@ -25,18 +25,18 @@ def read_hf_model(path: Path) -> dict[str, torch.Tensor]:
             f"{path} has no config.json, which is written last: its conversion or download was interrupted, and its "
             "files may be of two models; make it again"
         )
-    found: dict[str, torch.Tensor] = {}
+    held: dict[str, torch.Tensor] = {}
     for file in files:
         tensors = read_safetensors(file)[0]
-        if twice := sorted(found.keys() & tensors.keys()):
+        if twice := sorted(held.keys() & tensors.keys()):
             raise UserError(
                 f"{path}: {file.name} and another of its .safetensors files both hold {twice[0]}, so that they are of "
                 "two models; remove those of one"
             )
-        found |= tensors
+        held |= tensors
     settings = read_settings(path / "config.json")
     for family in FAMILIES:
-        if (official := family.from_layers(found, settings, path)) is not None:
+        if (official := family.from_layers(held, settings, path)) is not None:
             return official
-    family, official = official_tensors(found, lambda family: family.from_hf)
+    family, official = official_tensors(held, lambda family: family.from_hf)
     return family.from_hf_tensors(official, settings, path)

@@ -85,12 +85,11 @@ def opened(path: Path) -> io.BufferedReader:
     else:
         openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
         file = openers[packing](path, "rb")
-    return buffered(bounded(file, path))
+    return buffered(bounded(file, path, room_of(path)))
 
 
-def bounded(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yield the blocks of an unpacked file, and close it."""
-    left = room_of(path)
+def bounded(file: BinaryIO, path: Path, left: int) -> Iterator[bytes]:
+    """Yield the blocks of a file unpacked from `path`, and close it. Raises UserError for more than `left` bytes."""
     with file:
         while block := file.read(BLOCK):
             left -= len(block)
@@ -128,12 +127,9 @@ def unpacked(path: Path) -> Iterator[Path]:
                     continue
                 target = folder.joinpath(*parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with file, open(target, "xb") as copy:
-                    while block := file.read(BLOCK):
-                        left -= len(block)
-                        if left < 0:
-                            raise bomb(path)
-                        copy.write(block)
+                with open(target, "xb") as copy:
+                    for block in bounded(file, path, left):
+                        left -= copy.write(block)
         yield folder
 
 
@@ -171,11 +167,9 @@ def sheet(path: Path) -> list[list[Any]]:
 def document(path: Path) -> str:
     """The text of an office document, a book or a page, by pandoc, which reads nothing beside it."""
     package = find_spec("pypandoc")  # which brings the program, in wheels of its own name
-    beside = (
-        None
-        if package is None or not package.origin
-        else shutil.which("pandoc", path=Path(package.origin).parent / "files")
-    )
+    beside = None
+    if package is not None and package.origin:
+        beside = shutil.which("pandoc", path=Path(package.origin).parent / "files")
     form = {".htm": "html"}.get(kind_of(path), kind_of(path)[1:])
     options = ["--sandbox", "--from", form, "--to", "plain", "--wrap", "none", "+RTS", f"-M{MEMORY}", "-RTS"]
     pandoc = beside or shutil.which("pandoc")
@@ -183,7 +177,8 @@ def document(path: Path) -> str:
 
 
 def converted(path: Path, command: list[str], name: str) -> bytes:
-    """What a command, [] if its program is missing, makes of a document, in a process of its own."""
+    """The output of a command that reads a document, in a process of its own. An empty command stands for a program
+    that is missing: UserError."""
     if not command:
         raise UserError(f"{path}: reading {kind_of(path)} needs {name}: {how_to_install('documents')}")
     try:

@@ -89,20 +89,20 @@ def branch(nodes: Mapping[str, Any], last: str | None, parent: str) -> list[Any]
 
 
 def silly_tavern(row: Row) -> Iterator[list[Message]]:
-    found = list[Message]()
+    messages = list[Message]()
     for line in row[LINES]:
         extra = line.get("extra") or {}
         words = line["mes"].strip()
         if line.get("is_system") or extra.get("type") == "narrator":
-            found.append(LeftOut(SYSTEM))
+            messages.append(LeftOut(SYSTEM))
             continue
-        found += [LeftOut(MEDIA)] * any(extra.get(name) for name in ("image", "media", "file", "video"))
+        messages += [LeftOut(MEDIA)] * any(extra.get(name) for name in ("image", "media", "file", "video"))
         if line.get("is_user") or not extra.get("reasoning"):
-            found.append(Said(line["name"], words, role="user" if line.get("is_user") else "assistant"))
+            messages.append(Said(line["name"], words, role="user" if line.get("is_user") else "assistant"))
         else:
             thinking = f"<think>\n{extra['reasoning'].strip()}\n</think>\n"
-            found.append(Said(line["name"], thinking + words, role="assistant"))
-    yield found
+            messages.append(Said(line["name"], thinking + words, role="assistant"))
+    yield messages
 
 
 def is_card(row: Row) -> bool:
@@ -148,16 +148,16 @@ def open_webui(row: Row) -> Iterator[list[Message]]:
     history = chat.get("history") or {}
     turns = branch(history.get("messages") or {}, history.get("currentId"), "parentId") or chat["messages"]
     system = (chat.get("params") or {}).get("system") or chat.get("system")
-    found: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for turn in turns:
         words = turn["content"]
         thinking = [
             html.unescape(re.sub(r"^\s*> ?", "", text, flags=re.MULTILINE)) for text in REASONING.findall(words)
         ]
         words, calls = TOOL_DETAILS.subn("", REASONING.sub("", words))
-        found += [LeftOut(CALLS)] * calls + [LeftOut(MEDIA)] * len(turn.get("files") or ())
-        found.append({"role": turn["role"], "content": words} | thought("\n".join(thinking)))
-    yield found
+        messages += [LeftOut(CALLS)] * calls + [LeftOut(MEDIA)] * len(turn.get("files") or ())
+        messages.append({"role": turn["role"], "content": words} | thought("\n".join(thinking)))
+    yield messages
 
 
 def thought(words: str) -> dict[str, str]:
@@ -165,7 +165,7 @@ def thought(words: str) -> dict[str, str]:
 
 
 def chat_gpt(row: Row) -> Iterator[list[Message]]:
-    found, thoughts = list[Message](), list[str]()
+    messages, thoughts = list[Message](), list[str]()
     for node in branch(row["mapping"], row["current_node"], "parent"):
         message = node.get("message")
         if not message:
@@ -178,7 +178,7 @@ def chat_gpt(row: Row) -> Iterator[list[Message]]:
         if kind == "reasoning_recap":
             continue
         if role == "tool" or message.get("recipient", "all") != "all" or kind in ("code", "execution_output"):
-            found.append(LeftOut(CALLS))
+            messages.append(LeftOut(CALLS))
             continue
         texts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
         words = "\n".join(filter(None, texts)).strip()
@@ -187,13 +187,15 @@ def chat_gpt(row: Row) -> Iterator[list[Message]]:
             or about.get("is_visually_hidden_from_conversation")
             or kind not in ("text", "multimodal_text")
         ):
-            found += [LeftOut(HIDDEN)] * bool(words or content.keys() - {"content_type", "parts"})
+            messages += [LeftOut(HIDDEN)] * bool(words or content.keys() - {"content_type", "parts"})
             continue
-        found += [LeftOut(MEDIA)] * sum(isinstance(part, dict) and not part.get("text") for part in parts)
+        messages += [LeftOut(MEDIA)] * sum(isinstance(part, dict) and not part.get("text") for part in parts)
         if words:
-            found.append({"role": role, "content": words} | thought("\n".join(thoughts) if role == "assistant" else ""))
+            messages.append(
+                {"role": role, "content": words} | thought("\n".join(thoughts) if role == "assistant" else "")
+            )
             thoughts = []
-    yield found
+    yield messages
 
 
 def claude(row: Row) -> Iterator[list[Message]]:
@@ -201,17 +203,17 @@ def claude(row: Row) -> Iterator[list[Message]]:
     nodes = {message.get("uuid"): message for message in messages}
     threaded = any(message.get("parent_message_uuid") in nodes for message in messages)
     last = row.get("current_leaf_message_uuid") or messages[-1].get("uuid") if threaded else None
-    found = list[Message]()
+    read = list[Message]()
     for message in branch(nodes, last, "parent_message_uuid") or messages:
         parts = message.get("content") or []
         words = "\n\n".join(part["text"] for part in parts if part.get("type") == "text") or message.get("text") or ""
         thinking = "\n".join(part["thinking"] for part in parts if part.get("type") == "thinking")
-        found += [LeftOut(CALLS) for part in parts if part.get("type") in ("tool_use", "tool_result")]
-        found += [LeftOut(MEDIA) for _ in message.get("files") or ()]
+        read += [LeftOut(CALLS) for part in parts if part.get("type") in ("tool_use", "tool_result")]
+        read += [LeftOut(MEDIA) for _ in message.get("files") or ()]
         attached = [each["extracted_content"] for each in message.get("attachments") or () if each["extracted_content"]]
         words = "\n".join([*attached, words]).strip()
-        found.append({"role": message["sender"], "content": words} | thought(thinking))
-    yield found
+        read.append({"role": message["sender"], "content": words} | thought(thinking))
+    yield read
 
 
 def whatsapp(row: Row) -> Iterator[list[Message]]:
@@ -223,17 +225,17 @@ def whatsapp(row: Row) -> Iterator[list[Message]]:
         elif entries:
             entries[-1][1].append(line)
     times = times_of([stamp for stamp, _ in entries])
-    found = list[Message]()
+    messages = list[Message]()
     for time, (_, lines) in zip(times, entries):
         said = SAID.fullmatch("\n".join(lines))
         words = EDITED.sub("", said[2] or "").strip(" \t\n") if said else ""
         if not said:
-            found.append(LeftOut(SYSTEM))
+            messages.append(LeftOut(SYSTEM))
         elif not words or OMITTED.fullmatch(words):
-            found.append(LeftOut(MEDIA))
+            messages.append(LeftOut(MEDIA))
         else:
-            found.append(Said(said[1].strip("\u200e\u202a\u202c ~"), words, time))
-    yield from by_pauses(found)
+            messages.append(Said(said[1].strip("\u200e\u202a\u202c ~"), words, time))
+    yield from by_pauses(messages)
 
 
 def times_of(stamps: list[re.Match[str]]) -> list[float]:
@@ -388,5 +390,5 @@ def card_in(path: Path) -> dict[str, Any]:
             "card again, or take its .json"
         )
     with reading(path, "holds a damaged character card", "download it again"):
-        found = json.loads(base64.b64decode(words))
-        return {"spec": "chara_card", "data": found.get("data") or found}
+        described = json.loads(base64.b64decode(words))
+        return {"spec": "chara_card", "data": described.get("data") or described}

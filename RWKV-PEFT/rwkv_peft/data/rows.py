@@ -115,8 +115,8 @@ def text_rows(path: Path, kind: str, split: str, how: Reading) -> Items:
                 yield from numbered(path, csv_rows(file, path))
             elif kind in TEXTS:
                 text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
-                found = [{WHATSAPP: text}] if opens_whatsapp(text) else documents(text, path, how)
-                yield from numbered(path, found)
+                items = [{WHATSAPP: text}] if opens_whatsapp(text) else documents(text, path, how)
+                yield from numbered(path, items)
             else:
                 yield from json_rows(file, path, kind == ".json", split)
         except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..cli.errors import UserError, in_line, quoted
+from ..cli.names import DOCUMENT_ENDS
 from ..cli.parser import counted
 from .containers import BLOCK, buffered
 
@@ -21,7 +22,7 @@ MARKS = (  # byte order marks, the longer ones first
 )
 GUESSED = 1 << 16  # bytes by which an encoding is guessed
 ENDS = MappingProxyType(
-    {"endoftext": r"<\|endoftext\|>", "stars": r"^[ \t]*(?:\*[ \t]*){3,}$", "dashes": r"^---+[ \t]*$"}
+    dict(zip(DOCUMENT_ENDS, (r"<\|endoftext\|>", r"^[ \t]*(?:\*[ \t]*){3,}$", r"^---+[ \t]*$"), strict=True))
 )
 SHOWN = MappingProxyType(dict(zip(ENDS, ("<|endoftext|>", "a line of ***", "a line of ---"))))
 
@@ -54,7 +55,7 @@ def in_utf8(file: io.BufferedReader, path: Path, how: Reading, by_line: bool = F
 
 
 def is_utf8(start: bytes) -> bool:
-    """True for bytes in UTF-8, of which a few may be damaged, and the last character may be cut."""
+    """True for bytes in UTF-8. A few may be damaged, and the last character may be cut."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
@@ -64,8 +65,8 @@ def is_utf8(start: bytes) -> bool:
 
 
 def guess(start: bytes, path: Path) -> str:
-    """charset-normalizer's best guess at the encoding of a text's first bytes. Raises UserError if it has none, if it
-    saw no language in it, and for encodings of single bytes, of which any decodes any text."""
+    """charset-normalizer's best guess at the encoding of a text's first bytes. Raises UserError if it has none or saw
+    no language in the text, and for encodings of single bytes, because any of them decodes any text."""
     from charset_normalizer import from_bytes
     from charset_normalizer.utils import is_multi_byte_encoding
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from ...checkpoints.pth_header import read_header
 from ...cli.names import METRICS, RUN, generation
-from ...data.containers import packing_of
+from ...data.containers import SHEETS, packing_of
 from ...data.rows import CSV_ENDINGS, JSON_ENDINGS
 from ..plan.command import dimensions_of
 from .files import Places, is_plain, objects, read, walk
 
 MOST = 30  # of each kind
 # files that are mostly rows, unlike pages and archives, which may be chosen
-ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet", ".xlsx", ".ods")
+ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet", *SHEETS)
 BEGINNING = 1 << 16  # bytes of a file of rows that are looked at
 BYTES = 257  # tokens of the byte vocabulary
 
@@ -61,7 +61,7 @@ def holds_rows(path: Path) -> bool:
 def is_sound(path: Path) -> bool:
     """True if the beginning of a file of rows is what its name says: an object, a list, a table or a text."""
     begin = read(path, BEGINNING)
-    if path.suffix in (".parquet", ".xlsx", ".ods"):
+    if path.suffix in (".parquet", *SHEETS):
         return begin[:4] in (b"PAR1", b"PK\3\4")
     if path.suffix == ".jsonl":
         line, end, _ = begin.lstrip().partition(b"\n")
