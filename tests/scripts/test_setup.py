@@ -30,9 +30,9 @@ case "$*" in
 *--no-index*) for last; do :; done; [ "$(cat "$HOME/held")" = "${last#rwkv-peft}" ] ;;
 *--editable*)
     echo "$*" >>"$HOME/calls"
+    [ ! -e "$HOME/long" ] || exec sleep 60
     printenv >"$HOME/environment"
     [ ! -e "$HOME/failing" ] || exit 1
-    [ ! -e "$HOME/long" ] || sleep 60
     [ ! -e "$HOME/slow" ] || sleep 0.2
     while [ "$1" != --editable ]; do shift; done
     echo "${2#.}" >"$HOME/held"
