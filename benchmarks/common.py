@@ -125,11 +125,11 @@ def write_model(path, *shape, **sizes):
     save_model(path, new_model(*shape, **sizes)[1].state_dict())
 
 
-def write_tokens(prefix, vocab, documents, masks=None, shard_tokens=0):
+def write_tokens(prefix, vocab, documents, masks=None):
     """Write documents, lists of tokens, as a token file, with a mask of each if they are given."""
     from rwkv_peft.data.shard_writer import ShardWriter
 
-    with ShardWriter(prefix, vocab, shard_tokens=shard_tokens) as writer:
+    with ShardWriter(prefix, vocab) as writer:
         for number, document in enumerate(documents):
             writer.add(document, masks and masks[number])
 

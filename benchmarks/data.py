@@ -7,7 +7,7 @@ little.
     python benchmarks/data.py --only loader rows [--tokens N] [--ctx_len N] [--micro_bsz N] [--rows N]
 
 Without --text, --megabytes of mixed text are made from a seed. The loader has one row for each dataload and loss mask,
-with the reading thread that training uses, over one file and over shards.
+with the reading thread that training uses.
 """
 
 import json
@@ -94,13 +94,11 @@ def loader(folder, options):
     made = documents(options.tokens)
     masks = [np.arange(len(document)) > len(document) // 2 + 1 for document in made]
     write_tokens(folder / "one", 65536, made, masks)
-    write_tokens(folder / "cut", 65536, made, masks, options.tokens // 10)
     print(f"\n{options.tokens / 1e6:g} M tokens, ctx_len {options.ctx_len}, micro_bsz {options.micro_bsz}")
-    head("dataload", "loss_mask", "opened in s", "M tokens/s", "of 10 shards")
+    head("dataload", "loss_mask", "opened in s", "M tokens/s")
     for case in CASES:
-        prefixes = (folder / name for name in ("one", "cut"))
-        (opened, whole), (_, shards) = (batches_of(prefix, *case.split(), options) for prefix in prefixes)
-        row(*case.split(), f"{opened:.2f}", f"{whole / 1e6:.1f}", f"{shards / 1e6:.1f}")
+        opened, rate = batches_of(folder / "one", *case.split(), options)
+        row(*case.split(), f"{opened:.2f}", f"{rate / 1e6:.1f}")
 
 
 def documents(total):

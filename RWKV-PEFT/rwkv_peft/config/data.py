@@ -63,7 +63,7 @@ class DataConfig:
     path: str = setting(
         "",
         "for rows a .jsonl, .json, .csv, .parquet or .txt, or a folder of them; for tokens the PREFIX of PREFIX.bin "
-        "and PREFIX.idx, or of shards that PREFIX.json lists; several are mixed, by --data_mix",
+        "and PREFIX.idx; several are mixed, by --data_mix",
         flag="data_file",
         required=True,
         nargs="+",

@@ -1,4 +1,4 @@
-"""Token files in the MMIDIDX v1 format of RWKV-LM and Megatron: PREFIX.bin and PREFIX.idx, or shards of them.
+"""Token files in the MMIDIDX v1 format of RWKV-LM and Megatron: PREFIX.bin and PREFIX.idx.
 
 .bin holds the documents' tokens one after the other. .idx holds, little-endian: the magic
 "MMIDIDX\\0\\0", version (u64, 1), the token type's code (u8), the number of documents n (u64), the
@@ -6,16 +6,11 @@ number of boundaries m (u64), n sizes (i32, in tokens), n pointers (i64, in byte
 boundaries (i64; Megatron groups sentences with them, and we read documents one by one as RWKV-LM
 does). An optional PREFIX.mask holds a byte a token: 1 if the token counts in the loss, 2 if it counts
 in an answer labelled undesirable. An optional PREFIX.weights holds the weight of each document in the loss (f32).
-
-PREFIX.json of a set in shards is its manifest: the entry "shards" lists {"name", "documents", "tokens"} in order;
-PREFIX-00001.bin, .idx and the others of a shard are a set by themselves.
 """
 
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,10 +18,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ..checkpoints.digest import digest_of
-from ..checkpoints.readable import choice_in, require_readable
+from ..checkpoints.readable import choice_in, object_in, require_readable
 from ..cli.errors import UserError
-from ..cli.names import is_whole
-from .recorded import ENDINGS, binidx_prefix, manifest_of, shard_at
+from .recorded import ENDINGS, binidx_prefix, record_path
 from .rows import ENDINGS as ROWS
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -51,11 +45,6 @@ def map_file(path: str | Path, dtype: DTypeLike) -> np.ndarray:
 def counting(stored: np.ndarray) -> int:
     """The number of tokens that a .mask counts."""
     return sum(int(np.count_nonzero(stored[i : i + CHUNK])) for i in range(0, len(stored), CHUNK))
-
-
-def open_dataset(path: str | Path) -> "BinidxDataset":
-    """Open the token files of a PREFIX, which may be in shards. Raises UserError as BinidxDataset does."""
-    return ShardedDataset(path) if manifest_of(path) else BinidxDataset(path)
 
 
 class BinidxDataset:
@@ -159,6 +148,11 @@ class BinidxDataset:
                 "tokenize it with rwkv-peft preprocess, or give --data_type sft, or pairs for rows of a chosen and a "
                 "rejected answer"
             )
+        if not os.path.exists(self.idx_path) and "shards" in object_in(record_path(self.prefix)):
+            raise UserError(
+                f"{self.prefix} is a set in shards, which version 0.3.0 was the last to read as one; give the "
+                f"shards, each a set by itself: --data_file {self.prefix}-00001 {self.prefix}-00002 …"
+            )
         missing = self.prefix if self.prefix.endswith(ROWS) else self.idx_path  # rows given in place of a PREFIX
         message = f"{missing}: no such file; a data set is a PREFIX.bin with its PREFIX.idx; {REMEDY}"
         require_readable(self.idx_path, message, again=True)
@@ -207,81 +201,3 @@ class BinidxDataset:
                 f"tokens in {len(self)} documents, and a {due}; {REMEDY}, or remove the file"
             )
         return map_file(path, dtype)
-
-
-class ChainedArray:
-    """Reads slices of several arrays as if they were one. A part that is None holds `filler` everywhere."""
-
-    def __init__(self, parts: Sequence[np.ndarray | None], sizes: Sequence[int], dtype: DTypeLike, filler: int) -> None:
-        self.parts, self.dtype, self.filler = parts, np.dtype(dtype), filler
-        self.starts = [0, *accumulate(sizes)]
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def __getitem__(self, key: slice) -> np.ndarray:
-        start, stop, _ = key.indices(len(self))
-        number = bisect_right(self.starts, start) - 1
-        pieces = []
-        while start < stop:
-            begin, end = self.starts[number], min(self.starts[number + 1], stop)
-            part = self.parts[number]
-            pieces.append(
-                np.full(end - start, self.filler, self.dtype) if part is None else part[start - begin : end - begin]
-            )
-            start, number = end, number + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.zeros(0, self.dtype)])
-
-
-class ShardedDataset(BinidxDataset):
-    """A BinidxDataset over shards. Its index is in memory, 12 bytes a document; tokens and masks stay on the disk."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.prefix = binidx_prefix(path)
-        self.bin_path = self.idx_path = manifest = f"{self.prefix}.json"
-        self.mask_path, self.weights_path = f"{self.prefix}-….mask", f"{self.prefix}-….weights"
-        self.parts = [open_shard(manifest, shard_at(path, entry), entry) for entry in manifest_of(path)]
-        first = self.parts[0]
-        for part in self.parts:
-            if part.dtype != first.dtype:
-                raise UserError(
-                    f"{manifest}: {part.bin_path} holds {part.dtype.name} and {first.bin_path} {first.dtype.name}, "
-                    f"which are not shards of one set; {REMEDY}"
-                )
-        self.dtype = first.dtype
-        sizes = [len(part.tokens) for part in self.parts]
-        self.tokens = ChainedArray([part.tokens for part in self.parts], sizes, self.dtype, 0)  # type: ignore[assignment]
-        masks, weights = [part.mask for part in self.parts], [part.weights for part in self.parts]
-        has_mask = any(mask is not None for mask in masks)
-        self.mask = ChainedArray(masks, sizes, np.uint8, 1) if has_mask else None  # type: ignore[assignment]
-        self.weights = None
-        if any(found is not None for found in weights):
-            ones = (np.ones(len(part), np.float32) for part in self.parts)
-            self.weights = np.concatenate([one if found is None else found for one, found in zip(ones, weights)])
-        self.sizes = np.concatenate([part.sizes for part in self.parts])
-        ends = np.cumsum(self.sizes, dtype=np.int64)
-        self.pointers = (ends - self.sizes) * self.dtype.itemsize
-
-    def digest(self, with_mask: bool) -> str:
-        return "".join(part.digest(with_mask) for part in self.parts)
-
-    def check_vocab(self, vocab_size: int) -> None:
-        for part in self.parts:
-            part.check_vocab(vocab_size)
-
-
-def open_shard(manifest: str, prefix: str, entry: object) -> BinidxDataset:
-    """Open the shard of a manifest's entry. Raises UserError if it is missing or damaged, or another set's."""
-    due = [entry.get(name) for name in ("documents", "tokens")] if isinstance(entry, dict) else []
-    if not prefix or not all(map(is_whole, due)):
-        raise UserError(f"{manifest}: a shard is {{name, documents, tokens}}, and one is {str(entry)[:80]}; {REMEDY}")
-    try:
-        found = BinidxDataset(prefix)
-    except UserError as error:
-        raise UserError(f"{manifest} names the shard {prefix}: {error}") from error
-    if [len(found), len(found.tokens)] != due:
-        raise UserError(
-            f"{manifest} names the shard {prefix} of {due[0]:,} documents and {due[1]:,} tokens, and it has "
-            f"{len(found):,} and {len(found.tokens):,}: it is of another set; put the right file there, or {REMEDY}"
-        )
-    return found

@@ -5,8 +5,7 @@
 INPUT is .jsonl (a row a line; forms.py lists them), .json, .csv and .xlsx (the first line names the fields), .txt, .md
 or .docx (one document a file), .parquet, an archive or a folder of such files, or one that datasets.save_to_disk wrote
 (rows.KINDS). Writes PREFIX.bin and PREFIX.idx, PREFIX.mask if parts of the rows do not count in the
-loss, PREFIX.weights if rows have weights, and PREFIX.json, which names the tokenizer; with --shard_tokens in shards,
-PREFIX-00001.bin and so on, which PREFIX.json lists.
+loss, PREFIX.weights if rows have weights, and PREFIX.json, which names the tokenizer.
 
     rwkv-peft preprocess --ids "Assistant:"    prints the token ids of a text
 """
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from ..checkpoints.atomic import check_output
 from ..cli.errors import UserError, bar_seconds
-from .binidx import open_dataset
+from .binidx import BinidxDataset
 from .chat import THINKING
 from .encoding import EncodeSettings, Totals, encoder
 from .layouts import read_template
@@ -61,9 +60,9 @@ def main(argv: list[str]) -> int:
         check_output("--output", output + end, [("an input", path) for path in options.input])
     record = record_of(encode.tokenizer, options.input, encode.layout)
     check_record(output, options.input, record, options.overwrite)
-    writer = ShardWriter(output, encode.tokenizer.vocab_size, record, options.shard_tokens)
+    writer = ShardWriter(output, encode.tokenizer.vocab_size, record)
     totals = write(options.input, writer, settings, options.split, sys.stderr, options.drop_duplicates)
-    written = open_dataset(output)
+    written = BinidxDataset(output)
     print(describe(written, totals))
     if options.show:
         print(show_documents(written, options.show, encode.tokenizer))

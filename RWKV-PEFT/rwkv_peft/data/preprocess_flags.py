@@ -4,7 +4,7 @@ import argparse
 from types import MappingProxyType
 
 from ..cli.names import CUT, DOCUMENT_ENDS, ENCODING, G1
-from ..cli.parser import Parser, codec, count, positive, switch
+from ..cli.parser import Parser, codec, count, switch
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from .layouts import TEMPLATES
 from .rows import KINDS
@@ -13,7 +13,7 @@ from .tools import TOOL_FORMS
 PROG = "rwkv-peft preprocess"
 WRITING = (
     "--output, --overwrite, --append_eod 0, --fields, --template, --as, --think, --clean_turns 0, --tool_form, "
-    "--split, --encoding, --document_end, --skip_bad_rows, --drop_duplicates, --shard_tokens, --show"
+    "--split, --encoding, --document_end, --skip_bad_rows, --drop_duplicates, --show"
 )
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
@@ -114,13 +114,5 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="leave out rows whose tokens are those of an earlier row; takes some 100 bytes of memory a row (default: "
         "they are counted, and stay)",
-    )
-    add(
-        "--shard_tokens",
-        type=positive,
-        default=0,
-        metavar="N",
-        help="write shards of at most N tokens, PREFIX-00001.bin and so on, which PREFIX.json lists; a longer document "
-        "is a shard by itself. train.py reads PREFIX as it reads one file (default: one file)",
     )
     return parser.parse_args(argv)

@@ -18,8 +18,8 @@ from .tokenizer import KNOWN_SIZES, Tokenizer, load_tokenizer
 from .tools import TOOL_FORMS
 
 ENDINGS = (".bin", ".idx", ".mask", ".weights")  # of the files of a set; it may lack the last two
-# entries of a record: the Vocabulary, the shards of a manifest, the opening of answers
-ENTRY, SHARDS, OPENING = "vocabulary", "shards", "opening"
+# entries of a record: the Vocabulary, the opening of answers
+ENTRY, OPENING = "vocabulary", "opening"
 # and of the layout of chats: false if turns are not cleaned, the name of the form of tools
 CLEAN, TOOL_FORM = "clean_turns", "tool_form"
 PROMPTS = {last: f"{openings[0]} …\\n\\n{last}" for openings, last in KNOWN if last != "Assistant:"}
@@ -42,32 +42,9 @@ def binidx_prefix(path: str | Path) -> str:
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
-def shard_prefix(prefix: str | Path, number: int) -> str:
-    """The prefix of a shard of a set, from number 1 on."""
-    return f"{prefix}-{number:05}"
-
-
-def manifest_of(prefix: str | Path) -> list[Any]:
-    """The entries of a set's shards in its PREFIX.json, unchecked; [] for a set in one file."""
-    found = object_in(record_path(prefix)).get(SHARDS)
-    return found if isinstance(found, list) else []
-
-
-def shard_at(prefix: str | Path, entry: object) -> str:
-    """The prefix of the shard of a manifest's entry, "" if it has no name. A name is a path from the
-    manifest's folder, so that shards may lie on several disks."""
-    name = entry.get("name") if isinstance(entry, Mapping) else None
-    return os.path.join(os.path.dirname(binidx_prefix(prefix)), name) if isinstance(name, str) and name else ""
-
-
-def prefixes_of(prefix: str | Path) -> list[str]:
-    """The prefixes of a set's files: its shards', or its own."""
-    return [shard_at(prefix, entry) for entry in manifest_of(prefix)] or [binidx_prefix(prefix)]
-
-
 def default_mask(prefix: str | Path) -> str:
     """The --loss_mask of token files if none is given: "file" if they have a .mask file, else "none"."""
-    return "file" if any(Path(each + ".mask").is_file() for each in prefixes_of(prefix)) else "none"
+    return "file" if Path(binidx_prefix(prefix) + ".mask").is_file() else "none"
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
@@ -99,9 +76,7 @@ def check_record(prefix: str, inputs: Iterable[str | Path], record: str, overwri
     found = object_in(path)
     if path.exists() and not isinstance(found.get(ENTRY), dict):
         raise UserError(f"--output {prefix} writes {path}, which another tool made; choose another PREFIX")
-    prefixes = dict.fromkeys((prefix, shard_prefix(prefix, 1), *prefixes_of(prefix)))
-    old = next((file for each in prefixes for end in ENDINGS if os.path.lexists(file := each + end)), None)
-    found.pop(SHARDS, None)
+    old = next((file for end in ENDINGS if os.path.lexists(file := prefix + end)), None)
     if old is not None and not overwrite and found != json.loads(record):
         raise UserError(
             f"--output {prefix}: {old} exists, made from other inputs, with another tokenizer, --clean_turns or "

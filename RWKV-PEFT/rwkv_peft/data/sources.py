@@ -26,7 +26,7 @@ from ..cli.tables import SAMPLINGS
 from ..config import DATA_TYPES, DataConfig
 from ..config.rules import check_settings
 from .answer_samples import ROWS, ContextSamples, LabelSamples, PairSamples, PromptSamples
-from .binidx import open_dataset
+from .binidx import BinidxDataset
 from .encoding import EncodeSettings
 from .masks import describe_mask, make_mask, weighted
 from .mixture import Joined, Mixture
@@ -69,7 +69,7 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
         vocabulary = vocabulary_of(find_tokenizer(config.tokenizer, vocab_size))  # before hours of tokenizing
         prefix, notes = prepare_sft(config)
         config = replace(config, path=prefix)
-    dataset = open_dataset(config.path)
+    dataset = BinidxDataset(config.path)
     require_fitting(vocabulary, config.path, vocab_size)
     dataset.check_vocab(vocab_size)
     if config.of_rows and config.loss_mask == "file" and dataset.mask is None:
@@ -97,7 +97,7 @@ def find_data(config: DataConfig) -> None:
         if part.of_rows:
             settings_of(part)
         else:
-            open_dataset(part.path)
+            BinidxDataset(part.path)
 
 
 def split_samples(

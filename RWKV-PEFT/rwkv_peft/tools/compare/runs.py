@@ -22,7 +22,7 @@ from ...checkpoints.lock import alone_in
 from ...checkpoints.readable import read_settings
 from ...children import python_command, when_parent_ends
 from ...cli.errors import UNREADABLE, UserError, exit_on_user_error
-from ...data.recorded import ENDINGS, prefixes_of
+from ...data.recorded import ENDINGS, binidx_prefix
 from ...plots import metrics_of, read_metrics, series
 from ...training.flags.request import parse_flags
 from ...training.saving.checkpoints import DIVERGED, find_checkpoint
@@ -104,10 +104,7 @@ def digest_of_data(comparison: Comparison) -> str:
     flags = parse_flags([*comparison.train, "--proj_dir", comparison.output])
     data, train = flags.data, flags.train
     paths = filter(None, (*data.files, train.val_data, *train.more_val, train.retain_data))
-    digests = (
-        digest_below(path) or "".join(digest_of(prefix + end) for prefix in prefixes_of(path) for end in ENDINGS)
-        for path in paths
-    )
+    digests = (digest_below(path) or "".join(digest_of(binidx_prefix(path) + end) for end in ENDINGS) for path in paths)
     return " ".join(digests)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...cli.errors import exit_on_user_error
 from ...config import RunConfig
-from ...data.binidx import open_dataset
+from ...data.binidx import BinidxDataset
 from ...data.recorded import find_tokenizer
 from ...data.rows import held_out_split, parse_split, read_rows
 from ...data.sources import settings_of
@@ -35,7 +35,7 @@ def check_data(config: RunConfig) -> None:
             own = path in data.files
             next(read_rows(path, split if own else held_out_split(path) or split), None)
         elif path:
-            open_dataset(path)
+            BinidxDataset(path)
 
 
 if __name__ == "__main__":
