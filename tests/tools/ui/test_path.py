@@ -8,6 +8,7 @@ import pytest
 
 from rwkv_peft.tools import ui
 from rwkv_peft.tools.download import OFFICIAL, REPOSITORY
+from rwkv_peft.tools.ui.form import form
 from tools.hub import Hub
 from tools.ui.pages import ROOT, go, press
 
@@ -94,6 +95,7 @@ def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, server, 
     go(page, "Take home")
     press(page, "Make the file")
     expect(page.get_by_role("link", name="Download out/mine/merged.pth")).to_be_visible()
+    expect(page.get_by_label("What it printed")).to_be_hidden()
     expect(steps_done(page)).to_have_count(4)
     press(page, "Talk to it")
     press(page, "Open out/mine/merged")
@@ -202,6 +204,9 @@ def test_both_languages_have_a_text_for_each_key_and_no_text_stands_outside_the_
     sources["texts.js"] = sources["texts.js"].partition("export const LANGUAGES")[2]
     code = "\n".join(sources.values())
     assert set(re.findall(r'\bt\("([^"]+)"', code)) <= texts.keys()
+    first, *_ = form()
+    choices = {f"value.{field['flag']}.{value}" for field in first["fields"] for value in field["values"]}
+    assert choices == {key for key in texts if key.startswith("value.")}
     starts = tuple(re.findall(r"`([a-z]+\.[\w. ]*)\$\{", code))
     assert [key for key in texts if f'"{key}"' not in code and not key.startswith(starts)] == []
     assert [(name, text) for name, code in sources.items() for text in literals(code)] == []

@@ -176,4 +176,4 @@ def test_answers_before_and_after_are_cards_with_the_difference_marked(show, run
     )
     assert card.locator("del").all_text_contents() == deleted and card.locator("ins").all_text_contents() == inserted
     expect(page.get_by_role("article").last.locator(".turn").last).to_have_text("the row's answerother")
-    expect(page.get_by_text("held-out rows: 1 of 2 are answered word for word")).to_be_visible()
+    expect(page.get_by_text("rows that it is not trained on: 1 of 2 are answered word for word")).to_be_visible()

@@ -4,7 +4,6 @@ import { t } from "./texts.js";
 
 const HEIGHT = 260;
 const SPAN = 20; // a mean is over a twentieth of a line's values
-const PAUSE = 20_000; // milliseconds between two readings of a text that changes
 
 // Draws lines = [{label, colour: a number, dash, x, y}], each with its own steps, into `place`. means: "beside" the lines or
 // "instead" of them, dashed ones excepted; log: a logarithmic axis, if all values are above 0; live: more values will come.
@@ -37,16 +36,15 @@ export function chart(place, title, lines, { means = "", log = false, live = fal
   canvas.setAttribute("aria-label", t("chart.name", title));
   const { min, max } = picture.plot.scales.y, outside = !logarithmic && drawn.some((line) => line.y.some((y) => y < min || y > max));
   const words = [...lines.map(inWords), ...(outside ? [t("chart.outside")] : [])].join("\n");
-  if (words === text.textContent || (live && Date.now() - text.changed < PAUSE)) return;
-  text.textContent = words;
-  text.changed = Date.now();
+  text.ariaLive = live ? "off" : "polite"; // a screen reader reads it at the end, and not each second
+  if (words !== text.textContent) text.textContent = words;
 }
 
 // The places of a picture, as wide as the page lets it be, and of its text.
 function frame() {
   const picture = el("div", { className: "picture" });
   new ResizeObserver(() => picture.plot?.setSize({ width: picture.clientWidth, height: HEIGHT })).observe(picture);
-  return [picture, el("p", { className: "note", "aria-live": "polite" })];
+  return [picture, el("p", { className: "note" })];
 }
 
 function withMean(line, means) {

@@ -183,7 +183,7 @@ export async function chatPage(place, about, signal, folder) {
 
   function scaleOf(name, title) {
     const shown = el("output", {}, "1"), input = el("input", { id: `scale-${name}`, type: "range", min: 0, max: 2, step: 0.1, value: 1, oninput: () => { shown.value = input.value; } });
-    return el("div", {}, el("label", { htmlFor: input.id }, t("chat.scale", title), " ", shown), input);
+    return el("div", {}, el("label", { htmlFor: input.id }, t("chat.scale", title), " ", shown), input, helpLine(input, t("chat.scale.help")));
   }
 
   // Is called after each change of the conversation, which is there again after a reload; nothing is sent in the middle of an answer.

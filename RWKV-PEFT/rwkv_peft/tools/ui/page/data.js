@@ -20,7 +20,7 @@ export async function dataPage(place, about, signal) {
   const form = el("form", { onsubmit: (event) => { event.preventDefault(); choose(other.input.value.trim() || asked.path); } }, other.box, more);
   const take = el("button", { type: "button", className: "main", hidden: true, onclick: train }, t("rows.take"));
   const writing = el("div"), write = el("button", { type: "button", onclick: () => writer() }, t("write.title"));
-  writing.append(write);
+  writing.append(el("div", { className: "row" }, write));
   const error = el("div"), result = el("div", { "aria-live": "polite" });
   place.append(el("h1", {}, t("nav.data")), el("p", { className: "lead" }, t("rows.lead")),
     ...(rows.length ? [list] : [el("p", { className: "note" }, t("rows.none")), demoOffer(about, signal)]), writing,
@@ -97,7 +97,7 @@ export async function dataPage(place, about, signal) {
         figure(t("rows.learned"), `${Math.round((100 * counted) / Math.max(total, 1))} %`), figure(t("rows.longest"), number(sizes.reduce((a, b) => Math.max(a, b), 0))),
         cut && !texts ? figure(t("rows.cut", number(limit)), number(cut), true) : "", bad ? figure(t("rows.refused"), number(bad), true) : ""),
       ...[texts && t("rows.text.note", number(limit)), cut && !texts && t("rows.cut.note", number(limit)), bad && t("rows.refused.note"),
-        ...notes, sizes.length >= most && t("rows.some", number(most))].filter(Boolean).map(note),
+        ...notes, t("rows.tokens.note"), sizes.length >= most && t("rows.some", number(most))].filter(Boolean).map(note),
       ...documents.map(({ tokens, learned, turns }, n) => el("section", { className: "document" },
         el("h3", {}, t("rows.title", n + 1, number(tokens), number(learned))), turns.map(bubble))),
       folded(t("rows.lengths"), histogram(sizes)));

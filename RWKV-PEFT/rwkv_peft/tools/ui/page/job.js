@@ -13,13 +13,14 @@ export function badge(job) {
 
 // Shows a command in `place` until it has ended. done() is called if it ended well. run: the command is a run's, which is
 // shown, stopped and resumed as such, so that only its notes, its mistake and, folded, its words and output are added.
-// bar: it prints how far it is, as "12 %  …", which is shown as a bar. otherwise() is called if it ended in another way.
-export function showJob(place, id, signal, { run = false, bar = false, done = () => {}, otherwise = () => {} } = {}) {
+// bar: it prints how far it is, as "12 %  …", which is shown as a bar. open: its words and output are what is asked for.
+// otherwise() is called if it ended in another way.
+export function showJob(place, id, signal, { run = false, bar = false, open = false, done = () => {}, otherwise = () => {} } = {}) {
   const line = el("pre"), output = el("pre", { tabIndex: 0, "aria-label": t("job.output") });
-  const printed = el("details", { open: !run }, el("summary", {}, t(run ? "job.both" : "job.output")), run ? line : "", output);
+  const printed = el("details", { open }, el("summary", {}, t("job.both")), line, output);
   const state = el("div"), share = el("progress", { max: 100, value: 0, "aria-label": t("job.share") }), far = el("p", {}, "");
   const notes = el("div"), wrong = el("div"), buttons = el("div", { className: "row" });
-  place.append(el("div", { className: "job" }, ...(run ? [] : [el("h2", {}, t("job.name", id)), bar ? "" : line, state, ...(bar ? [share, far] : [])]), notes, wrong, run ? "" : buttons, printed));
+  place.append(el("div", { className: "job" }, ...(run ? [] : [state, ...(bar ? [share, far] : [])]), notes, wrong, run ? "" : buttons, printed));
   const leave = new AbortController();
   let next = 0, stopping = false;
   const stop = ({ target }) => {

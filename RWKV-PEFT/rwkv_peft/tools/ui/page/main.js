@@ -38,11 +38,12 @@ async function open(event) {
   heading.focus({ preventScroll: true });
 }
 
-// A browser that is new to the folder begins with what the newest run used.
+// A browser in which nothing is chosen yet begins with what the newest run used.
 async function takeOver() {
   const newest = (await get("/api/runs").catch(() => [])).find((run) => run.flags.load_model);
+  if (!newest) return; // the next page looks again
   const known = new Set(about.form.flatMap(({ fields }) => fields.map(({ flag }) => flag)));
-  const used = Object.entries(newest?.flags ?? {}).filter(([flag]) => known.has(flag) && !["proj_dir", "resume"].includes(flag));
+  const used = Object.entries(newest.flags).filter(([flag]) => known.has(flag) && !["proj_dir", "resume"].includes(flag));
   settle(Object.fromEntries(used.map(([flag, value]) => [flag, value === true ? "on" : Array.isArray(value) ? value.map(asListed).join(" ") : String(value)])));
 }
 

@@ -80,7 +80,7 @@ export async function releasePage(place, about, signal, folder) {
       const command = commands[step]();
       if (command.includes("")) throw new Error(t(command[0] === "push" ? "home.push first" : "home.first"));
       const { id } = await post("/api/jobs", { words: command });
-      showJob(result, id, signal, { done: () => {
+      showJob(result, id, signal, { open: step !== "merge" && step !== "convert", done: () => {
         if (others.length) begin(others);
         else if (step === "merge" || step === "convert") offer(step === "merge" ? merged() : command[2]);
       } });

@@ -16,7 +16,7 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
   const bar = el("progress", { "aria-label": t("runs.steps") }), buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div");
   const answers = el("div"), files = el("p", { className: "note" }), job = el("div");
   const log = el("input", { id: "log", type: "checkbox", checked: recall("log", false), onchange: () => { remember("log", log.checked); turn(); } });
-  const all = el("div", { hidden: true }, losses, folded(t("more"), el("p", { className: "note" }, t("runs.losses"))), el("div", { className: "row" }, log, el("label", { htmlFor: "log" }, t("runs.log"))));
+  const all = el("div", { hidden: true }, losses, el("p", { className: "note" }, t("runs.losses")), el("div", { className: "row" }, log, el("label", { htmlFor: "log" }, t("runs.log"))));
   const seen = el("div", { hidden: true }, answers, files), further = el("div", { hidden: true }, folded(t("runs.rates"), rates));
   place.append(el("section", { className: "run", "aria-label": folder }, el("h2", {}, folder, " ", state), now, bar, figures, buttons, error, job, all, seen, further));
   let own = { lines: [], next: 0 }, drawn = "", read = new Map(), stopping = false, shown = "";
@@ -44,7 +44,7 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
   function draw(run, lines, others) {
     const name = LOSSES.find((one) => lines.some((line) => typeof line[one] === "number")) ?? "loss", begun = lines.length > 0;
     const steps = lines.filter((line) => typeof line[name] === "number"), last = steps.at(-1) ?? {}, running = live(run), { done, steps: total } = run;
-    const held = lines.filter((line) => typeof line.val_loss === "number").at(-1), left = running && begun ? timeLeft(lines, total - done) : null;
+    const held = lines.filter((line) => typeof line.val_loss === "number").at(-1), left = running && begun && run.now.what === "steps" ? timeLeft(lines, total - done) : null;
     state.className = `state ${running ? "running" : run.state}`;
     state.textContent = t(`state.${run.state}`);
     now.textContent = stopping ? t("runs.stopping") : inWords(run, left);

@@ -59,7 +59,7 @@ export async function runsPage(place, about, signal, chosen) {
   function open() {
     const folder = chosen || runs[0]?.folder || "";
     again = () => {};
-    if (job) showJob(view, job, signal);
+    if (job) showJob(view, job, signal, { open: true });
     else if (folder) again = showRun(view, folder, signal, { compared: () => [...compared].sort() });
     else view.append(el("p", { className: "note" }, t("runs.nothing")));
   }
