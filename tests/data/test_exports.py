@@ -1,14 +1,20 @@
 """Exports of programs in which people chat become chats, by preprocess; what is not read is counted in a note."""
 
 import base64
+import io
 import json
 import re
+import zipfile
+from dataclasses import replace
 
 import pytest
 
 from data.documents import texts
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data import exports
+from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.exports import EXPORTS
+from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.sources import build_samples
 
 HI = "User: Hi?\n\nAssistant: Yes."
@@ -166,7 +172,7 @@ CASES = {
     "SillyTavern": (
         SILLY,
         "a.jsonl",
-        (),
+        ("--think", "on"),
         ["Assistant: Welcome.\n\nUser: Hi?\nAre you there?\n\nAssistant: <think>\nHm.\n</think>\nYes."],
         "1 system lines, 1 pictures",
     ),
@@ -174,7 +180,7 @@ CASES = {
         SILLY,
         "a.jsonl",
         MAX,
-        ["User: Welcome.\n\nAssistant: Hi?\nAre you there?\n\nUser: <think>\nHm.\n</think>\nYes."],
+        ["User: Welcome.\n\nAssistant: Hi?\nAre you there?\n\nUser: Yes."],
         "",
     ),
     "card 1": (json.dumps(CARD), "a.json", (), CARD_TEXTS, "3 chats"),
@@ -298,6 +304,30 @@ def test_a_damaged_file_of_an_export_gets_a_message(preprocess, name):
             preprocess(damaged(content, seed), *flags, name=file)
         except UserError as error:
             assert "Traceback" not in str(error)
+
+
+@pytest.mark.parametrize("export, file", [("WhatsApp", "chat.txt"), ("SillyTavern", "a.jsonl")])
+def test_a_file_that_is_one_dialogue_is_parsed_once(preprocess, monkeypatch, export, file):
+    (form,) = [each for each in EXPORTS if each.name.startswith(export)]
+    calls = []
+    monkeypatch.setattr(exports, "EXPORTS", [replace(form, chats=lambda row: calls.append(1) or form.chats(row))])
+    assert texts(preprocess(CASES[export][0], *MAX, name=file)) and len(calls) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cards_in_a_folder_are_read_and_other_pictures_left_out(preprocess, tmp_path, capsys, packed):
+    files = {"cards/ada.png": png(carded(b"chara", V2)), "cards/photo.png": png(), "README.md": b"x"}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, part in files.items():
+            archive.writestr(name, part)
+    path = tmp_path / "cards.zip"
+    path.write_bytes(content.getvalue())
+    if not packed:
+        zipfile.ZipFile(path).extractall(path := tmp_path / "mine")
+    assert main([str(path), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
+    assert [text for text, _ in texts(BinidxDataset(tmp_path / "out"))] == CARD_TEXTS
+    assert "left out README.md, cards/photo.png" in capsys.readouterr().out
 
 
 def test_the_guide_lists_every_export(request):

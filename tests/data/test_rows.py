@@ -1,5 +1,6 @@
 """Rows of files, folders, parquet and datasets come as they were written, or a part of them, and nothing else."""
 
+import gzip
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.layouts import read_template
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.rows import read_rows
+from rwkv_peft.data.texts import BYTES
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.plots import read_metrics
 from rwkv_peft.tools.ui.preview import preview
@@ -213,8 +215,7 @@ def test_a_link_out_of_a_folder_of_rows_is_refused(tmp_path, folder, link, targe
     given = path / "saved" if link.startswith("saved") else path
     with pytest.raises(UserError, match=OUT.replace("rows", "saved") if link.startswith("saved") else OUT):
         main([str(given), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"])
-    with pytest.raises(UserError, match="leads out of"):
-        preview({"path": str(given), "tokenizer": "bytes"})
+    assert "leads out of" in preview({"path": str(given), "tokenizer": "bytes"})["error"]
 
 
 def test_links_within_a_folder_and_to_it_are_followed(tmp_path, folder):
@@ -414,3 +415,52 @@ def test_places_outside_of_a_file_are_not_looked_at(tmp_path):
     file.write_bytes(content.replace(places, b"".join(n.to_bytes(4, "little") for n in (0, 1 << 30, 1 << 30))))
     with pytest.raises(UserError, match="not a file of Arrow, or a damaged one"):
         rows_of(folder)
+
+
+PACKED_TEXT = gzip.compress(b"One.\n***\nTwo.\n")
+
+
+@pytest.mark.parametrize(
+    "name, content, texts",
+    [
+        ("a.md", b"One.\n", True),
+        ("a.txt.gz", PACKED_TEXT, True),
+        ("big.txt", b"x" * (BYTES + 1), True),
+        ("a.jsonl", b'{"text": "x"}', False),
+    ],
+)
+def test_a_preview_takes_for_a_text_what_training_does(tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content)
+    found = preview({"path": str(tmp_path / name), "tokenizer": "bytes"})
+    assert found["texts"] == texts and sum(found["sizes"]) <= BYTES + 2
+    assert any("first 4,194,304 bytes" in note for note in found["notes"]) == (name == "big.txt")
+    assert found["offers"] == ([("document_end", "stars")] if "gz" in name else [])
+
+
+@pytest.mark.parametrize(
+    "name, content, due",
+    [
+        (
+            "a.csv",
+            "Prompt,response,n\nHi,Yes,1\n",
+            {"fields": {"Prompt": "'Hi'", "response": "'Yes'", "n": "'1'"}, "offers": []},
+        ),
+        ("a.csv", "problem,solution,answer\nHi,Yes,1\n", {"offers": [["sft_field", "problem solution"]]}),
+        ("a.jsonl", '{"prompt": "Hi", "chosen": "a", "rejected": "b"}', {"offers": [["data_type", "pairs"]]}),
+        ("a.txt", "1.1.24, 8:00 - Ada: Hi\n1.1.24, 8:01 - Bo: Yes\n", {"names": {"Ada": 1, "Bo": 1}}),
+        ("a.jsonl", '{"query": "Hi", "response": "Yes", "reasoning": "Hm hm."}', {"offers": [["sft_think", "on"]]}),
+    ],
+)
+def test_a_preview_names_what_may_be_chosen_and_each_offer_works(tmp_path, name, content, due):
+    (tmp_path / name).write_text(content)
+    asked = {"path": str(tmp_path / name), "tokenizer": "bytes"}
+    found = json.loads(json.dumps(preview(asked)))
+    for key, value in due.items():
+        assert (found[key][:1] if key == "offers" else found[key]) == value
+    for flag, value in found["offers"]:
+        again = preview(asked | {flag: value.split() if flag == "sft_field" else value})
+        assert "error" not in again and again["sizes"]
+    for person in found["names"]:
+        assert preview(asked | {"sft_as": person})["sizes"]
+    if "n" in found["fields"]:
+        assert found["taken"] == {"Prompt": "question", "response": "answer"}

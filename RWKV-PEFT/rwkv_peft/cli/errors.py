@@ -41,9 +41,14 @@ LONGEST = 4000  # of a line of a message, which may quote several
 class UserError(Exception):
     """A user's mistake: the message gives the value, the rule and the remedy. Its arguments are the message's lines,
     which may quote any file and path, and so each is shown as `in_line` makes it. It ends a command with the exit code
-    `code`. It is no ValueError, so that nothing which handles those of libraries takes it for one."""
+    `code`. It is no ValueError, so that nothing which handles those of libraries takes it for one. `offers` are flags
+    of train.py, each with its value, by which the same command goes on: the page shows them as buttons."""
 
     code = 2
+
+    def __init__(self, *lines: object, offers: Iterable[tuple[str, str]] = ()) -> None:
+        super().__init__(*lines)
+        self.offers = list(offers)
 
     def __str__(self) -> str:
         return "\n".join(in_line(without_middle(str(line))) for line in self.args)

@@ -87,6 +87,14 @@ class Columns:
             result = without(result, self.right) | {ANSWERS[question]: answer}
         return without(result, self.before, self.more, *self.choices)
 
+    @property
+    def taken(self) -> dict[str, str]:
+        """{field: its meaning}, such as question, answer, context, input and choices."""
+        parts = {self.before: CONTEXT, self.more: "input", self.right: "answer"} | dict.fromkeys(
+            self.choices, "choices"
+        )
+        return {**self.names, **{name: meaning for name, meaning in parts.items() if name}}
+
     @cached_property
     def note(self) -> str:
         """The end of a note on the fields."""

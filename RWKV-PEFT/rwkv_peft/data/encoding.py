@@ -6,10 +6,10 @@ import math
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,12 +33,13 @@ from .chat import (
     opens_thinking,
     without_parts,
 )
-from .columns import KNOWN, Columns, columns_of, is_answer_word, peeked
-from .exports import export_of, read_export, require_speaker
+from .columns import KNOWN, PEEKED, Columns, columns_of, is_answer_word, peeked
+from .exports import chats_in, export_of, require_speaker, rows_of, speakers_in
 from .fields import LISTS, UnknownForm, unread
 from .forms import ANSWER, ANSWERS, CHATS, SIDES, TURNS, label_of, loss_weight_of, refuse_compared
 from .layouts import FOREIGN_MARKS, RowLayout, Template
 from .rows import CSV_ENDINGS, TO_UTF_8, Items
+from .texts import Note
 from .tokenizer import load_tokenizer
 from .tools import TOOL_FORMS, as_list
 
@@ -118,12 +119,14 @@ class BadRows:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}  # kind -> the place of its first row, and the message
+        self.offers: list[tuple[str, str]] = []  # of those first rows, as in a UserError
 
-    def add(self, place: str, message: str) -> None:
+    def add(self, place: str, message: str, offers: Iterable[tuple[str, str]] = ()) -> None:
         kind = VARIES.sub("…", message)
         self.counts[kind] += 1
         if kind not in self.first:
             self.first[kind] = in_line(f"{place}: {message}")
+            self.offers += offers
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -162,7 +165,7 @@ class Totals:
     rows: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     readings: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
 
 @lru_cache(maxsize=4)
@@ -239,14 +242,16 @@ class Encoder:
         speaker, flag = self.settings.speaker, "--as" if self.kind == "preprocess" else "--sft_as"
         try:
             if export := export_of(rows):
-                require_speaker(rows, export, speaker, flag)
-                return KNOWN, read_export(items, export, parse, speaker, counts)
+                chats = chats_in(items, export, parse, speaker)
+                first = list(islice(chats, PEEKED)) if export.people else []
+                require_speaker(speakers_in(first), export, speaker, flag)
+                return KNOWN, rows_of(chain(first, chats), export, speaker, counts)
             if speaker:
                 raise UserError(f"{flag} {speaker}: these rows are no dialogue of people with names; leave it out")
             return columns_of(rows, self.kind, self.settings.think), items
         except UserError as error:
             remedy = self._remedy(f"{path}, row 1", error) if isinstance(error, UnknownForm) else ""
-            raise UserError(f"{path}: {error}{remedy}") from None
+            raise UserError(f"{path}: {error}{remedy}", offers=error.offers) from None
 
     def encode(self, place: str, item: object, totals: Totals, columns: Columns = KNOWN) -> Encoded | None:
         """The documents of an item of read_rows; None for one that is left out, and for a bad row, which are counted in
@@ -256,7 +261,8 @@ class Encoder:
         try:
             return self._encode(place, item, totals, columns)
         except UserError as error:
-            totals.bad.add(place, f"{error}{self._remedy(place, error) if isinstance(error, UnknownForm) else ''}")
+            remedy = self._remedy(place, error) if isinstance(error, UnknownForm) else ""
+            totals.bad.add(place, f"{error}{remedy}", error.offers)
             return None
 
     def _remedy(self, place: str, error: UnknownForm) -> str:
@@ -282,6 +288,7 @@ class Encoder:
             return None
         encode = self.tokenizer.encode
         runs = self._fitted([[(encode(text), counts) for text, counts in one] for one in documents], is_text, totals)
+        totals.counts["texts"] += is_text
         totals.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
         if not runs:
             return None

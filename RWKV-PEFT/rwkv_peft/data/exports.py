@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,12 +49,14 @@ class LeftOut(NamedTuple):
 
 
 class Said(NamedTuple):
-    """A message of somebody with a name, at `time` in seconds. role is "user" or "assistant" if the export says so."""
+    """A message of somebody with a name, at `time` in seconds. role is "user" or "assistant" if the export says so;
+    thinking is what a model thought before its words."""
 
     name: str
     words: str
     time: float = 0.0
     role: str = ""
+    thinking: str = ""
 
 
 Message = dict[str, Any] | Said | LeftOut  # a turn {role, content} if its speaker has no name
@@ -97,11 +100,8 @@ def silly_tavern(row: Row) -> Iterator[list[Message]]:
             messages.append(LeftOut(SYSTEM))
             continue
         messages += [LeftOut(MEDIA)] * any(extra.get(name) for name in ("image", "media", "file", "video"))
-        if line.get("is_user") or not extra.get("reasoning"):
-            messages.append(Said(line["name"], words, role="user" if line.get("is_user") else "assistant"))
-        else:
-            thinking = f"<think>\n{extra['reasoning'].strip()}\n</think>\n"
-            messages.append(Said(line["name"], thinking + words, role="assistant"))
+        role = "user" if line.get("is_user") else "assistant"
+        messages.append(Said(line["name"], words, role=role, thinking=extra.get("reasoning") or ""))
     yield messages
 
 
@@ -296,32 +296,44 @@ def export_of(rows: Iterable[Any]) -> Export | None:
     return next((export for export in EXPORTS if any(map(export.recognizes, rows))), None)
 
 
-def read_export(
-    items: Iterable[tuple[str, object]],
-    export: Export,
-    parse: Callable[[object], Any],
-    speaker: str,
-    counts: Counter[str],
-) -> Iterator[tuple[str, object]]:
-    """Yield the items of an export's file as rows of messages; what is left out is counted. `speaker` is the name of
-    the one whose words are learned."""
+def chats_in(
+    items: Iterable[tuple[str, object]], export: Export, parse: Callable[[object], Any], speaker: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield the items of an export's file, with a list of chats in place of each document, each its messages and its
+    turns; a row of another form, and the UserError of a damaged one, stay. `speaker` is the name of the one whose words
+    are learned."""
     for place, item in items:
         try:
             row = parse(item)
-            if not export.recognizes(row):
-                yield place, row
-                continue
             with export.reading(place):
-                chats = [(messages, turns_of(messages, speaker)) for messages in export.chats(row)]
-            for messages, turns in chats:
-                counts.update(LEFT_OUT + each.what for each in messages if isinstance(each, LeftOut))
-                if speaker and not any(turn["role"] == "assistant" for turn in turns):
-                    counts[LEFT_OUT + OTHERS_ALONE] += bool(turns)
-                elif turns:
-                    counts[CHATS_OF + export.name] += 1
-                    yield place, {"messages": turns}
+                found = export.chats(row) if export.recognizes(row) else None
+                chats: Any = row if found is None else [(chat, turns_of(chat, speaker)) for chat in found]
         except UserError as error:
-            yield place, error
+            chats = error
+        yield place, chats
+
+
+def speakers_in(items: Iterable[tuple[str, Any]]) -> Counter[tuple[str, str]]:
+    """{(name, role): messages} of those who talk in items of chats_in."""
+    chats = chain.from_iterable(item for _, item in items if isinstance(item, list))
+    return Counter((each.name, each.role) for messages, _ in chats for each in messages if isinstance(each, Said))
+
+
+def rows_of(
+    items: Iterable[tuple[str, Any]], export: Export, speaker: str, counts: Counter[str]
+) -> Iterator[tuple[str, object]]:
+    """Yield items of chats_in as rows of messages; what is left out is counted."""
+    for place, item in items:
+        if not isinstance(item, list):
+            yield place, item
+            continue
+        for messages, turns in item:
+            counts.update(LEFT_OUT + each.what for each in messages if isinstance(each, LeftOut))
+            if speaker and not any(turn["role"] == "assistant" for turn in turns):
+                counts[LEFT_OUT + OTHERS_ALONE] += bool(turns)
+            elif turns:
+                counts[CHATS_OF + export.name] += 1
+                yield place, {"messages": turns}
 
 
 def turns_of(messages: list[Message], speaker: str) -> list[dict[str, Any]]:
@@ -333,7 +345,7 @@ def turns_of(messages: list[Message], speaker: str) -> list[dict[str, Any]]:
         if isinstance(each, Said):
             role = role_of(each, speaker)
             words = f"{each.name}: {each.words}" if role == "user" and len(others) > 1 else each.words
-            each = {"role": role, "content": words}
+            each = {"role": role, "content": words} | thought(each.thinking if role == "assistant" else "")
         if isinstance(each, LeftOut) or not each["content"].strip():
             continue
         if turns and turns[-1]["role"] == each["role"] and len(each) == 2:
@@ -347,23 +359,22 @@ def role_of(said: Said, speaker: str) -> str:
     return ("assistant" if said.name == speaker else "user") if speaker else said.role
 
 
-def require_speaker(rows: Iterable[Any], export: Export, speaker: str, flag: str) -> None:
+def require_speaker(speakers: Counter[tuple[str, str]], export: Export, speaker: str, flag: str) -> None:
     """Raise UserError if a dialogue of people needs a `speaker`, or does not have this one, with all names."""
-    said = list[Said]()
-    with export.reading("it"):
-        for row in filter(export.recognizes, rows if export.people else ()):
-            said += [each for messages in export.chats(row) for each in messages if isinstance(each, Said)]
-    names = [f"{name} ({number})" for name, number in Counter(each.name for each in said).most_common()]
-    heads = {each.name for each in said if each.role == "assistant"}
-    if speaker and speaker not in {each.name for each in said}:
+    numbers = Counter[str]()
+    for (name, _), number in speakers.items():
+        numbers[name] += number
+    names = [f"{name} ({number})" for name, number in numbers.most_common()]
+    if speaker and speaker not in numbers:
         raise UserError(
             f"{flag} {speaker}: nobody has that name; "
             + (f"give one of {some(names, 20)}" if names else f"{export.name} has no names, so leave it out")
         )
-    if names and not speaker and (len(heads) != 1 or not all(each.role for each in said)):
+    heads = {name for name, role in speakers if role == "assistant"}
+    if names and not speaker and (len(heads) != 1 or not all(role for _, role in speakers)):
         raise UnknownForm(
             f"it is a dialogue of {some(names, 20)} (messages); say whose words are learned, as {flag} "
-            f"{names[0].rpartition(' (')[0]!r}, or learn all of it as a text",
+            f"{next(iter(numbers))!r}, or learn all of it as a text",
             [[WHATSAPP]] if export.fields == (WHATSAPP,) else [],
         )
 
@@ -374,8 +385,8 @@ def opens_whatsapp(text: str) -> bool:
     return sum(bool(stamp and SAID.match(stamp[9])) for stamp in stamps) > 1
 
 
-def card_in(path: Path) -> dict[str, Any]:
-    """The character card in a picture. Raises UserError for a picture without one."""
+def card_in(path: Path) -> bytes:
+    """The character card in a picture, JSON in base64; b"" for a picture without one."""
     data, texts, place = path.read_bytes(), dict[bytes, bytes](), len(PNG)
     while data.startswith(PNG) and place + 8 <= len(data):
         size = int.from_bytes(data[place : place + 4], "big")
@@ -383,7 +394,12 @@ def card_in(path: Path) -> dict[str, Any]:
             keyword, _, words = data[place + 8 : place + 8 + size].partition(b"\0")
             texts[keyword.lower()] = words
         place += size + 12  # its length, its type and its check sum
-    words = next((texts[name] for name in CARDS if name in texts), b"")
+    return next((texts[name] for name in CARDS if name in texts), b"")
+
+
+def require_card(path: Path) -> dict[str, Any]:
+    """The row of the character card in a picture. Raises UserError for a picture without one."""
+    words = card_in(path)
     if not words:
         raise UserError(
             f"{path} is a picture without a character card; those who edit or send pictures remove it, so download the "

@@ -1,7 +1,7 @@
 """The fields of a row: their values as text, and those in no document, so that no text is lost in silence."""
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..cli.errors import UserError, quoted, short, some
@@ -22,8 +22,10 @@ BEGINNING = 30  # characters of a value in a message
 class UnknownForm(UserError):
     """A row has none of the fields of any form, or those of two; `choices` are fields to name instead."""
 
-    def __init__(self, message: str, choices: Sequence[Sequence[str]] = ()) -> None:
-        super().__init__(message)
+    def __init__(
+        self, message: str, choices: Sequence[Sequence[str]] = (), offers: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(message, offers=[*offers, *(("sft_field", " ".join(names)) for names in choices)])
         self.choices = choices
 
 

@@ -296,11 +296,13 @@ def refuse_compared(row: Row, named: bool = False) -> None:
     if isinstance(label := row.get(label_field(row, ())), bool):
         raise UserError(
             f"a row has the label {str(label).lower()}, and here every answer is learned as a good one; "
-            "train.py --data_type labels learns from both kinds; rename the field if it means something else"
+            "train.py --data_type labels learns from both kinds; rename the field if it means something else",
+            offers=[("data_type", "labels")],
         )
     sides = sides_of(row)
     if sides and holds(row, *sides) and not named:
         raise UserError(
             f"a row has two answers, {' and '.join(sides)}, which train.py --data_type pairs learns from; name the "
-            "fields to learn from others alone"
+            "fields to learn from others alone",
+            offers=[("data_type", "pairs")],
         )

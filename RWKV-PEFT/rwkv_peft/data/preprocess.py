@@ -76,14 +76,16 @@ def write(
     split: str = "",
     progress: TextIO | None = None,
     drop: bool = False,
+    sample: bool = False,
 ) -> Totals:
     """Encode the inputs into a PREFIX, or by a ShardWriter -> the Totals of all rows.
 
-    progress is a stream for a progress bar, or None; drop leaves out rows that are the same as an earlier one. Raises
-    UserError if inputs cannot be read, if no document is left, and if think is "on" and no row has a thinking.
+    progress is a stream for a progress bar, or None; drop leaves out rows that are the same as an earlier one; of a
+    sample only the beginning is read. Raises UserError if inputs cannot be read, if no document is left, and if think
+    is "on" and no row has a thinking.
     """
     encode, seen, totals = encoder(settings), set[bytes](), Totals()
-    how = Reading(settings.encoding, settings.document_end, totals.notes)
+    how = Reading(settings.encoding, settings.document_end, sample, totals.notes)
     size = sum(Path(path).stat().st_size for path in inputs if Path(path).is_file())
     # a character counts as a byte of the input, which is near enough for a bar
     bar = tqdm(
@@ -120,10 +122,10 @@ def write(
 def refuse_useless(totals: Totals, documents: int, inputs: str, settings: EncodeSettings, split: str) -> None:
     """Raise UserError for bad rows that are not to be skipped, and for documents from which nothing is learned."""
     if totals.bad and not settings.skip_bad_rows:
-        raise UserError(*totals.bad.lines(), f"({SKIP})")
+        raise UserError(*totals.bad.lines(), f"({SKIP})", offers=totals.bad.offers)
     if not documents:
         why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
-        raise UserError(f"{inputs}: no document to write: {why}")
+        raise UserError(f"{inputs}: no document to write: {why}", offers=totals.bad.offers)
     if not totals.counts["counted"] and settings.command != "prompts":
         why = "; ".join(line.removeprefix("note: ") for line in laid_out(totals) + left_out(totals))
         raise UserError(f"{inputs}: no token counts in the loss, so that there is nothing to learn: {why}")

@@ -43,7 +43,7 @@ def describe(dataset: BinidxDataset, totals: Totals | None = None) -> str:
 def laid_out(totals: Totals) -> list[str]:
     """The lines on rows with thinking and without, for think "on", and notes on rows that may be mistakes."""
     counts = totals.counts
-    lines = [f"note: {note}" for note in totals.notes]
+    lines = [f"note: {note.words}" for note in totals.notes]
     lines += [f"note: read {note}; the first row: {in_line(short(text))}" for note, text in totals.readings.items()]
     chats = [f"{name} ({counted(number, 'chat')})" for name, number in under(totals, CHATS_OF)]
     if chats:
@@ -77,6 +77,16 @@ def laid_out(totals: Totals) -> list[str]:
         if count:
             lines.append(f"note: {counted(count, 'row')} {what}")
     return lines + unread_fields(totals)
+
+
+def offers(totals: Totals) -> list[tuple[str, str]]:
+    """Flags of train.py with values that would change how rows are read."""
+    thinking = any(name in THINKING for name, _ in under(totals, UNREAD))
+    return [
+        *(offer for note in totals.notes for offer in note.offers),
+        *totals.bad.offers,
+        *([("sft_think", "on")] if thinking else []),
+    ]
 
 
 def unread_fields(totals: Totals) -> list[str]:

@@ -1,5 +1,6 @@
 """Rows of files, of folders of them and datasets, one after the other; containers.py unpacks, texts.py decodes."""
 
+import codecs
 import csv
 import io
 import json
@@ -8,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, count, islice
+from itertools import chain, count, islice, product
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 from ..checkpoints.readable import choice_in, files_below, object_in, read_settings, reading, require_readable
 from ..cli.errors import UserError, short, some, summarize
 from .containers import ARCHIVES, DOCUMENTS, PACKED, SHEETS, document, kind_of, opened, packing_of, sheet, unpacked
-from .exports import LINES, WHATSAPP, card_in, opens_log, opens_whatsapp
-from .texts import Reading, documents, in_utf8
+from .exports import LINES, WHATSAPP, card_in, opens_log, opens_whatsapp, require_card
+from .texts import BYTES, ROWS, Reading, documents, in_utf8
 
 BATCH_ROWS = 1000  # of a table that are in memory at once
 ROW_BYTES = 1 << 26  # of a line, at most: a few compressed bytes may unpack to any length
@@ -78,7 +79,8 @@ def read_rows(path: str | Path, split: str = "", how: Reading | None = None) -> 
     if bounds and kind_of(path) in (*TEXTS, *DOCUMENTS) and not how.document_end:
         raise UserError(f"{path}: a {kind_of(path)} file is one document, which {split!r} does not split")
     rows = folder_rows(path, name, how) if path.is_dir() else file_rows(path, name, how)
-    yield from islice(rows, *bounds) if bounds else rows
+    rows = islice(rows, *bounds) if bounds else rows
+    yield from islice(rows, ROWS) if how.sample else rows
 
 
 def file_rows(path: Path, split: str, how: Reading) -> Items:
@@ -94,7 +96,7 @@ def file_rows(path: Path, split: str, how: Reading) -> Items:
     if kind == ".parquet":
         return numbered(path, parquet_rows(path))
     if kind == ".png":
-        return numbered(path, [card_in(path)])
+        return numbered(path, [require_card(path)])
     if kind in SHEETS:
         return numbered(path, sheet_rows(path, how))
     if kind in DOCUMENTS:
@@ -114,7 +116,11 @@ def text_rows(path: Path, kind: str, split: str, how: Reading) -> Items:
             if kind in CSV_ENDINGS:
                 yield from numbered(path, csv_rows(file, path))
             elif kind in TEXTS:
-                text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
+                content = file.read(BYTES if how.sample else -1)
+                whole = not how.sample or not file.peek(1)
+                if not whole:
+                    how.note(f"these are the first {BYTES:,} bytes of {path}")
+                text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=whole).replace("\r\n", "\n")
                 items = [{WHATSAPP: text}] if opens_whatsapp(text) else documents(text, path, how)
                 yield from numbered(path, items)
             else:
@@ -133,7 +139,8 @@ def archive_rows(path: Path, split: str, how: Reading) -> Items:
         except UserError as error:
             raise UserError(str(error).replace(str(folder), str(path))) from error
         finally:
-            how.notes[notes:] = [note.replace(str(folder), str(path)) for note in how.notes[notes:]]
+            renamed = [note._replace(words=note.words.replace(str(folder), str(path))) for note in how.notes[notes:]]
+            how.notes[notes:] = renamed
 
 
 def numbered(path: Path, items: Iterable[object], unit: str = "row") -> Items:
@@ -168,12 +175,12 @@ def note_rest(folder: Path, splits: dict[str, list[Path]], name: str, how: Readi
     """Add the notes on the splits, if none was asked for, and the files of a folder that are not read."""
     others = [other for other in splits if other != name]
     if others and name:
-        how.notes.append(f"{folder}: the split {name} is read; {', '.join(others)} may validate (--val_data {folder})")
+        how.note(f"{folder}: the split {name} is read; {', '.join(others)} may validate (--val_data {folder})")
     read = {*chain(*splits.values())}
     rest = [str(file.relative_to(folder)) for file in files_below(folder) if file not in read]
     rest = [each for each in rest if not re.search(r"(^|[\\/])\.[^\\/]*[\\/]", each)]
     if rest:
-        how.notes.append(f"{folder}: left out {some(rest, 10)}")
+        how.note(f"{folder}: left out {some(rest, 10)}")
 
 
 def parse_split(split: str) -> tuple[str, Bounds | None]:
@@ -260,7 +267,7 @@ def sheet_rows(path: Path, how: Reading) -> Iterator[dict[str, str] | UserError]
     """Yield the rows of a workbook's first sheet as csv_rows does; columns without a name are left out."""
     names, *rows = sheet(path)
     if len(names) > 1:
-        how.notes.append(f"{path}: the sheet {names[0]} is read; left out {some(names[1:], 10)}")
+        how.note(f"{path}: the sheet {names[0]} is read; left out {some(names[1:], 10)}")
     rows = [[cell_text(cell) for cell in row] for row in rows]
     head = next((place for place, row in enumerate(rows) if any(row)), 0)
     columns = [place for place, name in enumerate(rows[head] if rows else []) if name]
@@ -403,8 +410,8 @@ def saved_splits(folder: Path) -> list[str]:
 
 def row_files(folder: Path) -> dict[str, list[Path]]:
     """The {split: files} of a folder: its files of rows or, if it has none, those of the one folder in it that has
-    some, or of folders named as splits; else all texts and documents below it, or all .json files; {} if there are
-    none. Files without one of WORDS in their names are of the split train, as are texts.
+    some, or of folders named as splits; else all texts and documents below it, or all .json files and characters'
+    cards; {} if there are none. Files without one of WORDS in their names are of the split train, as are texts.
 
     Raises UserError for files of several kinds, for several such folders, and for a link out of the folder."""
     found, place = files_in(folder), folder
@@ -424,9 +431,11 @@ def row_files(folder: Path) -> dict[str, list[Path]]:
     for path in found:
         words = re.split("[^a-z]+", str(path.relative_to(place)).lower())
         splits.setdefault(next((WORDS[word] for word in words if word in WORDS), TRAIN), []).append(path)
-    for endings in ((*TEXTS, *DOCUMENTS), (".json",)):
-        if not splits and (texts := [path for path in every_file(folder) if kind_of(path) in endings]):
-            splits[TRAIN] = [path for path in texts if not ABOUT.match(path.name.lower())] or texts
+    for about, endings in product((False, True), ((*TEXTS, *DOCUMENTS), (".json", ".png"))):
+        files = (path for path in every_file(folder) if not splits and kind_of(path) in endings)
+        files = (path for path in files if about or not ABOUT.match(path.name.lower()))
+        if texts := [path for path in files if kind_of(path) != ".png" or card_in(path)]:
+            splits[TRAIN] = texts
     for path in sum(splits.values(), []):
         require_within(folder, path)
     return splits

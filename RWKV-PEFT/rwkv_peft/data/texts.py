@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from ..cli.errors import UserError, in_line, quoted
 from ..cli.names import DOCUMENT_ENDS
@@ -21,6 +22,7 @@ MARKS = (  # byte order marks, the longer ones first
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 GUESSED = 1 << 16  # bytes by which an encoding is guessed
+ROWS, BYTES = 2000, 4 << 20  # of a sample
 ENDS = MappingProxyType(
     dict(zip(DOCUMENT_ENDS, (r"<\|endoftext\|>", r"^[ \t]*(?:\*[ \t]*){3,}$", r"^---+[ \t]*$"), strict=True))
 )
@@ -30,11 +32,22 @@ SHOWN = MappingProxyType(dict(zip(ENDS, ("<|endoftext|>", "a line of ***", "a li
 @dataclass(frozen=True)
 class Reading:
     """How files are read: the encoding of texts ("": found), the mark of DOCUMENT_ENDS at which a text is cut, and the
-    notes on what was found, which readers add to."""
+    notes on what was found, which readers add to. A `sample` is the beginning alone: ROWS rows, BYTES of a text."""
 
     encoding: str = ""
     document_end: str = ""
-    notes: list[str] = field(default_factory=list, compare=False)
+    sample: bool = False
+    notes: list["Note"] = field(default_factory=list, compare=False)
+
+    def note(self, words: str, *offers: tuple[str, str]) -> None:
+        self.notes.append(Note(words, offers))
+
+
+class Note(NamedTuple):
+    """A line on what was read, and flags of train.py with values that would change it."""
+
+    words: str
+    offers: tuple[tuple[str, str], ...] = ()
 
 
 def in_utf8(file: io.BufferedReader, path: Path, how: Reading, by_line: bool = False) -> io.BufferedReader:
@@ -50,7 +63,7 @@ def in_utf8(file: io.BufferedReader, path: Path, how: Reading, by_line: bool = F
                 return file
             raise
         shown = in_line(quoted(start[:GUESSED].decode(encoding, "replace").partition("\n")[0]))
-        how.notes.append(f"{path} is read as {encoding}; its first line: {shown}; --encoding names another")
+        how.note(f"{path} is read as {encoding}; its first line: {shown}; --encoding names another")
     return buffered(recoded(file, encoding, path)) if encoding not in ("", "utf-8") else file
 
 
@@ -101,8 +114,9 @@ def documents(text: str, path: Path, how: Reading) -> list[str]:
         return [part.strip() + "\n" for part in parts if part.strip()]
     for name, mark in ENDS.items():
         if number := len(re.findall(mark, text, re.MULTILINE)):
-            how.notes.append(
+            how.note(
                 f"{path} is one document, and holds {SHOWN[name]} {counted(number, 'time')}; --document_end {name} "
-                "makes a document of each part"
+                "makes a document of each part",
+                ("document_end", name),
             )
     return [text]

@@ -216,7 +216,7 @@ def test_a_preview_reads_named_columns_a_folder_and_the_start_of_a_text(server, 
     asked = {"path": "表 格.csv", "tokenizer": "bytes"}
     status, text = server.ask("/api/preview", asked)
     assert status == 400 and "name yours, as --sft_field QUESTION ANSWER" in text
-    found = server.json("/api/preview", asked | {"fields": ["甲", "乙"]})
+    found = server.json("/api/preview", asked | {"sft_field": ["甲", "乙"]})
     assert found["documents"][0]["turns"][1]["pieces"] == [[" 一<end>", True]]
     (folder / "texts").mkdir()
     for name in "ab":

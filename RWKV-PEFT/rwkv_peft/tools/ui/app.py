@@ -1,5 +1,6 @@
 """The page's server: its files, and their requests, answered as JSON."""
 
+import argparse
 import json
 import mimetypes
 import os
@@ -18,9 +19,10 @@ from ... import __version__
 from ...checkpoints.lock import LOCK
 from ...children import python_command
 from ...cli.errors import UserError, visible
-from ...cli.names import CARD, GGUF_TYPES, METRICS
+from ...cli.names import CARD, DOCUMENT_ENDS, GGUF_TYPES, METRICS
+from ...cli.parser import codec
 from ...data.chat import THINK
-from ...inference.serve.web import Gate, new_app
+from ...inference.serve.web import Body, Gate, new_app
 from ...inference.settings import Sampling
 from .. import demo
 from ..download import MIRROR, REPOSITORY, SIZES
@@ -52,6 +54,14 @@ def word(text: str) -> str:
     return text
 
 
+def encoding(text: str) -> str:
+    """The name of an encoding of texts. Raises ValueError for any other text."""
+    try:
+        return codec(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
+
+
 Word = Annotated[str, AfterValidator(word)]
 Place = Annotated[int, Query(ge=0, lt=1 << 63)]  # in a file
 
@@ -68,7 +78,11 @@ class Rows(BaseModel):
     path: Word
     tokenizer: Word = "world"
     data_type: Word = "sft"
-    fields: list[Word] = []
+    sft_field: list[Word] = []
+    sft_as: Word = ""
+    sft_think: Literal["", "on", "off"] = ""
+    encoding: Annotated[str, AfterValidator(encoding)] = ""
+    document_end: Annotated[str, Field(pattern=f"^({'|'.join(DOCUMENT_ENDS)})?$")] = ""
 
 
 class RowTurn(BaseModel):
@@ -170,16 +184,16 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
         return FileResponse(found, media_type="application/octet-stream", filename=found.name)
 
     @app.post("/api/preview")
-    def preview(rows: Rows) -> dict[str, Any]:
+    def preview(rows: Rows) -> Response:
         path = places.name(places.path(rows.path))  # messages name the file as the page does
         _, text = finished("rwkv_peft.tools.ui.preview", json.dumps(rows.model_dump() | {"path": path}))
         try:
             found = json.loads(text.splitlines()[-1])
         except (ValueError, IndexError):
             raise UserError(*f"{rows.path} could not be read: {text[-500:] or 'no answer'}".splitlines()) from None
-        if "error" in found:
-            raise UserError(*str(found["error"]).split("\n"))
-        return dict(found)
+        if "error" in found:  # beside what the page offers to read the file otherwise
+            return Body(found | {"error": {"message": visible(str(found["error"]))}}, 400)
+        return Body(found)
 
     @app.get("/api/rows")
     def rows(path: str = MINE) -> dict[str, Any]:

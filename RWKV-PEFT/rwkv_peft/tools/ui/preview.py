@@ -3,12 +3,12 @@
 python -m rwkv_peft.tools.ui.preview '{"path": …, "tokenizer": …}'
 """
 
-import codecs
 import json
 import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -17,63 +17,63 @@ from typing import Any
 import numpy as np
 
 from ...cli.errors import UserError
-from ...config import DATA_TYPES, OF_ROWS
+from ...config import OF_ROWS, DataConfig
 from ...data.binidx import BinidxDataset
 from ...data.chat import KNOWN, TURN_END
-from ...data.encoding import EncodeSettings, encoder
+from ...data.encoding import EncodeSettings, Totals, encoder
+from ...data.overview import overview
 from ...data.preprocess import write
-from ...data.report import counted_in, fitting, laid_out, left_out, pieces
-from ...data.rows import TRAIN, is_saved, row_files
+from ...data.report import counted_in, fitting, laid_out, left_out, offers, pieces
+from ...data.sources import settings_of
+from ...data.texts import ROWS
 
-ROWS = 2000  # rows that are read, from the start
-SPLIT = f"[:{ROWS}]"
-BYTES = 4 << 20  # of a text that are read
+FLAGS = ("data_type", "tokenizer", "sft_field", "sft_as", "sft_think", "encoding", "document_end")  # that may be given
 SHOWN = 3  # documents that are shown as text
 NAMES = "|".join(name for openings, last in KNOWN for name in (*openings, last))
 SPEAKER = re.compile(rf"(?:\A|{TURN_END})({NAMES})")
 
 
 def preview(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokenize the first ROWS rows of a file or folder as a run with the same settings does: path, tokenizer,
-    data_type, fields.
+    """Tokenize the beginning of a file or folder as a run with the same settings does: path, and flags of FLAGS.
 
-    -> sizes: tokens of each document; counted: tokens that count in the loss; notes: on rows that may be mistakes or
-    were left out; texts: True if a run cuts long texts into several rows; ctx_len: tokens that most rows fit in;
-    documents: the first as [{"tokens", "learned", "turns"}]. Raises UserError if no row can be read."""
-    path, data_type = options["path"], options.get("data_type") or "sft"
-    if data_type not in OF_ROWS:
-        raise UserError(f"--data_type {data_type}: one of {', '.join(OF_ROWS)}")
-    fields = tuple(options.get("fields") or ())
-    DATA_TYPES[data_type].check_fields(fields)
-    settings = EncodeSettings(
-        options.get("tokenizer") or "world",
-        fields=fields,
-        skip_bad_rows=True,
-        command="train" if data_type == "sft" else data_type,
-        end_token=data_type != "prompts",
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        is_text = path.endswith(".txt")
-        begin = beginning(Path(path), Path(folder)) if is_text else Path(path)
-        totals = write([begin], f"{folder}/data", settings, split="" if is_text else SPLIT)
-        data = BinidxDataset(f"{folder}/data")
-        tokenizer, documents = encoder(settings).tokenizer, []
-        for index in range(min(SHOWN, len(data))):
-            tokens, counted = data[index], counted_in(data, index)
-            turns = turns_of(pieces(tokens, counted, tokenizer))
-            documents.append({"tokens": len(tokens), "learned": int(counted.sum()), "turns": turns})
-        return {
-            "rows": ROWS,
-            "sizes": np.asarray(data.sizes).tolist(),
-            "ctx_len": fitting(np.asarray(data.sizes)),
-            "counted": int(np.count_nonzero(data.mask)) if data.mask is not None else int(sum(data.sizes)),
-            "notes": [f"These are the first {BYTES:,} bytes of the text."] * (begin != Path(path))
-            + laid_out(totals)
-            + left_out(totals),
-            "bad": totals.bad.counts.total(),
-            "texts": is_text or is_folder_of_texts(Path(path)),
-            "documents": documents,
-        }
+    -> fields, taken, names: its Overview; offers: flags and values that would change how it is read; and, unless no row
+    can be read, which is the `error`: sizes: tokens of each document; counted: tokens that count in the loss; notes: on
+    rows that may be mistakes or were left out; texts: True if a run cuts long texts into several rows; ctx_len: tokens
+    that most rows fit in; documents: the first as [{"tokens", "learned", "turns"}]."""
+    path, given = options["path"], {name: options[name] for name in FLAGS if options.get(name)}
+    try:
+        if (data_type := given.pop("data_type", "sft")) not in OF_ROWS:
+            raise UserError(f"--data_type {data_type}: one of {', '.join(OF_ROWS)}")
+        given["sft_field"] = tuple(given.get("sft_field", ()))
+        config = DataConfig(path, data_type=data_type, **given)
+        settings = replace(settings_of(config), skip_bad_rows=True, max_tokens=0)
+    except UserError as error:
+        return {"error": str(error)}
+    about = asdict(overview(Path(path), settings))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            totals = write([path], f"{folder}/data", settings, sample=True)
+            return about | {"offers": offers(totals)} | shown(BinidxDataset(f"{folder}/data"), totals, settings)
+    except UserError as error:
+        return about | {"offers": error.offers, "error": str(error)}
+
+
+def shown(data: BinidxDataset, totals: Totals, settings: EncodeSettings) -> dict[str, Any]:
+    tokenizer, documents = encoder(settings).tokenizer, []
+    for index in range(min(SHOWN, len(data))):
+        tokens, counted = data[index], counted_in(data, index)
+        turns = turns_of(pieces(tokens, counted, tokenizer))
+        documents.append({"tokens": len(tokens), "learned": int(counted.sum()), "turns": turns})
+    return {
+        "rows": ROWS,
+        "sizes": np.asarray(data.sizes).tolist(),
+        "ctx_len": fitting(np.asarray(data.sizes)),
+        "counted": int(np.count_nonzero(data.mask)) if data.mask is not None else int(sum(data.sizes)),
+        "notes": laid_out(totals) + left_out(totals),
+        "bad": totals.bad.counts.total(),
+        "texts": totals.counts["texts"] > 0,
+        "documents": documents,
+    }
 
 
 def turns_of(found: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
@@ -95,31 +95,8 @@ def joined(letters: Iterable[tuple[str, bool]]) -> list[tuple[str, bool]]:
     return [("".join(map(itemgetter(0), run)), counts) for counts, run in groupby(letters, key=itemgetter(1))]
 
 
-def is_folder_of_texts(path: Path) -> bool:
-    files = row_files(path) if path.is_dir() and not is_saved(path) else {}
-    return any(file.suffix == ".txt" for file in files.get(TRAIN, []))
-
-
-def beginning(path: Path, folder: Path) -> Path:
-    """A copy of a text's first BYTES in `folder`, or the text itself if it is no longer, or not UTF-8."""
-    with open(path, "rb") as file:
-        data, more = file.read(BYTES), file.read(1)
-    if not more:
-        return path
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data)
-    except UnicodeDecodeError:
-        return path
-    copy = folder / "text.txt"
-    copy.write_text(text, "utf-8", newline="")
-    return copy
-
-
 def main(argv: list[str]) -> int:
-    try:
-        print(json.dumps(preview(json.loads(argv[0]))))
-    except UserError as error:
-        print(json.dumps({"error": str(error).replace(f" within {SPLIT}", "")}))
+    print(json.dumps(preview(json.loads(argv[0]))))
     return 0
 
 

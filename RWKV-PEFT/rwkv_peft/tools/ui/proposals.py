@@ -8,14 +8,13 @@ from typing import Any
 
 from ...checkpoints.pth_header import read_header
 from ...cli.names import METRICS, RUN, generation
-from ...data.containers import SHEETS, packing_of
-from ...data.rows import CSV_ENDINGS, JSON_ENDINGS
+from ...data.containers import SHEETS, kind_of, packing_of
+from ...data.rows import IN_FOLDERS
 from ..plan.command import dimensions_of
 from .files import Places, is_plain, objects, read, walk
 
 MOST = 30  # of each kind
-# files that are mostly rows, unlike pages and archives, which may be chosen
-ENDINGS = (*JSON_ENDINGS, *CSV_ENDINGS, ".txt", ".parquet", *SHEETS)
+KINDS = (*IN_FOLDERS, ".json", ".txt")  # of files that are mostly rows, unlike pages and archives, which may be chosen
 BEGINNING = 1 << 16  # bytes of a file of rows that are looked at
 BYTES = 257  # tokens of the byte vocabulary
 
@@ -55,7 +54,7 @@ def model_of(path: Path, size: int, changed: int) -> tuple[dict[str, Any], ...]:
 
 def holds_rows(path: Path) -> bool:
     """True for a file that is named as rows are; a .json is one if it begins a list, as settings do not."""
-    return path.name.endswith(ENDINGS) and (path.suffix != ".json" or read(path, 100).lstrip()[:1] == b"[")
+    return kind_of(path) in KINDS and (path.suffix != ".json" or read(path, 100).lstrip()[:1] == b"[")
 
 
 def is_sound(path: Path) -> bool:

@@ -57,7 +57,7 @@ export async function dataPage(place, about, signal) {
     result.replaceChildren(t("rows.reading"));
     try {
       if (!asked.path) throw new Error(t("rows.first"));
-      const answer = await post("/api/preview", { path: asked.path, tokenizer: asked.tokenizer || "world", data_type: asked.data_type || "sft", fields: listed(asked.sft_field) });
+      const answer = await post("/api/preview", { path: asked.path, tokenizer: asked.tokenizer || "world", data_type: asked.data_type || "sft", sft_field: listed(asked.sft_field) });
       if (mine !== looking) return;
       draw(found = answer);
       if (answer.texts && asked.path.endsWith(".txt")) {
