@@ -10,6 +10,7 @@ the manifest in the archive; D is bfloat16 or float16. Its checkpoints' training
 says `tensor_source: master`, and D is the float32 master.
 """
 
+import hashlib
 import json
 import reprlib
 import zipfile
@@ -21,18 +22,22 @@ import torch
 
 from ..adapters.methods import METHODS, adapter_parameter, by_hf_name
 from ..cli.errors import UserError, quoted, short
-from ..cli.names import NONE, is_finite, is_whole
+from ..cli.names import NONE, all_finite, is_finite, is_whole
 from ..models import official_key
 from .adapter_file import Adapter, AdapterMetadata, Origin, target_names
 from .atomic import atomic_write
+from .base import Base
+from .digest import sha256_of
 from .readable import choice_in, read_settings, reading, require_readable
-from .tensors import read_safetensors, read_tensors, records_of, save_safetensors
+from .tensors import ROOT, chunks, dtype_name, read_safetensors, read_tensors, records_of, save_pth, save_safetensors
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 HF_PREFIX = "base_model.model."
 MANIFEST, WEIGHTS = "adapter.json", "adapter.pth"  # of rwkv_lightning_cuda, with its form
 EMBEDDED, MOST_MANIFEST = "miss.json", 8 << 20  # the same manifest in a .pth, and the most bytes that it may have
 FORM = (("format_version", 1), ("method", "miss"), ("kind", "inference_adapter"), ("layout", "modulo_rank_zero_pad"))
+SERVED = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # the layers that it adapts
+MOST_RANK = 1024
 # settings of peft's LoRA with which a layer's change is not B A times one scale for all layers and tokens
 NO_PLAIN_LORA = (
     "use_dora lora_bias rank_pattern alpha_pattern layer_replication fan_in_fan_out alora_invocation_tokens use_qalora "
@@ -238,3 +243,66 @@ def _embedded(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise UserError(f"{path}: its {EMBEDDED} holds no settings; copy it again")
     return manifest
+
+
+def write_lightning(path: Path, adapter: Adapter, base: Base) -> str:
+    """Write a bone Adapter that fits a base's file as rwkv_lightning_cuda's adapter-final.pth -> the dtype of D.
+
+    D stays bfloat16 if all its tensors are, else it is rounded to float16, in which its runtime computes. Its loader
+    compares two digests: base_fingerprint, the SHA-256 of the base's file, and content_version, that of the manifest
+    without it and of D's bytes, in the manifest's order. It digests the manifest as jsoncpp writes it: sorted keys, no
+    blanks. jsoncpp writes fractions in a form of its own, so alpha and scale are whole.
+    """
+    metadata, modules, whole = adapter.metadata, adapter.modules(), adapter.whole()
+    if metadata.variant != "bone" or whole or metadata.quant != "none":
+        raise UserError(
+            "rwkv_lightning_cuda serves bone on a base as it is, and this adapter is "
+            f"{metadata.variant}, of quant {metadata.quant}, with {len(whole)} tensors trained whole; merge it with "
+            "merge_bone.py"
+        )
+    strangers = [module for module in modules if ".".join(module.split(".")[2:]) not in SERVED]
+    if strangers or base.family.version != "x070" or metadata.rank > MOST_RANK:
+        raise UserError(
+            f"rwkv_lightning_cuda adapts {', '.join(SERVED)} of an RWKV-7 at ranks up to {MOST_RANK}, and this is of "
+            f"rank {metadata.rank} and adapts {', '.join(target_names(strangers or modules))} of an "
+            f"{base.family.name}; merge it with merge_bone.py"
+        )
+    if not Path(base.path).is_file():
+        raise UserError(f"{base.path}: rwkv_lightning_cuda compares the base's file; give the .pth that it serves")
+    kinds = {params["bone"].dtype for params in modules.values()}
+    dtype = torch.bfloat16 if kinds == {torch.bfloat16} else torch.float16
+    factors = {f"{module}.weight.D": params["bone"].t().to(dtype) for module, params in modules.items()}  # (out, rank)
+    if not all(map(all_finite, factors.values())):
+        raise UserError("it holds values beyond float16, in which rwkv_lightning_cuda computes; merge it instead")
+    targets = [
+        {
+            "name": key,
+            "layer": int(key.split(".")[1]),
+            "target": ".".join(key.split(".")[2:-1]),
+            "in_features": base.tensors[key.removesuffix(".D")].shape[1],
+            "shape": list(factor.shape),
+        }
+        for key, factor in factors.items()
+    ]
+    manifest = dict(FORM) | {
+        "dtype": dtype_name(dtype),
+        "rank": metadata.rank,
+        "alpha": metadata.rank,
+        "scale": 1,
+        "base_fingerprint": sha256_of(Path(base.path)),
+        "targets": targets,
+    }
+    digest = hashlib.sha256(_jsoncpp(manifest))
+    for factor in factors.values():
+        for chunk in chunks(factor):
+            digest.update(chunk)
+    with atomic_write(path) as temporary:
+        save_pth(temporary, factors)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            record = zipfile.ZipInfo(f"{ROOT}/{EMBEDDED}")  # its default date keeps the bytes of a file reproducible
+            archive.writestr(record, _jsoncpp(manifest | {"content_version": digest.hexdigest()}))
+    return dtype_name(dtype)
+
+
+def _jsoncpp(settings: Mapping[str, Any]) -> bytes:
+    return json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()

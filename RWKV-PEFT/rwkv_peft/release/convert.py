@@ -2,7 +2,7 @@
 
 INPUT's content and OUTPUT's ending choose the conversion: models and states by the table of formats.py, and with --to
 hf or fla to a folder of transformers or flash-linear-attention; adapters to RWKV-PEFT's .pth and ours, with --to lora
-to plain LoRA (lora.py).
+to plain LoRA (lora.py), with --to lightning to rwkv_lightning_cuda's .pth.
 """
 
 import argparse
@@ -13,7 +13,14 @@ import torch
 
 from ..adapters.methods import adapter_parameter
 from ..checkpoints.adapter_file import METADATA_KEY, AdapterMetadata, save_adapter
-from ..checkpoints.adapter_folders import CONFIG, TENSORS, is_adapter_folder, is_lightning, write_lora_folder
+from ..checkpoints.adapter_folders import (
+    CONFIG,
+    TENSORS,
+    is_adapter_folder,
+    is_lightning,
+    write_lightning,
+    write_lora_folder,
+)
 from ..checkpoints.adapters import product_of_run, source_of
 from ..checkpoints.atomic import atomic_write, check_output
 from ..checkpoints.base import base_of, open_base
@@ -24,10 +31,12 @@ from ..cli.errors import UserError, short, some
 from ..cli.parser import counted
 from ..data.recorded import chat_beside, find_tokenizer, recorded_beside
 from ..models.state import check_time_states, is_time_state, split_time_states
+from .compatibility import check_fit
 from .flags import convert_flags
 from .formats import FLA, FOLDER, GGUF_TYPE, HF, Wanted, cast, describe, format_of, write_gguf_lora
 from .lora import describe_errors, lora_form
 
+LIGHTNING = "lightning"  # a value of --to
 FOREIGN = "model.layers."  # the prefix of the blocks' keys in transformers' models
 
 
@@ -114,6 +123,16 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
     if args.to and base is not None:
         metadata.require_base(source, base, "give its own base as --base_model")
     ending, remark = args.ending, ""
+    if args.to == LIGHTNING:
+        if base is None or ending != ".pth":
+            raise UserError(
+                f"--to {LIGHTNING} writes a .pth that names its base's file by digest: give --base_model, and a name "
+                f"that ends in .pth for {target}"
+            )
+        check_fit(source, adapter, base)
+        kind = write_lightning(target, adapter, base)
+        layers = counted(len(adapter.modules()), "layer")
+        return [f"{target}: D of {layers} in {kind}; rwkv_lightning_cuda serves it on {base.path} alone"]
     if args.to:
         adapter, errors = lora_form(adapter, tensors, args.lora_rank)
         assert metadata.method is not None  # lora_form needed it

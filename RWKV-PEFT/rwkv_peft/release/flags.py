@@ -192,9 +192,10 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     )
     add(
         "--to",
-        choices=("lora", "hf", "fla"),
+        choices=("lora", "lightning", "hf", "fla"),
         help="lora: write an adapter as plain LoRA, into a folder (Hugging Face peft), .gguf (llama.cpp), .pth "
         "(RWKV-PEFT) or .safetensors; bone exactly, bat-in by its largest singular values, and print the error; "
+        "lightning: write bone as the .pth that rwkv_lightning_cuda serves on its --base_model; "
         "hf: write a model into a folder of transformers; fla: write an RWKV-7 into one as flash-linear-attention "
         "has it",
     )
