@@ -8,6 +8,7 @@ import pytest
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.checkpoints.state_file import read_states
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.release.convert import main as convert
 from rwkv_peft.tools.study.command import MOST, Likelihood, cut, read_document, verdict
 from rwkv_peft.tools.study.flags import ASK, parse_flags
 from training.runs import ROOT, finish, start
@@ -20,8 +21,8 @@ GIVEN = ("--load_model", str(BASE), "--output", "out")
 
 @pytest.fixture
 def study(tmp_path):
-    def run(*words, code=0):
-        of_base = ("--load_model", BASE, "--tokenizer", "bytes", "--precision", "fp32", "--accelerator", "cpu")
+    def run(*words, code=0, base=BASE):
+        of_base = ("--load_model", base, "--tokenizer", "bytes", "--precision", "fp32", "--accelerator", "cpu")
         argv = [sys.executable, CHILDREN, "rwkv_peft", "study", *words, *of_base, "--answer_rows", 0, "--micro_bsz", 4]
         return finish(start([str(word) for word in argv]), code)
 
@@ -48,11 +49,13 @@ def test_a_document_is_asked_about_and_learned(tmp_path, study):
     read_states(tmp_path / "out").check_base(open_base(BASE))
     _, err = study(tmp_path / "text.txt", "--output", tmp_path / "out", *draws, code=2)
     assert "--resume" in err, err
-    # a person's own questions, and an adapter; nothing is learned at a rate of 0
+    # a person's own questions, and an adapter, on the base in a Hugging Face folder; nothing is learned at a rate of 0
+    assert convert([str(BASE), str(tmp_path / "hf"), "--to", "hf", "--tokenizer", "bytes"]) == 0
     lines = [json.dumps({"context": TEXT.split("\n")[0], "question": f"{i}?", "answer": "3"}) for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     of_rows = ("--rows", tmp_path / "rows.jsonl", "--output", tmp_path / "again", "--epoch_count", 1)
-    out, _ = study(*of_rows, "--peft", "bone", "--bone_r", 16, "--lr_init", 1e-12, "--lr_final", 1e-12)
+    rates = ("--lr_init", 1e-12, "--lr_final", 1e-12)
+    out, _ = study(*of_rows, "--peft", "bone", "--bone_r", 16, *rates, base=tmp_path / "hf")
     assert "nothing was learned: without the text the answers are no likelier than before; raise" in out
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.cpp_extension import _get_build_directory
 
 from rwkv_peft.checkpoints.base import open_base
@@ -146,6 +146,20 @@ def test_a_new_run_continues_from_an_adapter(files, train, one_process):
     lines = metrics(files, "again")
     assert [line["step"] for line in lines] == [8, 9, 10, 11]
     assert lines[0]["loss"] < metrics(files, "one")[0]["loss"]
+
+
+def test_a_base_in_a_hugging_face_folder_trains_and_merges_as_its_pth(files, train, one_process):
+    base, folder = open_base(files / "base.pth"), files / "hf"
+    folder.mkdir()
+    save_file(base.family.hf_tensors(base.tensors), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(base.family.hf_settings(base.config)))
+    train("of-folder", "--load_model", str(folder), "--precision", "fp32", "--micro_bsz", "4")
+    adapters = [load_file(files / run / "adapter.safetensors") for run in ("one", "of-folder")]
+    assert all(torch.equal(adapters[1][key], tensor) for key, tensor in adapters[0].items())
+    for model in (folder, files / "base.pth"):
+        argv = ["--model", model, "--adapter", files / "of-folder", "--output", files / f"merged-{model.name}.pth"]
+        assert merge([str(word) for word in argv]) == 0
+    assert (files / "merged-hf.pth").read_bytes() == (files / "merged-base.pth.pth").read_bytes()
 
 
 METHODS = {

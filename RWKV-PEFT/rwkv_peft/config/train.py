@@ -263,10 +263,10 @@ class ModelSettings:
 
     load_model: str = setting(
         "",
-        "base checkpoint; dimensions are read from it. Empty: a new model from --n_layer, --n_embd, --vocab_size "
-        "(needs --peft none)",
+        "base: a .pth, or the folder of a Hugging Face model; dimensions are read from it. Empty: a new model from "
+        "--n_layer, --n_embd, --vocab_size (needs --peft none)",
         aliases=("model",),
-        metavar="PTH",
+        metavar="MODEL",
     )
 
 

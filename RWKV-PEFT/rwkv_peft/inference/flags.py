@@ -123,7 +123,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a model, its adapters and state, and of how it runs, the same for every command that runs
     one."""
     add = parser.add_argument
-    add("--model", required=True, metavar="PTH", help="an RWKV model, or its folder from Hugging Face")
+    add("--model", required=True, metavar="MODEL", help="an RWKV model, or its folder from Hugging Face")
     add(
         "--adapter",
         action=ScaledFiles,

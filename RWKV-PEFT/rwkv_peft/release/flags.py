@@ -60,7 +60,7 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         "dtypes, which any RWKV runtime loads.",
     )
     add = parser.add_argument
-    add(*BASE_FLAGS, required=True, metavar="PTH", help="the model that the adapter was trained on")
+    add(*BASE_FLAGS, required=True, metavar="MODEL", help="the .pth or folder that the adapter was trained on")
     add(
         *ADAPTER_FLAGS,
         "--state",
@@ -117,7 +117,7 @@ def check_flags(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--merged", required=True, metavar="PTH", help="the model to check")
-    add(*BASE_FLAGS, metavar="PTH", help="the base of the merge")
+    add(*BASE_FLAGS, metavar="MODEL", help="the base of the merge")
     add(
         *ADAPTER_FLAGS,
         action=ScaledFiles,
@@ -209,7 +209,7 @@ def convert_flags(argv: list[str]) -> argparse.Namespace:
     add_source_flags(parser)
     add(
         *BASE_FLAGS,
-        metavar="PTH",
+        metavar="MODEL",
         help="base of an adapter; its shapes may decide the variant, and the width of bone-mini in RWKV-PEFT's form",
     )
     return parser.parse_args(argv)

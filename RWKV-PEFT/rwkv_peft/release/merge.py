@@ -67,10 +67,12 @@ def main(argv: list[str]) -> int:
         check_fingerprints(base, adapters)
     check_state_flag(args, merge)
     print_head(args, base, adapters, merge)
-    del base  # its pages would stay resident
+    # a .pth is read again, band by band: the pages that base maps would stay resident
+    pairs = base.tensors.items() if Path(args.base_model).is_dir() else stream_tensors(args.base_model)
+    del base
     keep_freed_memory()  # bands are computed in temporaries of the same few sizes
     changes: list[TensorChange] = []
-    bands = merge.bands(stream_tensors(args.base_model), changes.append)
+    bands = merge.bands(pairs, changes.append)
     if args.dry_run:
         for _ in bands:
             pass

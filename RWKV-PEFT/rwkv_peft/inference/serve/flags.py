@@ -60,7 +60,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add: Callable[..., object] = parser.add_argument
-    add("--model", required=True, metavar="PTH", help="an RWKV model, or its folder from Hugging Face")
+    add("--model", required=True, metavar="MODEL", help="an RWKV model, or its folder from Hugging Face")
     add("--name", type=model_name, help="its name in requests (default: the file's name without its ending)")
     for kind in ("adapter", "state"):
         text = f"{kind}s, each a model by its name (default: the file's)"

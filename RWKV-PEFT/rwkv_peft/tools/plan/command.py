@@ -56,7 +56,7 @@ def parse_flags(argv: list[str]) -> Flags:
     """argv -> Flags of train.py, with --data_file optional, and --gpu. Raises UserError for flags that are
     mistaken or contradict each other."""
     parser = build_parser()
-    parser.prog, parser.usage = PROG, f"{PROG} [--load_model PTH] [--gpu SIZE] [flags of train.py]"
+    parser.prog, parser.usage = PROG, f"{PROG} [--load_model MODEL] [--gpu SIZE] [flags of train.py]"
     parser.description = (
         "Print how much memory and disk a run takes, before it begins. Only the header of --load_model is read; "
         "without it the model is that of --n_layer, --n_embd and --vocab_size. Exit code 1 if the run does not fit."

@@ -74,12 +74,12 @@ def build_parser() -> Parser:
     parser = Parser(
         prog=PROG,
         rules=RULES,
-        usage=f"{PROG} [DOCUMENT] --load_model PTH --output DIR [flags] [flags of train.py]",
+        usage=f"{PROG} [DOCUMENT] --load_model MODEL --output DIR [flags] [flags of train.py]",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--load_model", "--model", required=True, metavar="PTH", help="the base model, which reads and learns")
+    add("--load_model", "--model", required=True, metavar="MODEL", help="the base, a .pth or a folder")
     add("--output", required=True, metavar="DIR", help="folder of the run: questions, state or adapter, figures")
     add("--rows", default="", metavar="FILE", help="learn from these questions instead of drawing any from a DOCUMENT")
     add(

@@ -65,7 +65,7 @@ def build_parser() -> Parser:
     names = " or ".join(map(generation, versions))
     parser = Parser(
         prog="train.py",
-        usage="train.py --load_model PTH --data_file PREFIX [flags]",
+        usage="train.py --load_model MODEL --data_file PREFIX [flags]",
         formatter_class=HelpFormatter,
         synonyms=SYNONYMS,
         values=VALUES,
