@@ -61,32 +61,64 @@ BODIES = {
         | {"tools": [TOOL], "penalty_decay": 0.996, "user_name": "User", "assistant_name": "Assistant"}
         | {"presystem": True, **PENALTIES},
     ),
+    "Cherry Studio, a thinking budget": (
+        CHAT,
+        {"model": "base", "messages": TURNS, "temperature": 0.7, "top_p": 1, "max_tokens": 4096, "stream": True}
+        | {"stream_options": {"include_usage": True}, "enable_thinking": True, "thinking_budget": 8192},
+    ),
+    "Cherry Studio, as OpenRouter's": (
+        CHAT,
+        {"model": "base", "messages": TURNS, "stream": True, "reasoning": {"enabled": False, "exclude": True}},
+    ),
+    "Dify, extended": (
+        CHAT,
+        {"model": "base", "messages": TURNS, "temperature": 0.7, "top_p": 1, "max_tokens": 512, "stream": True}
+        | {"stop": ["User:"], "user": "u1", "stream_options": {"include_usage": True}, "enable_thinking": True}
+        | {"thinking": {"type": "enabled"}, "reasoning_effort": "low", "reasoning_format": "auto"}
+        | {"chat_template_kwargs": {"enable_thinking": True, "thinking": True, "reasoning_effort": "low"}},
+    ),
     "Jan": (
         CHAT,
-        {"messages": TURNS, "model": "base", "stream": True, "temperature": 0.7, "top_k": 20, "repeat_last_n": 64}
-        | {"repeat_penalty": 1, "max_tokens": 2048, **PENALTIES},
+        {"model": "base", "messages": TURNS, "stream": True, "stream_options": {"include_usage": True}}
+        | {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repeat_penalty": 1, "repeat_last_n": 64, "ctx_len": 8192}
+        | {"max_output_tokens": 2048, "stop_sequences": ["User:"], **PENALTIES},
     ),
-    "KoboldAI Lite": (
+    "KoboldAI Lite, a chat": (
         CHAT,
-        {
-            "messages": TURNS,
-            "model": "base",
-            "max_tokens": 350,
-            "temperature": 0.75,
-            "top_p": 0.92,
-            "rep_pen_range": 360,
-        }
-        | {"rep_pen": 1, "use_default_badwordsids": False, "stream": True, "seed": 1.0},
+        {"max_tokens": 350, "model": "base", "temperature": 0.75, "top_p": 0.92, "presence_penalty": 0.07}
+        | {"messages": [{"role": "user", "content": "Hi"}], "stream": True},
     ),
-    "text-generation-webui": (
-        CHAT,
-        {"messages": TURNS, "mode": "instruct", "max_tokens": 512, "repetition_penalty_range": 1024}
-        | {"repetition_penalty": 1, "truncation_length": 8192, "custom_token_bans": "", "enable_thinking": False},
+    "KoboldAI Lite, a text": (
+        TEXT,
+        {"max_tokens": 350, "model": "base", "temperature": 0.75, "top_p": 0.92, "presence_penalty": 0.07}
+        | {"prompt": "User: Hi", "stop": ["User:", "\nUser "], "stream": True},
     ),
-    "Copilot": (
+    "KoboldCpp's fields": (
         CHAT,
-        {"messages": TURNS, "model": "base", "temperature": 0.1, "top_p": 1, "n": 1, "stream": True, "intent": False}
-        | {"modalities": ["text"], "prompt_cache_retention": "24h"},
+        {"messages": TURNS, "model": "base", "rep_pen": 1, "rep_pen_range": 360, "use_default_badwordsids": False}
+        | {"seed": 1.0},
+    ),
+    "text-generation-webui, all defaults": (
+        CHAT,
+        {"messages": TURNS, "model": None, "mode": "instruct", "continue_": False, "n": 1, "stream": False}
+        | dict.fromkeys("function_call functions instruction_template character bot_name context greeting".split())
+        | {"preset": None, "sampler_priority": None, "max_tokens": None, "stop": None, "logit_bias": None, **PENALTIES}
+        | {"dynatemp_low": 1, "dynatemp_high": 1, "dynatemp_exponent": 1, "smoothing_factor": 0, "smoothing_curve": 1}
+        | {"min_p": 0, "top_k": 0, "typical_p": 1, "xtc_threshold": 0.1, "xtc_probability": 0, "epsilon_cutoff": 0}
+        | {"eta_cutoff": 0, "tfs": 1, "top_a": 0, "top_n_sigma": 0, "dry_multiplier": 0, "dry_allowed_length": 2}
+        | {"dry_base": 1.75, "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0}
+        | {"repetition_penalty_range": 1024, "penalty_alpha": 0, "guidance_scale": 1, "mirostat_mode": 0}
+        | {"mirostat_tau": 5, "mirostat_eta": 0.1, "prompt_lookup_num_tokens": 0, "max_tokens_second": 0}
+        | {"do_sample": True, "dynamic_temperature": False, "temperature_last": False, "auto_max_new_tokens": False}
+        | {"ban_eos_token": False, "add_bos_token": True, "skip_special_tokens": True, "static_cache": False}
+        | {"truncation_length": 0, "seed": -1, "custom_token_bans": "", "negative_prompt": "", "grammar_string": ""}
+        | {"dry_sequence_breakers": '"\\n", ":", "\\"", "*"', "temperature": 1, "top_p": 1, "enable_thinking": False},
+    ),
+    "Copilot, a model of one's own": (
+        CHAT,
+        {"messages": [TURNS[0], {**TURNS[1], "copilot_cache_control": {"type": "ephemeral"}}], "model": "base"}
+        | {"temperature": 0.1, "top_p": 1, "n": 1, "stream": True, "stream_options": {"include_usage": True}}
+        | {"tools": [TOOL], "intent": False, "modalities": ["text"], "prompt_cache_retention": "24h"},
     ),
     "RWKV-Runner, a text with all fields": (
         TEXT,
@@ -151,7 +183,12 @@ def test_unknown_fields_at_neutral_values_are_named_and_others_refused(alone, st
     sent = {"messages": TURNS, "stream": stream, **neutral}
     assert {*map(str, neutral)} == {name for each in answers(alone, CHAT, sent) for name in each["ignored"]}
     assert not any("ignored" in each for each in answers(alone, CHAT, {"messages": TURNS, "stream": stream}))
-    for name, value in {"global_penalty": True, "tempreature": 0, "extras": [1]}.items():
+    for name, value in {
+        "global_penalty": True,
+        "tempreature": 0,
+        "extras": [1],
+        "reasoning": {"exclude": True},
+    }.items():
         status, _, found = alone.send("POST", CHAT, {"messages": TURNS, name: value})
         assert status == 400 and found["error"]["param"] == name
 

@@ -39,21 +39,21 @@ BUDGETS = ((1024, "low"), (8192, "medium"))  # up to so many tokens of a thinkin
 # other servers' name of a field -> ours
 ALIASES = MappingProxyType(
     {
-        **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "max_tokens"),
+        **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict", "max_output_tokens"), "max_tokens"),
         **dict.fromkeys(("rep_pen", "repeat_penalty"), "repetition_penalty"),
         "sampler_seed": "seed",
-        "stopping_strings": "stop",
+        **dict.fromkeys(("stopping_strings", "stop_sequences"), "stop"),
     }
 )
-# fields without effect on an answer here: of OpenAI, llama.cpp, SillyTavern and RWKV-Runner; some of them belong to a
-# field of OFF
+# fields without effect on an answer here: of OpenAI, llama.cpp and the clients of docs/guides/serving.md; some of them
+# belong to a field of OFF
 NO_EFFECT = frozenset(
     "metadata parallel_tool_calls prompt_cache_key safety_identifier service_tier store user "
     "cache_prompt reasoning_control return_progress sse_ping_interval timings_per_token "
     "add_bos_token api_server api_type include_reasoning num_ctx skip_special_tokens truncation_length "
     "adaptive_decay dry_allowed_length dry_base dry_penalty_last_n dry_sequence_breakers dynatemp_exponent min_keep "
     "mirostat_eta mirostat_tau negative_prompt rep_pen_slope smoothing_curve xtc_threshold "
-    "keep_alive mode presystem prompt_cache_retention".split()
+    "ctx_len keep_alive mode presystem prompt_cache_retention".split()
 )
 EMPTY: tuple[Any, ...] = (None, "", [], {})  # values at which, beside false, any unknown field is off
 RANGES = frozenset(("rep_pen_range", "repeat_last_n", "repetition_penalty_range"))  # where penalties look, if there are
@@ -65,8 +65,10 @@ OFF: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         for names, values in (
             ("dry_multiplier dynatemp_range epsilon_cutoff eta_cutoff max_tokens_second min_length min_tokens", (0,)),
             ("mirostat mirostat_mode no_repeat_ngram_size penalty_alpha skew smoothing_factor top_a", (0,)),
-            ("xtc_probability", (0,)),
+            ("prompt_lookup_num_tokens xtc_probability", (0,)),
             ("best_of dynatemp_high dynatemp_low guidance_scale num_beams tfs tfs_z typ_p typical typical_p", (1,)),
+            ("encoder_repetition_penalty", (1,)),
+            ("do_sample", (True,)),
             ("backend_sampling ban_eos_token dynamic_temperature ignore_eos legacy_api", (False,)),
             ("banned_strings custom_token_bans grammar grammar_string model suffix", ("", [])),
             ("nsigma rep_pen_range repeat_last_n repetition_penalty_range top_n_sigma", (0, -1)),
@@ -292,12 +294,19 @@ class Reasoning(RequestBody):
     effort: Effort | None = None
     max_tokens: Budget | None = None
     enabled: bool | None = None
+    exclude: bool | None = None
     summary: Any = None
     generate_summary: Any = None
 
     @property
     def mode(self) -> str:
         return self.effort or switched(self.enabled, self.max_tokens)
+
+    @model_validator(mode="after")
+    def excludes_nothing(self) -> "Reasoning":
+        if self.exclude and EFFORTS.get(self.mode, self.mode) != "off":
+            raise ValueError("exclude: a thinking is reported in reasoning_content; leave exclude out")
+        return self
 
 
 class Thinking(RequestBody):
