@@ -57,7 +57,6 @@ PARTS = (
     ("demo", ("tools/demo", "tools/download"), ("containers",)),
     ("page", ("tools/ui",), ("tools/plan", "data", "web", "demo")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too
-    ("tools/compare", ("tools/compare",), ("run", "tools/plan")),
     ("tools/study", ("tools/study",), ("run",)),
     ("cli/commands", ("cli/commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )

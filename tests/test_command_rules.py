@@ -14,7 +14,6 @@ from rwkv_peft.evals import flags as evals
 from rwkv_peft.inference import flags as generate
 from rwkv_peft.inference.serve import flags as serve
 from rwkv_peft.release import flags as release
-from rwkv_peft.tools.compare import flags as compare
 from rwkv_peft.tools.plan import command as plan
 from rwkv_peft.tools.study import flags as study
 
@@ -30,7 +29,6 @@ COMMANDS = (
     ("preprocess", preprocess.RULES, "rows.jsonl {}"),
     ("plan", plan.RULES, "{}"),
     ("study", study.RULES, "--load_model b.pth --output s {}"),
-    ("compare", compare.RULES, f"--output c {{}} -- {TRAIN}"),
 )
 OURS, HARNESS, CHOICES = "jsonl", "arc_easy", "choices"
 FACTS = {
@@ -61,7 +59,7 @@ VALUES = {
     "--state_parts": "shift",
     "--val_split": "0.1",
 }
-WITH = {"objective": "--objective dpo --data_type pairs", "methods": "--methods bone full"}
+WITH = {"objective": "--objective dpo --data_type pairs"}
 CASES = [
     (name, line, rule, subject, rule.others.split(", "))
     for name, rules, line in COMMANDS
@@ -94,9 +92,6 @@ def refusal(name, line, *conditions):
     own = [words(condition) for condition in conditions]
     if name == "eval" and not set(FACTS) & set(conditions):
         own.append(OURS)
-    if name == "compare":  # behind its --: what is train.py's
-        line += "".join(f" {part}" for part in own if not part.startswith("--methods"))
-        own = [part for part in own if part.startswith("--methods")]
     try:
         main([name, *shlex.split(line.format(" ".join(sorted(own, reverse=True))))])
     except UserError as error:

@@ -64,7 +64,6 @@ SAME = {
     "study": "model output",
     "convert": "model",
     "doctor": "model",
-    "compare": "output",
     "plot": "output",
     "preprocess": "output",
 }

@@ -30,9 +30,6 @@ from rwkv_peft.inference.text import Continuation
 from rwkv_peft.plots import read_metrics, series
 from rwkv_peft.release import convert
 from rwkv_peft.release import merge as merge_command
-from rwkv_peft.tools.compare.report import rows_of, table
-from rwkv_peft.tools.compare.runs import read_outcome
-from rwkv_peft.tools.compare.sweep import Size
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.settings_file import expanded
@@ -48,7 +45,6 @@ ROW = {
     "weights": [1, 0.5, None],
 }
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in [ROW, {"text": "one two"}] * 4)
-COMPARED = "bone-0.001-7"  # a run of a comparison
 RUN = {"adapter": json.loads(to_json(AdapterConfig())), "base": "abc", "data": {"samples": 3, "counted": "d"}}
 RUN |= {"objective": "next_token", "teacher": "", "optim": "adamw"}
 RUN |= {"strategy": "deepspeed_stage_1", "world_size": 1, "precision": "bf16"}
@@ -131,13 +127,6 @@ def metrics_read(folder):
     return series(records, "loss"), series(records, "val_loss")
 
 
-def outcome_read(folder):
-    """Read an outcome as the table of a comparison does."""
-    outcome = read_outcome(folder / COMPARED)
-    rows = rows_of(["bone"], [outcome.cell.seed], {"bone": Size(8, 0, 100)}, {outcome.cell: outcome})
-    return table(rows)
-
-
 def checkpoint_read(folder):
     """Read a checkpoint as a resumed run does."""
     now = RUN | {"validated_from": 0}
@@ -218,10 +207,6 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     done = {"loss": 2.5, "val_loss": 2, "retain_loss": 3.5, "lr": 0.1, "tokens": 32, "tokens_per_s": 64.0}
     lines = "".join(json.dumps({"step": i, "samples": i + 1} | done) + "\n" for i in range(5))
     (folder / "metrics.jsonl").write_text(lines)
-    compared = {"method": "bone", "rate": -6, "seed": 7, "diverged": False, "peak_mb": 500.0}
-    (folder / COMPARED).mkdir()
-    (folder / COMPARED / "result.json").write_text(json.dumps(compared))
-    (folder / COMPARED / "metrics.jsonl").write_text(lines)
     (folder / CHECKPOINT).mkdir(parents=True)
     (folder / CHECKPOINT / "optimizer").mkdir()
     run = RUN | {"step": 3, "samples_seen": 3, "trained": ["a"], "groups": [["a"]], "validated_from": 0}
@@ -303,8 +288,6 @@ SPECIMENS = (
     Specimen("tokenizer.json", tokenizer_read("tokenizer.json"), m.JSON * 3, 80),
     Specimen("prompts.jsonl", prompts_read, IN_LINES),
     Specimen("metrics.jsonl", metrics_read, IN_LINES),
-    Specimen(f"{COMPARED}/result.json", outcome_read, m.JSON, 30),
-    Specimen(f"{COMPARED}/metrics.jsonl", outcome_read, IN_LINES, 30),
     Specimen("metrics.jsonl", history_read, IN_LINES),
     Specimen("config.json", vocabulary_read, m.JSON, 30),
     Specimen("flag.json", flag_read, m.JSON),

@@ -95,13 +95,6 @@ COMMANDS = (
         needs="eval",
     ),
     Command(
-        "Measure",
-        "compare",
-        "compare adapter methods on your model and data, each at its best rate",
-        "tools.compare.command",
-        flags="tools.compare.flags:parse_flags",
-    ),
-    Command(
         "Release",
         "merge",
         "base + adapter -> a .pth that any runtime loads (merge_bone.py)",
