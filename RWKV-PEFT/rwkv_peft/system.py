@@ -1,4 +1,5 @@
-"""What systems do in ways of their own: groups of processes, limits, owners of files, locks that are only looked at.
+"""What systems do in ways of their own: groups of processes, the pipes of children, limits, owners of files, locks that
+are only looked at.
 
 Windows has none of these calls. Its halves are checked by mypy alone: nobody has run them yet.
 """
@@ -9,14 +10,38 @@ import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+
+def can_fork() -> bool:
+    """True if this process can fork; else its children begin anew."""
+    return hasattr(os, "fork")
+
 
 if sys.platform == "win32":
     import msvcrt
+    import subprocess
+    from multiprocessing.connection import PipeConnection as End
 
     import psutil
 
     PLAIN = 0
+
+    def handing(end: "End[Any, Any]") -> dict[str, Any]:
+        os.set_handle_inheritable(end.fileno(), True)
+        handles = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [end.fileno()]})
+        return {"startupinfo": handles, "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+
+    def taken_over(number: int) -> "End[Any, Any]":
+        return End(number)
+
+    def read_part(pipe: "End[Any, Any]", most: int) -> bytes:
+        with suppress(EOFError):
+            return pipe.recv_bytes()
+        return b""
+
+    def write_whole(pipe: "End[Any, Any]", content: bytes) -> None:
+        pipe.send_bytes(content)
 
     def end_group(process: int) -> None:
         with suppress(psutil.NoSuchProcess):
@@ -45,8 +70,26 @@ if sys.platform == "win32":
 else:
     import fcntl
     import resource
+    from multiprocessing.connection import Connection as End
 
     PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK  # of os.open: no link is followed, and no pipe waited for
+
+    def handing(end: "End[Any, Any]") -> dict[str, Any]:
+        """The arguments of Popen with which a child leads a group of its own and has this end of a pipe, by number."""
+        return {"pass_fds": [end.fileno()], "start_new_session": True}
+
+    def taken_over(number: int) -> "End[Any, Any]":
+        """The end of a pipe that a child was handed by this number, and that its own children do not get."""
+        os.set_inheritable(number, False)
+        return End(number)
+
+    def read_part(pipe: "End[Any, Any]", most: int) -> bytes:
+        """At most so many bytes of what write_whole writes into the other end; b"" if that is closed."""
+        return os.read(pipe.fileno(), most)
+
+    def write_whole(pipe: "End[Any, Any]", content: bytes) -> None:
+        with open(pipe.fileno(), "wb", closefd=False) as out:
+            out.write(content)
 
     def end_group(process: int) -> None:
         """End a process that leads a group, and those that it started; not if it is gone."""

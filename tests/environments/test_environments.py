@@ -9,6 +9,7 @@ import pytest
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.tools import ToolCall
+from rwkv_peft.environments import environments as environments_module
 from rwkv_peft.environments.environments import Environments
 from rwkv_peft.rewards.rewards import Rewards
 
@@ -116,7 +117,10 @@ def test_tools_are_public_methods_by_their_types_and_docstrings(shop):
     assert properties == {"tags": {"type": "array", "items": {"type": "string"}}, "count": {"type": "integer"}}
 
 
-def test_conversations_are_apart_and_their_processes_serve_again(shop):
+@pytest.mark.parametrize("forks", [True, False])
+def test_conversations_are_apart_and_their_processes_serve_again(shop, monkeypatch, forks):
+    """Also in processes that begin anew, as on Windows; one that ends takes no other conversation with it there."""
+    monkeypatch.setattr(environments_module, "can_fork", lambda: forks)
     rows = [{"goods": {"tea": 3}}, {"goods": {"tea": 5}, "visit": True}]
     with Environments.open([shop]) as environments:
         places, texts = environments.begin(rows)
@@ -128,6 +132,10 @@ def test_conversations_are_apart_and_their_processes_serve_again(shop):
         environments.release(places)
         again, texts = environments.begin([rows[1]])
         assert texts == ["(visit 2)"] and again[0] in places and environments.scores(again) == [0.0]
+        assert all((place.child is None) == forks for place in places)
+        places, _ = environments.begin(rows)
+        ended, answered = environments.call(places, [ToolCall("leave", {"child": False}), calls[0]])
+        assert ended.startswith("error: its process ended") and answered == "5"
 
 
 @pytest.mark.parametrize(

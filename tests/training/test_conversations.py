@@ -217,12 +217,22 @@ def words_of(files, name, *more):
     return list(map(str, words))
 
 
-def trained(files, name, *more, code=0):
-    return finish(start([sys.executable, str(ROOT / "train.py"), *words_of(files, name, *more)]), code)
+def trained(files, name, *more, code=0, program=ROOT / "train.py"):
+    return finish(start([sys.executable, str(program), *words_of(files, name, *more)]), code)
+
+
+@pytest.fixture(scope="module")
+def without_fork(files):
+    """train.py on a system whose processes do not fork, such as Windows."""
+    program = files / "without_fork.py"
+    train = f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    program.write_text(f"import os, runpy\n\ndel os.fork\n{train}\n")
+    return program
 
 
 @pytest.mark.parametrize("form", TOOL_FORMS)
-def test_a_run_learns_from_conversations_and_goes_on_with_the_same_bits(files, form):
+def test_a_run_learns_from_conversations_and_goes_on_with_the_same_bits(files, form, without_fork):
+    """Also where the judges and conversations are in processes that begin anew."""
     environment = ("--environment", f"{files}/shop.py:Shop", "--turn_tokens", "12", "--tool_form", form)
     reward = ("--reward", "match:.*a.*", f"{files}/shop.py:called")
     trained(files, f"{form}-whole", *environment, *reward)
@@ -238,7 +248,7 @@ def test_a_run_learns_from_conversations_and_goes_on_with_the_same_bits(files, f
         assert record["turns"][-1]["content"] == record["completion"] and record["length"] <= 12
     line = json.loads((files / f"{form}-whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["gap"] < 1e-4 and {"reward/match", "reward/environment"} <= line.keys()
-    trained(files, f"{form}-parts", *environment, *reward, "--save_every", "1")
+    trained(files, f"{form}-parts", *environment, *reward, "--save_every", "1", program=without_fork)
     shutil.rmtree(max(files.glob(f"{form}-parts/checkpoints/step-*")))
     trained(files, f"{form}-parts", *environment, *reward, "--save_every", "1", "--resume")
     first, again = ((files / name / "adapter.safetensors").read_bytes() for name in (f"{form}-whole", f"{form}-parts"))

@@ -1,10 +1,11 @@
 """The processes of environments: one that loads their classes, and a fork of it for each conversation, so that a tool
-that hangs or dies takes no other conversation with it.
+that hangs or dies takes no other conversation with it. Windows has no forks: each conversation's process begins anew.
 
     rwkv_peft.environments.child FD NAME=SPEC…      FD is its end of a pipe, SPEC FILE.py:CLASS or module:CLASS
 
-It replies ("done", {name: [tools, parameters of reset, True if it scores]}) or ("failed", message). Each request is
-then the name of an environment and the end of another pipe. A fork serves one conversation after the other there:
+The first message says what the process is for. After the name of an environment it serves conversations itself. After
+None it replies ("done", {name: [tools, parameters of reset, True if it scores]}) or ("failed", message). Each request
+is then the name of an environment and the end of another pipe, which a fork serves, one conversation after the other:
 
     ("reset", row)                 ("done", a text to append to the prompt, or "")
     ("call", (tool, arguments))    ("done", the result as text)
@@ -24,7 +25,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from typing import Any
 from ..checkpoints.readable import require_readable
 from ..children import when_parent_ends
 from ..cli.errors import UserError, summarize
+from ..system import End, taken_over, write_whole
 from .tool_schemas import RESET, SCORE, methods_of, tool_schema
 from .user_code import end_all, load, number_in, raised
 
@@ -120,11 +122,11 @@ class Conversations:
         except (Exception, SystemExit) as error:
             raise UserError(f"it raised {raised(error, self.file)}") from error
 
-    def serve(self, pipe: "Connection[Any, Any]") -> None:
+    def serve(self, pipe: "End[Any, Any]") -> None:
         """Answer requests until the other end of the pipe is closed."""
         process = os.getpid()
-        with suppress(EOFError, BrokenPipeError, ConnectionResetError), open(pipe.fileno(), "w", closefd=False) as out:
-            print(json.dumps(("process", process)), file=out, flush=True)
+        with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            write_whole(pipe, json.dumps(("process", process)).encode() + b"\n")
             while True:
                 kind, work = pipe.recv()
                 try:
@@ -133,20 +135,25 @@ class Conversations:
                     reply = "failed", str(error)
                 if os.getpid() != process:  # a tool has forked, and its child came back from it, too
                     os._exit(0)
-                print(json.dumps(reply), file=out, flush=True)
+                write_whole(pipe, json.dumps(reply).encode() + b"\n")
 
 
 def main(argv: list[str]) -> None:
-    """Load the environments, and fork for conversations until the parent is gone."""
-    if sys.platform == "win32":
-        raise NotImplementedError  # user_code.py refuses it
+    """Do what the first message says, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that end leave nothing
-    os.set_inheritable(int(argv[0]), False)
-    pipe: Connection[Any, Any] = Connection(int(argv[0]))
+    pipe, specs = taken_over(int(argv[0])), dict(each.split("=", 1) for each in argv[1:])
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        if (name := pipe.recv()) is None:
+            describe_and_fork(pipe, specs)
+        else:
+            when_parent_ends(end_all)
+            serve(name, open_class(specs[name]), specs, pipe)
+
+
+def describe_and_fork(pipe: "End[Any, Any]", specs: dict[str, str]) -> None:
+    """Load the classes of {name: SPEC}, and fork for conversations where that can be done."""
     environments, reply = dict[str, type](), dict[str, Any]()
-    for each in argv[1:]:
-        name, _, spec = each.partition("=")
+    for name, spec in specs.items():
         try:
             environments[name] = open_class(spec)
             reply[name] = description(environments[name])
@@ -154,20 +161,26 @@ def main(argv: list[str]) -> None:
             pipe.send(("failed", f"{spec}: {error}"))
             return
     pipe.send(("done", reply))
-    files = dict(each.split("=", 1) for each in argv[1:])
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while 0 not in wait([pipe, 0]):  # standard input ends with the parent
-            name = pipe.recv()
-            handle = recv_handle(pipe)
-            if os.fork():
-                os.close(handle)
-                continue
-            os.setpgid(0, 0)  # to be ended with the processes that a tool starts
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            pipe.close()
-            when_parent_ends(end_all)
-            Conversations(environments[name], files[name].rpartition(":")[0]).serve(Connection(handle))
-            end_all()
+    if sys.platform == "win32":
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks that end leave nothing
+    while 0 not in wait([pipe, 0]):  # standard input ends with the parent
+        name = pipe.recv()
+        handle = recv_handle(pipe)
+        if os.fork():
+            os.close(handle)
+            continue
+        os.setpgid(0, 0)  # to be ended with the processes that a tool starts
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        pipe.close()
+        when_parent_ends(end_all)
+        serve(name, environments[name], specs, taken_over(handle))
+
+
+def serve(name: str, environment: type, specs: dict[str, str], pipe: "End[Any, Any]") -> None:
+    """Serve conversations of an environment until the other end is closed, and end with all that its tools started."""
+    Conversations(environment, specs[name].rpartition(":")[0]).serve(pipe)
+    end_all()
 
 
 if __name__ == "__main__":

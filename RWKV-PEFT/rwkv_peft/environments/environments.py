@@ -2,18 +2,16 @@
 (child.py), with a limit of time for each request."""
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Pipe, wait
 from multiprocessing.reduction import send_handle
 from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, field_names
 from ..data.tools import ToolCall
-from ..system import end_group
+from ..system import End, can_fork, end_group, read_part
 from .user_code import UserProcess
 
 SECONDS = 60.0  # that a tool, a reset or a score may take
@@ -40,8 +38,8 @@ class Environment(NamedTuple):
 class Place:
     """A process that holds one conversation at a time of an environment; `lost` is the reason if it is gone."""
 
-    def __init__(self, name: str, pipe: "Connection[Any, Any]") -> None:
-        self.name, self.pipe, self.lost = name, pipe, ""
+    def __init__(self, name: str, pipe: "End[Any, Any]", child: UserProcess | None = None) -> None:
+        self.name, self.pipe, self.child, self.lost = name, pipe, child, ""
         self.process = 0
         self.read = b""  # of the line that its next message is
 
@@ -49,7 +47,9 @@ class Place:
         """End the process, and those that a tool started."""
         self.lost = reason
         self.pipe.close()
-        if self.process:
+        if self.child is not None:
+            self.child.stop()
+        elif self.process:
             end_group(self.process)
 
 
@@ -60,7 +60,9 @@ class Environments(UserProcess):
         names = [name if (name := spec.partition("=")[0]).isidentifier() and name != spec else "" for spec in specs]
         words = [spec if name else f"={spec}" for name, spec in zip(names, specs)]
         self.timeout, self.flag = timeout, flag
-        super().__init__("rwkv_peft.environments.child", *words)
+        self.words = ("rwkv_peft.environments.child", *words)
+        super().__init__(*self.words)
+        self.pipe.send(None)
         self.known: dict[str, Environment] = {}
         self.free: dict[str, list[Place]] = {}
         self.places: list[Place] = []
@@ -148,13 +150,16 @@ class Environments(UserProcess):
         if free := self.free.setdefault(name, []):
             return free.pop()
         self.places = [place for place in self.places if not place.lost]
-        if sys.platform == "win32":
-            raise NotImplementedError  # UserProcess refuses it
-        ours, theirs = Pipe()
-        with theirs:
-            self.pipe.send(name)
-            send_handle(self.pipe, theirs.fileno(), self.process.pid)
-        place = Place(name, ours)
+        if can_fork():
+            ours, theirs = Pipe()
+            with theirs:
+                self.pipe.send(name)
+                send_handle(self.pipe, theirs.fileno(), self.process.pid)
+            place = Place(name, ours)
+        else:
+            child = UserProcess(*self.words)
+            child.pipe.send(name)
+            place = Place(name, child.pipe, child)
         self.places.append(place)
         return place
 
@@ -168,7 +173,8 @@ class Environments(UserProcess):
                 continue
             with suppress(BrokenPipeError, ConnectionResetError):  # the reply shows it
                 place.pipe.send(request)
-        deadline = time.monotonic() + self.timeout
+        begins = any(place.child and not place.process for place in places)  # and loads the class
+        deadline = time.monotonic() + self.timeout + (LOADING if begins else 0)
         while waiting := [place for place in places if place not in found]:
             ready = wait([place.pipe for place in waiting], max(0.0, deadline - time.monotonic()))
             for place in waiting:
@@ -184,7 +190,7 @@ class Environments(UserProcess):
 
         A message is a line of JSON, of which any part may have come: a process that a tool started writes here too."""
         try:
-            part = os.read(place.pipe.fileno(), PIECE)
+            part = read_part(place.pipe, PIECE)
         except ConnectionResetError:
             part = b""
         *lines, place.read = (place.read + part).split(b"\n")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import traceback
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Pipe
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,7 @@ from typing import Any
 
 from ..children import python_command
 from ..cli.errors import UserError, quoted, summarize
-from ..system import end_group
+from ..system import End, end_group, handing
 
 LARGEST = 1e15  # reward: sums and squares of larger ones overflow
 
@@ -65,12 +65,10 @@ class UserProcess:
     """A process that runs a module of this package with the end of a pipe, whose other end is `pipe`. It ends when this
     process does, and prints nowhere."""
 
-    pipe: "Connection[Any, Any]"
+    pipe: "End[Any, Any]"
     process: "subprocess.Popen[bytes]"
 
     def __init__(self, module: str, *words: str) -> None:
-        if sys.platform == "win32":
-            raise UserError("rewards and environments run in processes that Windows does not have; train in WSL")
         self.pipe, theirs = Pipe()
         with theirs:
             self.process = subprocess.Popen(
@@ -78,8 +76,7 @@ class UserProcess:
                 stdin=subprocess.PIPE,  # the process ends when this one does, which closes it
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
+                **handing(theirs),
             )
 
     def stop(self) -> None:

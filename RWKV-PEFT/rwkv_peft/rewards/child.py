@@ -11,24 +11,23 @@ or ("failed", message). Before each call of a reward it sends ("at", (reward, fi
 message on a process that hangs or dies can name them.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import Any
 
 from ..children import when_parent_ends
 from ..cli.errors import UserError
 from ..environments.user_code import end_all, number_in, raised
+from ..system import End, taken_over
 from .judges import Answer, FunctionReward, Reward, reward_of
 
 
 class RewardServer:
     """The rewards of a process, and the pipe to the parent."""
 
-    def __init__(self, pipe: "Connection[Any, Any]") -> None:
+    def __init__(self, pipe: "End[Any, Any]") -> None:
         self.pipe = pipe
         self.rewards: list[Reward] = []
 
@@ -91,8 +90,7 @@ def main(argv: list[str]) -> None:
     """Serve the parent until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     when_parent_ends(end_all)
-    os.set_inheritable(int(argv[0]), False)
-    pipe: Connection[Any, Any] = Connection(int(argv[0]))
+    pipe = taken_over(int(argv[0]))
     bench = RewardServer(pipe)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         bench.serve(bench.open, argv[1:])
