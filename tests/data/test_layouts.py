@@ -10,7 +10,7 @@ from data.documents import chat, shared, talk, texts, valued
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.chat import THINKING, ChatLayout
-from rwkv_peft.data.fields import texts_in
+from rwkv_peft.data.fields import json_kind
 from rwkv_peft.data.layouts import TEMPLATES, RowLayout
 from rwkv_peft.data.sources import build_samples
 from rwkv_peft.data.tokenizer import load_tokenizer
@@ -85,7 +85,7 @@ def test_a_system_text_beside_a_question_stands_before_it(row):
     plain = RowLayout().segments(row)
     assert RowLayout().segments(row | {"system": "Be. "}) == [("System: Be.\n\n", False), *plain]
     assert RowLayout().segments(row | {"system": ""}) == RowLayout().segments(row | {"system": None}) == plain
-    with pytest.raises(UserError, match="field 'system' holds list, not text"):
+    with pytest.raises(UserError, match="field 'system' holds a list, not text"):
         RowLayout().segments(row | {"system": ["Be."]})
 
 
@@ -194,8 +194,8 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
         (talk(("user", "Hi"), ("assistant", [valued("f", "tool_call")])), "a call of a tool is a text that is not"),
         (talk(("user", [valued("hm", "reasoning"), valued("x.png", "image_url")])), "has the type 'image_url'"),
         ({"query": "Hi?", "response": "Yo", "history": [["A"]]}, "field 'history' holds .*; it takes a list of"),
-        (talk(("user", [7])), "a part of a turn's content is int"),
-        (talk(("user", [part([])])), "field 'text' holds list, not text"),
+        (talk(("user", [7])), "a part of a turn's content is a number"),
+        (talk(("user", [part([])])), "field 'text' holds a list, not text"),
         (talk(("user", "Hi"), ("assistant", None)), "field 'content' of a turn is null; give it the turn's words"),
         (shared(("alien", "Hi")), "role 'alien'; known are user, .*developer, .*observation"),
         (talk(("user", "See <image>"), ("assistant", "Yo")) | {"images": ["x.png"]}, "field 'images' is no text"),
@@ -215,10 +215,12 @@ NOTES = (
     (talk(("user", "Q")), "without an answer, so that none of their tokens counts in the loss"),
     (talk(("assistant", "A"), ("user", "Q")), "whose last turn is not the model's, and so is not learned"),
     (talk(("user", "Q"), ("assistant", "A"), ("tool", "R")), "whose last turn is not the model's, "),
-    ({"text": "User: Q\n\nAssistant: A"}, "whose text holds questions and answers, and counts as a whole in the loss"),
-    ({"text": "<s>[INST] Q [/INST] A</s>"}, "whose text has the turns of another model's template, such as <|im_start"),
-    ({"text": "Below is a task.\n\n### Instruction:\nQ\n\n### Response:\nA"}, "whose text has the turns of another"),
-    ({"text": "Question: Q\n\nAnswer: A\n\nQuestion: R\n\nAnswer: B"}, "whose text holds questions and answers, "),
+    ({"text": "User: Q\n\nAssistant: A"}, "in which a text or a question holds turns of a chat, such as User:"),
+    (
+        {"text": "Below is a task.\n\n### Instruction:\nQ\n\n### Response:\nA"},
+        "in which a text or a question holds turns",
+    ),
+    ({"text": "Question: Q\n\nAnswer: A\n\nQuestion: R\n\nAnswer: B"}, "in which a text or a question holds turns "),
 )
 
 
@@ -226,7 +228,7 @@ NOTES = (
 def test_rows_that_may_not_be_what_they_were_meant_to_be_are_told(preprocess, capsys, row, note):
     preprocess([{"query": "Q", "response": "A"}, row])
     assert [line for line in capsys.readouterr().out.splitlines() if "note:" in line and f"note: 1 row {note}" in line]
-    preprocess([row, {"query": "R", "response": "B"}, row | {"id": 1}])
+    preprocess([row, {"query": "R", "response": "B"}, row])
     told = [line for line in capsys.readouterr().out.splitlines() if "note:" in line]
     assert len(told) == 2 and told[0 if "text" not in row else 1].startswith(f"note: 2 rows {note}")
     assert any(line.startswith("note: 1 row the same as an earlier one") for line in told)
@@ -250,7 +252,7 @@ BAD = [{"text": "a"}, talk(("alien", "x")), {"q": "a"}, talk(("elf", "x")), *({"
 BAD += [{"text": "b"}]
 KINDS = (
     "6 bad rows{}, of 3 kinds, the first of each:",
-    "  3 x  {}, line 5: field 'text' holds list, not text",
+    "  3 x  {}, line 5: field 'text' holds a list, not text",
     "  2 x  {}, line 2: role 'alien'; known are ",
     "  1 x  {}, line 3: a row has the fields q 'a'; known are ",
 )
@@ -322,7 +324,11 @@ def notes(output):
 @pytest.mark.parametrize(
     "row, flags, names",
     [
-        ({"body": "Two apples.", "question": "How many?", "answer": "2 (apples)", "formula": "1+1=2"}, (), "body"),
+        (
+            {"body": "Two apples.", "question": "How many?", "answer": "2 (apples)", "formula": "1+1=2"},
+            (),
+            "body formula",
+        ),
         ({"article": "Long ago.", **QA}, (), "article"),
         ({"text": "A plan.", "prompt": "Plan!"}, (), "prompt"),
         ({"text": "A text.", "meta": {"source": {"name": "a book"}}}, (), "meta"),
@@ -350,14 +356,15 @@ def notes(output):
         ({"messages": TURNS, "prompt": "Q", "tags": []}, (), ""),
         ({"prompt": "Q", "completion": "A", "system": "", "history": [], "images": None}, (), ""),
         (
-            {**QA, "id": "seed_task_0", "hash": "0a1b", "n": 3, "day": "2024-05-01", "url": "https://a.b", "ok": None},
+            {**QA, "id": "seed_task_0", "n": 3, "day": "2024-05-01", "ok": True, "no": None, "sizes": [0, 4]},
             (),
-            "",
+            "id n day ok sizes",
         ),
+        ({**QA, "corrected": "4", "weight": 1}, (), "corrected"),
     ],
 )
 def test_texts_that_are_not_read_are_named_in_one_note(preprocess, capsys, row, flags, names):
-    preprocess([row, row | {"n": 1}], *flags)
+    preprocess([row, row], *flags)
     found = notes(capsys.readouterr().out)
     assert len(found) == bool(names)
     if names:
@@ -367,16 +374,26 @@ def test_texts_that_are_not_read_are_named_in_one_note(preprocess, capsys, row, 
 
 
 @pytest.mark.parametrize(
-    "value, words",
+    "row, mark, remedy",
     [
-        *(("a b", True), ("Algebra", True), ("closed_qa", True), ("3 apples", True), ("有3个", True), (["x"], True)),
-        *(("train-0001", False), ("https://a/b", False), ("2024-05-01", False), ("3 + 4", False), ("", False)),
-        *((3, False), (True, False), (None, False), ([1, {"a": "b7"}], False), ([1, {"a": "b 7"}], True)),
+        (
+            chat("Q", "<|begin_of_thought|>hm<|end_of_thought|><|begin_of_solution|>A"),
+            "'<|begin_of_thought|>'",
+            "think on",
+        ),
+        ({**QA, "query": "Q<|endoftext|>"}, "'<|endoftext|>'", "take out"),
+        ({**QA, "query": "Q\0"}, "'\\x00'", "take out"),
+        ({"text": "a<|im_end|>"}, "'<|im_end|>'", "take out"),
+        (chat("Q", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'), "'<tool_call>'", "tool_form hermes"),
     ],
 )
-def test_what_is_text(value, words):
-    """It has a letter, and is not a single ASCII word with a digit or ://, as ids, dates and links are."""
-    assert bool(list(texts_in(value))) == words
+def test_marks_of_other_models_that_are_learned_as_text_are_named(preprocess, capsys, row, mark, remedy):
+    preprocess([row])
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: learned as text")]
+    assert f"{mark} (1 row)" in note and remedy in note
+    if remedy != "take out":
+        preprocess([row], *f"--{remedy}".split())
+        assert "learned as text" not in capsys.readouterr().out
 
 
 LABELLED = (
@@ -487,7 +504,7 @@ def test_a_number_is_its_digits(preprocess, number, digits):
 
 @pytest.mark.parametrize("value", [True, None, float("nan"), float("inf"), 10**309, ["4"]])
 def test_what_is_neither_text_nor_a_number_is_refused(preprocess, value):
-    with pytest.raises(UserError, match=f"field 'answer' holds {type(value).__name__}, not text"):
+    with pytest.raises(UserError, match=f"field 'answer' holds {json_kind(value)}, not text"):
         preprocess([{"question": "Q", "answer": value}])
 
 

@@ -42,6 +42,13 @@ def preprocess(tmp_path):
     [
         (chat("Q", "<think>\nhm\n</think>\n\nA"), "on", "Assistant: <think[[>\nhm\n</think>\nA]]"),
         (chat("Q", "<think>hm</think>A"), "on", "Assistant: <think[[>hm</think>\nA]]"),
+        (
+            chat(
+                "Q", "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\nA<|end_of_solution|>"
+            ),
+            "on",
+            "Assistant: <think[[>\nhm\n</think>\nA]]",
+        ),
         (chat("Q", "<think>hm</think>A"), "off", "Assistant: <think></think[[>\nA]]"),
         (chat("Q", "<think>hm</think>A"), "", "Assistant:[[ <think>hm</think>A]]"),
         (chat("Q", "A"), "off", "Assistant: <think></think[[>\nA]]"),

@@ -55,7 +55,7 @@ def test_a_turn_that_does_not_count_leaves_the_same_text(off):
     [
         ({"segments": []}, "segments must be a list"),
         ({"segments": [{"text": "a"}]}, "a segment is .*; it needs a text, and train, true or false"),
-        ({"segments": [{"text": None, "train": True}]}, "field 'text' holds NoneType, not text"),
+        ({"segments": [{"text": None, "train": True}]}, "field 'text' holds null, not text"),
         ({"segments": SEGMENTS, "text": "a"}, "a row has a text, which counts as a whole, and segments"),
         ({"segments": SEGMENTS, "tools": [{"name": "f"}]}, "field 'tools' has no place in this layout"),
         (turns(("Q", {}), ("A", {"weight": 0.5})), "field 'weight' of a turn holds 0.5; 0 leaves its words out"),

@@ -230,7 +230,7 @@ def test_numbers_to_choose_from_are_told_from_places(answer, right):
         ("jsonl", [], "not an object"),
         ("jsonl", {"words": "alone"}, "known are .*; give the fields such names"),
         ("choices", {"question": "q", "choices": ["one"], "answer": 0}, "two texts or more"),
-        ("choices", {"question": [3], "choices": ["a", "b"], "answer": 0}, "'question' holds list"),
+        ("choices", {"question": [3], "choices": ["a", "b"], "answer": 0}, "'question' holds a list"),
         ("choices", {"words": "q"}, "one of question, query, prompt, ctx, goal is due"),
         ("choices", {"question": "q", "choices": ["a", "b"], "answer": 2}, "2 is none of its choices"),
         ("choices", {"question": "q", "choices": ["a", "b"], "answer": True}, "True is none"),

@@ -88,6 +88,7 @@ def test_chats_are_learned_as_trl_reads_them(tiny, tmp_path):
         (("--bone_r", "many"), "invalid int value: 'many'; see bone_finetuning.py --help"),
         (("--init_weights", "bad"), "init_weights='bad' is unknown"),
         (("--data_path", "ROWS"), "row 2 of .*rows.jsonl: response is NoneType, and text is due"),
+        (("--data_path", "LABELS"), "row 2 of .*labels.jsonl has the label false, and here every answer is learned"),
         (("--data_path", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
         (("--base_model_name_or_path", "./nowhere"), "--base_model_name_or_path ./nowhere: "),
         (("--dataset_split", "nope"), '--data_path .*, split nope: .*"nope"'),
@@ -99,8 +100,13 @@ def test_a_mistake_is_answered(tiny, tmp_path, monkeypatch, flags, message):
     """Without a hub, for which datasets else waits through its repeated attempts."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "rows.jsonl").write_text('{"query": "a", "response": "b"}\n{"query": "a"}\n')
+    row = {"query": "a", "response": "b"}
+    (tmp_path / "labels.jsonl").write_text(
+        "".join(json.dumps(row | {"label": label}) + "\n" for label in (True, False))
+    )
+    files = {"ROWS": tmp_path / "rows.jsonl", "LABELS": tmp_path / "labels.jsonl"}
     with pytest.raises(UserError, match=message):
-        run(tiny, tmp_path / "out", *(flag.replace("ROWS", str(tmp_path / "rows.jsonl")) for flag in flags))
+        run(tiny, tmp_path / "out", *(str(files.get(flag, flag)) for flag in flags))
 
 
 def test_arguments_are_adapted_to_the_installed_versions():

@@ -23,7 +23,7 @@ QUANTS = (("--quant", "--quant nf4", ("4bit", "4", "int4", "fp4")), ("--quant", 
 FINETUNE, INFCTX = "finetune", "infctx"
 TRAIN_TYPES = (NONE, FINETUNE, STATE, INFCTX)  # as in RWKV-PEFT
 TRACKERS = ("wandb", "trackio", "swanlab")  # each a package, and a flag that names a project
-AUTO = "auto"  # value of --lr_init: the rate is chosen
+AUTO = "auto"  # value of --lr_init: the rate is chosen; of --turns_in_text
 THINK_MODES = ("off", "minimal", "on", "low", "medium", "high")  # values of --think; data/chat.py has their prompts
 LARGEST_SCALE = 100  # of an adapter's change, as of serve's adapter_scale
 G1, HERMES = "g1", "hermes"  # values of --tool_form
@@ -36,6 +36,10 @@ ENCODING = (
 CUT = (
     "cut texts into documents: endoftext at each <|endoftext|>, stars at lines of ***, dashes at lines of hyphens "
     "(default: a text is one document)"
+)
+TURNS = (
+    "auto lays texts and questions that hold turns (Human: … Assistant: …, ### Human:, <|im_start|>, [INST], …) out as "
+    "chats, of which only the answers count (default: as one text)"
 )
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ..cli.errors import UserError
-from ..cli.names import CUT, DOCUMENT_ENDS, ENCODING, G1, HERMES, LOSS_MASKS
+from ..cli.names import AUTO, CUT, DOCUMENT_ENDS, ENCODING, G1, HERMES, LOSS_MASKS, TURNS
 from ..cli.parser import above_zero, alias, codec, count, open_share, positive, switch
 from ..cli.tables import SAMPLINGS
 from .setting import setting
@@ -152,6 +152,7 @@ class DataConfig:
         "```json and results as a user's Function output; hermes with <tools>, <tool_call> and the speaker Tool",
         choices=(G1, HERMES),
     )
+    turns_in_text: str = setting("", TURNS, choices=(AUTO,))
     encoding: str = setting("", ENCODING, type=codec, metavar="NAME")
     document_end: str = setting("", CUT, choices=DOCUMENT_ENDS)
     skip_bad_rows: bool = setting(

@@ -24,7 +24,7 @@ STAGE_3, OFFLOAD = (f"--strategy {'|'.join(name for name in STRATEGIES if part i
 UNSCALED = "--train_type infctx, --context_parallel, --data_type prompts"
 OF_ROWS = (
     "--tokenizer, --sft_field, --sft_split, --sft_as, --sft_long, --sft_think, --clean_turns 0, --tool_form, "
-    "--encoding, --document_end, --skip_bad_rows"
+    "--turns_in_text, --encoding, --document_end, --skip_bad_rows"
 )
 OF_TASK = "--eval_task, --eval_template, --eval_max_tokens"
 # reasons

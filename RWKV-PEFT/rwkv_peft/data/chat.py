@@ -18,13 +18,18 @@ from typing import Any, NamedTuple
 
 from ..cli.errors import UserError, field_names, quoted, short
 from ..cli.names import G1
-from .fields import CALLS, LISTS, NOTHING, field, refuse_media
+from .fields import CALLS, LISTS, NOTHING, field, json_kind, refuse_media
 from .tools import TOOL_FORMS, ToolForm, as_list, functions_of, ordered, parsed
 
 Segment = tuple[str, bool]  # a text, and True if it counts in the loss
 TURN_END = "\n\n"  # token 261 of the World vocabulary
 QUOTE = "> "  # before words that would forge a tool's result
 THINK_OPENS, THINK_CLOSES = "<think>", "</think>"
+# other marks of a thinking and of the answer behind it, as in OpenThoughts' rows
+THOUGHT_AND_SOLUTION = re.compile(
+    r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>)?",
+    re.DOTALL,
+)
 
 
 class ThinkMode(NamedTuple):
@@ -115,7 +120,7 @@ class ChatLayout:
         before = ""  # the speaker of the turn before
         for turn in ordered(joined_calls(list(map(without_parts, turns)))):
             if not isinstance(turn, dict):
-                raise UserError(f"a turn is {type(turn).__name__}, not an object with role and content")
+                raise UserError(f"a turn is {json_kind(turn)}, not an object with role and content")
             speaker, words = self.spoken(turn)
             learned_before = bool(parts) and parts[-1][1]
             if before == speaker == "Assistant" and role_of(turn).lower() in ONLY_CALLS:
@@ -191,9 +196,16 @@ CHAT = ChatLayout()  # the default one
 
 
 def split_thinking(words: str, row: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Split an answer -> (thinking or None, answer); without <think> the thinking is in a field of its row. Raises
+    """Split an answer -> (thinking or None, answer); without marks the thinking is in a field of its row. Raises
     UserError for a <think> without an end."""
     words = words.strip()
+    if words.startswith("<|begin_of_thought|>"):
+        marked = THOUGHT_AND_SOLUTION.fullmatch(words)
+        if not marked:
+            raise UserError(
+                "an answer opens <|begin_of_thought|> and closes no thought and solution; leave the row out"
+            )
+        return f"\n{marked[1].strip()}\n", marked[2].strip()
     if words.startswith(THINK_OPENS):
         thinking, closing, answer = words.removeprefix(THINK_OPENS).partition(THINK_CLOSES)
         if not closing:
@@ -284,7 +296,7 @@ def part_text(part: object) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise UserError(f"a part of a turn's content is {type(part).__name__}, not a text or an object with a type")
+        raise UserError(f"a part of a turn's content is {json_kind(part)}, not a text or an object with a type")
     kind = part.get("type", TEXT_PARTS[0])
     if kind not in (*TEXT_PARTS, REASONING, CALL):
         raise UserError(

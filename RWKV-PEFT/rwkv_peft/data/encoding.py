@@ -29,19 +29,18 @@ from .chat import (
     TURN_END,
     WEIGHT,
     Segment,
-    opening_within,
     opens_thinking,
     without_parts,
 )
 from .columns import KNOWN, PEEKED, Columns, columns_of, is_answer_word, peeked
 from .exports import chats_in, export_of, require_speaker, rows_of, speakers_in
 from .fields import LISTS, UnknownForm, unread
-from .forms import ANSWER, ANSWERS, CHATS, SIDES, TURNS, label_of, loss_weight_of, refuse_compared
-from .layouts import FOREIGN_MARKS, RowLayout, Template
+from .forms import ANSWER, ANSWERS, CHATS, LABELLED, SIDES, TURNS, label_of, loss_weight_of, refuse_compared, with_turns
+from .layouts import RowLayout, Template
 from .rows import CSV_ENDINGS, TO_UTF_8, Items
 from .texts import Note
 from .tokenizer import load_tokenizer
-from .tools import TOOL_FORMS, as_list
+from .tools import TOOL_FORMS
 
 Documents = list[list[Segment]]  # the documents of one row
 TokenRun = tuple[list[int], bool]  # the tokens of a segment, and True if they count in the loss
@@ -69,6 +68,10 @@ NAMED = MappingProxyType(
     }
 )
 HEADER = "; the first line of a table names its columns: write one, such as question,answer, if it is a row"
+MARK, UNREAD = "mark ", "unread "  # before a mark and a field's name in Totals.counts
+MARKS = re.compile(r"<\|\w+\|>")  # which other models' templates have, and which are text here
+OTHER_MARKS = ("\0", "<start_of_turn>", "<｜User｜>", "[/INST]")
+TOOL_MARKS = ("<tool_call>", "<tools>")  # of the form hermes, beside another
 SHOWN_KINDS = 8  # kinds in a message
 # the parts in which messages of one kind differ
 VARIES = re.compile(r"(?<!\w)'(?:\\.|[^'\\])*'…?|\"(?:\\.|[^\"\\])*\"…?|\(.*\)|\d+|\b(?:None|True|False)\b|\[…\]|\{…\}")
@@ -93,6 +96,7 @@ class EncodeSettings:
       tokens below which it is short, and above which it is long
     - tool_form: a name of TOOL_FORMS
     - speaker: in a dialogue of people, the name of the one whose words are learned
+    - turns_in_text: "auto" makes chats of texts and questions that hold turns
     - encoding, document_end: as in a Reading
     """
 
@@ -109,6 +113,7 @@ class EncodeSettings:
     think_labels: tuple[int, ...] = ()
     tool_form: str = G1
     speaker: str = ""
+    turns_in_text: str = ""
     encoding: str = ""
     document_end: str = ""
 
@@ -196,7 +201,17 @@ class Encoder:
                 "templates think and no-think"
             )
         form = TOOL_FORMS[settings.tool_form]
-        self.layout = RowLayout(settings.think, settings.clean_turns, form, settings.fields)
+        self.marks = (*OTHER_MARKS, *(TOOL_MARKS if form.name == G1 else ()))
+        self.read = frozenset(  # fields that are no document's, and are read
+            (
+                *(WEIGHT, *CHATS, *settings.fields),
+                *(chain(*SIDES) if self.kind == "pairs" else LABELLED if self.kind == "labels" else ()),
+                *((*ANSWERS.values(), ANSWER) if self.kind == "prompts" else ()),
+                *(THINKING if settings.think else ()),
+            )
+        )
+        turned = bool(settings.turns_in_text)
+        self.layout = RowLayout(settings.think, settings.clean_turns, form, settings.fields, turned)
         self.template = Template(settings.template, self.layout) if settings.template else None
 
     def documents(self, row: object) -> Documents:
@@ -288,8 +303,9 @@ class Encoder:
             return None
         encode = self.tokenizer.encode
         runs = self._fitted([[(encode(text), counts) for text, counts in one] for one in documents], is_text, totals)
+        whole = "".join(text for document in documents for text, _ in document)
         totals.counts["texts"] += is_text
-        totals.counts["characters"] += sum(len(text) for document in documents for text, _ in document)
+        totals.counts["characters"] += len(whole)
         if not runs:
             return None
         result = Encoded(list(map(length, runs)), [weight] * len(runs))
@@ -298,10 +314,13 @@ class Encoder:
             result.mask += bytes([counts_as if counts else 0]) * len(ids)
         totals.counts["counted"] += len(result.mask) - result.mask.count(0)
         if columns and columns.note not in totals.readings:
-            totals.readings[columns.note] = "".join(text for document in documents for text, _ in document)
+            totals.readings[columns.note] = whole
+        totals.counts.update(MARK + mark for mark in self._marks(whole))
         if not is_text:
             self._count(self.answering(documents), totals.counts)
-            totals.counts.update(f"unread {name}" for name in self._unread(row, documents))
+            totals.counts.update(UNREAD + name for name in self._unread(row, whole))
+            if not (self.template or self.settings.turns_in_text):
+                totals.counts["turns"] += with_turns(row, *self.settings.fields[:2]) is not row
             result.digest = hashlib.blake2b(result.tokens, digest_size=16).digest()
         if self.kind == "prompts":
             totals.rows.append(json.dumps({**parsed, **row} if columns else row, ensure_ascii=False, default=str))
@@ -338,23 +357,27 @@ class Encoder:
         totals.counts["shortened"] += 1
         return [shorten(runs, longest - limit, limit) for runs in documents]
 
-    def _unread(self, row: Mapping[str, Any], documents: Documents) -> list[str]:
-        """The fields with a text in no document of a row, and the fields of turns with a thinking that is not laid
-        out."""
-        think = self.settings.think
-        laid_out = "".join(text for document in documents for text, _ in document)
-        read = {*self.settings.fields, *CHATS, *(name for name in TURNS if isinstance(row.get(name), list))}
-        if self.kind == "pairs":
-            read.update(*SIDES)
+    def _marks(self, text: str) -> set[str]:
+        """The marks in a text that other models have tokens for, and zero bytes."""
+        if "<" not in text and "[/" not in text and "\0" not in text:
+            return set()
+        marks = {*MARKS.findall(text), *(mark for mark in self.marks if mark in text)}
+        return marks.difference(self.tokenizer.special)
+
+    def _unread(self, row: Mapping[str, Any], laid_out: str) -> list[str]:
+        """The fields with a text that is not among those laid out, and the fields of turns with a thinking that is
+        not."""
+        lists = [name for name in TURNS if isinstance(row.get(name), list)]
+        read = self.read.union(lists) if lists else self.read
         if self.layout.tool_form.listing[0] in laid_out:
-            read.update((*LISTS, "answers"))  # which are laid out in another form
+            read = read.union((*LISTS, "answers"))  # which are laid out in another form
         if self.kind == "prompts":
-            read.update((*ANSWERS.values(), ANSWER, *filter(is_answer_word, row)))  # which a reward reads
-        if think:
-            read.update(THINKING)
-        turns = [without_parts(turn) for name in TURNS for turn in as_list(row.get(name)) if isinstance(turn, dict)]
-        thought = [name for name in THINKING if not think and any(turn.get(name) for turn in turns)]
-        return list(dict.fromkeys([*unread(row, laid_out, read), *thought]))
+            read = read.union(filter(is_answer_word, row))  # which a reward reads
+        names = list(unread(row, laid_out, read))
+        if lists and not self.settings.think:
+            turns = [without_parts(turn) for name in lists for turn in row[name] if isinstance(turn, dict)]
+            names += [name for name in THINKING if name not in names and any(turn.get(name) for turn in turns)]
+        return names
 
     def _count(self, documents: Documents, counts: Counter[str]) -> None:
         """Count a row that is written for the notes of report.py."""
@@ -365,11 +388,8 @@ class Encoder:
             counts["wordless"] += 1
         else:
             counts["unfinished"] += any(map(ends_with_another, documents))
-        (text, is_learned), *more = documents[0]
         result = self.layout.tool_form.result.rstrip()
         counts["forging"] += bool(result) and any(f" {QUOTE}{result}" in part for part, _ in documents[0])
-        counts["dialogues"] += is_learned and not more and bool(opening_within(text))
-        counts["templated"] += is_learned and not more and any(map(text[:400].__contains__, FOREIGN_MARKS))
         if self.settings.think == "on":
             counts["thinking" if opens_thinking(documents[0]) else "at_once"] += 1
 

@@ -1,6 +1,5 @@
 """The fields of a row: their values as text, and those in no document, so that no text is lost in silence."""
 
-import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ CALLS = ("tool_calls", "function_call")  # fields of a turn that hold its calls
 PLACED = (*LISTS, *CALLS, "history")  # fields of a row that a layout has to read
 MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))  # fields of a row, or of a turn
 NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
-NUMBERED = re.compile(r"\d|://")  # in a single word: an id, a date, a version or a link
-LETTER = re.compile(r"[^\W\d_]")
 ROLES = ("role", "from")
 BEGINNING = 30  # characters of a value in a message
 
@@ -29,10 +26,16 @@ class UnknownForm(UserError):
         self.choices = choices
 
 
+def json_kind(value: object) -> str:
+    """The kind of a value, in JSON's words."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number" if is_finite(value) else "no finite number")
+
+
 def require_object(row: object, forms: str) -> dict[str, Any]:
     """The row itself. Raises UserError with the known forms if it is no object."""
     if not isinstance(row, dict):
-        raise UserError(f"a row is {type(row).__name__}, not an object with fields: {forms}")
+        raise UserError(f"a row is {json_kind(row)}, not an object with fields: {forms}")
     return row
 
 
@@ -42,7 +45,7 @@ def field(row: Row, name: str) -> str:
     if is_finite(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"field {name!r} holds {type(value).__name__}, not text")
+        raise UserError(f"field {name!r} holds {json_kind(value)}, not text")
     return value
 
 
@@ -102,12 +105,13 @@ def beginning(value: object) -> str:
 
 
 def unread(row: Row, document: str, read: Container[str]) -> Iterator[str]:
-    """Yield the names of the fields, but those in `read`, with a text that is not in the document, but for spaces and a
-    thinking. Of several texts in a list or an object the longest stands for all."""
+    """Yield the names of the fields, but those in `read`, that hold something which is not in the document, but for
+    spaces and a thinking. Of several texts in a list or an object the longest stands for all."""
     for name, value in row.items():
         if name not in read:
-            text = max(texts_in(value), key=len, default="").rpartition("</think>")[2].strip()
-            if text not in document and joined(text) not in joined(document):
+            text = value if isinstance(value, str) else max(texts_in(value), key=len, default="")
+            text = text.rpartition("</think>")[2].strip()
+            if text not in document and (" " not in text or joined(text) not in joined(document)):
                 yield name
 
 
@@ -117,8 +121,7 @@ def joined(text: str) -> str:
 
 
 def texts_in(value: object) -> Iterator[str]:
-    """Yield the texts that a value is or holds, if they have a letter and are no single ASCII words with a digit or
-    ://, as ids, dates and links are."""
+    """Yield the texts and numbers that a value is or holds, as texts."""
     left = [value]
     while left:
         one = left.pop()
@@ -126,7 +129,5 @@ def texts_in(value: object) -> Iterator[str]:
             left += [part for name, part in one.items() if name not in ROLES]
         elif isinstance(one, list):
             left += one
-        elif isinstance(one, str) and LETTER.search(one):
-            single = one.isascii() and len(one.split(None, 1)) == 1
-            if not (single and NUMBERED.search(one)):
-                yield one
+        elif one is not None:
+            yield one if isinstance(one, str) else str(one)

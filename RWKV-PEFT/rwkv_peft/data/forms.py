@@ -4,7 +4,6 @@ The reader of rows, the messages and the guide are made of it. layouts.py lays t
 question and an answer in the rows of files that have no form of this table.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from ..cli.errors import UserError, quoted
 from ..cli.names import SYSTEM_FIELDS
 from .chat import LOSS_WEIGHT, THINKING, TRAIN, Segment, speaker_of
+from .dialogues import written_turns
 from .fields import LISTS, NOTHING, Row, UnknownForm, field, holds, refuse_unplaced, without
 from .tools import as_list, parsed
 
@@ -26,7 +26,6 @@ ANSWERS = MappingProxyType({"query": "response", "question": "answer", "instruct
 OPENAI = ("preferred_output", "non_preferred_output")  # beside an input, which holds messages and tools
 SIDES = (("chosen", "rejected"), OPENAI, ("chosen_messages", "rejected_messages"))  # the better and the worse answer
 EXCHANGE = ("human", "assistant")  # fields of two turns in one object, as Firefly and ms-swift have them
-DIALOGUE = re.compile(r"(?:^|\n\n)(System|Human|User|Assistant):")  # turns in one text, as Anthropic's HH has them
 MOST_ROWS_OF_NAMES = 256  # lists of fields whose forms are remembered
 
 
@@ -224,11 +223,24 @@ def is_answer(turn: object) -> bool:
     return not isinstance(role, str) or speaker_of(role) == "Assistant"
 
 
-def dialogue(text: str) -> list[Any]:
-    """The turns of a text in which each begins with its speaker's name; [] for any other text."""
-    front, *rest = DIALOGUE.split(text)
-    turns = [{"role": role, "content": words} for role, words in zip(rest[::2], rest[1::2])]
-    return [] if front.strip() else turns
+def with_turns(row: Row, *names: str) -> Row:
+    """The row with the turns in its text, or in its question, as messages; the row itself if there are none. `names`
+    are those of its text, or of its question and answer, if it has no form."""
+    question = names[0] if names else next(filter(row.__contains__, ("text", *ANSWERS)), "")
+    words = row.get(question)
+    turns = written_turns(words) if isinstance(words, str) and not any(map(row.get, CHATS)) else []
+    answer = "".join(names[1:]) if names else ANSWERS.get(question, "")
+    if turns and not turns[-1]["content"]:  # the opening of the answer
+        turns.pop()
+    if not turns or (answer in row and turns[-1]["role"] == "assistant"):
+        return row
+    if question == "instruction" and row.get("input"):
+        turns[-1]["content"] += f"\n{field(row, 'input')}"
+        row = without(row, "input")
+    if answer in row:
+        thinking = {name: row[name] for name in THINKING if name in row}
+        turns.append({"role": "assistant", "content": row[answer]} | thinking)
+    return without(row, question, answer) | {"messages": turns}
 
 
 def given_segments(parts: object) -> list[Segment]:
@@ -301,8 +313,10 @@ def refuse_compared(row: Row, named: bool = False) -> None:
         )
     sides = sides_of(row)
     if sides and holds(row, *sides) and not named:
-        raise UserError(
-            f"a row has two answers, {' and '.join(sides)}, which train.py --data_type pairs learns from; name the "
-            "fields to learn from others alone",
-            offers=[("data_type", "pairs")],
-        )
+        what = f"a row has two answers, {' and '.join(sides)}, which train.py --data_type pairs learns from"
+        better = row[sides[0]]
+        question = next((name for name in ANSWERS if name in row), "")
+        alone = [question, sides[0]] if isinstance(better, str) and question else [sides[0]]
+        if len(alone) == 2 or (isinstance(better, list) and len(better) > 1):
+            raise UnknownForm(f"{what}; or learn from one of them alone", [alone], [("data_type", "pairs")])
+        raise UserError(what, offers=[("data_type", "pairs")])

@@ -14,6 +14,7 @@ from typing import Any
 from ..checkpoints.readable import read_short, require_readable
 from ..cli.errors import UserError, field_names
 from .chat import CHAT, KNOWN, TURN_END, ChatLayout, Segment
+from .dialogues import written_turns
 from .fields import (
     LISTS,
     Row,
@@ -38,7 +39,6 @@ from .forms import (
     OPENAI,
     Form,
     conversation,
-    dialogue,
     form_of,
     is_answer,
     label_field,
@@ -47,6 +47,7 @@ from .forms import (
     turns_before,
     turns_of,
     unrolled,
+    with_turns,
 )
 
 PAIRS = (
@@ -69,11 +70,6 @@ CONTEXTS = (
 )
 # think -> an answer to lay out in place of the model's
 STAND_IN = MappingProxyType({"": ".", "off": ".", "on": "<think>.</think>."})
-# openings of turns in other models' templates; here they are text like any other
-FOREIGN_MARKS = (
-    *("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "<｜User｜>", "[INST]"),
-    *("### Instruction:", "### Human:", "### User:"),
-)
 # --template -> the text of a Template
 TEMPLATES = MappingProxyType(
     {
@@ -89,9 +85,11 @@ TEMPLATES = MappingProxyType(
 
 @dataclass(frozen=True)
 class RowLayout(ChatLayout):
-    """The layout of rows: as chats, and of the named `fields`, or of those that are recognized if none are named."""
+    """The layout of rows: as chats, and of the named `fields`, or of those that are recognized if none are named.
+    turns_in_text makes chats of texts and questions that hold turns."""
 
     fields: tuple[str, ...] = ()
+    turns_in_text: bool = False
 
     def segments(self, row: object) -> list[Segment]:
         """The segments of a row of text, which counts, or of questions and answers; then only answers count."""
@@ -119,13 +117,17 @@ class RowLayout(ChatLayout):
         return self.placed(row, self.chat(form.turns(row)))
 
     def with_history(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row if self.fields else unrolled(row)
+        if self.fields:
+            return row
+        return unrolled(dict(with_turns(row)) if self.turns_in_text else row)
 
     def named(self, row: dict[str, Any], *names: str) -> list[Segment]:
         """The segments of a row's text or turns, in the field names[0], of a prompt and its answer, in two, or of a
         form, by all of its fields."""
         for name in names:
             require_field(row, name)
+        if self.turns_in_text and len(names) < 3 and (chat := with_turns(row, *names)) is not row:
+            return self.turns_in(chat, CHATS[0])
         if len(names) == 1 and isinstance(row.get(names[0]), list):
             return self.turns_in(row, names[0])
         if len(names) > 2 and (
@@ -184,7 +186,7 @@ class RowLayout(ChatLayout):
             rest = without(row, *sides, "text")
             return [self.segments(rest | {ANSWERS[prompt]: answer}) for answer in answers]
         else:
-            better, worse = map(dialogue, answers)
+            better, worse = map(written_turns, answers)
             if not better or not worse:
                 raise UnknownForm(f"a row has no prompt, only {shown(row)}; pairs are {PAIRS}")
         shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(better, worse)))

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
         options.skip_bad_rows,
         tool_form=options.tool_form,
         speaker=vars(options)["as"],  # a word of Python
+        turns_in_text=options.turns_in_text,
         encoding=options.encoding,
         document_end=options.document_end,
     )

@@ -3,7 +3,7 @@
 import argparse
 from types import MappingProxyType
 
-from ..cli.names import CUT, DOCUMENT_ENDS, ENCODING, G1
+from ..cli.names import AUTO, CUT, DOCUMENT_ENDS, ENCODING, G1, TURNS
 from ..cli.parser import Parser, codec, count, switch
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from .layouts import TEMPLATES
@@ -13,11 +13,12 @@ from .tools import TOOL_FORMS
 PROG = "rwkv-peft preprocess"
 WRITING = (
     "--output, --overwrite, --append_eod 0, --fields, --template, --as, --think, --clean_turns 0, --tool_form, "
-    "--split, --encoding, --document_end, --skip_bad_rows, --drop_duplicates, --show"
+    "--split, --turns_in_text, --encoding, --document_end, --skip_bad_rows, --drop_duplicates, --show"
 )
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
     Rule("--as", EXCLUDES, "--fields, --template", "these read rows as they are, without speakers", "leave one out"),
+    Rule("--turns_in_text", EXCLUDES, "--template", "that reads rows as they are", "leave one out"),
     Rule(WRITING, EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
 )
 # flags of other tools that make token files -> their equivalents here
@@ -98,6 +99,7 @@ def parse_flags(argv: list[str]) -> argparse.Namespace:
         "PREFIX.json records it (default %(default)s)",
     )
     add("--split", default="", metavar="TRAIN[A:B]", help="rows to read, such as train[:1000] or [500:]")
+    add("--turns_in_text", default="", choices=(AUTO,), help=TURNS)
     add("--encoding", type=codec, default="", metavar="NAME", help=ENCODING)
     add("--document_end", default="", choices=DOCUMENT_ENDS, help=CUT)
     add("--skip_bad_rows", action="store_true", help="leave out rows that cannot be read, and count them by kind")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..cli.errors import UserError, in_line, short, some, visible
+from ..cli.errors import UserError, in_line, quoted, short, some, visible
+from ..cli.names import HERMES
 from ..cli.parser import counted
 from .binidx import BinidxDataset, counting
 from .chat import QUOTE, THINKING, TURN_END, opening_within, stops_of
-from .encoding import Totals
+from .encoding import MARK, UNREAD, Totals
 from .exports import CHATS_OF, LEFT_OUT
 from .masks import undesirable
 from .recorded import Vocabulary, vocabulary_of
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 END = "<end>"
 LONG, RUNS = 1000, 20  # a piece of more characters loses its middle, and a document or sample of more pieces, too
-UNREAD = "unread "  # before a field's name in Totals.counts
 DOCUMENTS, TOKENS = 20, 4096  # documents in which openings are looked for, and tokens of each
 
 
@@ -59,14 +59,9 @@ def laid_out(totals: Totals) -> list[str]:
         (counts["unfinished"], "whose last turn is not the model's, and so is not learned"),
         (counts["repeated"], "the same as an earlier one, which therefore trains more often"),
         (
-            counts["dialogues"],
-            "whose text holds questions and answers, and counts as a whole in the loss, even the questions; to count "
-            "only the answers, write such rows as messages, or as query and response, or train with --loss_mask qa",
-        ),
-        (
-            counts["templated"],
-            "whose text has the turns of another model's template, such as <|im_start|>, and counts as a whole in the "
-            "loss; write such rows as messages, which are laid out as chats, and of which only the answers count",
+            counts["turns"],
+            "in which a text or a question holds turns of a chat, such as User: … Assistant: …, and counts as one; "
+            "--turns_in_text auto makes turns of them, of which only the answers count",
         ),
         (
             counts["forging"],
@@ -76,7 +71,26 @@ def laid_out(totals: Totals) -> list[str]:
     ):
         if count:
             lines.append(f"note: {counted(count, 'row')} {what}")
-    return lines + unread_fields(totals)
+    return lines + marks(totals) + unread_fields(totals)
+
+
+def marks(totals: Totals) -> list[str]:
+    """The note, as a list, on marks of other models in the rows' words; [] if there are none."""
+    names = under(totals, MARK)
+    if not names:
+        return []
+    listed = some([f"{quoted(name)} ({counted(number, 'row')})" for name, number in names], 20)
+    remedies = {
+        "sft_think": "--think on (train.py: --sft_think on) lays a thinking out",
+        "tool_form": "--tool_form hermes is the form of such calls",
+    }
+    remedy = " and ".join(remedies[flag] for flag, _ in mark_offers(totals)) or "take out what is no text"
+    return [f"note: learned as text: {listed}; {remedy}"]
+
+
+def mark_offers(totals: Totals) -> list[tuple[str, str]]:
+    offered = (("thought", ("sft_think", "on")), ("<tool", ("tool_form", HERMES)))
+    return [offer for part, offer in offered if any(part in name for name, _ in under(totals, MARK))]
 
 
 def offers(totals: Totals) -> list[tuple[str, str]]:
@@ -86,6 +100,8 @@ def offers(totals: Totals) -> list[tuple[str, str]]:
         *(offer for note in totals.notes for offer in note.offers),
         *totals.bad.offers,
         *([("sft_think", "on")] if thinking else []),
+        *mark_offers(totals),
+        *([("turns_in_text", "auto")] if totals.counts["turns"] else []),
     ]
 
 

@@ -44,7 +44,7 @@ from .report import laid_out, left_out
 from .rows import JSON_ENDINGS, KINDS
 from .samples import DocumentSamples, Permutation, Samples
 
-FORMAT = 13  # of the cache
+FORMAT = 14  # of the cache
 FILES = (*ENDINGS, ROWS)  # of a set in the cache; ROWS only of prompts
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # --data_type -> the samples of data that no --dataload cuts otherwise
@@ -154,7 +154,9 @@ def parts_of(config: DataConfig, flag: str = "--data_file") -> dict[str, DataCon
             )
         found[key] = replace(config.own, path=path, more=(), mix=(), loss_mask=mask)
         if replayed:  # flags on the form of rows are for the run's own
-            found[key] = replace(found[key], sft_field=(), sft_split="", sft_as="", sft_think="", think_labels=())
+            found[key] = replace(
+                found[key], sft_field=(), sft_split="", sft_as="", sft_think="", think_labels=(), turns_in_text=""
+            )
     return found
 
 
@@ -219,6 +221,7 @@ def settings_of(config: DataConfig) -> EncodeSettings:
         clean_turns=config.clean_turns,
         tool_form=config.tool_form,
         speaker=config.sft_as,
+        turns_in_text=config.turns_in_text,
         encoding=config.encoding,
         document_end=config.document_end,
         skip_bad_rows=config.skip_bad_rows,

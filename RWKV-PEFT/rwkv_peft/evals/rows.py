@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ..cli.errors import UserError, field_names, quoted, some
 from ..data.chat import CHAT, TURN_END, ChatLayout, stops_of
-from ..data.fields import UnknownForm, field
+from ..data.fields import UnknownForm, field, json_kind
 from ..data.layouts import RowLayout, layout_named
 from ..inference.prompts import made_of
 
@@ -100,7 +100,7 @@ Task = Exact | Choices
 def text_of(row: Fields, *names: str) -> str:
     """The text of the first of some fields that a row has. Raises UserError if it has none, or it holds no text."""
     if not isinstance(row, Mapping):
-        raise UserError(f"a row is {type(row).__name__}, not an object with fields")
+        raise UserError(f"a row is {json_kind(row)}, not an object with fields")
     name = next((name for name in names if name in row), None)
     if name is None:
         raise UserError(f"a row has the fields {field_names(row)}; one of {', '.join(names)} is due")

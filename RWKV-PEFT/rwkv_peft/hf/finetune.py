@@ -21,6 +21,7 @@ import torch
 
 from ..cli.errors import UserError
 from ..cli.parser import unknown_flag
+from ..data.forms import LABELLED
 from ..gpus import count_gpus
 from .config import BoneConfig, option
 
@@ -207,6 +208,13 @@ def load_rows(arguments: ScriptArguments, split: str, end: str) -> Any:
     with library_errors(f"--data_path {path}, split {split}"):
         data = load_dataset(kind or path, split=split, **({"data_files": path} if kind else {}))
     names = data.column_names
+    for label in (name for name in LABELLED if name in names):
+        bad = next((number for number, value in enumerate(data[label], 1) if value is False), None)
+        if bad is not None:
+            raise UserError(
+                f"row {bad} of {path} has the {label} false, and here every answer is learned as a good one; leave "
+                f"such rows out, or rename {label} if it means something else"
+            )
     columns = arguments.dataset_field or (COLUMNS if set(COLUMNS) <= set(names) else None)
     if columns is None:
         return data

@@ -81,6 +81,8 @@ class Rows(BaseModel):
     sft_field: list[Word] = []
     sft_as: Word = ""
     sft_think: Literal["", "on", "off"] = ""
+    tool_form: Literal["", "g1", "hermes"] = ""
+    turns_in_text: Literal["", "auto"] = ""
     encoding: Annotated[str, AfterValidator(encoding)] = ""
     document_end: Annotated[str, Field(pattern=f"^({'|'.join(DOCUMENT_ENDS)})?$")] = ""
 

@@ -27,7 +27,17 @@ from ...data.report import counted_in, fitting, laid_out, left_out, offers, piec
 from ...data.sources import settings_of
 from ...data.texts import ROWS
 
-FLAGS = ("data_type", "tokenizer", "sft_field", "sft_as", "sft_think", "encoding", "document_end")  # that may be given
+FLAGS = (
+    "data_type",
+    "tokenizer",
+    "sft_field",
+    "sft_as",
+    "sft_think",
+    "tool_form",
+    "turns_in_text",
+    "encoding",
+    "document_end",
+)  # that may be given
 SHOWN = 3  # documents that are shown as text
 NAMES = "|".join(name for openings, last in KNOWN for name in (*openings, last))
 SPEAKER = re.compile(rf"(?:\A|{TURN_END})({NAMES})")

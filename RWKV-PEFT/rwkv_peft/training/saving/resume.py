@@ -98,8 +98,9 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
     }
     if not config.data.clean_turns:
         del settings["clean_turns"]  # as in runs from before there was such a setting
-    if not config.data.sft_as:
-        del settings["sft_as"]
+    for name in ("sft_as", "turns_in_text"):
+        if not settings[name]:
+            del settings[name]
     if config.data.tool_form == HERMES:
         del settings["tool_form"]  # likewise; if rows hold tools, their hashes differ in another form
     if config.data.dataload == "pad":  # the order of samples depends on it (data/samples.py)
