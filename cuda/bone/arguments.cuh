@@ -2,8 +2,8 @@
 #pragma once
 #include "common/device.cuh"
 
-// One structure for all kernels; ops/bone/cuda.py mirrors it field by field. Elements are float32 or bf16, by the
-// kernel's name. Tensors are contiguous and aligned to 16 bytes; shard b is columns b rank to (b + 1) rank of a row.
+// One structure for all kernels; ops/bone/cuda.py mirrors it field by field. Elements are bf16. Tensors are contiguous
+// and aligned to 16 bytes; shard b is columns b rank to (b + 1) rank of a row.
 struct BoneArguments {
     const void* x;     // (tokens, width): affine's and the shard sum's input; null in backward: no gradient of bone;
                        // or the weight that merges, (blocks rank, width)

@@ -3,28 +3,21 @@
 // starts from.
 // NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "bone/arguments.cuh"
-#include "bone/plain.cuh"
 #include "bone/products.cuh"
 #include "bone/shards.cuh"
 #include "common/kernel.cuh"
 
-#define PRODUCTS(R)                                                                                                 \
-    KERNEL(BoneArguments, bone_affine_forward_products_##R, products_forward<R>, ForwardProducts<R>::threads, 1,    \
-           sizeof(ForwardShared<R>))                                                                                \
-    KERNEL(BoneArguments, bone_affine_backward_products_##R, products_backward<R>, BackwardProducts<R>::threads, 1, \
-           sizeof(BackwardShared<R>))                                                                               \
-    KERNEL(BoneArguments, bone_merge_products_##R, products_merge<R>, ForwardProducts<R>::threads, 1,               \
-           sizeof(MergeShared<R>))
+#define PRODUCTS(R)                                                                                        \
+    KERNEL(BoneArguments, bone_affine_forward_##R, products_forward<R>, ForwardProducts<R>::threads, 1,    \
+           sizeof(ForwardShared<R>))                                                                       \
+    KERNEL(BoneArguments, bone_affine_backward_##R, products_backward<R>, BackwardProducts<R>::threads, 1, \
+           sizeof(BackwardShared<R>))                                                                      \
+    KERNEL(BoneArguments, bone_merge_##R, products_merge<R>, ForwardProducts<R>::threads, 1, sizeof(MergeShared<R>))
 PRODUCTS(16)
 PRODUCTS(32)
 PRODUCTS(64)
 PRODUCTS(128)
 
-#define OF_DTYPE(E, dtype)                                                                                        \
-    KERNEL(BoneArguments, bone_affine_forward_##dtype, plain_forward<E>, PLAIN_THREADS, 1, sizeof(PlainShared))   \
-    KERNEL(BoneArguments, bone_affine_backward_##dtype, plain_backward<E>, PLAIN_THREADS, 1, sizeof(PlainShared)) \
-    KERNEL(BoneArguments, bone_shard_sum_##dtype, shard_sum<E>, SHARD_THREADS, 1, 0)                              \
-    KERNEL(BoneArguments, bone_tiled_##dtype, tiled<E>, SHARD_THREADS, 1, 0)                                      \
-    KERNEL(BoneArguments, bone_sum_parts_##dtype, sum_parts<E>, SHARD_THREADS, 1, 0)
-OF_DTYPE(float, float32)
-OF_DTYPE(bf16, bfloat16)
+KERNEL(BoneArguments, bone_shard_sum, shard_sum, SHARD_THREADS, 1, 0)
+KERNEL(BoneArguments, bone_tiled, tiled, SHARD_THREADS, 1, 0)
+KERNEL(BoneArguments, bone_sum_parts, sum_parts, SHARD_THREADS, 1, 0)

@@ -1,4 +1,4 @@
-// A chunk of 16 tokens in shared memory, and a head's state in registers, for the chunked kernels of the recurrences.
+// A chunk of 16 tokens in shared memory, and a head's state in registers, for the kernels of the recurrences.
 #pragma once
 #include "common/tile.cuh"
 

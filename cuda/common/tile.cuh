@@ -1,4 +1,4 @@
-// 16x16 tiles, the only shape that the chunked kernels multiply.
+// 16x16 tiles, the only shape that the kernels multiply.
 //
 // A warp holds a tile spread over its lanes. Lane l, with row g = l / 4 and column q = 2 (l % 4), holds the
 // eight elements (row, column) =

@@ -2,24 +2,23 @@
 #pragma once
 #include "common/tile.cuh"
 
-template <class E, int V>
-struct alignas(sizeof(E) * V) Vector {
-    E x[V];
+template <int V>
+struct alignas(sizeof(bf16) * V) Vector {
+    bf16 x[V];
 };
 
-template <class E>
-constexpr int WIDEST = 16 / sizeof(E);  // elements in the 16 bytes that a thread moves at most
+constexpr int WIDEST = 16 / sizeof(bf16);  // elements in the 16 bytes that a thread moves at most
 
-template <class E, int V>
-__device__ __forceinline__ void load_vector(float (&x)[V], const E* p) {
-    const Vector<E, V> v = *(const Vector<E, V>*)p;
+template <int V>
+__device__ __forceinline__ void load_vector(float (&x)[V], const bf16* p) {
+    const Vector<V> v = *(const Vector<V>*)p;
     #pragma unroll
     for (int e = 0; e < V; e++) x[e] = to_float(v.x[e]);
 }
-template <class E, int V>
-__device__ __forceinline__ void store_vector(E* p, const float (&x)[V]) {
-    Vector<E, V> v;
+template <int V>
+__device__ __forceinline__ void store_vector(bf16* p, const float (&x)[V]) {
+    Vector<V> v;
     #pragma unroll
     for (int e = 0; e < V; e++) store(&v.x[e], x[e]);
-    *(Vector<E, V>*)p = v;
+    *(Vector<V>*)p = v;
 }

@@ -4,5 +4,4 @@
 #include "cross_entropy/arguments.cuh"
 #include "cross_entropy/row.cuh"
 
-KERNEL(CrossEntropyArguments, cross_entropy_float32, row<float>, ROW_THREADS, 1, 0)
-KERNEL(CrossEntropyArguments, cross_entropy_bfloat16, row<bf16>, ROW_THREADS, 1, 0)
+KERNEL(CrossEntropyArguments, cross_entropy, row, ROW_THREADS, 1, 0)

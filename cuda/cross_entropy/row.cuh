@@ -20,13 +20,13 @@ __device__ __forceinline__ Softmax merged(const Softmax& a, const Softmax& b) {
     return Softmax{high.largest, high.sum + low.sum * expf(low.largest - high.largest), high.where};
 }
 
-template <class E, int V>
-__device__ __forceinline__ Softmax softmax_of(const E* x, index_t vocabulary) {
+template <int V>
+__device__ __forceinline__ Softmax softmax_of(const bf16* x, index_t vocabulary) {
     Softmax mine{LOWEST, 0.f, vocabulary};
     #pragma unroll 2
     for (index_t at = threadIdx.x * V; at < vocabulary; at += ROW_THREADS * V) {
         float v[V];
-        load_vector<E, V>(v, x + at);
+        load_vector<V>(v, x + at);
         float largest = mine.largest;
         #pragma unroll
         for (int e = 0; e < V; e++)
@@ -46,12 +46,12 @@ __device__ __forceinline__ Softmax softmax_of(const E* x, index_t vocabulary) {
     return shared[0];
 }
 
-template <class E, int V>
+template <int V>
 __device__ void row_by(const CrossEntropyArguments& a) {
     const index_t row = blockIdx.x, target = a.targets[row];
-    const E* x = (const E*)a.logits + row * a.vocabulary;
-    E* gradient = (E*)a.gradient + row * a.vocabulary;
-    const Softmax all = softmax_of<E, V>(x, a.vocabulary);
+    const bf16* x = (const bf16*)a.logits + row * a.vocabulary;
+    bf16* gradient = (bf16*)a.gradient + row * a.vocabulary;
+    const Softmax all = softmax_of<V>(x, a.vocabulary);
     const bool known = 0 <= target && target < a.vocabulary;
     const float at_target = known ? to_float(x[target]) : 0.f;
     __syncthreads();  // the target's logit is read before it is written over
@@ -62,21 +62,20 @@ __device__ void row_by(const CrossEntropyArguments& a) {
     #pragma unroll 2
     for (index_t at = threadIdx.x * V; at < a.vocabulary; at += ROW_THREADS * V) {
         float v[V];
-        load_vector<E, V>(v, x + at);
+        load_vector<V>(v, x + at);
         #pragma unroll
         for (int e = 0; e < V; e++) {
             v[e] = expf(v[e] - all.largest) * factor;
             if (at + e == target) v[e] -= a.scale;
             if (at + e == all.where) v[e] += a.scale * a.pull * all.largest;
         }
-        store_vector<E, V>(gradient + at, v);
+        store_vector<V>(gradient + at, v);
     }
 }
 
-template <class E>
 __device__ void row(const CrossEntropyArguments& a) {
-    if (a.vocabulary % WIDEST<E> == 0)
-        row_by<E, WIDEST<E>>(a);
+    if (a.vocabulary % WIDEST == 0)
+        row_by<WIDEST>(a);
     else
-        row_by<E, 1>(a);
+        row_by<1>(a);
 }

@@ -13,8 +13,8 @@ constexpr int SCALES = PANEL / 8;  // the quads that a block's scales take the p
 constexpr int DEQUANTIZE_THREADS = 256;
 template <int ROWS>
 constexpr int PRODUCT_THREADS = ROWS == 1 ? 512 : 256;  // more rows need more registers
-template <class E, int BITS>
-constexpr int MOVED = 32 / BITS < WIDEST<E> ? 32 / BITS : WIDEST<E>;  // elements of a word's columns at once
+template <int BITS>
+constexpr int MOVED = 32 / BITS < WIDEST ? 32 / BITS : WIDEST;  // elements of a word's columns at once
 
 struct alignas(16) Words { uint32_t x[4]; };
 
@@ -29,7 +29,7 @@ struct Quad {
         constexpr int HERE = BITS * QUADS;  // quads of a block, which its scales follow
         const Words* block = (const Words*)a.words + at / HERE * (HERE + SCALES);
         const Words words = block[at % HERE];
-        load_vector<bf16, 4>(scales, (const bf16*)(block + HERE) + at % QUADS * 4);
+        load_vector<4>(scales, (const bf16*)(block + HERE) + at % QUADS * 4);
         #pragma unroll
         for (int r = 0; r < 4; r++)
             #pragma unroll
@@ -41,9 +41,9 @@ struct Quad {
 };
 
 // y = x Wᵀ for at most ROWS rows x; a block of threads takes a panel of W.
-template <class E, int BITS, int ROWS>
+template <int BITS, int ROWS>
 __device__ void product(const DecodeArguments& a) {
-    constexpr int THREADS = PRODUCT_THREADS<ROWS>, COLUMNS = Quad<BITS>::COLUMNS, V = MOVED<E, BITS>;
+    constexpr int THREADS = PRODUCT_THREADS<ROWS>, COLUMNS = Quad<BITS>::COLUMNS, V = MOVED<BITS>;
     __shared__ float parts[THREADS / 32][ROWS][PANEL];  // of the sums, by warps
     const index_t quads = a.in_features / COLUMNS * QUADS, first = blockIdx.x * quads;
     float sums[ROWS][4] = {};
@@ -53,10 +53,10 @@ __device__ void product(const DecodeArguments& a) {
         #pragma unroll
         for (int t = 0; t < ROWS; t++) {
             if (t >= a.rows) continue;
-            const E* p = (const E*)a.x + t * a.in_features + at / QUADS * COLUMNS;
+            const bf16* p = (const bf16*)a.x + t * a.in_features + at / QUADS * COLUMNS;
             float x[COLUMNS / V][V];
             #pragma unroll
-            for (int i = 0; i < COLUMNS / V; i++) load_vector<E, V>(x[i], p + i * V);
+            for (int i = 0; i < COLUMNS / V; i++) load_vector<V>(x[i], p + i * V);
             #pragma unroll
             for (int r = 0; r < 4; r++) {
                 float sum = 0.f;
@@ -80,13 +80,13 @@ __device__ void product(const DecodeArguments& a) {
     float sum = 0.f;
     #pragma unroll
     for (int warp = 0; warp < THREADS / 32; warp++) sum += parts[warp][t][r];
-    if (row < a.out_features) store((E*)a.y + t * a.out_features + row, sum);
+    if (row < a.out_features) store((bf16*)a.y + t * a.out_features + row, sum);
 }
 
 // The matrix (out, in) that the blocks stand for; a thread takes a quad.
-template <class E, int BITS>
+template <int BITS>
 __device__ void dequantize(const DecodeArguments& a) {
-    constexpr int COLUMNS = Quad<BITS>::COLUMNS, V = MOVED<E, BITS>;
+    constexpr int COLUMNS = Quad<BITS>::COLUMNS, V = MOVED<BITS>;
     const index_t at = blockIdx.x * (index_t)DEQUANTIZE_THREADS + threadIdx.x;
     const index_t quads = a.in_features / COLUMNS * QUADS, row = at / quads * PANEL + at % QUADS * 4;
     if (row >= a.out_features) return;
@@ -94,13 +94,13 @@ __device__ void dequantize(const DecodeArguments& a) {
     #pragma unroll
     for (int r = 0; r < 4; r++) {
         if (row + r >= a.out_features) return;
-        E* p = (E*)a.y + (row + r) * a.in_features + at % quads / QUADS * COLUMNS;
+        bf16* p = (bf16*)a.y + (row + r) * a.in_features + at % quads / QUADS * COLUMNS;
         #pragma unroll
         for (int i = 0; i < COLUMNS; i += V) {
             float x[V];
             #pragma unroll
             for (int e = 0; e < V; e++) x[e] = w.scales[r] * w.x[r][i + e];
-            store_vector<E, V>(p + i, x);
+            store_vector<V>(p + i, x);
         }
     }
 }

@@ -3,14 +3,11 @@
 #include "common/kernel.cuh"
 #include "decode/blocks.cuh"
 
-#define PRODUCT(E, dtype, bits, rows)                                                                                  \
-    KERNEL(DecodeArguments, decode_product_##dtype##_##bits##_##rows, (product<E, bits, rows>), PRODUCT_THREADS<rows>, \
-           1, 0)
-#define BLOCKS(E, dtype, bits)  \
-    PRODUCT(E, dtype, bits, 1)  \
-    PRODUCT(E, dtype, bits, 16) \
-    KERNEL(DecodeArguments, decode_dequantize_##dtype##_##bits, (dequantize<E, bits>), DEQUANTIZE_THREADS, 1, 0)
-BLOCKS(float, float32, 8)
-BLOCKS(float, float32, 4)
-BLOCKS(bf16, bfloat16, 8)
-BLOCKS(bf16, bfloat16, 4)
+#define PRODUCT(bits, rows) \
+    KERNEL(DecodeArguments, decode_product_##bits##_##rows, (product<bits, rows>), PRODUCT_THREADS<rows>, 1, 0)
+#define BLOCKS(bits)  \
+    PRODUCT(bits, 1)  \
+    PRODUCT(bits, 16) \
+    KERNEL(DecodeArguments, decode_dequantize_##bits, (dequantize<bits>), DEQUANTIZE_THREADS, 1, 0)
+BLOCKS(8)
+BLOCKS(4)

@@ -2,50 +2,47 @@
 #pragma once
 #include "mix/rows.cuh"
 
-template <class E>
-struct NormGateForward : Operation<E> {  // y, g; weight, bias -> (normalized y weight + bias) silu(g)
+struct NormGateForward : Operation {  // y, g; weight, bias -> (normalized y weight + bias) silu(g)
     static constexpr int SUMS = 0;
     const Values weight, bias;
     __device__ NormGateForward(const MixArguments& a, const Part& part)
-        : Operation<E>(a, part), weight(this->parameter(0)), bias(this->parameter(1)) {}
+        : Operation(a, part), weight(parameter(0)), bias(parameter(1)) {}
     __device__ void row(index_t t) {
-        const Normal n = normalize(this->in(0, t), this->part.size, this->a.eps);
-        const Values g = this->in(1, t);
-        this->out(0, t, each([&](int e) { return (n.z.x[e] * weight.x[e] + bias.x[e]) * g.x[e] * sigmoid(g.x[e]); }));
+        const Normal n = normalize(in(0, t), part.size, a.eps);
+        const Values g = in(1, t);
+        out(0, t, each([&](int e) { return (n.z.x[e] * weight.x[e] + bias.x[e]) * g.x[e] * sigmoid(g.x[e]); }));
     }
 };
 
-template <class E>
-struct NormGateBackward : Operation<E> {  // y, g, grad; weight, bias -> gy, gg; gweight, gbias
+struct NormGateBackward : Operation {  // y, g, grad; weight, bias -> gy, gg; gweight, gbias
     static constexpr int SUMS = 2;
     const Values weight, bias;
     Values sums[SUMS] = {zero_values(), zero_values()};
     __device__ NormGateBackward(const MixArguments& a, const Part& part)
-        : Operation<E>(a, part), weight(this->parameter(0)), bias(this->parameter(1)) {}
+        : Operation(a, part), weight(parameter(0)), bias(parameter(1)) {}
     __device__ void row(index_t t) {
-        const Normal n = normalize(this->in(0, t), this->part.size, this->a.eps);
-        const Values g = this->in(1, t), grad = this->in(2, t);
+        const Normal n = normalize(in(0, t), part.size, a.eps);
+        const Values g = in(1, t), grad = in(2, t);
         const Values gate = each([&](int e) { return sigmoid(g.x[e]); });
         const Values d = each([&](int e) { return grad.x[e] * g.x[e] * gate.x[e]; });  // of the norm's result
-        this->out(1, t, each([&](int e) {
+        out(1, t, each([&](int e) {
             const float whole = n.z.x[e] * weight.x[e] + bias.x[e];
             return grad.x[e] * whole * gate.x[e] * (1.f + g.x[e] * (1.f - gate.x[e]));
         }));
         sums[0] = each([&](int e) { return sums[0].x[e] + d.x[e] * n.z.x[e]; });
         sums[1] = each([&](int e) { return sums[1].x[e] + d.x[e]; });
         const Values dz = each([&](int e) { return d.x[e] * weight.x[e]; });
-        this->out(0, t, normalize_backward(n, dz, this->part.size));
+        out(0, t, normalize_backward(n, dz, part.size));
     }
 };
 
 constexpr float LEAST_NORM = 1e-12f;
 
 // The common start of both directions of RWKV-7's keys.
-template <class E>
-struct DeltaKeys : Operation<E> {
+struct DeltaKeys : Operation {
     const Values a0, k_k, k_a;
     __device__ DeltaKeys(const MixArguments& a, const Part& part)
-        : Operation<E>(a, part), a0(this->parameter(0)), k_k(this->parameter(1)), k_a(this->parameter(2)) {}
+        : Operation(a, part), a0(parameter(0)), k_k(parameter(1)), k_a(parameter(2)) {}
     __device__ Values stretched(const Values& k) const {
         return each([&](int e) { return k.x[e] * k_k.x[e]; });
     }
@@ -57,40 +54,36 @@ struct DeltaKeys : Operation<E> {
     }
 };
 
-template <class E>
-struct DeltaKeysForward : DeltaKeys<E> {  // k, low; a0, k_k, k_a -> key, a, b
+struct DeltaKeysForward : DeltaKeys {  // k, low; a0, k_k, k_a -> key, a, b
     static constexpr int SUMS = 0;
-    using DeltaKeys<E>::DeltaKeys;
+    using DeltaKeys::DeltaKeys;
     __device__ void row(index_t t) {
-        const Values k = this->in(0, t), rate = this->rates(this->in(1, t)), u = this->stretched(k);
-        const float scale = 1.f / max(this->length(u), LEAST_NORM);
-        this->out(0, t, each([&](int e) { return k.x[e] * (1.f + (rate.x[e] - 1.f) * this->k_a.x[e]); }));
-        this->out(1, t, each([&](int e) { return -u.x[e] * scale; }));
-        this->out(2, t, each([&](int e) { return u.x[e] * scale * rate.x[e]; }));
+        const Values k = in(0, t), rate = rates(in(1, t)), u = stretched(k);
+        const float scale = 1.f / max(length(u), LEAST_NORM);
+        out(0, t, each([&](int e) { return k.x[e] * (1.f + (rate.x[e] - 1.f) * k_a.x[e]); }));
+        out(1, t, each([&](int e) { return -u.x[e] * scale; }));
+        out(2, t, each([&](int e) { return u.x[e] * scale * rate.x[e]; }));
     }
 };
 
-template <class E>
-struct DeltaKeysBackward : DeltaKeys<E> {  // k, low, gkey, ga, gb; a0, k_k, k_a -> gk, glow; ga0, gk_k, gk_a
+struct DeltaKeysBackward : DeltaKeys {  // k, low, gkey, ga, gb; a0, k_k, k_a -> gk, glow; ga0, gk_k, gk_a
     static constexpr int SUMS = 3;
     Values sums[SUMS] = {zero_values(), zero_values(), zero_values()};
-    using DeltaKeys<E>::DeltaKeys;
+    using DeltaKeys::DeltaKeys;
     __device__ void row(index_t t) {
-        const Values k = this->in(0, t), rate = this->rates(this->in(1, t)), u = this->stretched(k);
-        const Values gkey = this->in(2, t), ga = this->in(3, t), gb = this->in(4, t), &k_a = this->k_a;
-        const float length = this->length(u), scale = 1.f / max(length, LEAST_NORM);
+        const Values k = in(0, t), rate = rates(in(1, t)), u = stretched(k);
+        const Values gkey = in(2, t), ga = in(3, t), gb = in(4, t);
+        const float norm = length(u), scale = 1.f / max(norm, LEAST_NORM);
         const Values gn = each([&](int e) { return gb.x[e] * rate.x[e] - ga.x[e]; });
         const float dot = total(each([&](int e) { return u.x[e] * gn.x[e]; }));
-        const float along = length < LEAST_NORM ? 0.f : dot * scale;
+        const float along = norm < LEAST_NORM ? 0.f : dot * scale;
         const Values gu = each([&](int e) { return (gn.x[e] - u.x[e] * scale * along) * scale; });
         const Values gz = each([&](int e) {  // of a0 + low
             const float grate = gb.x[e] * u.x[e] * scale + gkey.x[e] * k.x[e] * k_a.x[e];
             return grate * rate.x[e] * (1.f - rate.x[e]);
         });
-        this->out(0, t, each([&](int e) {
-            return gkey.x[e] * (1.f + (rate.x[e] - 1.f) * k_a.x[e]) + gu.x[e] * this->k_k.x[e];
-        }));
-        this->out(1, t, gz);
+        out(0, t, each([&](int e) { return gkey.x[e] * (1.f + (rate.x[e] - 1.f) * k_a.x[e]) + gu.x[e] * k_k.x[e]; }));
+        out(1, t, gz);
         sums[0] = each([&](int e) { return sums[0].x[e] + gz.x[e]; });
         sums[1] = each([&](int e) { return sums[1].x[e] + gu.x[e] * k.x[e]; });
         sums[2] = each([&](int e) { return sums[2].x[e] + gkey.x[e] * k.x[e] * (rate.x[e] - 1.f); });
@@ -98,11 +91,10 @@ struct DeltaKeysBackward : DeltaKeys<E> {  // k, low, gkey, ga, gb; a0, k_k, k_a
 };
 
 // The common start of both directions of RWKV-7's norm with a bonus.
-template <class E>
-struct NormBonusGate : Operation<E> {
+struct NormBonusGate : Operation {
     const Values r_k, weight, bias;
     __device__ NormBonusGate(const MixArguments& a, const Part& part)
-        : Operation<E>(a, part), r_k(this->parameter(0)), weight(this->parameter(1)), bias(this->parameter(2)) {}
+        : Operation(a, part), r_k(parameter(0)), weight(parameter(1)), bias(parameter(2)) {}
     __device__ float bonus(const Values& r, const Values& k) const {
         return total(each([&](int e) { return r.x[e] * k.x[e] * r_k.x[e]; }));
     }
@@ -111,38 +103,36 @@ struct NormBonusGate : Operation<E> {
     }
 };
 
-template <class E>
-struct NormBonusGateForward : NormBonusGate<E> {  // y, r, k, v, g; r_k, weight, bias -> (… + s v) g
+struct NormBonusGateForward : NormBonusGate {  // y, r, k, v, g; r_k, weight, bias -> (… + s v) g
     static constexpr int SUMS = 0;
-    using NormBonusGate<E>::NormBonusGate;
+    using NormBonusGate::NormBonusGate;
     __device__ void row(index_t t) {
-        const Normal n = normalize(this->in(0, t), this->part.size, this->a.eps);
-        const Values g = this->in(4, t), v = this->in(3, t);
-        const float s = this->bonus(this->in(1, t), this->in(2, t));
-        const Values x = this->whole(n, s, v);
-        this->out(0, t, each([&](int e) { return x.x[e] * g.x[e]; }));
+        const Normal n = normalize(in(0, t), part.size, a.eps);
+        const Values g = in(4, t), v = in(3, t);
+        const float s = bonus(in(1, t), in(2, t));
+        const Values x = whole(n, s, v);
+        out(0, t, each([&](int e) { return x.x[e] * g.x[e]; }));
     }
 };
 
-template <class E>
-struct NormBonusGateBackward : NormBonusGate<E> {  // y, r, k, v, g, grad; … -> gy, gr, gk, gv, gg; gr_k, gweight, gbias
+struct NormBonusGateBackward : NormBonusGate {  // y, r, k, v, g, grad; … -> gy, gr, gk, gv, gg; gr_k, gweight, gbias
     static constexpr int SUMS = 3;
     Values sums[SUMS] = {zero_values(), zero_values(), zero_values()};
-    using NormBonusGate<E>::NormBonusGate;
+    using NormBonusGate::NormBonusGate;
     __device__ void row(index_t t) {
-        const Normal n = normalize(this->in(0, t), this->part.size, this->a.eps);
-        const Values r = this->in(1, t), k = this->in(2, t), v = this->in(3, t), g = this->in(4, t);
-        const Values grad = this->in(5, t), &r_k = this->r_k;
-        const float s = this->bonus(r, k);
-        const Values x = this->whole(n, s, v);
+        const Normal n = normalize(in(0, t), part.size, a.eps);
+        const Values r = in(1, t), k = in(2, t), v = in(3, t), g = in(4, t);
+        const Values grad = in(5, t);
+        const float s = bonus(r, k);
+        const Values x = whole(n, s, v);
         const Values d = each([&](int e) { return grad.x[e] * g.x[e]; });  // of what is gated
-        const Values dz = each([&](int e) { return d.x[e] * this->weight.x[e]; });
-        this->out(0, t, normalize_backward(n, dz, this->part.size));
+        const Values dz = each([&](int e) { return d.x[e] * weight.x[e]; });
+        out(0, t, normalize_backward(n, dz, part.size));
         const float gs = total(each([&](int e) { return d.x[e] * v.x[e]; }));
-        this->out(1, t, each([&](int e) { return gs * k.x[e] * r_k.x[e]; }));
-        this->out(2, t, each([&](int e) { return gs * r.x[e] * r_k.x[e]; }));
-        this->out(3, t, each([&](int e) { return d.x[e] * s; }));
-        this->out(4, t, each([&](int e) { return grad.x[e] * x.x[e]; }));
+        out(1, t, each([&](int e) { return gs * k.x[e] * r_k.x[e]; }));
+        out(2, t, each([&](int e) { return gs * r.x[e] * r_k.x[e]; }));
+        out(3, t, each([&](int e) { return d.x[e] * s; }));
+        out(4, t, each([&](int e) { return grad.x[e] * x.x[e]; }));
         sums[0] = each([&](int e) { return sums[0].x[e] + gs * r.x[e] * k.x[e]; });
         sums[1] = each([&](int e) { return sums[1].x[e] + d.x[e] * n.z.x[e]; });
         sums[2] = each([&](int e) { return sums[2].x[e] + d.x[e]; });

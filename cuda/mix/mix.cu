@@ -7,9 +7,7 @@
 #include "mix/lerp.cuh"
 #include "mix/low_rank.cuh"
 
-#define MIX_OPERATION(name, Op)                                                       \
-    KERNEL(MixArguments, mix_##name##_float32, run_rows<Op<float>>, 32 * WARPS, 1, 0) \
-    KERNEL(MixArguments, mix_##name##_bfloat16, run_rows<Op<bf16>>, 32 * WARPS, 1, 0)
+#define MIX_OPERATION(name, Op) KERNEL(MixArguments, mix_##name, run_rows<Op>, 32 * WARPS, 1, 0)
 
 MIX_OPERATION(lerp_forward, LerpForward)
 MIX_OPERATION(lerp_backward, LerpBackward)
@@ -26,7 +24,7 @@ MIX_OPERATION(delta_keys_backward, DeltaKeysBackward)
 MIX_OPERATION(norm_bonus_gate_forward, NormBonusGateForward)
 MIX_OPERATION(norm_bonus_gate_backward, NormBonusGateBackward)
 
-// A lerp's weights of rank K, in bfloat16.
+// A lerp's weights of rank K.
 #define MIX_LOW_RANK(K)                                                                                         \
     KERNEL(MixArguments, mix_lerp_low_forward_##K, low_forward<K>, LOW_THREADS, 1, sizeof(LowForwardShared<K>)) \
     KERNEL(MixArguments, mix_lerp_low_backward_##K, low_backward<K>, LOW_THREADS* LOW_SPLITS<K>, 1,             \

@@ -21,31 +21,24 @@ __device__ __forceinline__ Values each(F f) {
     return v;
 }
 
-__device__ __forceinline__ void load_pair(const float* p, float* x) {
-    const Pair pair = *(const Pair*)p;
-    x[0] = pair.x[0], x[1] = pair.x[1];
-}
 __device__ __forceinline__ void load_pair(const bf16* p, float* x) {
     const uint32_t pair = *(const uint32_t*)p;
     x[0] = low_half(pair), x[1] = high_half(pair);
 }
-__device__ __forceinline__ void store_pair(float* p, const float* x) { *(Pair*)p = Pair{{x[0], x[1]}}; }
 __device__ __forceinline__ void store_pair(bf16* p, const float* x) { *(uint32_t*)p = pack_bf16(x[0], x[1]); }
 
 // Loads the group's `size` channels from element `at` of p on.
-template <class E>
 __device__ __forceinline__ Values load(const void* p, index_t at, int size) {
     Values v = zero_values();
     #pragma unroll
     for (int e = 0; e < 4; e += 2)
-        if (channel_of(e) < size) load_pair((const E*)p + at + channel_of(e), v.x + e);
+        if (channel_of(e) < size) load_pair((const bf16*)p + at + channel_of(e), v.x + e);
     return v;
 }
-template <class E>
 __device__ __forceinline__ void save(void* p, index_t at, int size, const Values& v) {
     #pragma unroll
     for (int e = 0; e < 4; e += 2)
-        if (channel_of(e) < size) store_pair((E*)p + at + channel_of(e), v.x + e);
+        if (channel_of(e) < size) store_pair((bf16*)p + at + channel_of(e), v.x + e);
 }
 
 __device__ __forceinline__ float total(const Values& v) {
@@ -120,7 +113,6 @@ __device__ void run_rows(const MixArguments& a) {
 }
 
 // The members of every operation.
-template <class E>
 struct Operation {
     const MixArguments& a;
     const Part part;
@@ -128,9 +120,9 @@ struct Operation {
     __device__ Operation(const MixArguments& a, const Part& part) : a(a), part(part) {}
 
     __device__ index_t at(index_t t) const { return t * a.channels + part.channel; }
-    __device__ Values in(int i, index_t t) const { return load<E>(a.inputs[i], at(t), part.size); }
-    __device__ Values parameter(int i) const { return load<E>(a.parameters[i], part.channel, part.size); }
+    __device__ Values in(int i, index_t t) const { return load(a.inputs[i], at(t), part.size); }
+    __device__ Values parameter(int i) const { return load(a.parameters[i], part.channel, part.size); }
     __device__ void out(int i, index_t t, const Values& v) const {
-        if (a.outputs[i]) save<E>(a.outputs[i], at(t), part.size, v);
+        if (a.outputs[i]) save(a.outputs[i], at(t), part.size, v);
     }
 };

@@ -1,4 +1,4 @@
-// Shared by the two chunked kernels: a chunk of 16 tokens in shared memory, and its decays. The head comment of wkv6.cu
+// Shared by the two kernels: a chunk of 16 tokens in shared memory, and its decays. The head comment of wkv6.cu
 // explains the names.
 #pragma once
 #include "common/chunk.cuh"
@@ -164,7 +164,7 @@ struct Decays {
     }
 };
 
-// The state before token t of a block, as the chunked kernels store it: in bf16, tile by tile of S, (K / 16, V / 16),
+// The state before token t of a block, as the kernels store it: in bf16, tile by tile of S, (K / 16, V / 16),
 // each spread over a warp's lanes.
 struct Checkpoint {
     Tile* tiles;  // the lane's share of the first

@@ -35,8 +35,8 @@
 // (across: the first terms of gr and gk above; inside: the second). Only the terms inside the chunk are subtracted, and
 // those are the same rounded numbers on both sides. gw_x is -exp(w_x) times that gradient.
 //
-// Chunked kernels exist for bf16 and head size 64, which all released models have; all else goes through the plain
-// kernels, one token at a time (plain.cuh). ops/recurrence/kernels.py chooses.
+// The kernels take bf16 and head size 64, which all released models have; all else is computed by products of matrices
+// in torch (ops/recurrence/chunked.py).
 //
 // NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/device.cuh"
@@ -44,7 +44,6 @@
 #include "wkv6/backward.cuh"
 #include "wkv6/forward.cuh"
 #include "wkv6/groups.cuh"
-#include "wkv6/plain.cuh"
 
 RECURRENCE_KERNEL(wkv6_forward_64, chunked_forward, 128, 5, sizeof(ForwardShared))
 RECURRENCE_KERNEL(wkv6_backward_64, chunked_backward, 128, 3, sizeof(BackwardShared))
@@ -52,5 +51,3 @@ RECURRENCE_KERNEL(wkv6_forward_groups_64, chunked_groups<false>, 128, 5, sizeof(
 RECURRENCE_KERNEL(wkv6_backward_groups_64, chunked_groups<true>, 128, 5, sizeof(GroupShared))
 RECURRENCE_KERNEL(wkv6_forward_scan, scan_groups<false>, 128, 4, 0)
 RECURRENCE_KERNEL(wkv6_backward_scan, scan_groups<true>, 128, 4, 0)
-RECURRENCE_KERNEL(wkv6_forward_plain_float32, plain_forward, 1024, 1, 0)
-RECURRENCE_KERNEL(wkv6_backward_plain_float32, plain_backward, 1024, 1, 0)

@@ -1,4 +1,4 @@
-// Shared by the chunked kernels: a thread's share of a chunk, the operands made of the inputs, and the tokens' reads of
+// Shared by the kernels: a thread's share of a chunk, the operands made of the inputs, and the tokens' reads of
 // one another's writes. The head comment of wkv7.cu explains the names.
 #pragma once
 #include "common/chunk.cuh"

@@ -10,7 +10,7 @@
 // The states are computed again from those that forward has saved, never stepped back in time, which would divide their
 // errors by the decays.
 //
-// The chunked kernels: bf16, head size 64. One thread block walks one head of one sequence in chunks of 16 tokens; the
+// The kernels take bf16 and head size 64. One thread block walks one head of one sequence in chunks of 16 tokens; the
 // sequence may have any length, and its state (or its gradient) stays in registers throughout. As in other
 // recurrences with a delta rule (Yang et al. 2024, arXiv 2406.06484), a chunk unrolls into matrix products. With c_t
 // the product of the decays from the chunk's start to token t, per channel, and S the state at the chunk's start, the
@@ -38,7 +38,7 @@
 //     sum over v of S dS + sum over s of (k V dS + b removed dS)_s
 //         + sum over s >= t of (r gr - k gk - b gb)_s + sum over s > t of (a ga)_s
 // All terms that cancel are the same rounded numbers. With few heads, groups of tokens take a sequence's place
-// (groups.cuh). All else goes through the plain kernels (plain.cuh); ops/recurrence/kernels.py chooses.
+// (groups.cuh). Other dtypes and head sizes are computed in torch (ops/recurrence/chunked.py).
 //
 // NVRTC compiles this file, and a C++ compiler, with tests/cuda_shim, for the CPU.
 #include "common/device.cuh"
@@ -46,7 +46,6 @@
 #include "wkv7/backward.cuh"
 #include "wkv7/forward.cuh"
 #include "wkv7/groups.cuh"
-#include "wkv7/plain.cuh"
 
 RECURRENCE_KERNEL(wkv7_forward_64, chunked_forward, 256, 2, sizeof(ForwardShared))
 RECURRENCE_KERNEL(wkv7_backward_64, chunked_backward, 128, 3, sizeof(BackwardShared))
@@ -54,5 +53,3 @@ RECURRENCE_KERNEL(wkv7_forward_groups_64, chunked_groups<false>, 256, 2, sizeof(
 RECURRENCE_KERNEL(wkv7_backward_groups_64, chunked_groups<true>, 256, 2, sizeof(GroupShared))
 RECURRENCE_KERNEL(wkv7_forward_scan_64, scan_groups<false>, 128, 4, sizeof(ScanShared))
 RECURRENCE_KERNEL(wkv7_backward_scan_64, scan_groups<true>, 128, 4, sizeof(ScanShared))
-RECURRENCE_KERNEL(wkv7_forward_plain_float32, plain_forward, 1024, 1, sizeof(PlainShared))
-RECURRENCE_KERNEL(wkv7_backward_plain_float32, plain_backward, 1024, 1, sizeof(PlainShared))

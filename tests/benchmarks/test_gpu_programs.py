@@ -31,14 +31,14 @@ def on_gpu_path(launched, faults=(), real=True):
     """A context in which launches are put into a set, and run; faults: {part of a kernel's name: "fail", "drop" (not
     run) or "out of memory"}."""
 
-    def run(_, name, arguments, blocks, block, stream):
+    def run(_, name, arguments, blocks, stream):
         launched.add(name)
         fault = next((fault for part, fault in dict(faults).items() if part in name), "")
         if fault == "out of memory":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nof nothing")
         if fault == "fail":
             return ILLEGAL_ADDRESS
-        return kernels_of(name).run(name, arguments, blocks, block, stream) if real and not fault else 0
+        return kernels_of(name).run(name, arguments, blocks, stream) if real and not fault else 0
 
     with patch.object(budget.Dropped, "run", run), budget.gpu_path():
         yield

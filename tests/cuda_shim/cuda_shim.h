@@ -154,14 +154,14 @@ inline uint32_t movmatrix_trans(uint32_t x) {
     return data.out;
 }
 
-// A kernel's launch: NAME_run(arguments, blocks, x, y) runs it over blocks of (x, y) threads.
-#define KERNEL_LAUNCH(Arguments, name, threads, shared)                             \
-    extern "C" {                                                                    \
-    extern const int name##_threads;                                                \
-    const int name##_threads = (int)(threads);                                      \
-    void name##_run(const Arguments* a, int blocks, int x, int y) {                 \
-        shim::run_grid(dim3(blocks), dim3(x, y), (int)(shared), [&] { name(*a); }); \
-    }                                                                               \
+// A kernel's launch: NAME_run(arguments, blocks) runs it over so many blocks.
+#define KERNEL_LAUNCH(Arguments, name, threads, shared)                                \
+    extern "C" {                                                                       \
+    extern const int name##_threads;                                                   \
+    const int name##_threads = (int)(threads);                                         \
+    void name##_run(const Arguments* a, int blocks) {                                  \
+        shim::run_grid(dim3(blocks), dim3(threads), (int)(shared), [&] { name(*a); }); \
+    }                                                                                  \
     }
 
 // Chooses the order in which the threads of a block take turns: a shim::Order.

@@ -13,8 +13,6 @@ from rwkv_peft.ops.mix import cpu as mix_cpu
 from rwkv_peft.ops.mix import cuda as mix_cuda
 from rwkv_peft.ops.mix.functions import KERNELS, GpuLerp
 
-WAYS = ((64, torch.bfloat16, 0), (40, torch.float32, 0), (64, torch.bfloat16, 64))  # head size, dtype, group
-
 
 def draws(dtype, seed=0):
     """A function: shape -> a random normal tensor in dtype, drawn by a seed."""
@@ -34,15 +32,13 @@ def differentiated(function, wanted, *inputs):
 def mix(kernels):
     results = []
     with patch.object(mix_cpu, "call", mix_cuda.call), patch.object(mix_cuda.FAMILY, "kernels", lambda device: kernels):
-        low, wide = draws(torch.bfloat16), draws(torch.float32)
+        low = draws(torch.bfloat16)
         for rank in mix_cuda.LOW_RANKS:
             inputs = low(1, 129, 128), low(1, 128), low(5, 128), low(1, 129, 5 * rank), low(5, rank, 128), None
             results += differentiated(GpuLerp, (0, 1, 3), *inputs)
-        for randn in (low, wide):
-            y, g, (weight, bias) = randn(1, 70, 2, 20), randn(1, 70, 40), randn(2, 40)
-            results += differentiated(KERNELS["norm_gate"], (1, 2, 3, 4), 1e-5, y, g, weight.clone(), bias.clone())
-            results += others(randn)
-    return results
+        y, g, (weight, bias) = low(1, 70, 2, 20), low(1, 70, 40), low(2, 40)
+        results += differentiated(KERNELS["norm_gate"], (1, 2, 3, 4), 1e-5, y, g, weight.clone(), bias.clone())
+        return results + others(low)
 
 
 def others(randn):
@@ -64,22 +60,21 @@ def others(randn):
 def bone(kernels):
     results = []
     with patch.object(bone_cuda.FAMILY, "kernels", lambda device: kernels), patch.object(bone_cuda, "BLOCKS", 2):
-        for dtype, rank in (*((torch.bfloat16, rank) for rank in (16, 20, 32, 64, 128)), (torch.float32, 64)):
-            randn = draws(dtype)
+        randn = draws(torch.bfloat16)
+        for rank in bone_cuda.RANKS:
             x, matrices, g, dz = randn(150, 4 * rank), randn(4, rank, rank), randn(150, 2 * rank), randn(150, 4 * rank)
             z, shift = bone_cuda.affine(x, matrices)
             results += [z, shift, bone_cuda.tiled(shift, 2 * rank)]
             results += [bone_cuda.affine_backward_(dz, g, x, matrices), dz]
-            if bone_cuda.has_products(x, rank):
-                results.append(bone_cuda.merge(randn(2 * rank, 4 * rank), matrices[:2]))
+            results.append(bone_cuda.merge(randn(2 * rank, 4 * rank), matrices[:2]))
     return results
 
 
 def cross_entropy(kernels):
     results = []
     with patch.object(loss.CUDA, "kernels", lambda device: kernels):
-        for dtype, vocabulary in ((torch.bfloat16, 9000), (torch.float32, 5001)):
-            logits, targets = draws(dtype)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
+        for vocabulary in (9000, 5001):
+            logits, targets = draws(torch.bfloat16)(3, vocabulary), torch.tensor([0, 700, vocabulary - 1])
             results += [loss.cuda_losses_(logits, targets, 0.5, 0.25, True), logits]
     return results
 
@@ -87,20 +82,19 @@ def cross_entropy(kernels):
 def decode(kernels):
     results = []
     with patch.object(decoding.CUDA, "kernels", lambda device: kernels):
-        for dtype in (torch.bfloat16, torch.float32):
-            x, weight = draws(dtype)(16, 2208), draws(torch.float32)(33, 2208)
-            for blocks in (decoding.quantize(weight, 8), decoding.quantize(weight, 4)):
-                results += [decoding.cuda_product(x[:rows], blocks) for rows in (1, 3, 16)]
-                results.append(decoding.cuda_dequantized(blocks, dtype))
+        x, weight = draws(torch.bfloat16)(16, 2208), draws(torch.float32)(33, 2208)
+        for blocks in (decoding.quantize(weight, 8), decoding.quantize(weight, 4)):
+            results += [decoding.cuda_product(x[:rows], blocks) for rows in (1, 3, 16)]
+            results.append(decoding.cuda_dequantized(blocks))
     return results
 
 
 def recurrence(op):
-    """kernels -> the results of a recurrence's cases, of WAYS."""
+    """kernels -> the results of a recurrence's case, whole and split in groups."""
 
     def run(kernels):
-        made = [(CASES[op].make((1, 129, 1, N), dtype, lengths=[81, 48]), group) for N, dtype, group in WAYS]
-        return [x for case, group in made for x in CASES[op].run(kernels, case, group)]
+        case = CASES[op].make((1, 129, 1, 64), torch.bfloat16, lengths=[81, 48])
+        return [x for group in (0, 64) for x in CASES[op].run(kernels, case, group)]
 
     return run
 

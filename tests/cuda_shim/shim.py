@@ -29,13 +29,12 @@ class Shim:
     """A CudaFamily's kernels on the CPU, with a choice of the order in which a block's threads run."""
 
     def __init__(self, family, path):
-        signature = (None, family.structure, *3 * (ctypes.c_int,))
+        signature = (None, family.structure, ctypes.c_int)
         self._library = load(path, *((f"{name}_run", *signature) for name in family.names))
         self._set_order = self._library.shim_set_order
 
-    def run(self, name, arguments, blocks, block, stream):
-        x, y = block or (ctypes.c_int.in_dll(self._library, f"{name}_threads").value, 1)
-        getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks, x, y)
+    def run(self, name, arguments, blocks, stream):
+        getattr(self._library, f"{name}_run")(ctypes.byref(arguments), blocks)
         return 0
 
     def set_order(self, name):

@@ -211,7 +211,9 @@ def kernels(monkeypatch):
 
     monkeypatch.setattr(cuda.FAMILY, "kernels", lambda device: shim)
     monkeypatch.setattr(cuda, "call", call)
-    monkeypatch.setattr(bone_op, "backend", lambda first, *others, rank=0: cuda if first.dtype in cuda.DTYPES else None)
+    monkeypatch.setattr(
+        bone_op, "backend", lambda first, *others, rank=0: cuda if first.dtype == torch.bfloat16 else None
+    )
     return shim
 
 
@@ -220,13 +222,10 @@ def cuda_results(x, bone, g, dz):
     return z, shift.sum(0), dx, cuda.affine_backward_(dx, g, x, bone)
 
 
-@pytest.mark.parametrize("sizes", [*SIZES, (70, 1024, 64, 64), (33, 34, 17, 17), (20, 63, 21, 3)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_affine_on_a_gpu(kernels, dtype, sizes, monkeypatch):
+@pytest.mark.parametrize("sizes", [sizes for sizes in (*SIZES, (70, 1024, 64, 64)) if sizes[-1] in cuda.RANKS], ids=str)
+def test_affine_on_a_gpu(kernels, sizes, monkeypatch):
     """With few blocks a sum over shards is one part, and a block has several tiles of tokens in backward."""
-    if sizes[-1] > cuda.MOST_RANK and dtype == torch.float32:
-        pytest.skip("plain torch, which is fast there")
-    _, inputs = tensors(sizes, dtype, spread=2)
+    _, inputs = tensors(sizes, torch.bfloat16, spread=2)
     assert_as_exact_as_torch(cuda_results(*inputs), inputs, plain)
     monkeypatch.setattr(cuda, "BLOCKS", 2)
     assert_as_exact_as_torch(cuda_results(*inputs), inputs, plain)
@@ -245,18 +244,16 @@ def test_merging_on_a_gpu(kernels, count, width, rank, monkeypatch):
     assert torch.equal(cuda.merge(rows, torch.zeros_like(bone)), rows)
 
 
-@pytest.mark.parametrize("rank", (16, 17))
-def test_affine_on_a_gpu_without_the_gradient_of_the_matrices(kernels, rank):
-    _, (x, bone, g, dz) = tensors((70, 4 * rank, 2 * rank, rank), torch.bfloat16)
+def test_affine_on_a_gpu_without_the_gradient_of_the_matrices(kernels):
+    _, (x, bone, g, dz) = tensors((70, 64, 32, 16), torch.bfloat16)
     assert cuda.affine_backward_(dx := dz.clone(), g, None, bone) is None
     assert torch.equal(dx, cuda_results(x, bone, g, dz)[2])
 
 
 @pytest.mark.parametrize("rank", (20, 21, 24, 22))
 @pytest.mark.parametrize("width", (3, 22, 64, 200))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shards_and_tiles_on_a_gpu(kernels, dtype, width, rank):
-    x, tile = torch.randn(131, width).to(dtype), torch.randn(131, rank).to(dtype)
+def test_shards_and_tiles_on_a_gpu(kernels, width, rank):
+    x, tile = torch.randn(131, width).bfloat16(), torch.randn(131, rank).bfloat16()
     assert_as_exact_as_torch([cuda.shard_sum(x, rank)], (x, tile), total)
     parts = torch.stack((tile, tile.flip(0)))
     for given, whole in ((tile, tile), (parts, parts.sum(0))):
@@ -264,13 +261,13 @@ def test_shards_and_tiles_on_a_gpu(kernels, dtype, width, rank):
 
 
 def test_one_shard_is_its_own_sum(kernels):
-    x = torch.randn(7, 20)
+    x = torch.randn(7, 20).bfloat16()
     assert cuda.shard_sum(x, 20) is x
 
 
 @pytest.mark.parametrize("function", (bat_in, bone_function), ids=("bat-in", "bone"))
 @pytest.mark.parametrize("width", (64, 16))
-def test_an_adapter_through_the_kernels(kernels, function, width):
+def test_an_adapter_through_the_kernels(kernels, function, width, monkeypatch):
     """x and g are slices of a larger tensor, at an address that is no multiple of 16 bytes; `width` is
     that of bone's mini form."""
     shape = (32, width) if function is bone_function else (4, 32, 32)
@@ -283,14 +280,16 @@ def test_an_adapter_through_the_kernels(kernels, function, width):
         y.backward(torch.ones((), dtype=dtype).expand_as(y))
         return [y.detach(), *(x.grad for x in leaves)]
 
-    for found, true in zip(run(torch.float32), run(torch.float64), strict=True):
-        torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
+    found, true = run(torch.bfloat16), run(torch.float64)
+    monkeypatch.setattr(bone_op, "backend", lambda *_, rank=0: None)
+    for ours, plain, exact in zip(found, run(torch.bfloat16), true, strict=True):
+        assert (ours.double() - exact).norm() <= 2 * (plain.double() - exact).norm()
 
 
 def test_a_rank_beyond_the_kernels_takes_plain_torch():
     low = torch.empty(8, 512, device="meta", dtype=torch.bfloat16)
-    takes = {(dtype, rank): cuda.takes(low.to(dtype), rank=rank) for dtype in DTYPES for rank in (64, 96, 128, 256)}
-    assert [key for key, taken in takes.items() if taken] == [(DTYPES[0], 64), (DTYPES[1], 64), (DTYPES[1], 128)]
+    assert [rank for rank in (0, 20, 64, 96, 128, 256) if cuda.takes(low, rank=rank)] == [0, 64, 128]
+    assert not cuda.takes(low.float(), rank=64)
     z, shift = bone_op.affine(low, low.new_empty(2, 256, 256))
     assert z.shape == low.shape and shift.shape == (8, 256)
 
@@ -298,8 +297,8 @@ def test_a_rank_beyond_the_kernels_takes_plain_torch():
 @pytest.mark.parametrize("order", ORDERS[1:])
 def test_the_order_of_threads_changes_no_bit(kernels, order, monkeypatch):
     monkeypatch.setattr(cuda, "BLOCKS", 2)
-    cases = [tensors((150, 256, 64, rank), dtype)[1] for rank, dtype in ((64, DTYPES[1]), (16, DTYPES[0]))]
-    cases.append(tensors((70, 256, 128, 128), DTYPES[1])[1])
+    sizes = ((150, 256, 64, 64), (150, 256, 64, 16), (70, 256, 128, 128))
+    cases = [tensors(each, torch.bfloat16)[1] for each in sizes]
     rows, bone = torch.randn(64, 192).bfloat16(), torch.randn(1, 64, 64).bfloat16()
 
     def results():

@@ -27,7 +27,7 @@ def on_shim(monkeypatch):
     monkeypatch.setattr(CUDA, "kernels", lambda device: shim)
     monkeypatch.setattr(decode, "call", call)
     monkeypatch.setattr(decode, "CUDA_BAND", 1 << 15)
-    monkeypatch.setattr(CUDA, "takes", lambda x: x.dtype in DTYPES and x.numel() > 0)
+    monkeypatch.setattr(CUDA, "takes", lambda x: x.dtype == torch.bfloat16 and x.numel() > 0)
     monkeypatch.setattr(CPU, "takes", lambda *_: False)
     return shim, launched
 
@@ -161,14 +161,13 @@ def test_blocks_need_whole_blocks():
         quantize(torch.zeros(4, 48), 8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", (8, 4))
-def test_a_gpus_rows_are_the_same_bits_in_any_company_and_order_of_threads(on_shim, dtype, bits):
+def test_a_gpus_rows_are_the_same_bits_in_any_company_and_order_of_threads(on_shim, bits):
     shim, launched = on_shim
-    x, weight = problem(CUDA_ROWS, 33, 224, dtype)
+    x, weight = problem(CUDA_ROWS, 33, 224, torch.bfloat16)
     blocks = quantize(weight, bits)
-    together, matrix = product(x, blocks), decode.cuda_dequantized(blocks, dtype)
-    assert torch.equal(matrix, blocks.dequantized(dtype))
+    together, matrix = product(x, blocks), decode.cuda_dequantized(blocks)
+    assert torch.equal(matrix, blocks.dequantized(torch.bfloat16))
     for rows, order in ((2, "shuffled"), (5, "descending"), (CUDA_ROWS, "warps descending")):
         shim.set_order(order)
         assert torch.equal(product(x[:rows], blocks), together[:rows])
@@ -182,7 +181,7 @@ def test_rows_on_a_gpu_are_split_while_that_reads_less_than_the_matrix(on_shim, 
     x, weight = problem(CUDA_ROWS * tiles, 20, 64, torch.bfloat16)
     blocks = quantize(weight, bits)
     found = product(x, blocks)
-    assert on_shim[1] == [f"product_bfloat16_{bits}_16"] * tiles
+    assert on_shim[1] == [f"product_{bits}_16"] * tiles
     assert torch.equal(found, torch.cat([product(rows, blocks) for rows in x.split(CUDA_ROWS)]))
     on_shim[1].clear()
     product(torch.cat([x, x[:1]]), blocks)
@@ -194,10 +193,10 @@ def test_many_rows_on_a_gpu_take_the_matrix_in_bands(on_shim):
     blocks = quantize(weight, 8)
     due = F.linear(x, blocks.dequantized(torch.bfloat16))  # of other sizes, and so perhaps another order of sums
     torch.testing.assert_close(product(x, blocks), due, rtol=1 / 128, atol=0.05)
-    assert on_shim[1] == ["dequantize_bfloat16_8"] * 9  # of a panel each
+    assert on_shim[1] == ["dequantize_8"] * 9  # of a panel each
 
 
-def test_float16_takes_the_kernels_of_float32(on_shim):
+def test_float16_takes_a_cpus_kernels_of_float32():
     x, weight = problem(3, 20, 64, torch.float32)
     blocks = quantize(weight, 4)
     found = product(x.half(), blocks)
@@ -207,7 +206,7 @@ def test_float16_takes_the_kernels_of_float32(on_shim):
 
 def test_the_driver_is_asked_for_a_block_a_panel(monkeypatch):
     recorder = record(CUDA, monkeypatch)
-    x, weight = problem(3, 33, 64, torch.float32)
+    x, weight = problem(3, 33, 64, torch.bfloat16)
     blocks = quantize(weight, 8)
     y = decode.cuda_product(x, blocks)
     ((sizes, stream, arguments, _),) = recorder.launches

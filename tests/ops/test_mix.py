@@ -101,11 +101,14 @@ def on_shim(monkeypatch):
     return kernels
 
 
+# Whose kernels, and what they take.
+WAYS = [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)]
 # B, T, C, m; the shim is slow
-LERPS = [("cpu", sizes) for sizes in ((1, 1, 4, 1), (2, 7, 33, 2), (3, 5, 300, 6), (1, 130, 257, 5))]
-LERPS += [("cuda", sizes) for sizes in ((1, 1, 4, 1), (2, 7, 34, 2), (3, 45, 132, 6))]
-ELEMENTS = [("cpu", shape) for shape in ((1, 1, 3), (2, 7, 33), (3, 50, 257))]
-ELEMENTS += [("cuda", shape) for shape in ((1, 1, 2), (2, 7, 34), (1, 50, 258))]
+LERPS = {
+    "cpu": ((1, 1, 4, 1), (2, 7, 33, 2), (3, 5, 300, 6), (1, 130, 257, 5)),
+    "cuda": ((1, 1, 4, 1), (2, 7, 34, 2), (3, 45, 132, 6)),
+}
+ELEMENTS = {"cpu": ((1, 1, 3), (2, 7, 33), (3, 50, 257)), "cuda": ((1, 1, 2), (2, 7, 34), (1, 50, 258))}
 
 
 @pytest.fixture(params=("cpu", "cuda"))
@@ -116,8 +119,9 @@ def where(request):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("where, sizes", LERPS, indirect=["where"], ids=str)
+@pytest.mark.parametrize(
+    "where, dtype, sizes", [(*way, sizes) for way in WAYS for sizes in LERPS[way[0]]], indirect=["where"], ids=str
+)
 @pytest.mark.parametrize("with_last, rank", [(False, None), (True, 4), (True, None), (False, 7)])
 def test_lerp(where, sizes, with_last, rank, dtype, monkeypatch):
     B, T, C, m = sizes
@@ -125,7 +129,7 @@ def test_lerp(where, sizes, with_last, rank, dtype, monkeypatch):
     assert_as_accurate(lerp, inputs, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where, dtype", WAYS, indirect=["where"])
 @pytest.mark.parametrize("with_last", (False, True))
 def test_packed_lerp(where, with_last, dtype, monkeypatch):
     T = {"cpu": 131, "cuda": 101}[where]
@@ -134,7 +138,7 @@ def test_packed_lerp(where, with_last, dtype, monkeypatch):
     assert_as_accurate(lambda *x: lerp(*x, bounds), inputs, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where, dtype", WAYS, indirect=["where"])
 @pytest.mark.parametrize("B, T, H, N", [*HEADS, (1, 3, 1, 128)])
 def test_heads(where, B, T, H, N, dtype, monkeypatch):
     inputs = [randn(B, T, H, N) + 0.5, 3 * randn(B, T, H * N), randn(H * N, seed=1), randn(H * N, seed=2)]
@@ -143,8 +147,9 @@ def test_heads(where, B, T, H, N, dtype, monkeypatch):
     assert_as_accurate(bonus_gate, reads_inputs(B, T, H, N), dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("where, shape", ELEMENTS, indirect=["where"], ids=str)
+@pytest.mark.parametrize(
+    "where, dtype, shape", [(*way, shape) for way in WAYS for shape in ELEMENTS[way[0]]], indirect=["where"], ids=str
+)
 def test_elements(where, shape, dtype, monkeypatch):
     assert_as_accurate(relu_square, [randn(*shape)], dtype, monkeypatch)
     assert_as_accurate(sigmoid_gate, [4 * randn(*shape), randn(*shape, seed=1)], dtype, monkeypatch)
@@ -152,22 +157,22 @@ def test_elements(where, shape, dtype, monkeypatch):
     assert_as_accurate(value_residual, inputs, dtype, monkeypatch)
 
 
-def test_keys_of_no_length_are_divided_by_the_least_one(where, monkeypatch):
+@pytest.mark.parametrize("where, dtype", WAYS, indirect=["where"])
+def test_keys_of_no_length_are_divided_by_the_least_one(where, dtype, monkeypatch):
     """A head of zeros has a finite gradient, and so does one of almost zeros."""
     k, *others = keys_inputs(1, 3, 2, 12)
     k[0, 1, 0], k[0, 2] = 0, 1e-14 * k[0, 2]
-    kernel, plain = (run(delta_keys, [k, *others], torch.float32, plain, monkeypatch) for plain in (False, True))
-    for one, two in zip(kernel, plain):
-        assert one.isfinite().all()
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    assert_as_accurate(delta_keys, [k, *others], dtype, monkeypatch)
+    assert all(x.isfinite().all() for x in run(delta_keys, [k, *others], dtype, False, monkeypatch))
 
 
-def test_extreme_gates_are_finite_and_nan_comes_through(where):
-    r = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30, float("nan")]])
-    expected = torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0, float("nan")]])
-    out = sigmoid_gate(r, torch.ones(1, 6))
+@pytest.mark.parametrize("where, dtype", WAYS, indirect=["where"])
+def test_extreme_gates_are_finite_and_nan_comes_through(where, dtype):
+    r = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30, float("nan")]], dtype=dtype)
+    expected = torch.tensor([[0.0, 0.0, 0.5, 1.0, 1.0, float("nan")]], dtype=dtype)
+    out = sigmoid_gate(r, torch.ones(1, 6, dtype=dtype))
     torch.testing.assert_close(out, expected, equal_nan=True, rtol=0, atol=1e-30)
-    squares = relu_square(torch.tensor([[float("-inf"), -1.0, 2.0, float("nan")]]))
+    squares = relu_square(torch.tensor([[float("-inf"), -1.0, 2.0, float("nan")]], dtype=dtype))
     assert squares[0, :3].tolist() == [0, 0, 4] and squares[0, 3].isnan()
 
 
@@ -355,20 +360,19 @@ def test_the_order_of_threads_changes_no_bit_of_a_lerp_with_its_product(on_shim,
     assert all(torch.equal(x, y) for x, y in zip(frozen_lerp(inputs, torch.bfloat16, None), expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", (True, False), ids=("kernels", "plain"))
-def test_empty_sequences_at_the_end_change_nothing_of_the_others(on_shim, dtype, kernel, monkeypatch):
+def test_empty_sequences_at_the_end_change_nothing_of_the_others(on_shim, kernel, monkeypatch):
     """The others' tokens are mixed with the same predecessors. The last token of an empty sequence is not defined."""
     monkeypatch.setattr(mix, "has_kernel", mix.has_kernel if kernel else lambda *_: False)
     bounds = torch.tensor([0, 1, 63, 64, 65, 130])
     raised = torch.cat([bounds, torch.tensor([130, 130, 130])])
     x, maa, (low, up) = randn(1, 130, 64), randn(5, 64), low_rank(1, 130, 64, 5, 32)
-    x, maa, low, up = (tensor.to(dtype) for tensor in (x, maa, low, up))
+    x, maa, low, up = (tensor.bfloat16() for tensor in (x, maa, low, up))
     for factors in ((None, None), (low, up)):
         results = []
         for of in (bounds, raised):
             points = lerp(leaf := x.clone().requires_grad_(), None, maa, *factors, of)
-            torch.autograd.backward(points, [randn(1, 130, 64, seed=i).to(dtype) for i in range(len(points))])
+            torch.autograd.backward(points, [randn(1, 130, 64, seed=i).bfloat16() for i in range(len(points))])
             results.append([*points, leaf.grad])
         torch.testing.assert_close(*results, rtol=0, atol=0)
 
@@ -381,7 +385,7 @@ def test_the_order_of_threads_changes_no_bit(on_shim, order, monkeypatch):
 
     def results():
         both = ((bonus_gate, inputs), (lerp, points))
-        return [x for function, given in both for x in run(function, given, torch.float32, False, monkeypatch)]
+        return [x for function, given in both for x in run(function, given, torch.bfloat16, False, monkeypatch)]
 
     expected = results()
     on_shim.set_order(order)
@@ -392,7 +396,7 @@ def test_frozen_parameters_have_no_sums(on_shim, monkeypatch):
     wanted = []
     call = cpu.call
     monkeypatch.setattr(cpu, "call", lambda *rest, **sizes: (wanted.append(rest[2]), call(*rest, **sizes)))
-    y, r, k, v, g, *parameters = reads_inputs(1, 5, 2, 4)
+    y, r, k, v, g, *parameters = (x.bfloat16() for x in reads_inputs(1, 5, 2, 4))
     norm_bonus_gate(y.requires_grad_(), r, k, v, g, parameters, 64e-5).sum().backward()
     assert y.grad is not None and not wanted[-1].keys() & {"gr_k", "gweight", "gbias"}
 
@@ -407,7 +411,7 @@ def test_each_kernel_has_its_layout():
 
 
 def test_the_driver_is_asked_for_a_block_a_group_and_strip(monkeypatch):
-    recorder, x = record(cuda.FAMILY, monkeypatch), randn(70, 300)
+    recorder, x = record(cuda.FAMILY, monkeypatch), randn(70, 300).bfloat16()
     cuda.call("relu_square_forward", x, dict(x=x, out=torch.empty_like(x)), tokens=70, channels=300)
     ((sizes, stream, arguments, extra),) = recorder.launches
     assert sizes == [3 * 3, 1, 1, recorder.constant, 1, 1, recorder.constant] and stream == 7 and extra is None

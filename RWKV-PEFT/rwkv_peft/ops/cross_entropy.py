@@ -1,5 +1,6 @@
 """Cross-entropy of given logits together with its gradient, which overwrites the logits: plain torch for any device and
-dtype, kernels for float32 and bfloat16 if they can be built. On a GPU a block of threads takes a row of logits.
+dtype, kernels for bfloat16, and for float32 on CPUs, if they can be built. On a GPU a block of threads takes a row of
+logits.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .native.calls import fields, fill
 from .native.cpu import CpuFamily
-from .native.cuda import DTYPES, CudaFamily
+from .native.cuda import CudaFamily
 
 
 class CpuArguments(ctypes.Structure):
@@ -26,7 +27,7 @@ class CudaArguments(ctypes.Structure):
 
 
 CPU = CpuFamily("cross_entropy", (("cross_entropy", None, CpuArguments),))
-CUDA = CudaFamily("cross_entropy", [f"cross_entropy_{dtype}" for dtype in DTYPES.values()], CudaArguments)
+CUDA = CudaFamily("cross_entropy", ("cross_entropy",), CudaArguments)
 Losses = Callable[[Tensor, Tensor, float, float, bool], Tensor]
 
 
@@ -98,4 +99,4 @@ def cuda_losses_(logits: Tensor, targets: Tensor, scale: float, pull: float, gra
 def call(logits: Tensor, tensors: Mapping[str, Tensor | None], **numbers: float) -> None:
     """Enqueue the kernel on the GPU of the logits; tensors (None: not given) and numbers by the names of
     CudaArguments."""
-    CUDA.run(f"cross_entropy_{DTYPES[logits.dtype]}", logits, {**tensors, **numbers}, logits.shape[0])
+    CUDA.run("cross_entropy", logits, {**tensors, **numbers}, logits.shape[0])

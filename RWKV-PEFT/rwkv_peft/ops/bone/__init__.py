@@ -1,9 +1,9 @@
 """The operations of Bone's forms beside their product with the weight: bat-in's affine form of the activations,
 bat-out's merged weight, sums over shards, and a tile added to each shard.
 
-Each operation is written out in plain torch, which takes any device and dtype. float32 and bfloat16 tensors go through
-the kernels of cpu.py and cuda.py if those can be built, in graphs of torch.compile too. No operation is differentiable:
-the autograd Functions are in adapters/.
+Each operation is written out in plain torch, which takes any device and dtype. float32 and bfloat16 tensors on CPUs,
+and bfloat16 ones on GPUs, go through the kernels of cpu.py and cuda.py if those can be built, in graphs of
+torch.compile too. No operation is differentiable: the autograd Functions are in adapters/.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> T
 def merge(rows: Tensor, bone: Tensor) -> Tensor:
     """W + W B + B for some output blocks of bat-out: rows (a r, in), bone (a, r, r) -> (a r, in)."""
     kernels = backend(rows, bone, rank=bone.shape[-1])
-    if kernels is cpu or kernels is cuda and cuda.has_products(rows, bone.shape[-1]):
+    if kernels is not None:
         return kernels.merge(rows, bone)
     parts = rows_by_block(rows, bone)  # (a, r in/r, r)
     merged = torch.empty_like(parts)

@@ -1,7 +1,7 @@
 """Calls cuda/bone: bat-in's affine form, bat-out's merged weight, sums over shards, and the tile that each shard of a
 result starts from, on NVIDIA GPUs.
 
-The same functions as in cpu.py, for float32 and bfloat16 tensors on one GPU. For tensors without data they only
+The same functions as in cpu.py, for bfloat16 tensors on one GPU. For tensors without data they only
 allocate.
 """
 
@@ -12,20 +12,16 @@ import torch
 from torch import Tensor
 
 from ..native.calls import Operator, aligned, fields
-from ..native.cuda import DTYPES, CudaFamily
+from ..native.cuda import CudaFamily
 
-PRODUCT_RANKS = (16, 32, 64, 128)  # ranks whose products run on tensor cores, in bfloat16
-MOST_RANK = 64  # the largest rank of the kernels that do without tensor cores
-TOKENS, PLAIN_TOKENS = 64, 16  # tokens of a block's tile with tensor cores (32 at rank 128) and without
+RANKS = (16, 32, 64, 128)  # whose products there are
+TOKENS = 64  # of a block's tile (32 at rank 128)
 BLOCKS = 256  # blocks to fill a GPU with; the same on every GPU, so that results are the same
 MOST_GROUPS = 8  # the most parts of a sum over shards
 SHARD_THREADS = 128  # threads of a block in cuda/bone/shards.cuh
 OF_RANK = ("affine_forward", "affine_backward", "merge")
-OF_DTYPE = ("affine_forward", "affine_backward", "shard_sum", "tiled", "sum_parts")
-KERNELS = (
-    *(f"bone_{name}_products_{rank}" for name in OF_RANK for rank in PRODUCT_RANKS),
-    *(f"bone_{name}_{dtype}" for name in OF_DTYPE for dtype in DTYPES.values()),
-)
+SUMS = ("bone_shard_sum", "bone_tiled", "bone_sum_parts")
+KERNELS = (*(f"bone_{name}_{rank}" for name in OF_RANK for rank in RANKS), *SUMS)
 
 
 class BoneArguments(ctypes.Structure):
@@ -38,12 +34,12 @@ def affine(x: Tensor, bone: Tensor) -> tuple[Tensor, Tensor]:
     """z = x + u and the parts of Σ_b u_b, with u_b = B_b x_b: x (T, in), bone (in/r, r, r) -> (T, in),
     (groups, T, r), which `tiled` adds up."""
     x, bone, rank = x.contiguous(), bone.contiguous(), bone.shape[-1]
-    tile = _tile(x, rank)
+    tile = _tile(rank)
     tiles = -(-x.shape[0] // tile)
     groups = min(MOST_GROUPS, bone.shape[0], -(-BLOCKS // tiles))
     z, shift = torch.empty_like(x), x.new_empty(groups, x.shape[0], rank)
     sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, groups=groups, blocks=tiles * groups)
-    compute(_affine_kernel("forward", x, rank), dict(x=x, bone=bone), dict(z=z, shift=shift), **sizes)
+    compute(f"affine_forward_{rank}", dict(x=x, bone=bone), dict(z=z, shift=shift), **sizes)
     return z, shift
 
 
@@ -54,28 +50,28 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor) -> T
     """
     (tokens, width), (shards, rank, _) = dz.shape, bone.shape
     x, bone = None if x is None else x.contiguous(), bone.contiguous()
-    tile = _tile(dz, rank)
+    tile = _tile(rank)
     strip = tile * max(1, -(-tokens // (-(-BLOCKS // shards) * tile)))
     strips = -(-tokens // strip)
     parts = None if x is None else dz.new_empty(strips, *bone.shape, dtype=torch.float32)
     read = dict(g=shard_sum(g, rank), x=x, bone=bone)
     sizes = dict(tokens=tokens, width=width, rank=rank, strip=strip, blocks=shards * strips)
-    compute(_affine_kernel("backward", dz, rank), read, dict(dx=dz, parts=parts), **sizes)
+    compute(f"affine_backward_{rank}", read, dict(dx=dz, parts=parts), **sizes)
     if parts is None:
         return None
     d_bone = torch.empty_like(bone)
     sizes = dict(groups=strips, count=bone.numel(), blocks=-(-bone.numel() // SHARD_THREADS))
-    compute(f"sum_parts_{DTYPES[bone.dtype]}", dict(parts=parts), dict(total=d_bone), **sizes)
+    compute("sum_parts", dict(parts=parts), dict(total=d_bone), **sizes)
     return d_bone
 
 
 def merge(rows: Tensor, bone: Tensor) -> Tensor:
-    """W_ab + W_ab B_a + B_a for output blocks a: rows (a r, in), bone (a, r, r) of PRODUCT_RANKS -> (a r, in)."""
+    """W_ab + W_ab B_a + B_a for output blocks a: rows (a r, in), bone (a, r, r) of one of RANKS -> (a r, in)."""
     rows, bone, (count, rank, _) = rows.contiguous(), bone.contiguous(), bone.shape
-    merged, width, tile = torch.empty_like(rows), rows.shape[1], _tile(rows, rank)
+    merged, width, tile = torch.empty_like(rows), rows.shape[1], _tile(rank)
     strip = tile * max(1, -(-width // (-(-BLOCKS // count) * tile)))  # of an output block's `width` rows of r elements
     sizes = dict(width=width, rank=rank, strip=strip, blocks=count * -(-width // strip))
-    compute(f"merge_products_{rank}", dict(x=rows, bone=bone), dict(z=merged), **sizes)
+    compute(f"merge_{rank}", dict(x=rows, bone=bone), dict(z=merged), **sizes)
     return merged
 
 
@@ -86,7 +82,7 @@ def shard_sum(x: Tensor, rank: int) -> Tensor:
         return x
     total = x.new_empty(x.shape[0], rank)
     sizes = dict(tokens=x.shape[0], width=x.shape[1], rank=rank, blocks=_blocks(total))
-    compute(f"shard_sum_{DTYPES[x.dtype]}", dict(x=x), dict(total=total), **sizes)
+    compute("shard_sum", dict(x=x), dict(total=total), **sizes)
     return total
 
 
@@ -96,14 +92,13 @@ def tiled(tile: Tensor, width: int) -> Tensor:
     groups, (tokens, rank) = tile.shape[0] if tile.dim() == 3 else 1, tile.shape[-2:]
     to = tile.new_empty(tokens, width)
     sizes = dict(tokens=tokens, width=width, rank=rank, groups=groups, blocks=_blocks(tile))
-    compute(f"tiled_{DTYPES[to.dtype]}", dict(tile=tile), dict(tiled=to), **sizes)
+    compute("tiled", dict(tile=tile), dict(tiled=to), **sizes)
     return to
 
 
 def takes(first: Tensor, *others: Tensor | None, rank: int = 0) -> bool:
-    """True if the kernels take these tensors (None: not given), and products of `rank`: any rank up to MOST_RANK, and
-    larger ones on tensor cores."""
-    return (rank <= MOST_RANK or has_products(first, rank)) and FAMILY.takes(first, *others)
+    """True if the kernels take these tensors (None: not given), and products of `rank` (0: there are none)."""
+    return rank in (0, *RANKS) and FAMILY.takes(first, *others)
 
 
 def call(name: str, like: Tensor, tensors: Mapping[str, Tensor], blocks: int, **sizes: float) -> None:
@@ -113,20 +108,9 @@ def call(name: str, like: Tensor, tensors: Mapping[str, Tensor], blocks: int, **
     FAMILY.run(f"bone_{name}", like, {**tensors, **read, "d": tensors.get("dx"), **sizes}, blocks)
 
 
-def has_products(like: Tensor, rank: int) -> bool:
-    """True if products of a rank run on tensor cores."""
-    return like.dtype == torch.bfloat16 and rank in PRODUCT_RANKS
-
-
-def _affine_kernel(way: str, like: Tensor, rank: int) -> str:
-    return f"affine_{way}_" + (f"products_{rank}" if has_products(like, rank) else DTYPES[like.dtype])
-
-
-def _tile(like: Tensor, rank: int) -> int:
+def _tile(rank: int) -> int:
     """The number of tokens in a block's tile."""
-    if not has_products(like, rank):
-        return PLAIN_TOKENS
-    return TOKENS if rank < PRODUCT_RANKS[-1] else TOKENS // 2
+    return TOKENS if rank < RANKS[-1] else TOKENS // 2
 
 
 def _blocks(tile: Tensor) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..native.calls import aligned, fields, fill
 from ..native.cpu import CpuFamily
-from ..native.cuda import DTYPES, CudaFamily
+from ..native.cuda import CudaFamily
 from ..products import linear
 from .blocks import BITS, BLOCK, Blocks, quantize
 
@@ -52,10 +52,9 @@ FUNCTIONS = (
     ("decode_elements", None, ElementArguments),
     ("decode_run", ctypes.c_int, Call, ctypes.c_int64),
 )
-KINDS = tuple(f"{dtype}_{bits}" for dtype in DTYPES.values() for bits in BITS)
 KERNELS = (
-    *(f"decode_product_{kind}_{rows}" for kind in KINDS for rows in ROWS),
-    *(f"decode_dequantize_{kind}" for kind in KINDS),
+    *(f"decode_product_{bits}_{rows}" for bits in BITS for rows in ROWS),
+    *(f"decode_dequantize_{bits}" for bits in BITS),
 )
 CPU = CpuFamily("decode", FUNCTIONS)
 CUDA = CudaFamily("decode", KERNELS, DecodeArguments)
@@ -80,7 +79,7 @@ def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
     making the matrix does; more rows take plain products with it, a band at a time."""
     tiles, bits = -(-len(x) // CUDA_ROWS), torch.finfo(x.dtype).bits
     few = tiles * weight.bits < weight.bits + 2 * bits  # a matrix is written and read once
-    if x.dtype == torch.float16 and few:  # which no kernel takes
+    if x.dtype == torch.float16 and few and x.is_cpu:  # whose kernels take float32
         return product_with_blocks(x.float(), weight).half()
     if CPU.takes(x):
         found = x.new_empty(len(x), weight.out_features)
@@ -92,7 +91,7 @@ def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
     if few:
         tiled = [cuda_product(rows, weight) for rows in x.split(CUDA_ROWS)]
         return torch.cat(tiled) if tiles > 1 else tiled[0]
-    parts = [linear(x, cuda_dequantized(band, x.dtype)) for band in weight.bands(CUDA_BAND)]
+    parts = [linear(x, cuda_dequantized(band)) for band in weight.bands(CUDA_BAND)]
     return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
@@ -118,15 +117,15 @@ def cuda_product(x: Tensor, weight: Blocks) -> Tensor:
     """The product on a GPU of x (n, in), contiguous, of at most CUDA_ROWS rows."""
     y = x.new_empty(len(x), weight.out_features)
     most = next(rows for rows in ROWS if len(x) <= rows)
-    call(f"product_{DTYPES[x.dtype]}_{weight.bits}_{most}", aligned(x), weight, y, len(weight.words))
+    call(f"product_{weight.bits}_{most}", aligned(x), weight, y, len(weight.words))
     return y
 
 
-def cuda_dequantized(weight: Blocks, dtype: torch.dtype) -> Tensor:
-    """Blocks.dequantized, by one kernel."""
-    y = weight.words.new_empty(weight.out_features, weight.in_features, dtype=dtype)
+def cuda_dequantized(weight: Blocks) -> Tensor:
+    """Blocks.dequantized in bfloat16, by one kernel."""
+    y = weight.words.new_empty(weight.out_features, weight.in_features, dtype=torch.bfloat16)
     blocks = -(-weight.integers.nbytes // (16 * DEQUANTIZE_THREADS))
-    call(f"dequantize_{DTYPES[dtype]}_{weight.bits}", None, weight, y, blocks)
+    call(f"dequantize_{weight.bits}", None, weight, y, blocks)
     return y
 
 

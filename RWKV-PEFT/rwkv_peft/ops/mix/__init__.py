@@ -2,8 +2,8 @@
 of heads.
 
 Each operation is written out in plain torch, which takes any device and dtype and is differentiable twice. If the
-kernels can be built, float32 and bfloat16 tensors take one pass forward and one backward instead (functions.py),
-differentiable once, in graphs of torch.compile too.
+kernels can be built, bfloat16 tensors, and float32 ones on CPUs, take one pass forward and one backward instead
+(functions.py), differentiable once, in graphs of torch.compile too.
 """
 
 from collections.abc import Iterator

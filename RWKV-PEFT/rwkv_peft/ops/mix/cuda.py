@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..native.calls import aligned
-from ..native.cuda import DTYPES, CudaFamily
+from ..native.cuda import CudaFamily
 from .operations import OPERATIONS, Operation
 
 WARPS = 4  # warps of a block: WARPS of cuda/mix/arguments.cuh
 MOST_SIZE = 128  # the most channels of a token that one warp takes (a group)
 MOST_POINTS = 6  # the most points of a lerp
 FEW_TOKENS = 8192  # up to here strips are short, so that there are blocks enough to fill a GPU
-LOW_RANKS = (32, 64)  # ranks of a lerp whose kernel includes the low-rank product, in bfloat16
+LOW_RANKS = (32, 64)  # ranks of a lerp whose kernel includes the low-rank product
 LOW_POINTS = 5  # the number of points of such a lerp
 TILE_TOKENS, LOW_CHANNELS = 64, 32  # tokens of its tiles (in backward one is the next tile's, too), channels of a step
 
@@ -61,14 +61,7 @@ TILED: Mapping[str, Layout] = MappingProxyType(
 )
 
 
-def _kernels(name: str) -> list[str]:
-    """The names of an operation's kernels."""
-    if name.startswith("lerp_low"):
-        return [f"mix_{name}_{rank}" for rank in LOW_RANKS]
-    return [f"mix_{name}_{dtype}" for dtype in DTYPES.values()]
-
-
-KERNELS = tuple(kernel for name in (*LAYOUTS, *TILED) for kernel in _kernels(name))
+KERNELS = (*(f"mix_{name}" for name in LAYOUTS), *(f"mix_{name}_{rank}" for name in TILED for rank in LOW_RANKS))
 _NUMBERS = "channels size strip n length sequences"
 
 
@@ -91,7 +84,7 @@ def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], size: in
     """Enqueue the operation `name` on the GPU of `like`; tensors by the names of its Layout and of MixArguments (None:
     not given). An operation of LAYOUTS works on groups of `size` channels, such as a head's (0: as many as a warp
     takes); blocks of TILED take `size` channels. others: tokens, channels and further fields of MixArguments."""
-    tokens, channels, kernel = others["tokens"], others["channels"], DTYPES[like.dtype]
+    tokens, channels, kernel = others["tokens"], others["channels"], f"mix_{name}"
     layout, strip = {**LAYOUTS, **TILED}[name], 1
     if name in LAYOUTS:
         size, strip = size or MOST_SIZE, 8 * WARPS if tokens <= FEW_TOKENS else 32 * WARPS
@@ -100,14 +93,14 @@ def call(name: str, like: Tensor, tensors: Mapping[str, Tensor | None], size: in
         tile = TILE_TOKENS - 1 if name == "lerp_low_backward" else TILE_TOKENS
         up = cast(Tensor, tensors["up"])
         tensors = {**tensors, **{x: aligned(tensors.get(x)) for x in layout.inputs + layout.parameters}}
-        kernel, blocks = f"{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
+        kernel, blocks = f"mix_{name}_{up.shape[1]}", -(-tokens // tile) * -(-channels // size)
     wanted = [tensors.get(sum_) for sum_ in layout.sums]
     sums = [None if x is None else like.new_empty(-(-tokens // strip), channels, dtype=torch.float32) for x in wanted]
     named = ([tensors.get(name) for name in names] for names in layout[:3])
     tables = zip(("inputs", "outputs", "parameters", "sums"), (*named, sums))
     given: dict[str, Any] = {name: tensors.get(name) for name in ("bounds", "last", "glast")}
     given |= {table: tuple(None if x is None else x.data_ptr() for x in of) for table, of in tables}
-    FAMILY.run(f"mix_{name}_{kernel}", like, {**given, **others, "size": size, "strip": strip}, blocks)
+    FAMILY.run(kernel, like, {**given, **others, "size": size, "strip": strip}, blocks)
     for target, part in zip(wanted, sums):
         if target is not None and part is not None:
             torch.sum(part, 0, out=target.view(-1))

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from ...gpus import refusal
 from .build import BuildError, cache_directory, content_hash, included_files, make_once, source_directory
 from .calls import constant_when_compiled
 
-Block = tuple[int, int]  # a block's (x, y) threads
 FULL_MEMORY = 2  # the driver's CUDA_ERROR_OUT_OF_MEMORY
 MAX_DYNAMIC_SHARED_SIZE = 8  # the driver's CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -39,14 +37,13 @@ class Kernels:
         self._call("cuCtxGetCurrent", ctypes.byref(self._context))
         self._module = ctypes.c_void_p()
         self._call("cuModuleLoadData", ctypes.byref(self._module), image)
-        self._own = {name: (self._constant(f"{name}_threads"), 1) for name in names}
+        self._threads = {name: self._constant(f"{name}_threads") for name in names}
         self._shared = {name: self._constant(f"{name}_shared") for name in names}
         self._functions = {name: self._function(name, self._shared[name]) for name in names}
 
-    def run(self, name: str, arguments: ctypes.Structure, blocks: int, block: Block | None, stream: int | None) -> int:
-        """Enqueue a kernel over `blocks` blocks of `block` threads, None for its own; -> CUDA's error code."""
-        x, y = block or self._own[name]
-        sizes = [ctypes.c_uint(size) for size in (blocks, 1, 1, x, y, 1, self._shared[name])]
+    def run(self, name: str, arguments: ctypes.Structure, blocks: int, stream: int | None) -> int:
+        """Enqueue a kernel over `blocks` blocks; -> CUDA's error code."""
+        sizes = [ctypes.c_uint(size) for size in (blocks, 1, 1, self._threads[name], 1, 1, self._shared[name])]
         self._call("cuCtxSetCurrent", self._context)  # autograd's threads have no context of their own
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         return self._driver.cuLaunchKernel(self._functions[name], *sizes, ctypes.c_void_p(stream), parameters, None)
@@ -184,7 +181,6 @@ def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     return text.raw
 
 
-DTYPES = MappingProxyType({torch.float32: "float32", torch.bfloat16: "bfloat16"})  # as in kernels' names
 OLDEST_CAPABILITY = (8, 0)  # the first with cp.async and bf16 products
 
 
@@ -232,10 +228,10 @@ class CudaFamily:
         return None
 
     def takes(self, first: Tensor, *others: Tensor | None) -> bool:
-        """True if the kernels take these tensors (None: not given): real ones on one GPU, all float32 or all bfloat16.
-        Tensors without data, with which a GPU's memory is planned, are taken like a GPU's."""
+        """True if the kernels take these tensors (None: not given): real ones on one GPU, all bfloat16. Tensors without
+        data, with which a GPU's memory is planned, are taken like a GPU's."""
         if (
-            first.dtype not in DTYPES
+            first.dtype != torch.bfloat16
             or first.numel() == 0
             or not all([x is None or (x.dtype == first.dtype and x.device == first.device) for x in others])
             or (torch.compiler.is_compiling() and not self.in_graphs)
@@ -244,16 +240,16 @@ class CudaFamily:
             return False
         return first.is_meta or first.is_cuda and self.available(first.device.index)
 
-    def run(self, name: str, like: Tensor, given: Mapping[str, Any], blocks: int, block: Block | None = None) -> None:
-        """Enqueue a kernel on the GPU of `like`, over `blocks` blocks of `block` threads (None: its own). given: the
-        structure's fields by name: tensors, passed as addresses (None: null), and numbers. Does nothing for tensors
-        without data; RuntimeError if it fails."""
+    def run(self, name: str, like: Tensor, given: Mapping[str, Any], blocks: int) -> None:
+        """Enqueue a kernel on the GPU of `like`, over `blocks` blocks. given: the structure's fields by name: tensors,
+        passed as addresses (None: null), and numbers. Does nothing for tensors without data; RuntimeError if it
+        fails."""
         if like.is_meta or not blocks:
             return
         values = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in given.items()}
         arguments = self.structure(**values)
         with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
-            status = self.kernels(like.device.index).run(name, arguments, blocks, block, stream(like))
+            status = self.kernels(like.device.index).run(name, arguments, blocks, stream(like))
         if status != 0:
             raise RuntimeError(f"{self.op}: launching the CUDA kernel {name} failed with CUDA error {status}")
 

@@ -51,8 +51,8 @@ class Recurrence:
         self.operators = Operators(signature, self.backend)
 
         @constant_when_compiled  # does not work on methods
-        def choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
-            return self._resolve(backend, device_type, index, dtype)
+        def choose(backend: str, device_type: str, index: int | None, dtype: torch.dtype, head_size: int) -> str:
+            return self._resolve(backend, device_type, index, dtype, head_size)
 
         self.choose = choose
 
@@ -68,17 +68,18 @@ class Recurrence:
         return self.table[name], level
 
     @functools.cache  # noqa: B019 - a Recurrence lives as long as its module
-    def _resolve(self, backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> str:
-        """The backend to call: `backend` itself, or the meaning of "auto" for this device (GPUs differ) and dtype."""
+    def _resolve(self, backend: str, device_type: str, index: int | None, dtype: torch.dtype, head_size: int) -> str:
+        """The backend to call: `backend` itself, or the meaning of "auto" for this device (GPUs differ), dtype and head
+        size."""
         is_gpu = device_type == "cuda" and index is not None
         with torch.cuda.device(index) if is_gpu else nullcontext():  # which backends are asked about
             return (
-                self._resolve_auto(device_type, dtype)
+                self._resolve_auto(device_type, dtype, head_size)
                 if backend == "auto"
-                else self._checked(backend, device_type, dtype)
+                else self._checked(backend, device_type, dtype, head_size)
             )
 
-    def _checked(self, backend: str, device_type: str, dtype: torch.dtype) -> str:
+    def _checked(self, backend: str, device_type: str, dtype: torch.dtype, head_size: int) -> str:
         """A named backend, if it is known and takes these tensors."""
         if backend == "reference":
             return backend
@@ -97,16 +98,20 @@ class Recurrence:
             raise ValueError(
                 f"{op}: backend {backend!r} computes in float32, not {dtype}; convert, or take 'reference'"
             )
+        if name == "cuda" and (reason := self.cuda.refusal(dtype, head_size)):
+            raise ValueError(f"{op}: backend {backend!r} cannot be used: {reason}, or take 'auto'")
         return backend
 
-    def _resolve_auto(self, device_type: str, dtype: torch.dtype) -> str:
+    def _resolve_auto(self, device_type: str, dtype: torch.dtype, head_size: int) -> str:
         if dtype == torch.float64:
             return "reference"
-        if device_type == "meta":
-            return "cuda"  # tensors without data stand for a GPU's
+        if device_type == "meta":  # tensors without data stand for a GPU's
+            return FALLBACK if self.cuda.refusal(dtype, head_size) else "cuda"
         reason: str | None = f"there is no kernel for {device_type}"
         if device_type in KERNELS:
             reason = self.table[device_type].unavailable("")
+        if device_type == "cuda":
+            reason = reason or self.cuda.refusal(dtype, head_size)
         op = self.signature.op
         if reason is not None:
             warnings.warn(
@@ -126,7 +131,7 @@ class Recurrence:
         v = check(self.signature, inputs, state, cu_seqlens)
         rows, shared = inputs[: self.row_count], inputs[self.row_count :]
         dtype, device = _common_dtype(rows), v.device
-        chosen = self.choose(backend, device.type, device.index, dtype)
+        chosen = self.choose(backend, device.type, device.index, dtype, v.shape[3])
         if chosen == "reference":
             return self.reference(*inputs, state, cu_seqlens)
 

@@ -6,7 +6,7 @@ The CUDA kernels split time into groups if there are few heads: with one block e
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..native.calls import aligned, fields, fill
 from ..native.cpu import CpuFamily
-from ..native.cuda import Block, CudaFamily
+from ..native.cuda import CudaFamily
 from .signature import Signature, sequences_of
 
 
@@ -116,7 +116,7 @@ class Split:
 
 def group_of(r: Tensor, sequences: int, split: Split) -> int:
     """The tokens of a group if splitting r (B, T, H, N), B rows or one row of packed sequences, pays, else 0."""
-    if not r.is_cuda or r.dtype != torch.bfloat16:
+    if not r.is_cuda:
         return 0
     B, T, H, _ = r.shape
     return choose_group(B, T, H, sequences, resident_blocks(r.device.index or 0, split.on_small))
@@ -150,39 +150,33 @@ def resident_blocks(device: int, on_small: int) -> int:
 
 
 INTEGERS = "sequences length heads head_size group groups"
-CHUNKED_SIZE = 64  # the head size of the chunked kernels, which take bfloat16; plain kernels take the rest, in float32
+HEAD_SIZE = 64  # of all released models, and the only one that the CUDA kernels take
 WAYS = ("forward", "backward")
 
 
 class CudaRecurrence:
-    """The kernels of cuda/OP, chosen and launched on torch's stream."""
+    """The kernels of cuda/OP, launched on torch's stream: for bfloat16 and heads of HEAD_SIZE."""
 
-    def __init__(
-        self,
-        signature: Signature,
-        segment: int,
-        plain_block: Callable[[int], Block],
-        split: Split,
-        halved: bool = False,
-    ) -> None:
-        """segment: steps that share a slot among the checkpoints, arguments.cuh's SEGMENT. plain_block(head size): the
-        threads per block of the plain kernels. split: the chunked kernels that split time. halved: True if the chunked
-        kernels store two slots in the room of one."""
-        self.segment, self.plain_block, self.split, self.halved = segment, plain_block, split, halved
+    def __init__(self, signature: Signature, segment: int, split: Split, halved: bool = False) -> None:
+        """segment: steps that share a slot among the checkpoints, arguments.cuh's SEGMENT. split: the kernels that
+        split time. halved: True if the kernels store two slots in the room of one."""
+        self.segment, self.split, self.halved = segment, split, halved
         op, self.signature = signature.op, signature
         given = (*signature.inputs, "state bounds y final_state checkpoints gy gfinal", *signature.gradients)
         members = fields(" ".join((*given, "gstate parts transitions")), "", "", INTEGERS)
         # the structure of the same name in cuda/OP/arguments.cuh
         self.Arguments: type[ctypes.Structure] = type("Arguments", (ctypes.Structure,), {"_fields_": members})
-        self.plain = tuple(f"{op}_{way}_plain_float32" for way in WAYS)
-        self.names = (*(f"{op}_{way}_{CHUNKED_SIZE}" for way in WAYS), *self.plain, *split.names())
+        self.names = (*(f"{op}_{way}_{HEAD_SIZE}" for way in WAYS), *split.names())
         self.family = CudaFamily(op, self.names, self.Arguments)
 
-    def kernel(self, direction: str, head_size: int, dtype: torch.dtype) -> tuple[str, Block | None]:
-        """The kernel of a direction, and its threads per block (None: its own)."""
-        if is_chunked(head_size, dtype):
-            return f"{self.signature.op}_{direction}_{CHUNKED_SIZE}", None
-        return self.plain[WAYS.index(direction)], self.plain_block(head_size)
+    def refusal(self, dtype: torch.dtype, head_size: int) -> str | None:
+        """None if the kernels take heads of this size and dtype, else the reason and the remedy."""
+        if dtype == torch.bfloat16 and head_size == HEAD_SIZE:
+            return None
+        return (
+            f"its kernels take bfloat16 and heads of {HEAD_SIZE}, and these are {str(dtype).removeprefix('torch.')} "
+            f"and {head_size}; --precision bf16 and a released model's shape are fast"
+        )
 
     def unavailable(self, level: str = "") -> str | None:
         """None if the kernels work on the current GPU, else the reason and the remedy."""
@@ -197,25 +191,24 @@ class CudaRecurrence:
 
     def group_of(self, r: Tensor, sequences: int) -> int:
         """The tokens of a group if time is split, else 0."""
-        return group_of(r, sequences, self.split) if is_chunked(r.shape[3], r.dtype) else 0
+        return group_of(r, sequences, self.split)
 
     def _slots(self, r: Tensor, sequences: int) -> int:
         slots = r.shape[0] * r.shape[1] // self.segment + sequences
-        return -(-slots // 2) if self.halved and is_chunked(r.shape[3], r.dtype) else slots
+        return -(-slots // 2) if self.halved else slots
 
     def forward(
         self, *tensors: Any, save: bool, level: str = "", group: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """tensors: the inputs, contiguous, (B, T, H, N) in float32 or bfloat16, the shared ones in float32; state
+        """tensors: the inputs, contiguous, (B, T, H, HEAD_SIZE) in bfloat16, the shared ones in float32; state
         (n, H, N, N) float32 or None; cu_seqlens (n + 1,) int64 or None -> y, final state, checkpoints (empty unless
         `save`). group: the tokens of a group, a multiple of 64, 0 if time is not split, None if that is chosen.
         Raises ValueError for a group that the kernels do not take."""
         *inputs, state, bounds = tensors
         r = inputs[0]
         B, T, H, N = r.shape
-        sequences, dtype = sequences_of(r, bounds), r.dtype
+        sequences = sequences_of(r, bounds)
         group = self._checked(group, r, sequences)
-        r, *_ = inputs = as_kernels_take(inputs)
         groups, slots = places(B, T, sequences, group), self._slots(r, sequences) if save else 0
         counts = (sequences, slots + groups, groups)
         final_state, checkpoints, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
@@ -223,7 +216,7 @@ class CudaRecurrence:
         arguments = self._given(inputs) | dict(state=aligned(state), bounds=bounds, y=y, final_state=final_state)
         arguments |= dict(checkpoints=checkpoints if save else None, parts=parts, transitions=checkpoints[slots:])
         self._launch("forward", r, sequences, group, arguments)
-        return y.to(dtype), final_state, checkpoints if save else checkpoints[:0]
+        return y, final_state, checkpoints if save else checkpoints[:0]
 
     def backward(self, *tensors: Any, level: str = "", group: int | None = None) -> tuple[Tensor, ...]:
         """tensors: forward's, checkpoints, and the gradients of y and of the final state (either None for zeros) -> the
@@ -231,10 +224,9 @@ class CudaRecurrence:
         *inputs, _, bounds, checkpoints, gy, gfinal = tensors  # the first checkpoint is the state
         r = inputs[0]
         B, T, H, N = r.shape
-        sequences, dtype = sequences_of(r, bounds), r.dtype
+        sequences = sequences_of(r, bounds)
         group = self._checked(group, r, sequences)
-        r, *_ = inputs = as_kernels_take(inputs)
-        gy = torch.zeros_like(r) if gy is None else gy.to(r.dtype)
+        gy = torch.zeros_like(r) if gy is None else gy
         arguments = self._given(inputs) | dict(bounds=bounds, checkpoints=checkpoints)
         arguments |= dict(gy=aligned(gy), gfinal=aligned(gfinal), transitions=checkpoints[self._slots(r, sequences) :])
         of_rows = {f"g{name}": torch.empty_like(r) for name in self.signature.rows}
@@ -245,16 +237,16 @@ class CudaRecurrence:
         gstate, parts = (r.new_empty(n, H, N, N, dtype=torch.float32) for n in counts)
         arguments |= of_rows | of_shared | dict(gstate=gstate, parts=parts)
         self._launch("backward", r, sequences, group, arguments)
-        return *(x.to(dtype) for x in of_rows.values()), *(x.sum(0) for x in of_shared.values()), gstate
+        return *of_rows.values(), *(x.sum(0) for x in of_shared.values()), gstate
 
     def _checked(self, group: int | None, r: Tensor, sequences: int) -> int:
         """The group, or the chosen one. Raises ValueError for one with which the kernels would read past their
         tensors."""
         group = self.group_of(r, sequences) if group is None else group
-        if group and (not is_chunked(r.shape[3], r.dtype) or group % GRAIN or group < 0):
+        if group % GRAIN or group < 0:
             raise ValueError(
-                f"{self.signature.op}: group {group} for {r.dtype} and head size {r.shape[3]}; time is split in groups "
-                f"of a multiple of {GRAIN} tokens, for torch.bfloat16 and head size {CHUNKED_SIZE}: give such, or 0"
+                f"{self.signature.op}: group {group}; time is split in groups of a multiple of {GRAIN} tokens: give "
+                "such, or 0"
             )
         return group
 
@@ -271,17 +263,4 @@ class CudaRecurrence:
         if group:
             for name, blocks in self.split.launches(direction, H, sequences, groups):
                 self.family.run(name, r, {**given, **sizes}, blocks)
-        name, block = self.kernel(direction, N, r.dtype)
-        self.family.run(name, r, {**given, **sizes}, H * groups, block)
-
-
-def is_chunked(head_size: int, dtype: torch.dtype) -> bool:
-    """True if the chunked kernels take heads of this size and dtype."""
-    return head_size == CHUNKED_SIZE and dtype == torch.bfloat16
-
-
-def as_kernels_take(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Inputs (B, T, H, N) as they are for the chunked kernels, else in float32."""
-    if is_chunked(inputs[0].shape[3], inputs[0].dtype):
-        return list(inputs)
-    return [x.float() for x in inputs]
+        self.family.run(f"{self.signature.op}_{direction}_{HEAD_SIZE}", r, {**given, **sizes}, H * groups)

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from ..native.cuda import Block
 from ..recurrence import Recurrence
 from ..recurrence.kernels import CpuRecurrence, CudaRecurrence, Split
 from . import reference
@@ -10,14 +9,8 @@ from .chunked import CHUNKED
 from .reference import SIGNATURE
 
 TILE = 64  # steps between two saved states: cpu/wkv6/rows.h's kTile
-STRIP = 16  # state elements of a thread in the plain kernels: STRIP of cuda/wkv6/plain.cuh
 SCAN_BLOCK = 512  # elements of a state; cuda/wkv6/groups.cuh's 4 SCAN_THREADS
 SPLIT = Split("wkv6_{}_groups_64", "wkv6_{}_scan", scan_blocks=64 * 64 // SCAN_BLOCK, on_small=2)
-
-
-def plain_block(head_size: int) -> Block:
-    """The threads per block of the plain kernels."""
-    return head_size, -(-head_size // STRIP)
 
 
 WKV6 = Recurrence(
@@ -25,7 +18,7 @@ WKV6 = Recurrence(
     reference.wkv6,
     CHUNKED,
     CpuRecurrence(SIGNATURE, TILE),
-    CudaRecurrence(SIGNATURE, 64, plain_block, SPLIT, halved=True),
+    CudaRecurrence(SIGNATURE, 64, SPLIT, halved=True),
 )
 backends = WKV6.backends
 
@@ -48,14 +41,12 @@ def wkv6(
     for zeros -> y (B, T, H, N) in v's dtype, final state (B, H, N, N) float32. With cu_seqlens (n + 1,), int32 or
     int64, B is 1, the row holds n sequences bounded by its entries, and the states are (n, H, N, N).
 
-    Kernels compute in float32, with one much faster exception: on a GPU, if r k v w are all bfloat16 and N is 64,
-    products take bfloat16 operands, with float32 sums and state.
-
     Differentiable once in r k v w u and state, through both outputs. backend: "auto" takes the kernel of the tensors'
     device ("cpu", "cuda") if it can be used, else "chunked", products of matrices in plain torch on any device, and
     says so once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name
-    the CPU kernel's instruction set. float64 and forward-mode
-    differentiation need "reference". Raises ValueError if arguments do not fit, RuntimeError if a named backend is
+    the CPU kernel's instruction set. All compute in float32 but "cuda", which takes bfloat16 and an N of 64 alone: its
+    products have bfloat16 operands, with float32 sums and state. float64 and forward-mode differentiation need
+    "reference". Raises ValueError if arguments do not fit, RuntimeError if a named backend is
     unusable.
     """
     return WKV6.compute((r, k, v, w, u), state, cu_seqlens, backend)

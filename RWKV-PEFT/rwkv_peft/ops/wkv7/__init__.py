@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from ..native.cuda import Block
 from ..recurrence import Recurrence
 from ..recurrence.kernels import CpuRecurrence, CudaRecurrence, Split
 from . import reference
@@ -10,25 +9,11 @@ from .chunked import CHUNKED
 from .reference import SIGNATURE
 
 TILE = 64  # steps between two saved states: cpu/wkv7/chunk.h's kTile
-STRIP = 16  # state elements of a thread in the plain kernels: STRIP of cuda/wkv7/plain.cuh
 SPLIT = Split("wkv7_{}_groups_64", "wkv7_{}_scan_64", scan_blocks=4)
 
 
-def plain_block(head_size: int) -> Block:
-    """The threads per block of the plain kernels."""
-    strips = 1  # threads beside each other on a row: a power of two, so that warps are whole
-    while strips * STRIP < head_size:
-        strips *= 2
-    rows = 32 // strips  # rows of a warp
-    return strips, -(-head_size // rows) * rows
-
-
 WKV7 = Recurrence(
-    SIGNATURE,
-    reference.wkv7,
-    CHUNKED,
-    CpuRecurrence(SIGNATURE, TILE),
-    CudaRecurrence(SIGNATURE, 32, plain_block, SPLIT),
+    SIGNATURE, reference.wkv7, CHUNKED, CpuRecurrence(SIGNATURE, TILE), CudaRecurrence(SIGNATURE, 32, SPLIT)
 )
 backends = WKV7.backends
 
@@ -55,8 +40,8 @@ def wkv7(
     Differentiable once in r w k v a b and state, through both outputs. backend: "auto" takes the kernel of the tensors'
     device ("cpu", "cuda") if it can be used, else "chunked", products of matrices in plain torch on any device, and
     says so once; a named backend is never replaced. "cpu:avx512bf16", "cpu:avx512", "cpu:avx2" and "cpu:portable" name
-    the CPU kernel's instruction set. All compute in float32, with one much faster exception: on a GPU, if r w k v a b
-    are all bfloat16 and N is 64, products take bfloat16 operands, with float32 sums and state. float64 and forward-mode
+    the CPU kernel's instruction set. All compute in float32 but "cuda", which takes bfloat16 and an N
+    of 64 alone: its products have bfloat16 operands, with float32 sums and state. float64 and forward-mode
     differentiation need "reference". Raises ValueError if arguments do not fit, RuntimeError if a named backend is
     unusable.
     """

@@ -16,11 +16,17 @@ from ...config import AdapterConfig, TrainConfig
 CPU, GPU = "cpu", "gpu"
 ITEM = MappingProxyType({"bf16": 2, "fp16": 2, "fp32": 4})  # bytes of an element by --precision
 SINGLE = 4  # bytes of a float32 number
-CHUNKED_HEAD = 64  # head size of the GPU kernels that compute a recurrence in bfloat16; others convert to float32
+HEAD_SIZE = 64  # of the GPU kernels of a recurrence; others convert to float32
 GPU_BLOCKS = 256  # blocks of a sum over tokens, each of which has a part of its own
-# Elements / C that plain torch keeps, and needs at once, beyond the kernels of token shift, gates and norms, none of
-# which takes fp16: upper bounds.
+# Elements / C that plain torch keeps, and needs at once, beyond the kernels of token shift, gates and norms: upper
+# bounds.
 PLAIN_KEPT, PLAIN_WORK = 20, 5
+
+
+def has_kernels(precision: str, device: str) -> bool:
+    """True if the models' kernels take a precision: none takes fp16, and a GPU's take bf16 alone."""
+    return precision == "bf16" or (precision == "fp32" and device == CPU)
+
 
 Count = Callable[[AdapterConfig, int, int], int]  # (settings, out, in) of a layer -> a number of elements
 
@@ -239,10 +245,10 @@ class Activations:
         for name, shape in linears.items():
             own, trains = method if name in adapter.targets else None, emb if "emb" in name else all_trains
             layers[name] = LayerFormula.of(adapter, own, trains, *shape)
-        wide = device == GPU and item == 2 and (precision, model.head_size) != ("bf16", CHUNKED_HEAD)
+        wide = device == GPU and item == 2 and (precision, model.head_size) != ("bf16", HEAD_SIZE)
         facts = Facts(model, layers, time, norms or emb, emb, wide)
         block = GENERATIONS.get(model.version, unknown)(facts)
-        if precision == "fp16":
+        if not has_kernels(precision, device):
             block = block._replace(kept=block.kept + PLAIN_KEPT * C, peak=block.peak + PLAIN_WORK * C)
         fixed = sum(layer.fixed for layer in layers.values())
         return cls(model, device, item, bool(train.grad_cp), block, fixed, C * facts.before, C * (1 + head))
@@ -253,14 +259,14 @@ class Activations:
         return self.item * (n * self.block.kept + self.fixed) + 16 * n + self.saved_states(rows, tokens)
 
     def saved_states(self, rows: int, tokens: int) -> int:
-        """Bytes of the states of the recurrence between its segments, which backward starts from. Chunked kernels of
+        """Bytes of the states of the recurrence between its segments, which backward starts from. A GPU's kernels of
         wkv6 keep two in the room of one."""
         m = self.model
         is_wkv6, size = m.version == "x060", SINGLE * m.dim_att * m.head_size
         if self.device == CPU:
             return rows * tokens // 64 * size
         count = rows * tokens // (64 if is_wkv6 else 32) + rows
-        halved = is_wkv6 and self.item == 2 and m.head_size == CHUNKED_HEAD
+        halved = is_wkv6 and self.item == 2 and m.head_size == HEAD_SIZE
         return (-(-count // 2) if halved else count) * size
 
     def kept(self, rows: int, tokens: int) -> int:

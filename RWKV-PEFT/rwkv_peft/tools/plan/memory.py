@@ -20,7 +20,7 @@ from ...config import BUCKET, AdapterConfig, ModelConfig, RunConfig, TrainConfig
 from ...config.objective import TEACHER
 from ...models.layout import time_state_shapes
 from ...objectives.draws import Draws
-from .activations import CPU, GPU, ITEM, METHODS, SINGLE, Activations, MethodFormula
+from .activations import CPU, GPU, ITEM, METHODS, SINGLE, Activations, MethodFormula, has_kernels
 
 DRAW, LOSS, BACKWARD, UPDATE = "draw", "loss", "backward", "update"  # the moments of a step; one of them is the peak
 ALWAYS = (DRAW, LOSS, BACKWARD, UPDATE)
@@ -241,7 +241,7 @@ class Estimate:
         V, C, n = model.vocab_size, model.n_embd, rows * tokens
         chunk = max(1, CHUNK_ELEMENTS[here] // V)
         if self.teacher is None:
-            logits = 2 * SINGLE if train.precision == "fp16" else item  # whose gradient takes their place
+            logits = item if has_kernels(train.precision, here) else 2 * SINGLE  # the gradient takes their place
         else:
             chunk, logits = max(1, chunk // ALIVE), TAUGHT[item]
         chunk = min(n, chunk)
