@@ -96,6 +96,9 @@ def test_nodes_that_disagree_end_with_one_message_that_names_the_flags_and_both_
 FAULTY = """
 import os, sys, time
 
+import torch
+import torch.distributed as dist
+
 from rwkv_peft.cli.commands import run
 from rwkv_peft.cli.errors import NotNow, UserError
 from rwkv_peft.training import loop
@@ -210,6 +213,17 @@ def test_ctrl_c_once_saves_and_stops_all_ranks_and_twice_ends_them(files, comman
             assert not any(rank.is_running() for rank in ranks)
             assert err == "interrupted; what was saved before is intact\n"
     assert [path.name for path in (files / name / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_a_rank_that_waits_for_another_ends_with_it_upon_a_second_signal(faulty):
+    """No handler of Python's runs while a collective waits. The signals differ, because equal ones may become one."""
+    ranks = start_ranks(faulty("deaf", "print('waits', flush=True); dist.recv(torch.zeros(1), 0)", "--devices", "2"))
+    wait_for_words("waits", ranks[1])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        ranks[1].send_signal(number)
+    errors = [process.communicate(timeout=1800)[1] for process in ranks]
+    assert ranks[0].returncode == ranks[1].returncode and ranks[0].returncode in group.ASKED
+    assert errors == ["", "interrupted; what was saved before is intact\n"]
 
 
 def test_no_rank_outlives_its_launcher(command):

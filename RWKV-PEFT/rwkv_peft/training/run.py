@@ -49,7 +49,7 @@ from .model import make_model, own_device, write_new_model
 from .prepared import TrainingRun
 from .progress import printing_compilations
 from .ranks.agreement import shared_values
-from .ranks.group import INTACT, Ranks, ignore_signals, launch
+from .ranks.group import INTACT, Ranks, ignore_signals, launch, upon_second_signal
 from .saving.checkpoints import (
     DIVERGED,
     UNSAVED,
@@ -138,6 +138,7 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
                 held.enter_context(alone_in(Path(train.proj_dir), say))
             held.enter_context(printing_compilations(world.rank == 0))
             if world.size > 1:
+                held.enter_context(upon_second_signal(ranks.stop))
                 held.push(ignore_signals)
             code, words = run_on(ranks, request, device, say)
         return ranks.leave(code), words

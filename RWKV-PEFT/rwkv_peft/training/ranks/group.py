@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ...children import python_command
-from ...cli.errors import ENDINGS, NotNow, UserError, explained, keeping_handlers, summarize
+from ...cli.errors import ENDINGS, HANGUP, NotNow, UserError, explained, keeping_handlers, summarize
 from ...config import TrainConfig
 from ...ops.products import ProductRow, agreed, row
 from ...system import end_group
@@ -159,8 +159,12 @@ class Ranks:
             self.end(self.lost(summarize(error)))
         code, message = explained(error) or (1, "".join(traceback.format_exception(error)).rstrip())
         if isinstance(error, KeyboardInterrupt):
-            code, message = 128 + (error.args[0] if error.args else signal.SIGINT), INTACT
+            self.stop(error.args[0] if error.args else signal.SIGINT)
         self.end(Failure(self.world.rank, self.host, code, message))
+
+    def stop(self, number: int) -> NoReturn:
+        """End this process, and the other ranks, because of a signal."""
+        self.end(Failure(self.world.rank, self.host, 128 + number, INTACT))
 
     def watch(self) -> None:
         """End this process once another rank has failed, or the store is gone."""
@@ -297,21 +301,40 @@ def agent_config(world: World, train: TrainConfig, logs: str) -> "LaunchConfig":
 
 @contextmanager
 def ending_ranks() -> Iterator[None]:
-    """Within, kill this node's ranks LAST seconds after the second signal, and at the end those that are left: a rank
-    that is stopped, or waits for one, hears no signal, and the agent waits for it as long as for a save."""
-    signals, wakes = socket.socketpair()  # signal numbers come here, whichever handlers the agent sets
-    wakes.setblocking(False)
+    """Within, kill this node's ranks upon the second signal, and at the end those that are left: a rank that is
+    stopped, or waits for one, hears no signal, and the agent waits for it as long as for a save."""
 
-    def kill() -> list[psutil.Process]:
+    def kill(number: int = signal.SIGTERM) -> list[psutil.Process]:
         for rank in (ranks := psutil.Process().children()):
             end_group(rank.pid)
         return ranks
 
+    try:
+        with upon_second_signal(kill):
+            yield
+    finally:
+        psutil.wait_procs(kill(), LAST)
+
+
+@contextmanager
+def upon_second_signal(act: Callable[[int], object]) -> Iterator[None]:
+    """Within, call act(number) in a thread LAST seconds after a second signal, or upon a third: a process that waits in
+    a collective runs no handlers of Python's. A terminal that goes away does not count, because a run saves then."""
+    signals, wakes = socket.socketpair()  # signal numbers come here, whichever handlers are set
+    wakes.setblocking(False)
+
     def watch() -> None:
         with signals:
-            if signals.recv(1) and signals.recv(1):
-                time.sleep(LAST)
-                kill()
+            count = 0
+            while count < 2:
+                if not (number := signals.recv(1)):
+                    return
+                count += number[0] not in HANGUP
+            signals.settimeout(LAST)
+            with suppress(TimeoutError):
+                if not signals.recv(1):
+                    return
+            act(number[0])
 
     before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
@@ -320,7 +343,6 @@ def ending_ranks() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         wakes.close()
-        psutil.wait_procs(kill(), LAST)
 
 
 def leave_signals_to_the_agent() -> None:
