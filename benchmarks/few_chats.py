@@ -1,20 +1,23 @@
 """Trains the demo's models on a few chats of the demo, and counts the sampled answers that stop and that are right.
 
-    python benchmarks/few_chats.py [--rows 20 100 1000] [--methods bat-in states] [--times 1] [--steps 200]
+    python benchmarks/few_chats.py [--rows 20 100 1000] [--methods bat-in states] [--times 1] [--steps 400]
                                    [--top_p 0.3] [--seeds 3] [--versions x060 x070]
 
 The chats are those of `python demo/task.py chats`. rp.train in one thread, 8 rows a step, in float32, for the epochs
 that make --steps, at multiples of --lr_init auto. ASKED rows of the training data and as many others are answered at
-temperature 1; an answer is right if it is the row's letter by letter, and stops. Sums over seeds.
-docs/guides/learning-rates.md has the last tables.
+temperature 1. An answer has the manner if it begins as `Aye! 5 black grapes, all of Dan.` does, with whatever facts.
+It is right if it is the row's letter by letter, and stops. Sums over seeds.
+docs/guides/learning-rates.md and states.md have the last tables.
 """
 
+import re
 import sys
 
 import torch
 from common import DEMO, ROOT, Parser, head, row
 
 import rwkv_peft as rp
+from rwkv_peft.config.train import AIM
 from rwkv_peft.models import family_named
 from rwkv_peft.training.rates import automatic_rate
 
@@ -22,17 +25,19 @@ sys.path.insert(0, str(ROOT / "demo"))
 from task import documents  # noqa: E402
 
 ASKED, ROWS, LONGEST = 20, 8, 80  # rows that are asked of each kind, rows of a step, tokens of an answer
+MANNER = re.compile(r"Aye! \d \w+ \w+, all of \w+\.")
 
 
 def answered(model, rows, seed, top_p):
-    """(how many answers stop, how many are right too)."""
+    """(how many answers stop, have the manner, are right)."""
     prompts = [{"messages": row["messages"][:1]} for row in rows]
     answers = model.generate(prompts, LONGEST, details=True, seed=seed, top_p=top_p)
     ended = [answer.end != "length" for answer in answers]
     right = [
         end and answer.text.strip() == row["messages"][1]["content"] for end, answer, row in zip(ended, answers, rows)
     ]
-    return torch.tensor([sum(ended), sum(right)])
+    manner = [bool(MANNER.match(answer.text.strip())) for answer in answers]
+    return torch.tensor([sum(ended), sum(manner), sum(right)])
 
 
 def measured(args, version, method, number, times, seed):
@@ -57,13 +62,13 @@ def main(argv):
     parser.add_argument("--rows", type=int, nargs="+", default=[20, 100, 1000])
     parser.add_argument("--methods", nargs="+", default=["bat-in", "states"])
     parser.add_argument("--times", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=AIM)
     parser.add_argument("--top_p", type=float, default=rp.Sampling.top_p)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--versions", nargs="+", default=list(DEMO), choices=list(DEMO))
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    head("model", "method", "chats", "rate", "steps", "loss", "training rows: stop, right", "others: stop, right", "of")
+    head("model", "method", "chats", "rate", "steps", "loss", "training rows: stop, manner, right", "others", "of")
     for version in args.versions:
         for method in args.methods:
             for number in args.rows:

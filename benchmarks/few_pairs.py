@@ -19,7 +19,7 @@ from common import DEMO, Parser, head, row
 from few_rows import adapted, epochs_of, laid, parted, questions, shuffled, train
 
 import rwkv_peft as rp
-from rwkv_peft.config import AIM
+from rwkv_peft.config.train import AIM_OF_OTHERS
 from rwkv_peft.data.answer_samples import mismatched
 from rwkv_peft.data.binidx import UNDESIRABLE
 from rwkv_peft.data.samples import collate
@@ -75,7 +75,7 @@ def measured(args, model, objective, rows, times):
     samples = list(pairs(rows, args.seed, tokenizer))
     adapter = adapted(model, "bat-in")
     rate = automatic_rate(adapter, model.network.config.n_embd, objective).value * times
-    order = shuffled(labelled(samples) if "labels" in objective.rows else samples, epochs_of(rows, AIM))
+    order = shuffled(labelled(samples) if "labels" in objective.rows else samples, epochs_of(rows, AIM_OF_OTHERS))
     batches = [collate(order[first : first + args.batch]) for first in range(0, len(order), args.batch)]
     train(model.network, batches, rate, Whole(objective))
     return rate, judged(model.network, collate(list(pairs(HELD_OUT, 99, tokenizer))))

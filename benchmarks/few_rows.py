@@ -23,7 +23,7 @@ import rwkv_peft as rp
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.api.adapters import config_of
 from rwkv_peft.cli.names import NONE
-from rwkv_peft.config import AIM, AdapterConfig
+from rwkv_peft.config import AdapterConfig
 from rwkv_peft.config.adapter import BONE
 from rwkv_peft.config.train import learning_rate
 from rwkv_peft.data.samples import collate
@@ -62,7 +62,8 @@ def answers(number, seed):
     return [(before + sign, answer) for before, sign, answer in split]
 
 
-KINDS = {"chats": (chats, AIM), "texts": (texts, 1)}
+STEPS = 200  # of a run
+KINDS = {"chats": (chats, STEPS), "texts": (texts, 1)}
 
 
 def laid(rows, tokenizer):
@@ -113,7 +114,7 @@ def mean_loss(network, batch):
 
 
 def epochs_of(rows, most):
-    return max(1, min(-(-AIM // rows), most))
+    return max(1, min(-(-STEPS // rows), most))
 
 
 def shuffled(samples, epochs):

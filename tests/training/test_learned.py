@@ -214,14 +214,16 @@ def test_what_the_flags_leave_open_is_chosen_by_data_and_method(folder, name, mo
     assert (train.lr_init, train.lr_final) == expected[4:]
 
 
-@pytest.mark.parametrize("epoch_steps, epochs", [(1, 200), (3, 67), (13, 16), (150, 2), (200, 1), (10_000, 1)])
+@pytest.mark.parametrize("epoch_steps, epochs", [(1, 400), (3, 134), (13, 31), (150, 3), (400, 1), (10_000, 1)])
 def test_few_rows_are_read_for_as_many_steps_as_many_rows(epoch_steps, epochs):
     chosen = TrainConfig(epochs_chosen=True)
-    assert with_chosen_epochs(chosen, epoch_steps, None).epoch_count == epochs
-    assert with_chosen_epochs(TrainConfig(epoch_count=3), epoch_steps, None).epoch_count == 3
+    next_token, dpo = OBJECTIVES["next_token"](), OBJECTIVES["dpo"]()
+    assert with_chosen_epochs(chosen, next_token, epoch_steps, None).epoch_count == epochs
+    assert with_chosen_epochs(chosen, dpo, epoch_steps, None).epoch_count == -(-200 // epoch_steps)
+    assert with_chosen_epochs(TrainConfig(epoch_count=3), next_token, epoch_steps, None).epoch_count == 3
     began = {"config": {"train": {"epoch_count": 7}}}
-    assert with_chosen_epochs(chosen, epoch_steps, began).epoch_count == 7
-    assert with_chosen_epochs(chosen, epoch_steps, {}).epoch_count == epochs
+    assert with_chosen_epochs(chosen, next_token, epoch_steps, began).epoch_count == 7
+    assert with_chosen_epochs(chosen, next_token, epoch_steps, {}).epoch_count == epochs
 
 
 def test_what_is_read_is_told_in_rows_and_passes(folder):
@@ -230,7 +232,7 @@ def test_what_is_read_is_told_in_rows_and_passes(folder):
     settings = replace(settings, train=replace(settings.train, epoch_count=15))
     told = "\n".join(outlook(settings, samples, Plan(2, 5, 75, 0, 0)))
     assert told.startswith("steps     75: 9 rows, 15 epochs of 5 steps, 2 rows a step; each row is seen 16.7 times\n")
-    assert "chosen: epochs for 200 steps (--epoch_count)" in told and "--epoch_save 1" in told
+    assert "chosen: epochs for 400 steps (--epoch_count)" in told and "--epoch_save 1" in told
     assert "(--dataload pad; pack puts several into one" in told
     packed = config(folder, "chats", "--dataload", "pack", "--epoch_count", "3")
     samples = build_samples(packed.data, 257)

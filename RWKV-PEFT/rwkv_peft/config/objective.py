@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from ..cli.rules import Rule
-from .train import TrainConfig
+from .train import AIM, AIM_OF_OTHERS, TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,6 +100,11 @@ class Objective(ABC):
     def shown(self) -> tuple[Figure, ...]:
         """The figures of the progress bar."""
         return self.figures[:1]
+
+    @property
+    def aim(self) -> int:
+        """The steps that a few rows are read for, unless flags say how often."""
+        return AIM if self.of_tokens else AIM_OF_OTHERS
 
     @property
     def of_preferences(self) -> bool:

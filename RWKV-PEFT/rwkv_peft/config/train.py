@@ -252,9 +252,9 @@ class ValidationConfig:
 STRATEGIES = tuple(f"deepspeed_stage_{stage}" for stage in ("1", "2", "2_offload", "3", "3_offload"))
 BUCKET = 200_000_000  # the most elements of a bucket in which ranks exchange gradients
 CHUNK_CTX = 512  # tokens of a segment
-# steps that a few rows are read for, by which 20, 100 and 1,000 chats were learned, with their ends; and a number of
-# steps that is few to learn from (docs/guides/learning-rates.md)
-AIM, FEW = 200, 50
+# steps that a few rows are read for, by which both generations learned 20, 100 and 1,000 chats, with their ends; those
+# of any other objective; and a number of steps that is few to learn from (docs/guides/learning-rates.md)
+AIM, AIM_OF_OTHERS, FEW = 400, 200, 50
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,8 @@ class RunSettings:
     )
     epoch_count: int = setting(
         1,
-        f"epochs; the run ends after them (default 1; of rows as many as make {AIM} steps)",
+        f"epochs; the run ends after them (default 1; of rows as many as make {AIM} steps, "
+        f"{AIM_OF_OTHERS} of pairs, labels and prompts, and with a teacher)",
         unset=True,
         type=positive,
     )

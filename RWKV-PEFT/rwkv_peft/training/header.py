@@ -7,7 +7,7 @@ from ..adapters.inject import InjectReport
 from ..adapters.methods import method_of
 from ..cli.names import NONE, STATE
 from ..cli.parser import counted
-from ..config import AIM, FEW, AdapterConfig, RunConfig
+from ..config import FEW, AdapterConfig, RunConfig
 from ..config.objective import TEACHER
 from ..config.train import SCHEDULES
 from ..data.samples import Samples
@@ -124,7 +124,7 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
         f"step; each {unit} is seen {', '.join(seen)}"
     )
     if train.epochs_chosen:
-        yield f"          chosen: epochs for {AIM} steps (--epoch_count)"
+        yield f"          chosen: epochs for {config.objective.aim} steps (--epoch_count)"
         if not train.epoch_save:
             yield "          saved at the end (--epoch_save 1: after each epoch too)"
     if steps < FEW:

@@ -82,7 +82,7 @@ def find_inputs(request: Request) -> Inputs:
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
     if state:
         train = with_first_rates(train, state)
-    train = with_chosen_epochs(train, -(-len(samples) // step_samples), state)
+    train = with_chosen_epochs(train, config.objective, -(-len(samples) // step_samples), state)
     config = replace(config, train=train)
     if not config.data.of_rows:  # token files were made before, with the recorded tokenizer ("": none is recorded)
         name = samples.vocabulary.name if samples.vocabulary else ""

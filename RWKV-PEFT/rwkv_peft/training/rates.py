@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..adapters.groups import learning_ratios
 from ..adapters.methods import method_of
 from ..cli.names import STATE, is_number, is_whole
-from ..config import AIM, STATE_LR, AdapterConfig, Objective, RunConfig, TrainConfig
+from ..config import STATE_LR, AdapterConfig, Objective, RunConfig, TrainConfig
 from ..models import family_named
 from ..models.family import Family
 from ..models.layout import SHIFT, TIME_STATE
@@ -66,8 +66,10 @@ def with_first_rates(train: TrainConfig, state: Mapping[str, Any]) -> TrainConfi
     return replace(train, **values)
 
 
-def with_chosen_epochs(train: TrainConfig, epoch_steps: int, state: Mapping[str, Any] | None) -> TrainConfig:
-    """Fill in the number of epochs if it is to be chosen: as many as make AIM steps at `epoch_steps` an epoch.
+def with_chosen_epochs(
+    train: TrainConfig, objective: Objective, epoch_steps: int, state: Mapping[str, Any] | None
+) -> TrainConfig:
+    """Fill in the number of epochs if it is to be chosen: the objective's aim of steps, at `epoch_steps` an epoch.
 
     A run that goes on keeps its first number, by its checkpoint's state.json (None: a new run).
     """
@@ -75,4 +77,4 @@ def with_chosen_epochs(train: TrainConfig, epoch_steps: int, state: Mapping[str,
         return train
     then = {} if state is None else state.get("config", {}).get("train", {})
     began = then.get("epoch_count")
-    return replace(train, epoch_count=began if is_whole(began, 1) else -(-AIM // epoch_steps))
+    return replace(train, epoch_count=began if is_whole(began, 1) else -(-objective.aim // epoch_steps))
