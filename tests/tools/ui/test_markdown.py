@@ -20,6 +20,10 @@ TEXTS = {
     "`x * y` ``a ` b`` `open \\*no\\* \\(x_1\\)": "<p><code>x * y</code> <code>a ` b</code> `open *no* \\(x_1\\)</p>",
     "![p](https://x/p.png) [q](javascript:1) [r] (s) <b>t</b>": "<p>![p](https://x/p.png) [q](javascript:1) [r] (s) "
     "&lt;b&gt;t&lt;/b&gt;</p>",
+    r"$$a_i * b_i$$ \(c_1 * d_1, \, e_1 * f_1\) and *g* $$ \( *h*": r"<p>$$a_i * b_i$$ "
+    r"\(c_1 * d_1, \, e_1 * f_1\) and <em>g</em> $$ \( <em>h</em></p>",
+    "So:\n\\[\n- a_i\n+ *b*\n\\] *c*\nd\n\n$$\n- a": "<p>So:</p><p>\\[\n- a_i\n+ *b*\n\\] <em>c</em>"
+    "</p><p>d</p><p>$$\n- a</p>",
     "# A #\ntext\n---\n> q\n> - a\n>   b": "<h3>A</h3><p>text</p><hr><blockquote><p>q</p><ul><li><p>a\nb</p></li></ul>"
     "</blockquote>",
     "Do:\n1. a\n   - b\n2. c\n\n   d\n\n3) e": '<p>Do:</p><ol start="1"><li><p>a</p><ul><li><p>b</p></li></ul></li>'
@@ -31,7 +35,24 @@ TEXTS = {
     '<button type="button">Copy</button></div><p>b</p>',
 }
 LENGTH = 30_000  # characters; a reader whose time grows with their square takes minutes
-PIECES = ("*a_", "**a __", "[a](", "![a", "> ", "- a ", "`a``", "a`", "_*a~~", "|a", "1. a\n", "  - a\n", "](a ")
+PIECES = (
+    "*a_",
+    "\\(a",
+    "$$a ",
+    "\n\\[a",
+    "**a __",
+    "[a](",
+    "![a",
+    "> ",
+    "- a ",
+    "`a``",
+    "a`",
+    "_*a~~",
+    "|a",
+    "1. a\n",
+    "  - a\n",
+    "](a ",
+)
 
 
 @pytest.fixture(scope="module")

@@ -164,8 +164,67 @@ def test_rows_proposes_the_newest_file_that_can_be_read_and_errors_are_sentences
     expect(page.get_by_text("not JSON")).to_be_hidden()
     page.get_by_role("radio", name="odd.jsonl").check()
     expect(page.get_by_role("alert")).to_contain_text("It is not plain where the questions and the answers are.")
-    for name in ("new", "odd", "broken"):
-        (folder / f"{name}.jsonl").unlink()
+    expect(page.get_by_label("The answer is in")).to_contain_text("odd")
+    (folder / "gb.csv").write_text("问题,答案\n下雨了吗,没有\n", "gb18030")
+    page.get_by_role("textbox", name="Another file or folder").fill("gb.csv")
+    page.get_by_role("textbox", name="Another file or folder").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("How its letters are stored is not certain.")
+    page.get_by_label("Encoding", exact=True).fill("gb18030")
+    press(page, "Show")
+    expect(page.locator("mark", has_text="没有").first).to_be_visible()
+    for name in ("new.jsonl", "odd.jsonl", "broken.jsonl", "gb.csv"):
+        (folder / name).unlink()
+
+
+WAYS = {  # a file's rows, the menu and its option or the button by which they are read, and the words of the command
+    "talk.txt": (
+        "1.1.24, 8:00 - Ada: Rain?\n1.1.24, 8:01 - Bo: No.\n",
+        ("Whose words are learned", "Bo"),
+        "--sft_as Bo",
+        "No.",
+    ),
+    "think.jsonl": (
+        '{"query": "Rain?", "response": "No.", "reasoning": "It is dry."}\n',
+        "Thoughts are learned, too",
+        "--sft_think on",
+        "It is dry.",
+    ),
+    "two.csv": (
+        "problem,solution,Final answer\nRain?,Dry.,No.\n",
+        "Question: problem, answer: Final answer",
+        "--sft_field problem 'Final answer'",
+        "No.",
+    ),
+    "turns.jsonl": (
+        '{"text": "Human: Rain?\\nAssistant: No."}\n',
+        "The turns in its texts are a chat",
+        "--turns_in_text auto",
+        "No.",
+    ),
+    "stars.txt": ("One.\n***\nTwo.\n", "Cut the text at lines of ***", "--document_end stars", "One."),
+}
+
+
+def test_ways_to_read_rows_are_menus_and_buttons_and_each_is_a_flag_of_the_training(open_page, folder):
+    page = open_page()
+    rows = page.get_by_role("textbox", name="Another file or folder")
+    for name, (content, way, words, learned) in WAYS.items():
+        (folder / name).write_text(content)
+        go(page, "Rows")
+        rows.fill(name)
+        rows.press("Enter")
+        if isinstance(way, tuple):
+            expect(page.get_by_role("alert")).to_contain_text("It is a dialogue of people.")
+            page.get_by_label(way[0]).select_option(way[1])
+        else:
+            press(page, way)
+            expect(page.get_by_role("button", name=way, exact=True)).to_have_count(0)
+        expect(page.locator("mark", has_text=learned).first).to_be_visible()
+        press(page, "Train on these rows")
+        expect(page.locator("#command")).to_contain_text(words)
+        given = page.locator("#command").text_content()
+        assert sum(f"{other.split()[0]} " in given for _, _, other, _ in WAYS.values()) == 1
+        (folder / name).unlink()
 
 
 def test_a_second_browser_begins_with_what_the_newest_run_used(open_page, folder):

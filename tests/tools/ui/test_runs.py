@@ -18,6 +18,7 @@ def make_run(folder, name, losses):
     """A run that has ended, with a loss at each step and a held-out one at each tenth."""
     (folder / name).mkdir(parents=True)
     (folder / name / "config.json").write_text(json.dumps({"flags": {"load_model": "base.pth"}, "steps": len(losses)}))
+    (folder / name / "adapter.safetensors").touch()
     lines = []
     for step, loss in enumerate(losses):
         line = {"step": step, "loss": loss, "lr": 1e-3, "tokens": 8000, "tokens_per_s": 4000.0}
@@ -57,6 +58,7 @@ def test_a_long_run_that_is_done_says_so_at_once(show):
     assert page.get_by_role("button", name="Resume").count() == 0
     expect(page.get_by_role("img", name="Chart of loss over steps")).to_be_visible()
     expect(page.get_by_text("loss: 2 at step 1 first, 1 at step 50,000 last, 1 at step 50,000 lowest")).to_be_visible()
+    expect(page.get_by_text("Outliers")).to_have_count(0)
 
 
 def test_many_runs_are_searched_ordered_and_shown(open_page, runs):
@@ -73,6 +75,12 @@ def test_many_runs_are_searched_ordered_and_shown(open_page, runs):
     page.evaluate("() => { const link = document.querySelector('main .list a'); link.old = true; link.focus(); }")
     page.wait_for_function("() => !document.querySelector('main .list a').old")  # the list was drawn again
     expect(links.first).to_be_focused()
+    go(page, "Take home")
+    cards = page.get_by_role("group", name="Runs in this folder").get_by_role("radio")
+    expect(cards).to_have_count(8)
+    assert page.get_by_role("button", name="Make the file").bounding_box()["y"] < 900
+    press(page, f"Show all {MANY + 2}")
+    expect(cards).to_have_count(MANY + 2)
 
 
 def test_compared_runs_have_colours_of_their_own(show):

@@ -54,7 +54,7 @@ def word(text: str) -> str:
     return text
 
 
-def encoding(text: str) -> str:
+def known_codec(text: str) -> str:
     """The name of an encoding of texts. Raises ValueError for any other text."""
     try:
         return codec(text)
@@ -83,7 +83,7 @@ class Rows(BaseModel):
     sft_think: Literal["", "on", "off"] = ""
     tool_form: Literal["", "g1", "hermes"] = ""
     turns_in_text: Literal["", "auto"] = ""
-    encoding: Annotated[str, AfterValidator(encoding)] = ""
+    encoding: Annotated[str, AfterValidator(known_codec)] = ""
     document_end: Annotated[str, Field(pattern=f"^({'|'.join(DOCUMENT_ENDS)})?$")] = ""
 
 

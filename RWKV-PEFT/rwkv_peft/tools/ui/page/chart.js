@@ -7,7 +7,7 @@ const SPAN = 20; // a mean is over a twentieth of a line's values
 
 // Draws lines = [{label, colour: a number, dash, x, y}], each with its own steps, into `place`. means: "beside" the lines or
 // "instead" of them, dashed ones excepted; log: a logarithmic axis, if all values are above 0; live: more values will come.
-export function chart(place, title, lines, { means = "", log = false, live = false } = {}) {
+export async function chart(place, title, lines, { means = "", log = false, live = false } = {}) {
   if (!place.childElementCount) place.append(...frame());
   const [picture, text] = place.children, drawn = means ? lines.flatMap((line) => withMean(line, means)) : lines;
   const steps = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b), logarithmic = log && lines.every((line) => line.y.every((y) => y > 0));
@@ -34,6 +34,8 @@ export function chart(place, title, lines, { means = "", log = false, live = fal
   const canvas = picture.querySelector("canvas");
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", t("chart.name", title));
+  await null; // its scales are there
+  if (!picture.plot) return;
   const { min, max } = picture.plot.scales.y, outside = !logarithmic && drawn.some((line) => line.y.some((y) => y < min || y > max));
   const words = [...lines.map(inWords), ...(outside ? [t("chart.outside")] : [])].join("\n");
   text.ariaLive = live ? "off" : "polite"; // a screen reader reads it at the end, and not each second

@@ -1,14 +1,15 @@
 // Rows: what the model will learn of a file, as conversations in which the learned words are marked.
 import { demoOffer } from "./base.js";
-import { asListed, cards, el, figure, flagField, folded, get, listed, number, pathField, post, settings, settle, size, tell } from "./lib.js";
-import { labelOf, t } from "./texts.js";
+import { asListed, cards, el, figure, flagField, folded, get, listed, number, pathField, post, renew, settings, settle, size, tell } from "./lib.js";
+import { has, labelOf, t } from "./texts.js";
 import { chatOffer, rowWriter } from "./write.js";
 
-const FLAGS = ["data_type", "tokenizer", "ctx_len", "sft_field"]; // under More
+const SUITED = ["ctx_len", "sft_field", "sft_think", "tool_form", "turns_in_text", "encoding", "document_end"]; // to one file, and maybe to no other
+const FLAGS = ["data_type", "tokenizer", ...SUITED]; // under More
 
 export async function dataPage(place, about, signal) {
   const { rows } = await get("/api/proposals"), set = settings(), names = rows.map((one) => one.name);
-  const asked = Object.fromEntries(FLAGS.map((flag) => [flag, (set.data_file || flag === "tokenizer" ? set[flag] : "") ?? ""]));
+  const asked = Object.fromEntries([...FLAGS, "sft_as"].map((flag) => [flag, (set.data_file || flag === "tokenizer" ? set[flag] : "") ?? ""]));
   const proposed = set.data_file ? [] : rows.filter((one) => one.sound).map((one) => one.name);
   asked.path = listed(set.data_file ?? "")[0] ?? proposed.shift() ?? "";
   const other = pathField("path", t("rows.other"), { value: names.includes(asked.path) ? "" : asked.path, folders: true, help: t("rows.other.help") });
@@ -21,10 +22,10 @@ export async function dataPage(place, about, signal) {
   const take = el("button", { type: "button", className: "main", hidden: true, onclick: train }, t("rows.take"));
   const writing = el("div"), write = el("button", { type: "button", onclick: () => writer() }, t("write.title"));
   writing.append(el("div", { className: "row" }, write));
-  const error = el("div"), result = el("div", { "aria-live": "polite" });
+  const error = el("div"), how = el("div"), result = el("div", { "aria-live": "polite" });
   place.append(el("h1", {}, t("nav.data")), el("p", { className: "lead" }, t("rows.lead")),
     ...(rows.length ? [list] : [el("p", { className: "note" }, t("rows.none")), demoOffer(about, signal)]), writing,
-    form, error, el("div", { className: "row" }, take), result);
+    form, error, how, el("div", { className: "row" }, take), result);
   other.input.addEventListener("change", () => choose(other.input.value.trim()));
   let found = null, looking = 0;
   if (asked.path) look();
@@ -40,10 +41,13 @@ export async function dataPage(place, about, signal) {
     choose(name);
   }
 
-  // Shows a file; another one has a limit of its own again.
+  // Shows a file; another one is read as it is again.
   function choose(name) {
     proposed.length = 0;
-    if (name !== asked.path) asked.ctx_len = inputOf("ctx_len").value = "";
+    if (name !== asked.path) {
+      for (const flag of [...SUITED, "sft_as"]) put(flag, "");
+      how.replaceChildren();
+    }
     asked.path = name;
     for (const radio of list.querySelectorAll("input")) radio.checked = radio.value === name;
     look();
@@ -57,9 +61,11 @@ export async function dataPage(place, about, signal) {
     result.replaceChildren(t("rows.reading"));
     try {
       if (!asked.path) throw new Error(t("rows.first"));
-      const answer = await post("/api/preview", { path: asked.path, tokenizer: asked.tokenizer || "world", data_type: asked.data_type || "sft", sft_field: listed(asked.sft_field) });
+      const given = Object.entries({ ...asked, ctx_len: "" }).filter(([, value]) => value);
+      const answer = await post("/api/preview", { ...Object.fromEntries(given), sft_field: listed(asked.sft_field) });
       if (mine !== looking) return;
       draw(found = answer);
+      renew(how, ...waysToRead(answer));
       if (answer.texts && asked.path.endsWith(".txt")) {
         const offered = await chatOffer(asked.path, about.mine, wrote);
         if (mine === looking) result.prepend(offered);
@@ -74,17 +80,44 @@ export async function dataPage(place, about, signal) {
       }
       tell(error, inWords(problem.message));
       error.firstElementChild.append(folded(t("rows.reader"), el("span", {}, problem.message)));
-      for (const [flag, box] of fields) if (problem.message.includes(`--${flag}`)) box.classList.add("wrong");
+      for (const [flag, box] of fields) if (flag !== "sft_field" && problem.message.includes(`--${flag}`)) box.classList.add("wrong");
       more.open ||= more.querySelector(".wrong") !== null;
-      const kind = /--data_type (\w+)/.exec(problem.message)?.[1];
-      if ([...inputOf("data_type").options].some((one) => kind && one.value === kind)) offer(kind);
+      const kind = /--data_type (\w+)/.exec(problem.message)?.[1], kinds = [...inputOf("data_type").options].map((one) => one.value);
+      renew(how, ...waysToRead(problem.found ?? {}, kinds.includes(kind) ? kind : ""));
     }
   }
 
-  // A button that looks again, at rows of another kind.
-  function offer(kind) {
-    const field = inputOf("data_type");
-    result.append(el("button", { type: "button", onclick: () => { field.value = kind; field.dispatchEvent(new Event("input")); look(); } }, t("rows.as", t(`value.data_type.${kind}`))));
+  // Sets a flag of the reading, and its field if it has one under More.
+  function put(flag, value) {
+    const input = fields.has(flag) ? inputOf(flag) : {};
+    input.value = asked[flag] = value;
+  }
+
+  // Menus of the fields with the question and the answer, and of those who talk; a button for each other way to read the
+  // rows; all fields. What is chosen is a flag of the training.
+  function waysToRead({ fields: values = {}, taken = {}, names = {}, offers = [] }, kind = "") {
+    const all = Object.keys(values), given = listed(asked.sft_field), by = (meaning) => all.find((name) => taken[name] === meaning) ?? "";
+    const isKnown = by("question") || given.length > 0;
+    const hasPairs = (asked.data_type || "sft") === "sft" && all.length && (isKnown || !Object.keys(taken).length);
+    const question = menu("question", t(isKnown ? "rows.question none" : "rows.choose"), all, given.length === 1 ? "" : given.at(-2) ?? by("question"), changed);
+    const answer = menu("answer", t(isKnown ? "rows.answer none" : "rows.choose"), all, given.at(-1) ?? by("answer"), changed);
+    const whose = menu("whose", t("rows.choose"), Object.keys(names), asked.sft_as, () => set("sft_as", whose.value), (name) => t("rows.whose one", name, number(names[name])));
+    function changed() {
+      if (answer.value || !question.value) set("sft_field", answer.value && [question.value, answer.value].filter(Boolean).map(asListed).join(" "));
+    }
+    function set(flag, value) {
+      put(flag, value);
+      look();
+    }
+    const ways = new Map([...offers, ...(kind ? [["data_type", kind]] : [])].map(([flag, value]) => [`--${flag} ${value}`, [flag, flag === "sft_field" ? namesIn(value, all) : value]]));
+    const menus = [...(hasPairs ? [question, answer] : []), ...(Object.keys(names).length ? [whose] : [])];
+    return [
+      menus.length ? el("div", { className: "fields" }, menus.map((one) => el("div", {}, el("label", { htmlFor: one.id }, t(`rows.${one.id}`)), one))) : "",
+      el("div", { className: "row" }, [...ways].filter(([, [flag, value]]) => asked[flag] !== value).map(([title, [flag, value]]) =>
+        el("button", { type: "button", title, onclick: () => set(flag, value) }, wayInWords(flag, value)))),
+      all.length ? folded(t("rows.fields"), el("div", { className: "scroll" }, el("table", {}, el("tr", {}, ["field", "first", "taken"].map((name) => el("th", {}, t(`rows.fields.${name}`)))),
+        all.map((name) => el("tr", {}, [name, values[name].replace(/^'(.*)'$/, "$1"), meaningOf(taken[name])].map((text) => el("td", {}, text))))))) : "",
+    ].filter((part) => part.childElementCount);
   }
 
   function draw({ sizes, counted, bad, texts, notes, rows: most, ctx_len, documents }) {
@@ -112,12 +145,32 @@ export async function dataPage(place, about, signal) {
 
 // What is wrong with a file of rows, in a sentence, by the reader's message.
 const WRONG = [
-  ["missing", /no such file/], ["kind", /--data_type \w+/], ["json", /(?:, line (\d+): )?not JSON/], ["utf8", /UTF-8/], ["tokenizer", /--tokenizer/],
-  ["fields", /--sft_field|known are|columns|fields/], ["none", /no document|no row\b|holds no/],
+  ["missing", /no such file/], ["kind", /--data_type \w+/], ["names", /--sft_as/], ["json", /(?:, line (\d+): )?not JSON/], ["encoding", /--encoding/], ["utf8", /UTF-8/],
+  ["tokenizer", /--tokenizer/], ["fields", /--sft_field|known are|columns|fields/], ["none", /no document|no row\b|holds no/],
 ];
 function inWords(message) {
   const [name, form] = WRONG.find(([, one]) => one.test(message)) ?? ["other", /()/], line = form.exec(message)?.[1];
   return t(line ? `rows.wrong.${name} line` : `rows.wrong.${name}`, line);
+}
+
+// The names of fields in an offer, as the flag's field takes them: two may have spaces.
+function namesIn(value, all) {
+  const pair = all.map((name) => [name, value.slice(name.length + 1)]).find(([name, other]) => value === `${name} ${other}` && all.includes(other));
+  return pair?.map(asListed).join(" ") ?? value;
+}
+
+// A menu of names, of which one may be chosen; id is the text of its label, too.
+function menu(id, none, names, chosen, onchange, inWords = (name) => name) {
+  return el("select", { id, onchange }, el("option", { value: "" }, none), names.map((name) => el("option", { value: name, selected: name === chosen }, inWords(name))));
+}
+
+const meaningOf = (meaning = "") => (has(`meaning.${meaning}`) ? t(`meaning.${meaning}`) : meaning);
+
+// What a button does that sets a flag.
+function wayInWords(flag, value) {
+  const named = has(`value.${flag}.${value}`) ? t(`value.${flag}.${value}`) : value, [question, answer] = listed(value);
+  if (flag === "sft_field") return answer ? t("rows.way pair", question, answer) : t("rows.way all");
+  return has(`rows.way.${flag}`) ? t(`rows.way.${flag}`, named) : `${labelOf(flag)}: ${named}`;
 }
 
 // The field of a flag as this page has it: rows are no tokens, and the limit comes from the rows.

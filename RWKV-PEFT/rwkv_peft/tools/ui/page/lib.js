@@ -20,7 +20,7 @@ async function answer(response) {
   } catch {
     throw new Error(text || t("server.status", response.status));
   }
-  if (!response.ok) throw new Error(found.error?.message ?? found.error ?? text);
+  if (!response.ok) throw Object.assign(new Error(found.error?.message ?? found.error ?? text), { found });
   return found;
 }
 
@@ -121,10 +121,12 @@ export function helpLine(input, text) {
 
 // A choice of one among cards: options = [{value, title, text, disabled}]; change(value) hears of each choice.
 export function cards(legend, options, chosen, change) {
-  return el("fieldset", { className: "picks" }, el("legend", {}, legend), options.map(({ value, title, text, disabled = false }) =>
-    el("label", { className: "pick" }, el("input", { type: "radio", name: legend, value, checked: value === chosen, disabled, onchange: () => change(value) }),
-      el("b", {}, title), el("span", { className: "help" }, text))));
+  const made = options.map(({ value, title, text, disabled = false }, n) => el("label", { className: "pick", hidden: n >= CARDS && value !== chosen },
+    el("input", { type: "radio", name: legend, value, checked: value === chosen, disabled, onchange: () => change(value) }), el("b", {}, title), el("span", { className: "help" }, text)));
+  const all = el("button", { type: "button", onclick: () => { for (const one of [...made, all]) one.hidden = one === all; } }, t("cards.all", number(made.length)));
+  return el("fieldset", { className: "picks" }, el("legend", {}, legend), made, made.some((one) => one.hidden) ? all : "");
 }
+const CARDS = 8; // that are shown before all are asked for
 
 export const folded = (title, ...children) => el("details", {}, el("summary", {}, title), ...children);
 

@@ -11,6 +11,8 @@ const RULE = /^ {0,3}(?:(?:\* *){3,}|(?:- *){3,}|(?:_ *){3,})$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +(?=\S)|\s*$)/;
 const BEGINS = /^ {0,3}(?:[-*+]|1[.)]) +\S/; // a list that needs no blank line before it
+const FORMULA = /^ {0,3}(\\\[|\$\$)/; // at the begin of a line
+const CLOSES = { "\\(": "\\)", "\\[": "\\]", "$$": "$$" }; // what ends a formula, by what begins it
 const WEB = /^(https?|mailto):/i;
 
 // Shows a text in `place`. One that grows is read again from its last blocks only, and all others stay as they are,
@@ -59,6 +61,11 @@ function block(lines, at, depth) {
     const [, marks, text = ""] = found;
     return [at + 1, () => el(`h${Math.min(marks.length + 2, 6)}`, {}, inline(text.trim().replace(/ #+$/, "")))];
   }
+  if ((found = FORMULA.exec(line))) { // to the line that ends it; no mark within it is one
+    const [opening, begin] = found, ends = (one, from = 0) => one.includes(CLOSES[begin], from);
+    const end = ends(line, opening.length) ? at + 1 : until((one, n) => one.trim() && (n === at + 1 || !ends(lines[n - 1])));
+    return [end, () => el("p", {}, inline(lines.slice(at, end).join("\n")))];
+  }
   if (RULE.test(line)) return [at + 1, () => el("hr")];
   if (depth < DEEP && QUOTE.test(line)) {
     const end = until((one) => QUOTE.test(one));
@@ -73,7 +80,7 @@ function block(lines, at, depth) {
   return [end, () => el("p", {}, inline(lines.slice(at, end).join("\n")))];
 }
 
-const begins = (line) => [FENCE, HEADING, RULE, QUOTE].some((one) => one.test(line));
+const begins = (line) => [FENCE, HEADING, RULE, QUOTE, FORMULA].some((one) => one.test(line));
 
 // A list: each item has the lines that are deeper than its mark, and those that go on with its last paragraph.
 function list(lines, at, depth) {
@@ -99,15 +106,15 @@ function isTable(lines, at) {
   return below.every((cell) => /^:?-+:?$/.test(cell)) && below.length === cells(lines[at]).length;
 }
 
-// An escaped character; a run of marks; the begin of a link or picture; its end, with an address or without; an address.
-const TOKEN = /\\[!-/:-@[-`{-~]|`+|\*+|_+|~~|!?\[|\](?:\((?:<([^<>\n]{0,2000})>|([^\s<>()]{0,2000}(?:\([^\s<>()]{0,2000}\)[^\s<>()]{0,2000}){0,4}))(?: +"[^"\n]{0,2000}")? ?\))?|<((?:https?|mailto):[^\s<>]{1,2000})>|https?:\/\/[^\s<>]{0,2000}/g;
+// An escaped character; what begins a formula; a run of marks; the begin of a link or picture; its end, with an address or without; an address.
+const TOKEN = /\\[!-/:-@[-`{-~]|\$\$|`+|\*+|_+|~~|!?\[|\](?:\((?:<([^<>\n]{0,2000})>|([^\s<>()]{0,2000}(?:\([^\s<>()]{0,2000}\)[^\s<>()]{0,2000}){0,4}))(?: +"[^"\n]{0,2000}")? ?\))?|<((?:https?|mailto):[^\s<>]{1,2000})>|https?:\/\/[^\s<>]{0,2000}/g;
 const TAGS = { "*": "em", "_": "em", "**": "strong", "__": "strong", "~~": "del" };
 const link = (href, children) => el("a", { href, title: href, target: "_blank", rel: "noopener noreferrer" }, children);
 
 // The nodes within a block or a cell. Marks that wait for their ends stand in a stack, each with the nodes behind it; one
 // that finds no end is text.
 function inline(text) {
-  const stack = [{ mark: "", at: 0, nodes: [] }], ends = runs(text);
+  const stack = [{ mark: "", at: 0, nodes: [] }], ends = runs(text), open = new Set(); // formulas that nothing ends
   const say = (node) => {
     const { nodes } = stack.at(-1);
     if (node === "") return;
@@ -126,7 +133,12 @@ function inline(text) {
     const before = text[index - 1] ?? " ", after = text[index + token.length] ?? " ";
     say(text.slice(last, index));
     go(index + token.length);
-    if (first === "\\") say(/[()[\]]/.test(token[1]) ? token : token[1]); // \( and \[ begin a formula
+    if (token in CLOSES) { // a formula stays as it is written
+      const end = open.has(token) ? -1 : text.indexOf(CLOSES[token], last);
+      if (end < 0) open.add(token);
+      else go(end + CLOSES[token].length);
+      say(text.slice(index, last));
+    } else if (first === "\\") say(/[)\]]/.test(token[1]) ? token : token[1]);
     else if (first === "`") {
       const end = ends(token.length, index);
       if (end < 0) say(token);

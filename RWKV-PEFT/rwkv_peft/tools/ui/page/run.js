@@ -26,7 +26,8 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
     if (!run || signal.aborted) return;
     own = await linesFrom(folder, own);
     const others = compared().filter((one) => one !== folder), { lines } = own;
-    for (const other of others) if (!read.has(other)) read.set(other, (await linesFrom(other)).lines);
+    for (const other of others) if (!read.has(other)) read.set(other, linesFrom(other)); // a second turn waits for the same
+    const beside = await Promise.all(others.map((other) => read.get(other)));
     stopping &&= live(run);
     if (run.job && run.job !== shown) {
       shown = run.job;
@@ -36,12 +37,12 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
     const stamp = JSON.stringify([lines.length, run.state, run.now, run.job, others, log.checked, run.files, stopping]);
     if (stamp === drawn) return;
     drawn = stamp;
-    draw(run, lines, others);
+    draw(run, lines, others, beside);
     showAnswers(answers, await get("/api/runs/answers", { folder }).catch(() => ({})));
     changed(run.state);
   }
 
-  function draw(run, lines, others) {
+  function draw(run, lines, others, beside) {
     const name = LOSSES.find((one) => lines.some((line) => typeof line[one] === "number")) ?? "loss", begun = lines.length > 0;
     const steps = lines.filter((line) => typeof line[name] === "number"), last = steps.at(-1) ?? {}, running = live(run), { done, steps: total } = run;
     const held = lines.filter((line) => typeof line.val_loss === "number").at(-1), left = running && begun && run.now.what === "steps" ? timeLeft(lines, total - done) : null;
@@ -67,7 +68,7 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
     files.replaceChildren(t("runs.files"), " ", ...[...run.files, "metrics.jsonl"].flatMap((file) => [download(`${folder}/${file}`, file), " "]));
     if (!begun) return;
     const many = others.length > 0; // each run then has a colour, else each line
-    chart(losses, t(`figure.${name}`), [folder, ...others].flatMap((one, n) => linesOf(n ? read.get(one) : lines, name).map((line, m) =>
+    chart(losses, t(`figure.${name}`), [folder, ...others].flatMap((one, n) => linesOf(n ? beside[n - 1].lines : lines, name).map((line, m) =>
       ({ ...line, colour: many ? n : m, label: many ? `${one}: ${line.label}` : line.label }))), { means: many ? "instead" : "beside", log: log.checked, live: running });
     chart(rates, t("figure.lr"), linesOf(lines, "lr").map((line) => ({ ...line, colour: 0 })), { live: running });
   }
