@@ -18,7 +18,7 @@ from ..data.report import opening_of
 from ..plots import plot_loss, read_metrics, series
 from ..release.card import card_of, write_card
 from .inputs import VALIDATION
-from .learned import UNKNOWN, aim_of, by_source, fall_of, held_out_line, notes_on, overfitted
+from .learned import UNKNOWN, aim_of, by_source, held_out_line, notes_on, overfitted, quarters_of
 from .loop import StopRequest
 from .prepared import TrainingRun
 from .saving.products import newest_name
@@ -60,10 +60,10 @@ def report_end(run: TrainingRun, done: int, stop: StopRequest, say: Callable[...
         )
     answers = [] if run.rows is None else list(run.rows.lines())
     report = [*under("sources", sources), *under("answers", answers)]
-    report += notes_on(run.config, run.plan, losses, records, run.rows)
+    report += notes_on(run.config, losses, records, run.rows)
     figures = [("steps", f"{run.plan.total_steps:,}")]
-    if fall := fall_of(losses):
-        figures.append((name, f"{fall.in_words(sign)}, the first and last quarter's mean"))
+    if quarters := quarters_of(losses):
+        figures.append((name, f"{quarters.in_words(sign)}, the first and last quarter's mean"))
     figures += [("sources", line) for line in sources]
     figures += [("answers", line) for line in answers if not line.startswith(" ")]
     if held_out.losses:
