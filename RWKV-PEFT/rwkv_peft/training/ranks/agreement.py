@@ -28,23 +28,27 @@ SHOWN = 4  # differences that a message names
 
 
 def shared_values(inputs: Inputs, asked: Questions) -> dict[str, Any]:
-    """{name in a message: value or digest} of all that a run's ranks must share, in JSON's types."""
-    data, checkpoint = inputs.identity["data"], inputs.checkpoint
+    """{name in a message: value, or digest of whole files} of all that a run's ranks must share, in JSON's types."""
+    config, checkpoint = inputs.config, inputs.checkpoint
+    data = {"the data": inputs.identity["data"]}
+    data |= {f"the data of {name}_loss": identity for name, identity in inputs.of_measured.items()}
     values = {
-        "the data": f"{data['content']} ({data['samples']:,} samples)",
-        "the tokens of the data that count": data["counted"],
-        "the files of the data": data["files"],
-        "the base's fingerprint": inputs.identity["base"],
+        **{name: f"{identity['files']} ({identity['samples']:,} samples)" for name, identity in data.items()},
+        "the base": config.train.load_model and digest_below(config.train.load_model),
+        "the teacher": config.objective.teacher and digest_below(config.objective.teacher),
         "the code of rwkv_peft": digest_of_code(),
         "the version of Python": ".".join(platform.python_version_tuple()[:2]),
         **{f"the version of {name}": version(name) for name in LIBRARIES},
         "the checkpoint to go on from": checkpoint and checkpoint.name,
-        **digests_of_inputs(inputs.config, goes_on=checkpoint is not None),
-        **{f"the data of {name}_loss": one["content"] + one["files"] for name, one in inputs.of_measured.items()},
         "the questions of --eval_data": "" if asked.exam is None else asked.exam.digest,
         "the rows to answer": "" if asked.rows is None else asked.rows.digest,
     }
-    shared: dict[str, Any] = json.loads(json.dumps(values_of(inputs.config) | values))
+    if checkpoint is None:  # a run that goes on reads none of these
+        adapter, states = config.adapter, config.train.state_load
+        values["the adapter to start from"] = adapter.load and digest_below(adapter_of_run(adapter.load))
+        values["the factors that it began with"] = digest_of(adapter.init)
+        values["the states to start from"] = states and digest_of(adapter_of_run(states))
+    shared: dict[str, Any] = json.loads(json.dumps(values_of(config) | values))
     return shared
 
 
@@ -72,23 +76,6 @@ def sources() -> Iterator[Path]:
     package = Path(__file__).resolve().parents[2]
     for folder in (package, package / "cpu", package / "cuda"):  # the last two may be links, which rglob skips
         yield from (path for path in sorted(folder.rglob("*")) if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh"))
-
-
-def digests_of_inputs(config: RunConfig, goes_on: bool) -> dict[str, str]:
-    """{name in a message: digest of a whole file} of base and teacher, because a fingerprint is only a sample.
-
-    A run that does not go on from a checkpoint adds the adapter and states that it begins with."""
-    adapter, states, teacher = config.adapter, config.train.state_load, config.objective
-    begins = {
-        "the adapter to start from": adapter.load and digest_below(adapter_of_run(adapter.load)),
-        "the factors that it began with": digest_of(adapter.init),
-        "the states to start from": states and digest_of(adapter_of_run(states)),
-    }
-    always = {
-        "the file of the base": digest_of(config.train.load_model),
-        "the file of the teacher": digest_of(teacher.teacher),
-    }
-    return always | ({} if goes_on else begins)
 
 
 def disagreement(world: World, values: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> str:
