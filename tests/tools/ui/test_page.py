@@ -72,6 +72,8 @@ def test_the_file_that_a_browser_is_started_with_leads_to_the_page(browser, serv
     page.goto(server.home)  # the browser has the key now
     expect(page.get_by_role("heading", level=1)).to_have_text("Base")
     context.clear_cookies()
+    page.get_by_role("link", name="Runs").click()
+    expect(page.get_by_role("alert").first).to_contain_text("The page's command was started anew")
     page.goto(server.home)
     expect(page.get_by_role("heading", level=1)).to_have_text("This page needs its key")
     context.close()

@@ -13,6 +13,7 @@ export function el(tag, props = {}, ...children) {
 }
 
 async function answer(response) {
+  if (response.status === 401) throw new Error(t("server.anew"));
   const text = await response.text();
   let found;
   try {

@@ -96,6 +96,10 @@ export const TEXTS = {
 
   // lib.js
   "server.gone": ["The page's server does not answer. Is rwkv-peft ui still running?", "网页的服务没有回应。rwkv-peft ui 还在运行吗？"],
+  "server.anew": [
+    "The page's command was started anew, and has another key: use the tab that it opened, or the address that it printed.",
+    "网页的命令重新启动过，钥匙换了：请用它新打开的标签页，或者它打印的地址。",
+  ],
   "server.status": ["The server answered {0}.", "服务返回了 {0}。"],
   "file.unreadable": ["The browser cannot read {0}; choose a file, and no folder.", "浏览器读不了 {0}；请选文件，不要选文件夹。"],
   "file.coming": ["{0}: {1} of {2} are here.", "{0}：已复制 {1}，共 {2}。"],
