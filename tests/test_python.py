@@ -342,6 +342,19 @@ def test_a_preference_is_trained_saved_and_gone_on_with(base, tmp_path):
     assert steps("parts", resume="auto")[0] == []  # it is complete
 
 
+def test_rows_are_a_list_a_data_set_a_data_frame_or_a_file(base, tmp_path):
+    rows, settings = ROWS[:2], {"epoch_count": 1, "micro_bsz": 2, "progress": False}
+    pandas, datasets = (pytest.importorskip(name) for name in ("pandas", "datasets"))
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    forms = [rows, datasets.Dataset.from_list(rows), pandas.DataFrame(rows), tmp_path / "rows.jsonl"]
+    losses = []
+    for form in (*forms, str(forms[-1])):
+        model = rp.load(base, precision="fp32", device="cpu")
+        rp.add_adapter(model, rank=8)
+        losses += [metrics["loss"] for metrics in rp.train(model, form, **settings)]
+    assert len(losses) == 5 and len({*losses}) == 1
+
+
 def test_rewards_are_learned_from(base, tmp_path):
     (tmp_path / "judge.py").write_text(
         "def length(completions, **_):\n    return [len(text) for text in completions]\n"
@@ -467,8 +480,9 @@ def test_mistakes_are_told_before_work(base, tmp_path, model):
         (lambda: model(torch.zeros(3, dtype=torch.long)), r"tokens \(3,\) torch.int64: \(B, T\) whole numbers"),
         (lambda: rp.tokenizer("wrld"), "give world, bytes"),
         (lambda: rp.train(model, ROWS), "no adapter to train; rp.add_adapter puts one in"),
-        (lambda: rp.train(adapted, ROWS, lr=1), "lr=1 is no setting .* such as .*lr_init"),
-        (lambda: rp.train(adapted, ROWS, epochs=1), "epochs=1 is no setting .* such as .*epoch_count"),
+        (lambda: rp.train(adapted, ROWS, lr=1), "lr=1 is no setting .* such as lr_init, lr_final$"),
+        (lambda: rp.train(adapted, ROWS, epochs=1), "epochs=1 is no setting .* such as epoch_count$"),
+        (lambda: rp.train(adapted, ROWS, max_steps=1), "max_steps=1 is no setting .* epoch_steps, epoch_count$"),
         (lambda: rp.train(adapted, ROWS, lr_init="fast"), "--lr_init"),
         (lambda: rp.train(adapted, [*ROWS, "Hi"]), "rows: 'Hi' is no row; rows are a list of dicts"),
         (lambda: rp.train(adapted, [ROWS[0], {"query": "Hi"}]), "row 2: .*known are text; messages.* TEXT$"),

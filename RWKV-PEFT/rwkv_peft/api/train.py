@@ -5,6 +5,7 @@ resuming; several ranks and whole models are train.py's alone.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from ..cli.errors import Diverged, UserError, quoted
 from ..data.preprocess import SKIP
 from ..data.recorded import chat_of
+from ..training.flags.legacy import SYNONYMS
 from ..training.flags.parser import parser_of_train
 from ..training.flags.request import Request, open_request, parse_flags
 from ..training.inputs import find_inputs
@@ -48,9 +50,10 @@ def train(
 ) -> list[Metrics]:
     """Train the adapter of a model on rows -> the metrics of each step, as in metrics.jsonl.
 
-    rows are dicts in any layout of --data_type, a data frame of such, or a file of them; data_type is "sft" unless it
-    is given ("pairs" for objective="dpo", "prompts" for objective="grpo" with reward="rewards.py:exact", …). settings
-    are flags of train.py, with its defaults: epoch_count, lr_init, ctx_len, micro_bsz, val_split, …
+    rows are dicts in any layout of --data_type, also as a Dataset or a data frame, or a file of them; data_type is
+    "sft" unless it is given ("pairs" for objective="dpo", "prompts" for objective="grpo" with
+    reward="rewards.py:exact", …). settings are flags of train.py, with its defaults: epoch_count, lr_init, ctx_len,
+    micro_bsz, val_split, …
 
     proj_dir: the folder for checkpoints, adapter and metrics.jsonl; resume="auto" goes on there. Without it nothing is
     written. callback(metrics) is called after each step, and ends the training by returning True. The losses equal
@@ -93,7 +96,7 @@ def prepared(
     temporary = folder / "rows.jsonl"
     file = Path(rows) if isinstance(rows, (str, Path)) else temporary
     if file is temporary:
-        records = rows.to_dict("records") if hasattr(rows, "to_dict") else rows  # a data frame
+        records = rows.to_dict("records") if hasattr(rows, "iterrows") else rows  # a data frame
         file.write_text("".join(map(line_of, records)), "utf-8")
     request = request_for(model, file, proj_dir or folder / "run", settings)
     Path(request.config.train.proj_dir).mkdir(parents=True, exist_ok=True)
@@ -123,10 +126,11 @@ def request_for(model: Model, file: Path, folder: str | Path, settings: Mapping[
     flags = dict.fromkeys(action.dest for action in parser_of_train()._actions)
     known = [name for name in flags if name not in OTHERS]
     if unknown := [name for name in settings if name not in known]:
-        near = [name for name in known if unknown[0].rstrip("s") in name] or known
+        meant = re.findall(r"--(\w+)", SYNONYMS.get(f"--{unknown[0]}", ""))  # by the word of another trainer
+        near = [name for name in known if name in meant] or [name for name in known if unknown[0].rstrip("s") in name]
         raise UserError(
             f"{unknown[0]}={settings[unknown[0]]!r} is no setting of rp.train; it takes train.py's flags, such as "
-            + ", ".join(near[:MOST])
+            + ", ".join((near or known)[:MOST])
         )
     adapter = model.adapter
     assert adapter is not None  # train() has refused others

@@ -232,6 +232,7 @@ def test_an_official_base_comes_by_a_button(open_page, folder):
     press(page, "Download")
     expect(page.get_by_role("alert")).to_contain_text("was not downloaded from http://127")
     expect(page.get_by_role("button", name="Download", exact=True)).to_be_enabled()
+    expect(page.get_by_text("hf download BlinkDL/rwkv7-g1 rwkv7-g1d-0.4b-")).to_be_visible()
 
 
 def test_the_official_bases_are_the_documents_newest():

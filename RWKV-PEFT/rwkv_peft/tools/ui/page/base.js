@@ -89,17 +89,20 @@ async function official({ official: names, repository, mirror }, signal) {
         settle({ load_model: name });
         dispatchEvent(new Event("hashchange"));
       },
-      otherwise() { button.disabled = false; },
+      otherwise() {
+        button.disabled = false;
+        other.open = true; // a mirror, and the lines for a terminal
+      },
     });
   }
 
+  const other = folded(t("official.other"), el("label", { htmlFor: "mirror" }, t("official.mirror")), place, helpLine(place, t("official.mirror.help")),
+    el("p", {}, t("official.lines")), lines,
+    el("div", { className: "row" }, el("button", { type: "button", onclick: () => dispatchEvent(new Event("hashchange")) }, t("official.again"))));
   show();
   for (const job of jobs.slice(0, 1)) watch(job, names[job.words[1]] ?? job.words[1]);
   return el("section", { className: "panel" }, el("h2", {}, t("official.title")), el("p", {}, t("official.text")),
-    el("label", { htmlFor: "size" }, t("official.size")), select, helpLine(select, t("official.size.help")), el("div", { className: "row" }, button), result,
-    folded(t("official.other"), el("label", { htmlFor: "mirror" }, t("official.mirror")), place, helpLine(place, t("official.mirror.help")),
-      el("p", {}, t("official.lines")), lines,
-      el("div", { className: "row" }, el("button", { type: "button", onclick: () => dispatchEvent(new Event("hashchange")) }, t("official.again")))));
+    el("label", { htmlFor: "size" }, t("official.size")), select, helpLine(select, t("official.size.help")), el("div", { className: "row" }, button), result, other);
 }
 
 const large = (count) => (count >= 1e9 ? `${(count / 1e9).toFixed(1)}B` : `${(count / 1e6).toFixed(1)}M`);
