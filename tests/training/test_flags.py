@@ -167,6 +167,12 @@ def test_the_table_of_flags_is_what_the_parser_says():
         (["--bone_rank", "8"], "no --bone_rank; did you mean --bone_r"),
         (["--gpus", "8"], "no --gpus; see train.py --help"),
         (["--bone_mode", "bats"], "'bats' does not exist"),
+        (
+            ["--bone_mode", "bat-in-scaled"],
+            "version 0.3.0 is the last that trains bat-in-scaled; take --bone_mode bone-s",
+        ),
+        (["--peft", "vera"], "version 0.3.0 is the last that trains vera; take --peft lora of a small rank"),
+        (["--peft_config", '{"bone_mode": "bat-in-scaled"}'], "version 0.3.0 is the last that trains bat-in-scaled"),
         (["--bone_r", "64"], "64"),
         (["--bone_mode", "bat-out", "--bone_r", "64"], "96"),
         (["--n_embd", "512"], "--n_embd 512 contradicts"),

@@ -21,6 +21,7 @@ from ..cli.errors import UserError
 from ..cli.names import NONE, all_finite, is_finite, is_whole
 from ..cli.tables import GENERATIONS
 from ..config import QUANTIZATIONS, AdapterConfig
+from ..config.adapter import LEFT
 from ..models.family import Family
 from .atomic import atomic_write
 from .base import Base
@@ -33,7 +34,6 @@ FORMAT_VERSION = 1
 DIGEST_KEY = "rwkv_peft_digest"  # the entry with the digest of the tensors; files of earlier versions lack it
 METADATA_KEY = "rwkv_peft"  # the entry of the safetensors header that holds AdapterMetadata as JSON
 PRECISIONS = ("bf16", "fp16", "fp32")  # values of --precision, the dtype in which a run keeps its base
-LEFT = ("bat-in-scaled", "vera", "shira")  # methods that left after version 0.3.0
 FORGOTTEN = ("config",)  # metadata that earlier versions wrote and nothing reads
 COPY = "copy the file that the training wrote"
 

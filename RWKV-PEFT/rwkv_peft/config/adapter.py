@@ -18,6 +18,10 @@ from .setting import Condition, setting
 
 MODE_ALIASES = (("bat", "bat-in"),)  # RWKV-PEFT's name for it
 METHOD_ALIASES = (("disha", "bone"),)
+# methods and modes that left -> what to take
+LEFT = MappingProxyType(
+    dict.fromkeys(("vera", "shira"), "--peft lora of a small rank") | {"bat-in-scaled": "--bone_mode bone-signed"}
+)
 MINI = "bone-mini"  # the form with a mini_rank
 PEFT_FLAG = "peft_config"  # takes the JSON keys of the method that --peft names
 SIZES = ("rank", "mini_rank")  # settings that give the shapes of tensors
@@ -60,6 +64,11 @@ def read_parts(name: str, text: str) -> tuple[str, ...]:
             "and single layers by --target_modules"
         )
     return tuple(dict.fromkeys(parts))
+
+
+def refusal_of(name: str) -> str:
+    """The refusal of a method or mode that left, as a clause."""
+    return f"version 0.3.0 is the last that trains {name}; take {LEFT[name]}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 from ...cli.errors import UserError, short, summarize
 from ...cli.names import STATE_PARTS, is_finite
 from ...config import WORDS, AdapterConfig, forms
-from ...config.adapter import JSON_FLAGS, PEFT_FLAG, words_with
+from ...config.adapter import JSON_FLAGS, LEFT, PEFT_FLAG, refusal_of, words_with
 
 Keys = tuple[tuple[str, str], ...]  # (key of a JSON form, AdapterConfig field)
 
@@ -83,6 +83,8 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
             values[key] = value
     settings = {key: value for key, value in values.items() if value is not None}
     if "mode" in settings and settings["mode"] not in forms(args.peft):
+        if settings["mode"] in LEFT:
+            raise UserError(f"bone_mode {settings['mode']}: {refusal_of(settings['mode'])}")
         raise UserError(
             f"bone_mode {settings['mode']!r} does not exist; take {', '.join(forms(args.peft))}, or bat, which is "
             "bat-in"

@@ -22,6 +22,7 @@ from ...cli.errors import UserError, short, summarize
 from ...cli.names import NONE, QUANTS, STATE, called, is_whole
 from ...cli.parser import count, counted
 from ...config import OF_ROWS
+from ...config.adapter import LEFT, refusal_of
 from ...objectives import OBJECTIVES
 from ..ranks.world import step_samples
 
@@ -160,7 +161,8 @@ VALUE_MEANINGS = (
     ("--strategy", "--strategy deepspeed_stage_3", ("fsdp",)),
 )
 VALUES = MappingProxyType(
-    {**{(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values}}
+    {(flag, value): called(value, ours) for flag, ours, values in VALUE_MEANINGS for value in values}
+    | {("--peft", name): refusal_of(name) for name in LEFT}
 )
 
 # the remedy if several files are given to a flag that takes one
