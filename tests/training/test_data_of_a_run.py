@@ -41,7 +41,8 @@ def train(tmp_path, tiny_state, monkeypatch, capsys):
     main("preprocess", tmp_path / "chat.jsonl", "--output", tmp_path / "chat", "--tokenizer", "bytes")
 
     def run_it(*flags):
-        words = ["--load_model", tmp_path / "base.pth", "--proj_dir", tmp_path / "out", "--bone_r", 16]
+        words = ["--load_model", tmp_path / "base.pth", "--proj_dir", tmp_path / "out"]
+        words += ["--bone_r", 16] * ("none" not in flags)
         data = [] if "--data_file" in flags else ["--data_file", tmp_path / "chat"]
         header = main("train", *words, *data, "--ctx_len", 64, "--accelerator", "cpu", *flags)
         return header, given[-1] if given else None
@@ -137,10 +138,11 @@ def test_resuming_refuses_a_change_of_rows_that_changes_the_order(train, monkeyp
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--warmup_steps", 300), "note: --warmup_steps 300 do not end by then: the rate stays below --lr_init"),
-        (("--warmup_steps", 300, "--lr_schedule", "rwkv-peft"), ""),  # which has no warm-up
+        (("--warmup_steps", 500), "note: --warmup_steps 500 do not end by then: the rate stays below --lr_init"),
+        (("--warmup_steps", 500, "--lr_schedule", "rwkv-peft"), ""),  # which has no warm-up
         (("--warmup_steps", 1), ""),
         (("--lr_init", 100), "note: 100 moves each number by about as much in a step; rates are far below 1"),
+        (("--lr_init", 1, "--peft", "none", "--train_parts", "state"), ""),  # which is usual
     ],
 )
 def test_rates_that_nobody_means_are_told_before_the_run(train, flags, words):

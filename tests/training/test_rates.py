@@ -44,7 +44,7 @@ def lora(method, rank, alpha=None):
         (lora("lora-ga", 8), BONE / math.sqrt(2 * 8 / (16 * math.sqrt(128)))),
         (("--peft", "none"), WHOLE / 128),
         (("--peft", "none", "--train_parts", "ln"), WHOLE / 128),
-        (("--peft", "none", "--train_parts", "state"), 1e-2),
+        (("--peft", "none", "--train_parts", "state"), 0.3),
         (("--data_type", "pairs"), 0.03 * BONE),
         (("--data_type", "prompts", "--reward", "gsm8k"), 0.3 * BONE),
         (("--objective", "distill", "--teacher_model", str(BASE)), BONE),

@@ -13,7 +13,7 @@ from .adapter import CHOICES, MINI, QUANTIZATIONS, WORDS, AdapterConfig, Word, f
 from .data import DATA_TYPES, OF_ROWS, DataConfig
 from .model import ModelConfig
 from .objective import Objective
-from .train import BUCKET, CHUNK_CTX, FEW, STATE_LR, STRATEGIES, TrainConfig
+from .train import BUCKET, CHUNK_CTX, FEW, STATE_LR, STATE_LR_ALONE, STRATEGIES, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,9 @@ def learning_rate(
 
 
 SCHEDULE_ALIASES = (("cos_decay", "rwkv-peft"), ("cos", "cosine"))
-STATE_LR = 1e-2  # the learning rate of time states; docs/benchmarks/training.md has the measurement
+# learning rates of time states, beside other tensors and alone; docs/benchmarks/training.md and guides/states.md have
+# the measurements
+STATE_LR, STATE_LR_ALONE = 1e-2, 0.3
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class OptimizerConfig:
     lr_init: float = setting(
         2e-5,
         f"learning rate after warm-up (default: auto); auto: chosen by the method, its rank, the model's width and the "
-        f"objective, {STATE_LR:g} if only states train (docs/guides/learning-rates.md)",
+        f"objective, {STATE_LR_ALONE:g} if only states train (docs/guides/learning-rates.md)",
         unset=True,
         type=rate,
     )

@@ -55,6 +55,9 @@ def describe(
         say(f"          {note}")
     if STATE in adapter.train_parts and not adapter.states_alone:
         say(f"          the states' learning rate is {train.state_lr:g} after warm-up (--state_lr)")
+    if adapter.states_alone:
+        say("          states alone take on a manner, and few facts, and no end that the base has not learned")
+        say("          (docs/guides/states.md); an adapter learns all of them")
     if STATE in adapter.train_parts and "shift" in adapter.state_parts:
         say("          shifts train (--state_parts): only rwkv-peft starts from them, and no other runtime")
     kernel = "cuda" if accelerator == "gpu" else "cpu"
@@ -102,7 +105,7 @@ def describe(
         rule = automatic_rate(adapter, model.n_embd, config.objective, not train.load_model)
         why = "as the run began" if inputs.state else rule.reason
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
-    elif train.lr_init >= 1:
+    elif train.lr_init >= 1 and not adapter.states_alone:  # states, which take rates near 1
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")
     else:
         say(f"rate      {chosen}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..adapters.groups import learning_ratios
 from ..adapters.methods import method_of
 from ..cli.names import STATE, is_number, is_whole
-from ..config import STATE_LR, AdapterConfig, Objective, RunConfig, TrainConfig
+from ..config import STATE_LR_ALONE, AdapterConfig, Objective, RunConfig, TrainConfig
 from ..models import family_named
 from ..models.family import Family
 from ..models.layout import SHIFT, TIME_STATE
@@ -31,7 +31,7 @@ def automatic_rate(adapter: AdapterConfig, n_embd: int, objective: Objective | N
     """The Rate of an adapter on a model of n_embd channels, for an objective (None: next tokens); `new`: the model has
     learned nothing yet."""
     if adapter.states_alone:
-        return Rate(STATE_LR, "that of states")
+        return Rate(STATE_LR_ALONE, "that of states")
     method = method_of(adapter)
     step, anchor = 1.0, ANCHOR if method is not None else NEW if new else WHOLE
     reason = f"{anchor:g} / {n_embd} channels"

@@ -245,11 +245,10 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
     train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)
-    if args.peft == NONE and parts_of(args) == (STATE,):
-        asked = {name: getattr(args, name) for name in ("lr_init", "lr_final")}
-        rates: dict[str, Any] = {name: STATE_LR if rate is None else rate for name, rate in asked.items()}
-        train = replace(train, **rates)
-    return train if args.lr_final is not None else replace(train, lr_final=min(train.lr_init, train.lr_final))
+    if args.lr_final is not None:
+        return train
+    final = STATE_LR if args.peft == NONE and parts_of(args) == (STATE,) else train.lr_final
+    return replace(train, lr_final=min(train.lr_init, final))
 
 
 def data_config(args: Namespace) -> DataConfig:
@@ -285,7 +284,7 @@ def open_request(flags: Flags, here: bool = False) -> Request:
     if base is not None and args.my_testing not in (None, base.config.version):
         notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
     adapter = replace(adapter, targets=targets_of(adapter.targets, generation_of(args, base)))
-    if train.lr_chosen or (args.lr_init is None and not adapter.states_alone):
+    if train.lr_chosen or args.lr_init is None:
         rate = automatic_rate(adapter, model.n_embd, objective, base is None).value
         train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rate)
     config = RunConfig(model, adapter, data, train, objective, entries)
