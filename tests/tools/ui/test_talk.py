@@ -110,10 +110,13 @@ def test_one_click_opens_the_newest_run_on_its_base_and_a_message_is_sent_to_all
 
 
 def test_a_message_may_be_written_before_a_model_is_open(models):
-    models.answers[:] = [(200, "stop", "Hello")]
-    models.say("Hi")
+    models.answers[:], held = [(200, "stop", "Hello")], []
+    models.page.route(re.compile("/api/chat$"), held.append)
+    press(models.page, "Open out/poet beside base")
+    models.say("Hi")  # while it is being opened
+    models.open(held[0])
     expect(models.answer("out/poet")).to_contain_text("Hello")
-    assert len(models.opened) == 1 and models.asked[0]["messages"] == [{"role": "user", "content": "Hi"}]
+    assert len(held) == 1 and models.asked[0]["messages"] == [{"role": "user", "content": "Hi"}]
     sent = {name: models.asked[0][name] for name in ("temperature", "top_p")}
     assert sent == {"temperature": Sampling.temperature, "top_p": Sampling.top_p}  # as generate's chat
 

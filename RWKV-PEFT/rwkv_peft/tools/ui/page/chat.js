@@ -204,7 +204,7 @@ export async function chatPage(place, about, signal, folder) {
       return conversation.say(said);
     }
     waits = true; // it is sent when the model is open
-    if (!used) begin();
+    if (!used && !proposal.disabled) begin(); // else it is being opened
   }
 }
 
