@@ -275,8 +275,8 @@ def sources_in(adapters: Iterable[Source] | Mapping[Source, float]) -> list[Adap
         return sources
     for source, scale in zip(sources, adapters.values()):
         if not is_scale(scale):
-            due = f"a number from -{LARGEST_SCALE} to {LARGEST_SCALE} other than 0 is due"
-            raise UserError(f"adapters: {source.path} has the scale {scale!r}; {due}")
+            rule = f"a number from -{LARGEST_SCALE} to {LARGEST_SCALE} other than 0 is due"
+            raise UserError(f"adapters: {source.path} has the scale {scale!r}; {rule}")
     return [replace(source, amount=float(scale)) for source, scale in zip(sources, adapters.values())]
 
 

@@ -59,8 +59,8 @@ def shown(text: str) -> str:
 
 def read_origin(header: dict[str, str]) -> Origin:
     """The Origin in a file's header, made printable; empty if there is none."""
-    found = object_of(header.get(ENTRY, "{}"))
-    return Origin(**{field.name: shown(str(found.get(field.name, ""))) for field in fields(Origin)})
+    metadata = object_of(header.get(ENTRY, "{}"))
+    return Origin(**{field.name: shown(str(metadata.get(field.name, ""))) for field in fields(Origin)})
 
 
 @dataclass(frozen=True)
@@ -275,14 +275,14 @@ def _check_metadata(path: str | Path, values: dict[str, Any]) -> None:
     }
     for name, value in ({"variant": None} | values).items():
         if name in known:
-            fits, due = value in known[name], "one of " + ", ".join(filter(None, known[name]))
+            fits, rule = value in known[name], "one of " + ", ".join(filter(None, known[name]))
         elif name in ("rank", "mini_rank", "format_version"):
-            fits, due = is_whole(value, 0), "a whole number"
+            fits, rule = is_whole(value, 0), "a whole number"
         elif name == "scale":
-            fits, due = is_finite(value), "a finite number"
+            fits, rule = is_finite(value), "a finite number"
         elif name in ("targets", "train_parts"):
-            fits, due = isinstance(value, tuple) and all(isinstance(item, str) for item in value), "a list of names"
+            fits, rule = isinstance(value, tuple) and all(isinstance(item, str) for item in value), "a list of names"
         else:
-            fits, due = isinstance(value, str), "a text"
+            fits, rule = isinstance(value, str), "a text"
         if not fits:
-            raise UserError(f"{path}: its metadata has {name} = {reprlib.repr(value)}, and {due} is due; {COPY}")
+            raise UserError(f"{path}: its metadata has {name} = {reprlib.repr(value)}, and {rule} is due; {COPY}")

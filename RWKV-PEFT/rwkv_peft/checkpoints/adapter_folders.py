@@ -110,14 +110,14 @@ def read_hf_folder(folder: Path) -> Adapter:
         scale = _number(folder, config, "lora_alpha", float) / (rank**0.5 if config.get("use_rslora") else rank)
         return Adapter(tensors, AdapterMetadata("lora", rank=rank, scale=scale, **common))
     parameter = f"{kind.lower()}_block"
-    own = {}
+    adapter_tensors = {}
     for module, params in modules.items():
         if set(params) != {parameter}:
             raise UserError(f"{folder}: {module} holds {sorted(params)}, and a {kind} adapter has only {parameter}")
-        own[f"{module}.bone"] = params[parameter]
-    variant = _bone_variant(folder, config, own)
+        adapter_tensors[f"{module}.bone"] = params[parameter]
+    variant = _bone_variant(folder, config, adapter_tensors)
     mini_rank = _number(folder, config, "mini_r", int) if variant == "bone-mini" else 0
-    return Adapter(own | whole, AdapterMetadata(variant, rank=rank, mini_rank=mini_rank, **common))
+    return Adapter(adapter_tensors | whole, AdapterMetadata(variant, rank=rank, mini_rank=mini_rank, **common))
 
 
 def write_lora_folder(folder: Path, adapter: Adapter, base: str) -> None:
@@ -210,10 +210,10 @@ def read_lightning(path: Path) -> Adapter:
     manifest does not describe."""
     weights, manifest_path = (path / WEIGHTS, path / MANIFEST) if path.is_dir() else (path, path)
     manifest = read_settings(manifest_path) if path.is_dir() else _embedded(path)
-    for name, due in FORM:
-        if (value := manifest.get(name)) != due:
+    for name, expected in FORM:
+        if (value := manifest.get(name)) != expected:
             raise UserError(
-                f"{manifest_path}: {name} is {quoted(value)}, and {due!r} is read here; merge it where it is from"
+                f"{manifest_path}: {name} is {quoted(value)}, and {expected!r} is read here; merge it where it is from"
             )
     rank, scale = manifest.get("rank"), manifest.get("scale")
     if not is_whole(rank) or not is_finite(scale) or scale == 0:
@@ -225,12 +225,12 @@ def read_lightning(path: Path) -> Adapter:
         tensors = {key.removesuffix(".master"): tensor for key, tensor in tensors.items() if key.endswith(".D.master")}
     if not tensors or not all(tensor.shape[1:] == (rank,) and key.endswith(ending) for key, tensor in tensors.items()):
         raise UserError(f"{path}: not all tensors of {weights.name} are D of rank {rank}; copy it again")
-    own = {key.removesuffix(ending) + ".bone": tensor.t().contiguous() for key, tensor in tensors.items()}
+    adapter_tensors = {key.removesuffix(ending) + ".bone": tensor.t().contiguous() for key, tensor in tensors.items()}
     if scale != 1:
-        own = {key: tensor.float() * scale for key, tensor in own.items()}
-    names = target_names(key.removesuffix(".bone") for key in own)
+        adapter_tensors = {key: tensor.float() * scale for key, tensor in adapter_tensors.items()}
+    names = target_names(key.removesuffix(".bone") for key in adapter_tensors)
     metadata = AdapterMetadata("bone", rank=rank, targets=names, generation="x070", source="rwkv_lightning_cuda")
-    return Adapter(own, metadata)
+    return Adapter(adapter_tensors, metadata)
 
 
 def _embedded(path: Path) -> dict[str, Any]:

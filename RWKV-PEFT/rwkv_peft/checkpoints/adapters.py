@@ -72,9 +72,9 @@ class AdapterSource:
                 "leave it out"
             )
         if alpha is not None and adapter.modules() and not math.isclose(alpha, metadata.alpha):
-            own = f" of alpha {metadata.alpha:g}" if metadata.alpha else ", which has no alpha"
+            alpha_words = f" of alpha {metadata.alpha:g}" if metadata.alpha else ", which has no alpha"
             raise UserError(
-                f"--lora_alpha {alpha:g} contradicts {path}, a {metadata.variant} adapter{own}; leave it out"
+                f"--lora_alpha {alpha:g} contradicts {path}, a {metadata.variant} adapter{alpha_words}; leave it out"
             )
 
 
@@ -105,10 +105,10 @@ def product_of_run(path: str | Path, tell: bool = False) -> Path:
 
 
 def taken(folder: Path, name: str, tell: bool) -> Path:
-    found = take(folder, name)
-    if tell and found.note:
-        print(found.note, file=sys.stderr)
-    return found.path
+    run_file = take(folder, name)
+    if tell and run_file.note:
+        print(run_file.note, file=sys.stderr)
+    return run_file.path
 
 
 def read_adapter(path: str | Path, base: Mapping[str, torch.Tensor] | None = None, **facts: Any) -> Adapter:

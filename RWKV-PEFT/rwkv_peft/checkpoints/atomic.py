@@ -188,8 +188,8 @@ def write_failure(error: Exception, path: Path) -> str | None:
     """
     text = str(error)
     number = getattr(error, "errno", None) if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"os error (\d+)", text)):
-        number = int(found[1])
+    if number is None and (match := re.search(r"os error (\d+)", text)):
+        number = int(match[1])
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         return "the disk is full; free some space or choose another disk"
     # the messages of torch and numpy for a short write, which give no reason

@@ -94,8 +94,8 @@ def validations(path: Path) -> Iterator[dict[str, Any]]:
         for line in iter(partial(file.readline, LONGEST), b""):
             if len(line) == LONGEST:
                 return
-            if b'"val_' in line and is_record(found := object_of(line)):
-                yield found
+            if b'"val_' in line and is_record(record := object_of(line)):
+                yield record
 
 
 def is_record(value: object) -> TypeGuard[dict[str, Any]]:

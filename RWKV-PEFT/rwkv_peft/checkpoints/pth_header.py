@@ -52,11 +52,11 @@ def read_header(path: str | Path) -> dict[str, TensorHeader] | None:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             with archive.open(name) as pickled:
-                found = HeaderUnpickler(pickled).load()
+                headers = HeaderUnpickler(pickled).load()
             records = archive.infolist()
     except Exception:  # whatever a damaged archive or pickle raises
         return None
-    if not isinstance(found, dict) or not all(isinstance(header, TensorHeader) for header in found.values()):
+    if not isinstance(headers, dict) or not all(isinstance(header, TensorHeader) for header in headers.values()):
         return None
     stored = {record.file_size for record in records if record.compress_type == zipfile.ZIP_STORED}
-    return found if found and all(header.nbytes in stored for header in found.values()) else None
+    return headers if headers and all(header.nbytes in stored for header in headers.values()) else None

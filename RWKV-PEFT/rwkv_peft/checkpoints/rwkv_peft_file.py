@@ -67,10 +67,10 @@ def read_rwkv_peft(
             "train.py) beside the adapter, rwkv-N.pth in its folder"
         )
     if modules and kind not in (("bone",), ("disha",), ("lora_A", "lora_B")):
-        found = ", ".join(map(" with ".join, sorted(kinds or {kind})))
+        kind_names = ", ".join(map(" with ".join, sorted(kinds or {kind})))
         raise UserError(
-            f"{path} holds adapter tensors {found}; one of .bone, .disha, and .lora_A with .lora_B is due: give the "
-            "adapter as one of these, or its peft folder"
+            f"{path} holds adapter tensors {kind_names}; one of .bone, .disha, and .lora_A with .lora_B is due: give "
+            "the adapter as one of these, or its peft folder"
         )
     if init is not None and "lora_A" not in kind:
         raise UserError(f"--lora_init is for PiSSA, and {path} holds no lora_A and lora_B")
@@ -79,10 +79,10 @@ def read_rwkv_peft(
     if not modules:
         return Adapter(state, AdapterMetadata(NONE, **common))
     if "lora_A" in kind:
-        own, metadata = _read_lora(path, modules, init, alpha, common)
+        adapter_tensors, metadata = _read_lora(path, modules, init, alpha, common)
     else:
-        own, metadata = _read_bone(path, modules, kind[0], mode, base, common)
-    return Adapter(own | whole, metadata)
+        adapter_tensors, metadata = _read_bone(path, modules, kind[0], mode, base, common)
+    return Adapter(adapter_tensors | whole, metadata)
 
 
 def is_model(state: Mapping[str, torch.Tensor], family: Family) -> bool:
@@ -93,10 +93,10 @@ def is_model(state: Mapping[str, torch.Tensor], family: Family) -> bool:
 def unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Remove the prefix that a training's wrapper of the model gave to all keys, such as model. or base_model.model.;
     a state in which some key lacks it stays as it is."""
-    found = WRAPPED.match(next(iter(state)))
-    if found is None or not all(key.startswith(found[1]) for key in state):
+    match = WRAPPED.match(next(iter(state)))
+    if match is None or not all(key.startswith(match[1]) for key in state):
         return state
-    return {key.removeprefix(found[1]): tensor for key, tensor in state.items()}
+    return {key.removeprefix(match[1]): tensor for key, tensor in state.items()}
 
 
 def holds_lora(path: str | Path) -> bool:
@@ -126,10 +126,10 @@ def _read_bone(
         raise UserError(f"{path}: its .{kind} tensors are neither all (rank, out) nor all blocks; {SHAPES_DIFFER}")
     ranks = {tensor.shape[0 if variant == "bone" else -1] for tensor in tensors.values()}
     if len(ranks) > 1:
-        found = ", ".join(map(str, sorted(ranks)))
-        raise UserError(f"{path} mixes .{kind} tensors of the ranks {found}; {SHAPES_DIFFER}")
-    own = {f"{module}.bone": tensor for module, tensor in tensors.items()}
-    return own, AdapterMetadata(variant, rank=ranks.pop(), **common)
+        rank_names = ", ".join(map(str, sorted(ranks)))
+        raise UserError(f"{path} mixes .{kind} tensors of the ranks {rank_names}; {SHAPES_DIFFER}")
+    adapter_tensors = {f"{module}.bone": tensor for module, tensor in tensors.items()}
+    return adapter_tensors, AdapterMetadata(variant, rank=ranks.pop(), **common)
 
 
 def _block_affine_variant(
@@ -178,9 +178,13 @@ def _read_lora(
     ranks = {shape[0] if len(shape) == 2 else 0 for shape in shapes}
     rank = ranks.pop()
     if ranks or not rank:
-        found = ", ".join(map(str, sorted(shapes)))
-        raise UserError(f"{path}: its lora_A have the shapes {found}, not (rank, in) with one rank; {SHAPES_DIFFER}")
-    own = {f"{module}.{name}": tensor for module, params in modules.items() for name, tensor in params.items()}
+        shape_names = ", ".join(map(str, sorted(shapes)))
+        raise UserError(
+            f"{path}: its lora_A have the shapes {shape_names}, not (rank, in) with one rank; {SHAPES_DIFFER}"
+        )
+    adapter_tensors = {
+        f"{module}.{name}": tensor for module, params in modules.items() for name, tensor in params.items()
+    }
     if init is not None:
         initial = {key: tensor for key, tensor in unwrapped(read_tensors(init)).items() if adapter_parameter(key)}
         wanted = {f"{module}.init_{name}" for module in modules for name in ("lora_A", "lora_B")}
@@ -189,7 +193,7 @@ def _read_lora(
             raise UserError(
                 f"{init} is not the init file of {path}: they differ in {len(odd)} tensors, such as {odd[0]}"
             )
-        return own | initial, AdapterMetadata("pissa", rank=rank, **common)  # RWKV-PEFT's PiSSA has scale 1
+        return adapter_tensors | initial, AdapterMetadata("pissa", rank=rank, **common)  # RWKV-PEFT's PiSSA has scale 1
     beside = [file for name in INITS if (file := Path(path).with_name(name.format(Path(path).name))).is_file()]
     if beside:
         raise UserError(
@@ -201,7 +205,7 @@ def _read_lora(
             f"{path} is a LoRA file of RWKV-PEFT, which does not record alpha: give --lora_alpha as in its "
             f"training; or, if it is PiSSA, its init file as --lora_init {INITS[0]}"
         )
-    return own, AdapterMetadata("lora", rank=rank, scale=alpha / rank, **common)
+    return adapter_tensors, AdapterMetadata("lora", rank=rank, scale=alpha / rank, **common)
 
 
 def write_rwkv_peft(
@@ -215,16 +219,16 @@ def write_rwkv_peft(
     refuse. Raises UserError for a method that RWKV-PEFT does not have.
     """
     path, metadata = Path(path), adapter.metadata
-    own: dict[str, torch.Tensor] = {}
+    adapter_tensors: dict[str, torch.Tensor] = {}
     for module, params in adapter.modules().items():
         assert metadata.method is not None  # the readers refuse tensors of no method
         weight = None if base is None else base.get(f"{module}.weight")
         layer = UpstreamLayer(module, params, metadata.scale, weight)
         converted = upstream_form(metadata.method).tensors(layer)
-        own |= {f"{module}.{name}": tensor for name, tensor in converted.items()}
+        adapter_tensors |= {f"{module}.{name}": tensor for name, tensor in converted.items()}
     main: dict[str, torch.Tensor] = {}
     initial: dict[str, torch.Tensor] = {}
-    for key, tensor in (adapter.tensors | own).items():
+    for key, tensor in (adapter.tensors | adapter_tensors).items():
         module, name = adapter_parameter(key) or ("", "")
         if name == "bone":
             key = f"{module}.{parameter}"

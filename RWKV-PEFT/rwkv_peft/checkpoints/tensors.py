@@ -59,9 +59,9 @@ def read_pth(path: str | Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:  # torch's message advises to load the file without this protection
-            if found := re.search(r"GLOBAL (\S+)", str(error)):
+            if match := re.search(r"GLOBAL (\S+)", str(error)):
                 raise UserError(
-                    f"{path} holds code or objects ({short(found[1])}), and a checkpoint may hold only tensors; "
+                    f"{path} holds code or objects ({short(match[1])}), and a checkpoint may hold only tensors; "
                     "nothing of it was run. Ask its author for a plain state dict"
                 ) from error
             raise UserError(f"{path} is damaged, or no PyTorch checkpoint; download or copy it again") from error

@@ -41,11 +41,11 @@ OF_ROWS = tuple(name for name, kind in DATA_TYPES.items() if kind.fields)
 
 def think_bounds(given: Sequence[int]) -> tuple[int, ...]:
     """The two bounds of --think_labels, in tokens; () for none. Raises UserError if they are not two in order."""
-    found = {(): (), (0,): (), (1,): (128, 1024)}.get(tuple(given), tuple(given))
-    if found and (len(found) != 2 or not 0 < found[0] <= found[1]):
+    bounds = {(): (), (0,): (), (1,): (128, 1024)}.get(tuple(given), tuple(given))
+    if bounds and (len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]):
         shown = " ".join(map(str, given))
         raise UserError(f"--think_labels {shown}: it is two numbers of tokens, the smaller one first, such as 32 256")
-    return found
+    return bounds
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def find_inputs(request: Request) -> Inputs:
         require_own_tokens(teacher, samples.vocabulary)
     if isinstance(samples, PromptSamples):
         samples.repeat(step_samples, config.objective.together)
-    of_measured = {name: data_identity(config, found) for name, found in measured.items()}
+    of_measured = {name: data_identity(config, held_out) for name, held_out in measured.items()}
     validation = of_measured.get(VALIDATION, {}).get("content", "")
     identity: dict[str, Any] = {
         "adapter": asdict(config.adapter),
@@ -97,8 +97,8 @@ def find_inputs(request: Request) -> Inputs:
     plan = make_plan(train, samples, step_samples, state)
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))
-    found = (samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
-    return Inputs(config, base, *found, teacher)
+    parts = (samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
+    return Inputs(config, base, *parts, teacher)
 
 
 def make_plan(train: TrainConfig, samples: Samples, step_samples: int, state: Mapping[str, Any] | None) -> Plan:
@@ -132,11 +132,11 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
             continue
         split = held_out_split(other.path) if data.of_rows else ""
         other = replace(other, sft_split=split or whole.sft_split)
-        held_out[name] = found = build_samples(other, vocab_size)
-        require_same(samples.vocabulary, data.path, found.vocabulary, f"--val_data {other.path}")
+        held_out[name] = file_samples = build_samples(other, vocab_size)
+        require_same(samples.vocabulary, data.path, file_samples.vocabulary, f"--val_data {other.path}")
         named = f"{other.path}, split {split}" if split else other.path
-        samples.notes.append(f"validation on {len(found):,} samples of {named}: {found.notes[0]}")
-        samples.notes += [f"--val_data {other.path}: {note}" for note in found.row_notes]
+        samples.notes.append(f"validation on {len(file_samples):,} samples of {named}: {file_samples.notes[0]}")
+        samples.notes += [f"--val_data {other.path}: {note}" for note in file_samples.row_notes]
         if realpath(other.path) in map(realpath, data.files) and other.sft_split == whole.sft_split:
             samples.notes.append(
                 f"note: --val_data {named} is the training data, so that its loss says nothing about other text; "
@@ -146,16 +146,18 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
         measured[VALIDATION] = Joined(held_out) if train.more_val else held_out[""]
     elif VALIDATION in measured:
         held_out[""] = measured[VALIDATION]
-    for found in held_out.values():
-        samples.notes += overlap_notes(samples, found)
+    for file_samples in held_out.values():
+        samples.notes += overlap_notes(samples, file_samples)
     if train.retain_data:
         other = replace(whole, path=train.retain_data)
         if data.loss_mask == "file" and not data.of_rows:  # data to retain may have no .mask file
             other = replace(other, loss_mask=default_mask(other.path))
-        measured[RETAINED] = kept = build_samples(other, vocab_size)
-        require_same(samples.vocabulary, data.path, kept.vocabulary, f"--retain_data {train.retain_data}")
-        samples.notes.append(f"forgetting is measured on {len(kept):,} samples of {other.path}: {kept.notes[0]}")
-        samples.notes += [f"--retain_data {other.path}: {note}" for note in kept.row_notes]
+        measured[RETAINED] = retained = build_samples(other, vocab_size)
+        require_same(samples.vocabulary, data.path, retained.vocabulary, f"--retain_data {train.retain_data}")
+        samples.notes.append(
+            f"forgetting is measured on {len(retained):,} samples of {other.path}: {retained.notes[0]}"
+        )
+        samples.notes += [f"--retain_data {other.path}: {note}" for note in retained.row_notes]
         if data.replay and realpath(other.path) == realpath(data.replay):
             samples.notes.append(
                 f"note: --retain_data {other.path} is replayed, so that its loss says nothing about other text; name "

@@ -313,14 +313,14 @@ def ends(answer: Mapping[str, str]) -> bool:
     return answer["end"] != "length"
 
 
-def same(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
+def same(answer: Mapping[str, str], expected: Mapping[str, str]) -> bool:
     """True if two answers have the same words and both stop, or both go on."""
-    return given["text"].strip() == due["text"].strip() and end_alike(given, due)
+    return answer["text"].strip() == expected["text"].strip() and end_alike(answer, expected)
 
 
-def end_alike(given: Mapping[str, str], due: Mapping[str, str]) -> bool:
+def end_alike(answer: Mapping[str, str], expected: Mapping[str, str]) -> bool:
     """True if two answers both stop, or are both cut off at the limit."""
-    return ends(given) == ends(due)
+    return ends(answer) == ends(expected)
 
 
 def quoted(answer: Mapping[str, str]) -> str:

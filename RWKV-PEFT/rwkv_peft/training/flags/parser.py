@@ -234,9 +234,9 @@ def parted(action: argparse.Action) -> tuple[str, list[str], list[str]]:
     text = str(action.help).replace("|", "\\|")
     if len(text) <= LONG:
         return text, [], []
-    found = re.fullmatch(r"(.*?)(?: \[(.{60,})\])?", text, re.DOTALL)  # shorter rules stay
-    assert found is not None
-    text, rules = found[1], found[2].split("; ") if found[2] else []
+    match = re.fullmatch(r"(.*?)(?: \[(.{60,})\])?", text, re.DOTALL)  # shorter rules stay
+    assert match is not None
+    text, rules = match[1], match[2].split("; ") if match[2] else []
     each = "|".join(map(re.escape, sorted(map(str, action.choices or ()), reverse=True)))
     head, *values = re.split(rf"(?:^|(?<=[.;:] ))(?=(?:{each}): )", text) if each else [text]
     if len(values) < 2:

@@ -100,12 +100,12 @@ def require_files(checkpoint: Path, records: Mapping[str, Any], fresh_optimizer:
         if fresh_optimizer and of_optimizer:
             continue
         if not path.is_file() or path.stat().st_size != record["bytes"]:
-            found = f"is missing or not of the {record['bytes']:,} bytes that were saved"
+            problem = f"is missing or not of the {record['bytes']:,} bytes that were saved"
         elif contents and record_of(path) != record:
-            found = "differs from the file that was saved: its checksum is another, and the disk or a copy damaged it"
+            problem = "differs from the file that was saved: its checksum is another, and the disk or a copy damaged it"
         else:
             continue
-        raise UserError(f"--resume: {path} {found}; {remedy_of(checkpoint, of_optimizer)}")
+        raise UserError(f"--resume: {path} {problem}; {remedy_of(checkpoint, of_optimizer)}")
 
 
 def remedy_of(checkpoint: Path, of_optimizer: bool = True) -> str:
