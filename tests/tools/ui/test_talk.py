@@ -111,8 +111,9 @@ def test_one_click_opens_the_newest_run_on_its_base_and_a_message_is_sent_to_all
 
 def test_a_message_may_be_written_before_a_model_is_open(models):
     models.answers[:], held = [(200, "stop", "Hello")], []
-    models.page.route(re.compile("/api/chat$"), held.append)
-    press(models.page, "Open out/poet beside base")
+    models.page.route(re.compile("/api/chat$"), lambda route: held.append(route))
+    with models.page.expect_request(re.compile("/api/chat$")):
+        press(models.page, "Open out/poet beside base")
     models.say("Hi")  # while it is being opened
     models.open(held[0])
     expect(models.answer("out/poet")).to_contain_text("Hello")
