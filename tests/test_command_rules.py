@@ -48,6 +48,7 @@ VALUES = {
     "--tool_form": "hermes",
     "--encoding": "gb18030",
     "--document_end": "stars",
+    "--turns_in_text": "auto",
     "--gguf_types": "q8_0",
     "--gpu": "24GiB",
     "--part_tokens": "64",

@@ -42,7 +42,7 @@ def train(tmp_path, tiny_state, monkeypatch, capsys):
 
     def run_it(*flags):
         words = ["--load_model", tmp_path / "base.pth", "--proj_dir", tmp_path / "out"]
-        words += ["--bone_r", 16] * ("none" not in flags)
+        words += ["--bone_r", 16] * ("--peft" not in flags)
         data = [] if "--data_file" in flags else ["--data_file", tmp_path / "chat"]
         header = main("train", *words, *data, "--ctx_len", 64, "--accelerator", "cpu", *flags)
         return header, given[-1] if given else None
