@@ -156,8 +156,8 @@ def test_the_package_offers_names_without_importing_them():
     assert printed("import rwkv_peft as rp", loaded, names) == ["False False True", " ".join(rwkv_peft.__all__)]
 
 
-def test_processes_that_a_command_has_many_of_do_without_torch():
-    many = "import rwkv_peft.data.preprocess, rwkv_peft.rewards.child"
+def test_processes_that_start_often_do_without_torch():
+    many = "import rwkv_peft.data.preprocess, rwkv_peft.rewards.child, rwkv_peft.tools.ui.preview"
     assert printed(many, "print('torch' in sys.modules)") == ["False"]
 
 

@@ -6,7 +6,6 @@ setting that shapes the tokens, so that a second run, or another rank, reads the
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from os.path import realpath
@@ -17,13 +16,13 @@ import numpy as np
 from filelock import FileLock
 
 from ..checkpoints.atomic import CannotWrite, write_text
-from ..checkpoints.readable import files_below, object_in, require_readable
+from ..checkpoints.readable import files_below, object_in
 from ..cli.errors import UserError, summarize
 from ..cli.names import user_cache
 from ..cli.parser import counted
 from ..cli.rules import require_none
 from ..cli.tables import SAMPLINGS
-from ..config import DATA_TYPES, DataConfig
+from ..config import DataConfig
 from ..config.rules import check_settings
 from .answer_samples import ROWS, ContextSamples, LabelSamples, PairSamples, PromptSamples
 from .binidx import BinidxDataset
@@ -41,12 +40,11 @@ from .recorded import (
     vocabulary_of,
 )
 from .report import laid_out, left_out
-from .rows import JSON_ENDINGS, KINDS
+from .row_settings import settings_of
 from .samples import DocumentSamples, Permutation, Samples
 
 FORMAT = 14  # of the cache
 FILES = (*ENDINGS, ROWS)  # of a set in the cache; ROWS only of prompts
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
     {"pairs": PairSamples, "labels": LabelSamples, "prompts": PromptSamples, "contexts": ContextSamples}
@@ -207,51 +205,6 @@ def prepare_sft(config: DataConfig, cache: str | Path | None = None) -> tuple[st
         kept = f"the tokens of --data_type {config.data_type} are kept there"
         raise UserError(f"{why}; {kept}, and XDG_CACHE_HOME names another place") from error
     return str(prefix), notes
-
-
-def settings_of(config: DataConfig) -> EncodeSettings:
-    """The settings by which the rows of a DataConfig become documents. Raises UserError for too many or too few fields,
-    and for rows that are missing."""
-    DATA_TYPES[config.data_type].check_fields(config.sft_field)
-    settings = EncodeSettings(
-        config.tokenizer,
-        fields=config.sft_field,
-        think=config.sft_think,
-        think_labels=config.think_labels,
-        clean_turns=config.clean_turns,
-        tool_form=config.tool_form,
-        speaker=config.sft_as,
-        turns_in_text=config.turns_in_text,
-        encoding=config.encoding,
-        document_end=config.document_end,
-        skip_bad_rows=config.skip_bad_rows,
-        too_long=config.sft_long,
-        command="train" if config.data_type == "sft" else config.data_type,
-        max_tokens=0 if config.dataload == "get" else config.longest,
-        end_token=not config.of_prompts,
-    )
-    refuse_hub_name(config)
-    path = Path(config.path)
-    if not path.is_dir():
-        require_readable(
-            path,
-            f"{path}: no such file; --data_type {config.data_type} takes {KINDS}. Nothing is downloaded: "
-            "of a data set on Hugging Face give the files of its rows",
-            again=True,
-        )
-    return settings
-
-
-def refuse_hub_name(config: DataConfig) -> None:
-    """Raise UserError for missing rows that are named like a data set on Hugging Face's hub."""
-    path = Path(config.path)
-    named = HUB_NAME.fullmatch(config.path) and not config.path.endswith(JSON_ENDINGS)  # of files that will be written
-    if config.of_rows and named and not path.parent.exists():
-        raise UserError(
-            f"{path}: no such file, and nothing is downloaded; if it is a data set on Hugging Face, `hf "
-            f"download {path} --repo-type dataset --local-dir {path.name}` fetches it; give that folder, "
-            "or the file of its rows"
-        )
 
 
 def notes_of(done: Path) -> list[str] | None:

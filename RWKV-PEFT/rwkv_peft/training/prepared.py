@@ -10,7 +10,7 @@ import torch
 
 from ..config import RunConfig
 from ..data.recorded import find_tokenizer
-from ..data.sources import settings_of
+from ..data.row_settings import settings_of
 from ..models.parts import LanguageModel
 from ..objectives.draws import Draws
 from ..objectives.grpo import GRPO

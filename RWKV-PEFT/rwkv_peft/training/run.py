@@ -29,8 +29,8 @@ from ..data.answer_samples import PromptSamples
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
 from ..data.report import show_samples
+from ..data.row_settings import refuse_hub_name
 from ..data.samples import Samples
-from ..data.sources import refuse_hub_name
 from ..environments.environments import Environments
 from ..gpus import resolve_accelerator
 from ..memory import keep_freed_memory

@@ -9,8 +9,8 @@ from ...cli.errors import exit_on_user_error
 from ...config import RunConfig
 from ...data.binidx import BinidxDataset
 from ...data.recorded import find_tokenizer
+from ...data.row_settings import settings_of
 from ...data.rows import held_out_split, parse_split, read_rows
-from ...data.sources import settings_of
 from ...training.flags.request import parse_run
 from ...training.run import check
 

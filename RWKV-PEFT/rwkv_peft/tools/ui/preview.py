@@ -24,7 +24,7 @@ from ...data.encoding import EncodeSettings, Totals, encoder
 from ...data.overview import overview
 from ...data.preprocess import write
 from ...data.report import counted_in, fitting, laid_out, left_out, offers, pieces
-from ...data.sources import settings_of
+from ...data.row_settings import settings_of
 from ...data.texts import ROWS
 
 FLAGS = (
