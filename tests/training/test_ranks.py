@@ -226,9 +226,10 @@ def test_a_rank_that_waits_for_another_ends_with_it_upon_a_second_signal(faulty)
     assert errors == ["", "interrupted; what was saved before is intact\n"]
 
 
-def test_no_rank_outlives_its_launcher(command):
+def test_no_rank_outlives_its_launcher(files, command):
     process = start(command("orphans", *PAIR, "--epoch_count", "5000"), cold=True)
     ranks = children(process, 2)
+    wait_for_steps(files, "orphans", 1, process)
     process.kill()
     _, left = psutil.wait_procs(ranks, 600)
     assert not left
