@@ -68,6 +68,7 @@ class Ranks:
         self.store: dist.Store = single_store()
         self.link: dist.Store = self.store  # the thread's own connection
         self.ending, self.done, self.leaving = threading.Lock(), threading.Event(), threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
 
     def __enter__(self) -> "Ranks":
         world, limit = self.world, timedelta(minutes=self.train.timeout_minutes)
@@ -75,7 +76,7 @@ class Ranks:
             if world.size > 1:
                 self.store, self.link = self.connect(meets=not world.hosted), self.connect()
                 self.store.set_timeout(limit)  # NCCL fetches its id there, and rank 0 may be late
-                threading.Thread(target=self.watch, daemon=True).start()
+                self.watcher.start()
             dist.init_process_group(
                 self.backend, store=self.store, rank=world.rank, world_size=world.size, timeout=limit
             )
@@ -148,6 +149,8 @@ class Ranks:
         if error is not None and self.link is not self.store:
             self.fail(error)
         self.done.set()
+        if self.watcher.is_alive():
+            self.watcher.join(GRACE)  # Python's end would abort the process while the thread is inside of the store
         if dist.is_initialized():
             dist.destroy_process_group()
 
