@@ -12,6 +12,7 @@ Python.
 
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import invalidate_caches
 from importlib.util import find_spec
@@ -28,17 +29,19 @@ from pathlib import Path
 from common import NO_GPU, NOT_HERE, OUT_OF_MEMORY, ROOT, Parser, head, row
 
 LEAST, LONGER = 5, 4  # seconds that a step is begun with; how many times as long as expected it may take
+SILENT = 1  # seconds without a line after which a command that has ended is over, whoever holds its output
 SHOWN = 400  # characters of a result that are printed
 PASSED, FAILED, LEFT_OUT = "measured", "failed", "left out"
-ENGINE = ("deepspeed", "lightning", "safetensors", "numpy", "tqdm")
+ENGINE = ("safetensors", "numpy", "tqdm")  # of training on one device
+RANKS = ("deepspeed", "lightning")  # and of several, or in stages
 SUITE = "test suite"
 
 
 @dataclass(frozen=True)
 class Step:
     """Commands that run one after the other and should take so many seconds, if their programs and modules are
-    installed. A word of a command that ends in .py is a program of this folder; --quick leaves out the flags `sizes`,
-    and of a `full` step only --full asks."""
+    installed. A word of a command that ends in .py is a program of this folder; --quick leaves out the flags `sizes`. A
+    `full` step begins only if its seconds are left; --full has no limit."""
 
     name: str
     seconds: int
@@ -109,9 +112,9 @@ STEPS = (
     engine("x070", 40),
     engine("x060", 40),
     Step("engine beside a bare loop", 20, (("trainer.py", "--methods", "bat-in"),), ENGINE, sizes=BESIDE),
-    engine("two GPUs", 35),
-    engine("a rank that raises", 20),
-    engine("stage 3", 20),
+    engine("two GPUs", 35, *RANKS),
+    engine("a rank that raises", 20, *RANKS),
+    engine("stage 3", 20, *RANKS),
     Step("above 2^31", 15, (("gpu_kernels.py", "above"),)),
     engine("RWKV-7a", 15),
     engine("host memory", 20),
@@ -121,10 +124,11 @@ STEPS = (
     engine("nf4", 15, "bitsandbytes"),
     sanitizing("memcheck", "wkv7", small_smoke("x070")),
     engine("large", 35),
-    # The rest takes longer.
-    Step("every operation", 60, (("gpu_kernels.py", "check"),), full=True),
+    # The rest follows while minutes last.
     Step("kernels", 30, (("gpu_kernels.py", "time"),), full=True),
-    *(engine(case, 20, full=True) for case in ("grad_cp", "infctx", "fp32", "stage 2 offload", "stage 3 offload")),
+    Step("every operation", 60, (("gpu_kernels.py", "check"),), full=True),
+    *(engine(case, 20, full=True) for case in ("grad_cp", "infctx", "fp32")),
+    *(engine(case, 20, *RANKS, full=True) for case in ("stage 2 offload", "stage 3 offload")),
     engine("int8", 20, "bitsandbytes", full=True),
     *(
         Step(
@@ -144,7 +148,9 @@ STEPS = (
         sanitizing(f"sanitizer {name}", name, ("gpu_kernels.py", "check", "--repeats", "1"), ALL_TOOLS, full=True)
         for name in ("mix", "bone", "cross_entropy", "decode")
     ),
-    Step(SUITE, 1800, (("-m", "pytest", "-q", "tests", "--accelerator", "gpu"),), ("pytest", *ENGINE), full=True),
+    Step(
+        SUITE, 1800, (("-m", "pytest", "-q", "tests", "--accelerator", "gpu"),), ("pytest", *ENGINE, *RANKS), full=True
+    ),
 )
 # Unless --offline, this installs what the steps behind it lack.
 PACKAGES = Step("packages", 20, (("sh", str(ROOT / "scripts" / "setup.sh"), "test"),))
@@ -187,6 +193,8 @@ class Check:
                 kind, why = LEFT_OUT, f"no {', '.join(missing)}"
             elif left < LEAST:
                 kind, why = LEFT_OUT, f"{minutes:g} minutes are over"
+            elif step.full and left < step.seconds:
+                kind, why = LEFT_OUT, f"it needs {step.seconds} s, and {left:.0f} of {minutes:g} minutes are left"
             else:
                 print(f"{step.name} …", flush=True)
                 self.outcomes[step.name] = FAILED, "interrupted"
@@ -219,41 +227,59 @@ class Check:
 
     def run_command(self, command, seconds, name):
         """(the exit code of one command, None if its time ran out; the last line that begins with "error: ")."""
-        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="backslashreplace")
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
-        late, last = threading.Event(), ""
-
-        def end():
-            late.set()
-            os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(max(seconds, 0), end)
-        timer.start()
+        until, last = time.monotonic() + seconds, ""
         try:
-            for line in process.stdout:
+            for line in lines_until(process, until):
                 self.log.write(line)
                 self.log.flush()
                 last = line.strip() if line.startswith("error: ") else last
                 if (entry := result_of(line)) is not None:
                     self.results.add(step=name, **entry)
                     print(f"    {line.rstrip()[:SHOWN]}", flush=True)
-            code = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+            code = process.wait(max(0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = None
         finally:
-            timer.cancel()
-        return None if late.is_set() else code, last
+            with suppress(ProcessLookupError):  # also what the command has started and left behind
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return code, last
+
+
+def lines_until(process, until):
+    """Yield the lines of a process until it closes its output, until another keeps it open behind the process's end and
+    is silent, or until that time."""
+    lines = queue.SimpleQueue()
+
+    def read():
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while (left := until - time.monotonic()) > 0:
+        ended = process.poll() is not None
+        with suppress(queue.Empty):
+            if (line := lines.get(timeout=min(left, SILENT))) is None:
+                return
+            yield line
+            continue
+        if ended:
+            return
 
 
 def result_of(line):
-    """The result that a line is: its JSON object, {"row": text} of a table; or None."""
+    """The result that a line is: its JSON object, or {"row": text} of a table; an object with the key of the step's
+    name as {"result": object}; or None."""
     if line.startswith("| "):
         return {"row": line.strip()}
     try:
-        return json.loads(line) if line.startswith("{") else None
-    except ValueError:
+        found = json.loads(line) if line.startswith("{") else None
+    except (ValueError, RecursionError):
         return None
+    return {"result": found} if found and "step" in found else found
 
 
 def table(steps):
@@ -261,7 +287,7 @@ def table(steps):
     head("step", "seconds", "needs besides torch")
     for step in steps:
         needs = [*step.programs, *(("requirements.txt",) if set(ENGINE) <= set(step.modules) else ())]
-        needs += [name for name in step.modules if name not in ENGINE or "requirements.txt" not in needs]
+        needs += [name for name in step.modules if name not in (*ENGINE, *RANKS) or "requirements.txt" not in needs]
         row(step.name, step.seconds, ", ".join(needs))
     row("in all", sum(step.seconds for step in steps), "")
 
@@ -278,7 +304,8 @@ def summary(steps, outcomes):
 
 def chosen(args, parser):
     """The Steps that the flags ask for, in order."""
-    known = [step for step in STEPS if not step.full or args.full or (args.only and step.named(args.only))]
+    short = args.quick or args.list
+    known = [step for step in STEPS if not (step.full and short) or args.full or step.named(args.only or ())]
     if not (args.offline or args.quick):
         known.insert([step.name for step in known].index(BEFORE), PACKAGES)
     if unknown := [word for word in args.only or () if not any(step.named([word]) for step in known)]:
@@ -289,7 +316,7 @@ def chosen(args, parser):
 def main(argv=None):
     parser = Parser(__doc__, minutes=60, output=None)
     parser.add_argument("--offline", action="store_true", help="the python at hand, nothing installed")
-    parser.add_argument("--full", action="store_true", help="more steps and the whole test suite, however long")
+    parser.add_argument("--full", action="store_true", help="all steps and the whole test suite, however long")
     parser.add_argument("--minutes", type=float, default=10, help="no step goes on after so many, but with --full")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "gpu_check", metavar="FOLDER")
     parser.add_argument("--only", nargs="+", metavar="STEP", help='these alone, or those of a kind, such as "engine"')

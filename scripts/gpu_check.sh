@@ -3,8 +3,8 @@
 #   sh scripts/gpu_check.sh                       sets up what is missing, then runs the checks
 #   sh scripts/gpu_check.sh --offline             takes the python at hand, leaves out what it lacks
 #   sh scripts/gpu_check.sh --only smoke engine   these steps, or those of these kinds, alone
-#   sh scripts/gpu_check.sh --full                more steps and the whole test suite, however long
-#   sh scripts/gpu_check.sh --list                the steps, and the seconds that each should take
+#   sh scripts/gpu_check.sh --full                all steps and the whole test suite, however long
+#   sh scripts/gpu_check.sh --list                the steps of ten minutes, and the seconds that each should take
 #
 # Other flags go to benchmarks/gpu_check.py, and `sh scripts/gpu_check.sh --offline --help` lists them. Results are in
 # out/gpu_check, and the end lists what was measured, what failed and what was left out. Exit code 0 if no step failed,

@@ -65,7 +65,7 @@ def test_packages_are_installed_behind_what_needs_none_and_never_offline(capsys)
         if there:
             before = set(names[2 : names.index("packages")])
             listed = (each for each in program.STEPS if each.name in before)
-            assert all({*each.modules} <= {*program.ENGINE} and not each.programs for each in listed)
+            assert all({*each.modules} <= {*program.ENGINE, *program.RANKS} and not each.programs for each in listed)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,23 @@ def test_a_step_that_fails_does_not_stop_the_others(check, then, code, outcome):
     assert "    smoke a" in out and f"measured: {3 + (outcome == 'measured')} of 4\n    card" in out
 
 
+def test_no_output_of_a_step_ends_the_check(check):
+    """An object with the key of a step's name, a byte that is no UTF-8, and JSON too deep to read."""
+    odd = """echo '{"step": 3}'; printf '\\377\\n'; head -c 100000 /dev/zero | sed 's/\\x0/{"a":/g'; echo"""
+    code, outcomes, results, _ = check([step("card", odd), step("later")])
+    assert (code, outcomes) == (0, {"card": "measured", "later": "measured"})
+    assert {"step": "card", "result": {"step": 3}} in results
+
+
+def test_what_a_step_leaves_behind_holds_no_other(check, tmp_path):
+    """A process in a session of its own that keeps the output open."""
+    pid = tmp_path / "pid"
+    left = f"setsid sh -c 'echo $$ >{pid}; exec sleep 600' & while [ ! -s {pid} ]; do sleep 0.1; done"
+    code, outcomes, _, _ = check([step("card", left), step("later")])
+    assert (code, outcomes) == (0, {"card": "measured", "later": "measured"})
+    os.kill(int(pid.read_text()), signal.SIGKILL)  # it is still there
+
+
 def test_what_a_machine_lacks_is_left_out_by_name(check):
     steps = [step("card"), step("a", modules=("no_numpy", "json")), step("b", programs=("no-such-tool",))]
     code, outcomes, _, out = check(steps)
@@ -104,7 +121,11 @@ def test_without_a_gpu_nothing_more_is_tried(check):
 
 def test_time_leaves_out_the_steps_behind_it_but_not_with_full(check):
     steps = [step("card"), step("more", full=True)]
-    assert check(steps, "--minutes", "0.01")[1] == {"card": "left out: 0.01 minutes are over"}
+    over = "left out: 0.01 minutes are over"
+    assert check(steps, "--minutes", "0.01")[1] == {"card": over, "more": over}
+    more = check(steps, "--minutes", "0.9")[1]["more"]
+    assert re.fullmatch("left out: it needs 60 s, and [0-9]+ of 0.9 minutes are left", more)
+    assert check(steps)[1] == {"card": "measured", "more": "measured"}  # while minutes last
     assert check(steps, "--minutes", "0.01", "--full")[1] == {"card": "measured", "more": "measured"}
 
 
@@ -140,6 +161,12 @@ def test_steps_for_which_torch_is_enough_run_with_torch_alone(tmp_path):
         environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'RWKV-PEFT'}"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (each.name, done.stderr)
+
+
+def test_one_device_needs_no_package_of_ranks():
+    without = {each.name for each in program.STEPS if not {*program.RANKS} & {*each.modules}}
+    assert {"engine x070", "engine x060", "RWKV-7a", "compile", "large", "serve"} <= without
+    assert not {"two GPUs", "a rank that raises", "stage 3", "test suite"} & without
 
 
 def test_offline_takes_the_python_at_hand_and_installs_nothing(tmp_path):
