@@ -10,6 +10,7 @@ import pytest
 import rwkv_peft.data.sources as sft
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
+from rwkv_peft.data.row_settings import refuse_hub_name
 from rwkv_peft.data.sources import build_samples, prepare_sft
 from rwkv_peft.data.tokenizer import load_tokenizer
 
@@ -113,9 +114,9 @@ def test_mistakes_are_named(config, settings, message):
 
 def test_a_file_that_will_be_written_is_no_name_on_the_hub(config):
     """`rwkv-peft study --output out` names out/questions.jsonl before it makes the folder."""
-    sft.refuse_hub_name(replace(config(ROWS), path="absent/questions.jsonl"))
+    refuse_hub_name(replace(config(ROWS), path="absent/questions.jsonl"))
     with pytest.raises(UserError, match="hf download meta-math/MetaMathQA"):
-        sft.refuse_hub_name(replace(config(ROWS), path="meta-math/MetaMathQA"))
+        refuse_hub_name(replace(config(ROWS), path="meta-math/MetaMathQA"))
 
 
 def test_a_folder_that_datasets_wrote(config, tmp_path):
