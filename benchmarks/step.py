@@ -16,6 +16,7 @@ under torch's profiler, which slows small operations down: read them as proporti
 --instructions prints the tables for this processor told to be an older one, all: as it is. One thread; processor time.
 """
 
+import gc
 import itertools
 import os
 import subprocess
@@ -225,10 +226,13 @@ def timed(step, device, clock):
 def shares(step, matrices):
     """The share of each of PARTS in a step's time; time outside of any operation is "other"."""
     shapes = {tuple(sorted(weight.shape)) for weight in matrices}
+    gc.collect()
+    gc.disable()  # the profiler's own objects make Python look for garbage, in whatever operation runs
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         start = time.perf_counter()
         step()
         wall = 1e6 * (time.perf_counter() - start)
+    gc.enable()
     spent = dict.fromkeys(PARTS, 0.0)
     for event in profile.events():
         spent[part_of(event, shapes)] += event.self_cpu_time_total

@@ -5,6 +5,7 @@
 // library is compiled for one instruction set.
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "common/dispatch.h"
 #include "common/exp.h"
@@ -21,6 +22,7 @@ template <class E>
 void cross_entropy(E* logits, const int64_t* targets, float* losses, int64_t rows, int64_t vocabulary, float scale,
                    float pull, bool gradient, int threads) {
     parallel(rows, rows * vocabulary, threads, [=](int64_t first, int64_t end, int) {
+        std::vector<float> powers(gradient ? vocabulary : 0);  // of a row, which stay in the cache
         for (int64_t row = first; row < end; row++) {
             E* x = logits + row * vocabulary;
             float largest = to_float(x[0]);
@@ -38,16 +40,21 @@ void cross_entropy(E* logits, const int64_t* targets, float* losses, int64_t row
             for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
                 const int64_t stop = std::min(begin + kBlock, vocabulary);
                 float part = 0.0f;
+                if (gradient) {
 #pragma omp simd reduction(+ : part)
-                for (int64_t i = begin; i < stop; i++) part += exp_of(to_float(x[i]) - largest);
+                    for (int64_t i = begin; i < stop; i++) part += powers[i] = exp_of(to_float(x[i]) - largest);
+                } else {
+#pragma omp simd reduction(+ : part)
+                    for (int64_t i = begin; i < stop; i++) part += exp_of(to_float(x[i]) - largest);
+                }
                 sum += part;
             }
             const int64_t target = targets[row];
             losses[row] = __builtin_logf(static_cast<float>(sum)) + (largest - to_float(x[target]));
             if (!gradient) continue;
             const float factor = static_cast<float>(scale / sum);
-            const float at_target = exp_of(to_float(x[target]) - largest) * factor - scale;
-            for (int64_t i = 0; i < vocabulary; i++) x[i] = from_float<E>(exp_of(to_float(x[i]) - largest) * factor);
+            const float at_target = powers[target] * factor - scale;
+            for (int64_t i = 0; i < vocabulary; i++) x[i] = from_float<E>(powers[i] * factor);
             x[target] = from_float<E>(at_target);
             const float at_largest = where == target ? at_target : factor;  // exp(0) is 1
             x[where] = from_float<E>(at_largest + scale * pull * largest);
