@@ -203,7 +203,7 @@ def test_larger_steps_forget_nothing_of_those_before(files, train):
     assert [line["step"] for line in lines] == [0, 0, 0, 0, 0, 0, 0, 1, 2, 3]
     assert [line | {"step": None} for line in lines[:8]] == [line | {"step": None} for line in before]
     lowest = min(line["val_loss"] for line in before if "val_loss" in line)
-    assert lines[-1]["val_loss"] > lowest and f"lowest loss {lowest:.4f}" in out
+    assert lines[-1]["val_loss"] > lowest and f"best loss {lowest:.4f}" in out
     assert (files / "larger" / "adapter-best.safetensors").read_bytes() == best
 
 
@@ -218,11 +218,11 @@ def test_the_lowest_loss_is_that_on_the_data_of_now(files, train):
     lines = metrics(files, "validated")
     best = files / "validated" / "adapter-best.safetensors"
     assert best.exists() and len(lines) == 6
-    assert f"lowest loss {lines[3]['val_loss']:.4f}, {best}; stopped after 2 validations" in out
+    assert f"best loss {lines[3]['val_loss']:.4f}, {best}; stopped after 2 validations" in out
     again = ("--early_stop", "4", "--epoch_count", "3", "--resume")  # which knows of both data sets
     out, _ = train("validated", *flags, str(files / "held-out"), *again)
     assert lines[0]["val_loss"] < lines[3]["val_loss"] and len(metrics(files, "validated")) == 8
-    assert f"lowest loss {lines[3]['val_loss']:.4f}, {best}; stopped after 4 validations" in out
+    assert f"best loss {lines[3]['val_loss']:.4f}, {best}; stopped after 4 validations" in out
 
 
 FLAGS = (

@@ -50,7 +50,7 @@ def test_it_is_measured_before_the_first_step_and_with_each_validation(files, me
     first, second = measured
     starts = (lines[0][f"{name}_start"] for name in ("val", "retain"))
     assert "before the first step: validation loss {:.4f}, retained loss {:.4f}\n".format(*starts) in first
-    assert f"validation  loss {lines[0]['val_start']:.4f} before training, {lines[-1]['val_loss']:.4f} at" in second
+    assert f"validation  loss {lines[0]['val_start']:.4f} at first, {lines[-1]['val_loss']:.4f} at" in second
     assert "before the first step" not in second
     assert f", perplexity {lines[5]['val_ppl']:.2f}, retained loss {retained[5]:.4f}\n" in second
     assert f"forgetting is measured on 9 samples of {files / 'kept'}: loss on all 205 tokens\n" in first
@@ -93,7 +93,7 @@ def test_it_needs_no_validation_and_decides_nothing(files, train, kept):
     lines = metrics(files, "alone")
     assert list(losses(lines, "retain_loss")) == [3, 7] and not losses(lines, "val_loss")
     assert f"step 4: retained loss {lines[3]['retain_loss']:.4f}, perplexity" not in out
-    assert f"step 4: retained loss {lines[3]['retain_loss']:.4f}\n" in out and "lowest loss" not in out
+    assert f"step 4: retained loss {lines[3]['retain_loss']:.4f}\n" in out and "best loss" not in out
     assert not list((files / "alone").glob("*-best*"))
 
 

@@ -15,10 +15,10 @@ from ..cli.names import CARD, METRICS, PICTURE, RUN
 from ..cli.parser import counted
 from ..data.recorded import ENTRY, OPENING
 from ..data.report import opening_of
-from ..plots import plot_loss, read_metrics, series
+from ..plots import plot_loss, read_metrics
 from ..release.card import card_of, write_card
 from .inputs import VALIDATION
-from .learned import UNKNOWN, aim_of, by_source, held_out_line, notes_on, overfitted, quarters_of
+from .learned import UNKNOWN, aim_of, by_source, notes_on, on_held_out, quarters_of
 from .loop import StopRequest
 from .prepared import TrainingRun
 from .saving.products import newest_name
@@ -44,11 +44,10 @@ def exit_code(run: TrainingRun, done: int, stop: StopRequest) -> int:
 
 def report_end(run: TrainingRun, done: int, stop: StopRequest, say: Callable[..., object]) -> tuple[int, str]:
     """Draw the loss curve and write the card of a run; returns (the exit code, how it ended in words)."""
-    records, losses, sources, held_out = list[dict[str, Any]](), list[float](), list[str](), HeldOut(None, [])
+    records, held_out = list[dict[str, Any]](), HeldOut(None, [])
     name, sign = aim_of(run.config)
     try:
         records = read_metrics(run.folder / METRICS)
-        losses, sources = [sign * value for value in series(records, name)[1]], list(by_source(records))
         held_out = HeldOut.of(records, run.inputs.identity[SINCE])
         plot_loss(run.folder / METRICS, run.folder / PICTURE)
     except UserError as error:  # the trained tensors are saved, so go on
@@ -58,17 +57,21 @@ def report_end(run: TrainingRun, done: int, stop: StopRequest, say: Callable[...
             f"stopped after {done:,} of {counted(run.plan.total_steps, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
         )
-    answers = [] if run.rows is None else list(run.rows.lines())
-    report = [*under("sources", sources), *under("answers", answers)]
-    report += notes_on(run.config, losses, records, run.rows)
+    sources, answers = list(by_source(records)), [] if run.rows is None else list(run.rows.lines())
+    report = [*under("sources", sources), *under("answers", answers), *notes_on(run.config, records, run.rows)]
     figures = [("steps", f"{run.plan.total_steps:,}")]
-    if quarters := quarters_of(losses):
-        figures.append((name, f"{quarters.in_words(sign)}, the first and last quarter's mean"))
+    if records:
+        first, last = quarters_of(records, name)
+        figures.append((name, f"{first:.4f} to {last:.4f}, the first and last quarter's mean"))
     figures += [("sources", line) for line in sources]
     figures += [("answers", line) for line in answers if not line.startswith(" ")]
     if held_out.losses:
-        figures.append(("validation", held_out_line(held_out, name, sign)))
-        report += on_held_out(run, held_out, name, sign)
+        best = labelled(newest_of(run), BEST)
+        course, *notes = on_held_out(held_out, name, sign, best)
+        patience = counted(run.config.train.early_stop, "validation")
+        early = f"; stopped after {patience} without a lower one" if run.exhausted else ""
+        figures.append(("validation", course))
+        report += [f"validation  {course}, {best}{early}", *notes]
     elif run.config.data.of_answers and VALIDATION not in run.inputs.measured:
         report.append(f"validation  {UNKNOWN}")
     use = write_run_card(run, figures, say)
@@ -85,16 +88,6 @@ def under(label: str, lines: Iterable[str]) -> Iterator[str]:
     """Yield lines in a column, the first behind the label."""
     for number, line in enumerate(lines):
         yield f"{'' if number else label:<10}{line}"
-
-
-def on_held_out(run: TrainingRun, held_out: HeldOut, name: str, sign: int) -> Iterator[str]:
-    """Yield the lines about the validation of a run, the last a note if it learned nothing that holds for others."""
-    best = labelled(newest_of(run), BEST)
-    patience = counted(run.config.train.early_stop, "validation")
-    early = f"; stopped after {patience} without a lower one" if run.exhausted else ""
-    yield f"validation  {held_out_line(held_out, name, sign)}, {best}{early}"
-    if sign > 0 and (note := overfitted(held_out, run.plan, best)):
-        yield note
 
 
 def write_run_card(run: TrainingRun, figures: Sequence[tuple[str, str]], say: Callable[..., object]) -> str:
