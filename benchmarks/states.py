@@ -10,8 +10,8 @@ import statistics
 import sys
 
 import torch
+import torch.nn.functional as F
 from common import DEMO, ROOT, Parser, head, row
-from optimizers import KEPT_BACK, ROWS, batch_of, loss_of
 
 import rwkv_peft as rp
 from rwkv_peft.config.train import learning_rate
@@ -20,7 +20,27 @@ from rwkv_peft.models import family_named
 sys.path.insert(0, str(ROOT / "demo"))
 from task import documents  # noqa: E402
 
+ROWS, KEPT_BACK = 4, 32  # of a step; to measure on
 PARTS = (("wkv",), ("shift",), ("wkv", "shift"))
+
+
+def batch_of(rows, tokenizer):
+    """(tokens (B, T), which of tokens[:, 1:] are the answers' (B, T - 1))."""
+    ids = [(tokenizer.encode(row["prompt"]), tokenizer.encode(row["completion"])) for row in rows]
+    length = max(len(prompt) + len(answer) for prompt, answer in ids)
+    tokens = torch.zeros(len(ids), length, dtype=torch.int64)
+    counts = torch.zeros(len(ids), length - 1, dtype=torch.bool)
+    for place, (prompt, answer) in enumerate(ids):
+        end = len(prompt) + len(answer)
+        tokens[place, :end] = torch.tensor([*prompt, *answer])
+        counts[place, len(prompt) - 1 : end - 1] = True
+    return tokens, counts
+
+
+def loss_of(model, batch):
+    tokens, counts = batch
+    logits, _ = model(tokens[:, :-1])
+    return F.cross_entropy(logits[counts], tokens[:, 1:][counts])
 
 
 def measured(version, parts, rate, steps, seed):
