@@ -281,7 +281,7 @@ def test_one_bad_row_and_many_kinds(preprocess, capsys):
     assert "2 bad rows left out, of 2 kinds" in said and "1 x  " in said and "1 empty row left out" in said
     preprocess('{"text": "a"}\nnonsense\n', "--skip_bad_rows")
     assert "1 bad row left out:\n  " in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"150 bad rows, of 150 kinds, .*\n(.*\n){8}  and 142 rows of other kinds\n"):
+    with pytest.raises(UserError, match=r"150 bad rows, of 150 kinds, .*\n(.*\n){8}  and 142 rows of other kinds$"):
         preprocess([{f"field{chr(97 + i // 12)}{chr(97 + i % 12)}": 1} for i in range(150)])
 
 
@@ -481,7 +481,7 @@ def test_a_file_of_which_nothing_counts_is_refused(preprocess, answers, rows, wh
 def test_fields_that_are_not_known_are_shown_and_none_is_proposed(preprocess, row):
     with pytest.raises(UserError) as refused:
         preprocess([row, {name: f"{value} it's" * 9 if isinstance(value, str) else 1 for name, value in row.items()}])
-    (heading, line, _) = str(refused.value).splitlines()
+    heading, line = str(refused.value).splitlines()
     assert heading == "2 bad rows, the first of them:" and line.startswith("  2 x  ")
     for name, value in row.items():
         shown = {list: "[…]", dict: "{…}"}.get(type(value), repr(value[:30]) if isinstance(value, str) else "None")

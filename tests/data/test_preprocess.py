@@ -28,10 +28,10 @@ def test_the_mark_that_windows_puts_before_a_text_is_no_part_of_it(preprocess, t
     [
         (
             "{}\n",
-            r"in\.jsonl, line 1: a row has the fields \(none\); known are text.*; name yours, as --fields .*TEXT\n",
+            r"in\.jsonl, line 1: a row has the fields \(none\); known are text.*; name yours, as --fields .*TEXT$",
         ),
         ('{"Frage": "a", "Die Antwort": "b"}\n', "a row has the fields Frage 'a', Die Antwort 'b'; known are"),
-        ("{}\n", r"\n\(--skip_bad_rows leaves such rows out, and counts them\)"),
+        ('{"text": "a"}\n{}\n', r"\n\(--skip_bad_rows leaves such rows out, and counts them\)$"),
         ('{"text": "a"}\n\n{"text": [3]}\n', "line 3: field 'text' holds a list, not text"),
         ('{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("[" * 100000 + "\n", r"in\.jsonl begins with \[, .* not JSON"),

@@ -321,9 +321,10 @@ def with_choices(rows: list[dict[str, Any]], choices: tuple[str, ...]) -> Column
     by_key = {folded(name): name for name in names if name not in choices}
     right = next((by_key[key] for key in RIGHT if key in by_key and names_one(rows, by_key[key], choices)), "")
     if not right:
-        raise UnknownForm(
+        raise UserError(
             f"a row has the choices {', '.join(choices)} beside its question, and no field that names the right one by "
-            "its letter, its text or its number; a template lays such rows out, as --template FILE"
+            "its letter, its text or its number; write its letter into a field answer"
+            + (", or lay the rows out by a template, as --template FILE" if len(choices) > 1 else "")
         )
     numbers = [row[right] for row in rows if isinstance(row.get(right), int) and not isinstance(row[right], bool)]
     if numbers and any(

@@ -123,7 +123,8 @@ def write(
 def refuse_useless(totals: Totals, documents: int, inputs: str, settings: EncodeSettings, split: str) -> None:
     """Raise UserError for bad rows that are not to be skipped, and for documents from which nothing is learned."""
     if totals.bad and not settings.skip_bad_rows:
-        raise UserError(*totals.bad.lines(), f"({SKIP})", offers=totals.bad.offers)
+        skip = [f"({SKIP})"] * bool(documents)  # which leaves nothing if no row can be read
+        raise UserError(*totals.bad.lines(), *skip, offers=totals.bad.offers)
     if not documents:
         why = "; ".join(left_out(totals)) or "there is no row" + (f" within {split}" if split else "")
         raise UserError(f"{inputs}: no document to write: {why}", offers=totals.bad.offers)
