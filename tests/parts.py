@@ -2,7 +2,7 @@
 
 BASE = "children config cli memory gpus system".split()
 FLAGS = ["checkpoints/source_flags", *(f"{room}/flags" for room in "release inference evals inference/serve".split())]
-FLAGS += ["inference/settings"]
+FLAGS += ["inference/settings", "release/probe"]
 # (part, the modules that make it, the parts that it may import); whatever an imported part may import is open too. A
 # module stands for what is below it, unless that is named itself.
 PARTS = (
@@ -32,6 +32,7 @@ PARTS = (
     ("web", ("inference/serve/web",), ("base",)),  # of any server
     ("inference/serve", ("inference/serve",), ("inference", "web")),
     ("evals", ("evals",), ("inference",)),
+    ("prove", ("release/prove",), ("evals",)),
     ("rewards", ("rewards",), ("evals", "environments")),
     ("hf", ("hf",), ("inference", "convert")),
     ("plots", ("plots", "tools/plot"), ("containers", "objectives")),

@@ -25,6 +25,7 @@ COMMANDS = (
     ("serve", serve.RULES, "--model m.pth {}"),
     ("merge", release.MERGE_RULES, "--base_model b.pth --bone_checkpoint a.safetensors {}"),
     ("check", release.CHECK_RULES, "--merged m.pth {}"),
+    ("prove", release.PROVE_RULES, "out {}"),
     ("convert", release.CONVERT_RULES, "a.safetensors a.pth {}"),
     ("preprocess", preprocess.RULES, "rows.jsonl {}"),
     ("plan", plan.RULES, "{}"),

@@ -110,6 +110,13 @@ COMMANDS = (
     ),
     Command(
         "Release",
+        "prove",
+        "write the answers of a run, and name what is wrong at an endpoint that should give them",
+        "release.prove",
+        flags="release.flags:prove_flags",
+    ),
+    Command(
+        "Release",
         "inspect",
         "show the content of a file, and how far its matrices moved from the base",
         "release.inspect",

@@ -1,4 +1,4 @@
-"""The flags of merge, check, inspect and convert: argv -> the parsed flags, or UserError.
+"""The flags of merge, check, prove, inspect, convert and push: argv -> the parsed flags, or UserError.
 
 They are checked before torch is imported, so that a mistake is reported at once.
 """
@@ -10,8 +10,9 @@ from types import MappingProxyType
 from ..checkpoints.source_flags import ScaledFiles, add_source_flags
 from ..cli.names import GGUF_TYPES, QUANTS, called
 from ..cli.parser import Parser, constrained, positive, up_to
-from ..cli.rules import NEEDS, Rule
+from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config import QUANTIZATIONS
+from .probe import add_endpoint_flags
 
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 # flags of RWKV-PEFT's earlier mergers and of train.py -> the flag here
@@ -37,6 +38,10 @@ ADAPTER_FLAGS = ("--bone_checkpoint", "--adapter", "--lora_checkpoint", "--peft_
 MERGE = "merge_bone.py"
 MERGE_RULES = (
     Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or add --dry_run"),
+)
+PROVE_RULES = (
+    Rule("--model, --api_key", NEEDS, "--url", "they are an endpoint's", "give its address"),
+    Rule("--output, --load_model, --data_file", EXCLUDES, "--url", "they are about writing a proof"),
 )
 CHECK = "rwkv-peft check"
 CHECK_RULES = (
@@ -230,4 +235,25 @@ def push_flags(argv: list[str]) -> argparse.Namespace:
     message = "message of the commit (default: %(default)s)"
     add("--message", default="Upload with rwkv-peft", metavar="TEXT", help=message)
     add("--dry_run", action="store_true", help="only say what would be pushed")
+    return parser.parse_args(argv)
+
+
+def prove_flags(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="rwkv-peft prove",
+        rules=PROVE_RULES,
+        usage="rwkv-peft prove [-h] RUN [--output FILE] …, or rwkv-peft prove FILE --url URL …",
+        description="Write a proof of a run: prompts, and the greedy answers to them. With --url, ask an endpoint "
+        "by a proof, and name what is wrong there: tokenizer, sampling, model file, adapter, quantization, template, "
+        "stop. A proof is a script, which asks by itself on machines that have nothing but Python.",
+    )
+    add = parser.add_argument
+    add("source", metavar="RUN|FILE", help="the folder of a run to write a proof of, or with --url a proof")
+    add("--output", metavar="FILE", help="the proof to write (default: proof.py in RUN)")
+    add("--load_model", metavar="FILE", help="the run's base, if it has moved")
+    add("--data_file", metavar="FILE", help="rows to ask, if the run's own have moved")
+    add("--rows", type=positive, default=8, help="the most prompts of rows (default 8)")
+    add("--max_tokens", type=positive, default=48, help="the most tokens of an answer (default 48)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    add_endpoint_flags(parser)
     return parser.parse_args(argv)
