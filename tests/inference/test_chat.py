@@ -132,6 +132,42 @@ def test_what_cannot_be_saved_is_told_and_ends_nothing(chat, model):
     assert error.count("/reset forgets the chat") == 3
 
 
+@pytest.mark.parametrize("think", ["", "off"])
+def test_an_answer_is_corrected_and_marked_and_the_chat_goes_on_from_the_better_one(chat, model, tmp_path, think):
+    lines = ["Hi", "/good", "/fix Hello", "So?", "/bad", "/fix"]
+    flags = ["--think", think] if think else []
+    lead = ">\n" if think else " "
+    says = [f"{lead}Yo|", f"{lead}No|"]
+    _, error, logits = chat(lines, "--system", "Be.", "--feedback", tmp_path / "notes.jsonl", *flags, says=says)
+    last = ("system", "Be."), ("user", "Hi"), ("assistant", "Hello"), ("user", "So?"), EMPTY
+    assert_after(logits[-len(f"{lead}No|")], model, last, len(lead), think)
+    good, better, bad = (json.loads(line) for line in (tmp_path / "notes.jsonl").read_text().splitlines())
+    hi = [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}]
+    assert good["messages"] == [*hi, {"role": "assistant", "content": "Yo"}] and good["label"] is True
+    assert (better["messages"], better["chosen"], better["rejected"]) == (hi, "Hello", "Yo")
+    said = [turn["content"] for turn in bad["messages"]]
+    assert said == ["Be.", "Hi", "Hello", "So?", "No"] and bad["label"] is False and bad["model"] == str(model)
+    assert error.count("noted in ") == 3 and error.count("/reset forgets the chat") == 2
+
+
+def test_feedback_that_cannot_be_taken_is_told_and_ends_nothing(chat, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out, error, _ = chat(["/good", "Hi", "/fix Hello"], says=[" Yo|"])
+    assert out == "Assistant: Yo\n\n" and error.count("start the chat with --feedback FILE.jsonl") == 2
+    flags = ["--feedback", "notes.jsonl", "--max_tokens", 4]
+    out, error, _ = chat(["/bad", "Hi", "/good", "/fix Hello", "/bad"], *flags, says=[" Yo!"])
+    for words in (
+        "nothing was answered yet",
+        "was cut off, and would be learned",
+        "5 tokens, and an answer has at most 4",
+    ):
+        assert error.count(words) == 1
+    assert len((tmp_path / "notes.jsonl").read_text().splitlines()) == 1
+    for wrong, message in ((["--feedback", "notes.txt"], "name it so"), (["--feedback", str(model)], "name it so")):
+        with pytest.raises(UserError, match=message):
+            chat([], *wrong)
+
+
 def test_saving_replaces_another_file_when_it_is_asked_twice(chat, tmp_path):
     other, own = tmp_path / "other.pth", tmp_path / "own.pth"
     other.write_bytes(b"mine")

@@ -34,6 +34,7 @@ from .chat import (
 )
 from .columns import KNOWN, PEEKED, Columns, columns_of, is_answer_word, peeked
 from .exports import chats_in, export_of, require_speaker, rows_of, speakers_in
+from .feedback import is_feedback, learned_as
 from .fields import LISTS, UnknownForm, unread
 from .forms import ANSWER, ANSWERS, CHATS, LABELLED, SIDES, TURNS, label_of, loss_weight_of, refuse_compared, with_turns
 from .layouts import RowLayout, Template
@@ -293,6 +294,11 @@ class Encoder:
         is_text = isinstance(item, str) and self.kind in LEARNED
         parsed: Any = None if is_text else parse(item)
         row = columns(parsed) if columns else parsed
+        if is_feedback(row) and not (self.template or self.settings.fields):
+            row = learned_as(row, self.kind)
+            if row is None:
+                totals.counts["feedback"] += 1
+                return None
         if isinstance(row, dict) and self.kind in ALIKE and not self.template:
             refuse_compared(row, bool(self.settings.fields))
         documents = [[(str(item), True)]] if is_text else self.documents(row)

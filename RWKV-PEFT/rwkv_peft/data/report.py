@@ -132,6 +132,7 @@ def left_out(totals: Totals) -> list[str]:
         "equal": ("pair", "of equal answers left out"),
         "dropped": ("row", "the same as an earlier one, dropped"),
         "bare": ("row", "without a prompt or an answer, left out"),
+        "feedback": ("row", "of feedback that this kind of rows does not learn from, left out"),
     }
     found = ((totals.counts[name], *both) for name, both in words.items())
     return lines + [f"{counted(number, word)} {what}" for number, word, what in found if number]

@@ -17,7 +17,8 @@ import torch
 from ..checkpoints.atomic import check_output, same_file
 from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError, short
-from ..data.chat import THINK, THINK_CLOSES, TURN_END, ChatLayout
+from ..data.chat import LEADS, THINK, THINK_CLOSES, TURN_END, ChatLayout, shown_opening
+from ..data.feedback import Answered, FeedbackFile
 from ..data.tokenizer import Tokenizer
 from ..data.tools import ToolCall, parse_calls
 from ..environments.environments import Environments, FailedRequest, Place
@@ -36,7 +37,8 @@ from .thinking import constraint_behind
 
 HELP = (
     "/reset forgets the chat, /save FILE keeps it for --state, /tool TEXT is the result of a call, /exit or Ctrl-D "
-    "ends it; Ctrl-C ends an answer, twice the chat"
+    "ends it; Ctrl-C ends an answer, twice the chat; with --feedback /good and /bad mark the answer, /fix TEXT "
+    "replaces it"
 )
 CODE = 130  # the exit code after Ctrl-C
 DIM, PLAIN = "\x1b[2m", "\x1b[22m"  # a terminal shows a thinking between them
@@ -62,6 +64,7 @@ class Session:
     def reset(self) -> None:
         """Forget every turn."""
         self.state, self.closed = self.start, True
+        self.before = self.start  # the State before the last turn
         self.tail: list[int] = []
         self.cut = False
 
@@ -79,6 +82,12 @@ class Session:
             self.state = prefill(self.model, [self.tail], self.state)[1]
             self.tail = []
 
+    def rewrite(self, texts: Iterable[str]) -> None:
+        """Go on as if the last question had another answer; texts are both, as in `answer`."""
+        self.state, self.closed = self.before, False
+        self.tail = [token for text in texts for token in self.tokenizer.encode(text)]
+        self.close()
+
     @torch.inference_mode()
     def answer(self, texts: Iterable[str], stops: Iterable[str], max_tokens: int) -> Generator[str, None, None]:
         """Read texts, each tokenized by itself as in training data, and yield the answer piece by piece.
@@ -87,7 +96,7 @@ class Session:
         iterating, the sequence has the part sampled so far. Raises UserError if the logits are not finite.
         """
         self.close()
-        texts = list(texts)
+        texts, self.before = list(texts), self.state
         tokens = [token for text in texts for token in self.tokenizer.encode(text)]
         stream, shown, self.cut = TextStream(self.tokenizer, stops), "", False
         turn_end: tuple[str, State] | None = None  # the last text that ends in TURN_END, and the State after it
@@ -185,8 +194,12 @@ class ChatLoop:
 
     stops end an answer; convert(line) is applied to each line; inputs are the (flag, path) pairs that /save must not
     overwrite, except --state, because a session may go on in its own file. system and the list of tools come before
-    the first turn, also after /reset. If an answer calls tools, as many results are due before the next one.
+    the first turn, also after /reset. If an answer calls tools, as many results are due before the next one. feedback
+    takes what is said of answers by a model and adapters, the files in `origin`; None for nothing.
     """
+
+    feedback: FeedbackFile | None = None
+    origin = ("", "")
 
     def __init__(
         self,
@@ -204,6 +217,7 @@ class ChatLoop:
         self.replaceable = [path for flag, path in inputs if flag == "--state" and path]
         self.layout, self.system, self.tools = layout, system, tools
         self.awaited, self.results = 1, list[str]()
+        self.turns, self.texts, self.whole = list[dict[str, str]](), list[str](), False
 
     def run(self) -> int:
         """Answer lines until the input ends -> the exit code. A UserError is printed on a terminal, and raised if the
@@ -234,9 +248,13 @@ class ChatLoop:
 
     def answer(self, words: str) -> None:
         if self.session.begins:
-            self.reply(self.layout.question(words + self.tools.opening, self.system, self.tools.listed))
+            words += self.tools.opening
+            self.turns = [{"role": "system", "content": self.system}] if self.system.strip() else []
+            texts = self.layout.question(words, self.system, self.tools.listed)
         else:
-            self.reply(self.layout.question(words))
+            texts = self.layout.question(words)
+        self.turns.append({"role": "user", "content": words})
+        self.reply(texts)
 
     def take_result(self, text: str) -> None:
         """Collect the result of a call, and answer once all are there."""
@@ -248,7 +266,9 @@ class ChatLoop:
 
     def after_tools(self, results: Sequence[str]) -> list[str]:
         """The texts of calls' results and of the opening of the answer to them."""
-        return self.layout.prompt([{"role": "tool", "content": result} for result in results])
+        turns = [{"role": "tool", "content": result} for result in results]
+        self.turns += turns
+        return self.layout.prompt(turns)
 
     def reply(self, texts: Sequence[str]) -> None:
         """Print the answer to texts. If it calls tools that can be run, print and read their results, and go on, for
@@ -265,7 +285,7 @@ class ChatLoop:
 
     def next_answer(self, texts: Sequence[str]) -> list[ToolCall]:
         """Print the answer to texts -> its calls."""
-        self.results, shown = [], list[str]()
+        self.results, shown, self.texts, self.whole = [], list[str](), list(texts), False
         speaker, colon, opening = texts[-1].partition(":")
         dims = opening == THINK["on"].opening and sys.stdout.isatty()
         show(speaker + colon + DIM * dims + opening)
@@ -277,8 +297,11 @@ class ChatLoop:
                     ends = dims and THINK_CLOSES in "".join(shown)
                     dims = dims and not ends
                     show(text + PLAIN * ends)
+            self.whole = not self.session.cut
         finally:
             show(PLAIN * dims + "\n\n")
+            words = LEADS[self.layout.think].sub("", "".join(shown), 1)
+            self.turns.append({"role": "assistant", "content": (shown_opening(self.layout.think) + words).strip()})
         _, calls = parse_calls(opening + "".join(shown))  # nothing is called in a thinking
         self.awaited = max(1, len(calls))
         if self.session.cut:
@@ -293,15 +316,39 @@ class ChatLoop:
         if name == "/reset":
             self.session.reset()
             self.tools.begin()
-            self.awaited, self.results = 1, []
+            self.awaited, self.results, self.turns = 1, [], []
             remark("the chat is forgotten")
         elif name == "/tool" and argument and not self.session.begins:
             self.take_result(self.convert(argument))
         elif name == "/save" and argument:
             self.save(argument)
+        elif name in ("/fix", "/good", "/bad") and (argument or name != "/fix"):
+            self.judge(name, self.convert(argument))
         else:
             remark(HELP)
         return True
+
+    def judge(self, name: str, better: str) -> None:
+        """Write what is said of the last answer; a better one takes its place. A UserError is printed, and the chat
+        goes on."""
+        try:
+            if self.feedback is None:
+                raise UserError(f"{name} writes rows to train on; start the chat with --feedback FILE.jsonl")
+            if not self.turns:
+                raise UserError(f"{name}: nothing was answered yet")
+            *turns, answer = self.turns
+            answered = Answered(turns, answer, *self.origin, self.tools.listed, self.whole)
+            if name == "/fix":
+                self.feedback.correct(answered, better)
+                opening, words = self.layout.answer(better, {})
+                speaker, colon, _ = self.texts[-1].partition(":")
+                self.session.rewrite([*self.texts[:-1], speaker + colon + opening, words])
+                self.turns[-1], self.whole = {"role": "assistant", "content": better.strip()}, True
+            else:
+                self.feedback.judge(answered, name == "/good")
+            remark(f"noted in {self.feedback.path}")
+        except UserError as error:
+            remark(f"error: {error}")
 
     def save(self, path: str) -> None:
         """Write the state after the last turn. A UserError is printed, and the chat goes on."""

@@ -13,6 +13,7 @@ from ..checkpoints.state_file import check_session_output
 from ..cli.errors import UserError
 from ..cli.parser import counted
 from ..data.chat import stops_of
+from ..data.feedback import FeedbackFile, check_feedback_file, scaled
 from ..data.recorded import chat_beside, note_on_chats
 from .chat import ChatLoop, ChatTools, Session, remark, show
 from .decode import complete
@@ -91,7 +92,11 @@ def chat(args: Namespace, subject: Subject, sampling: Sampling, tools: ChatTools
     layout = chat_beside(*files, clean=args.clean_turns, tool_form=args.tool_form)
     layout = replace(layout, think=args.think or "")
     inputs = [*inputs_of(args), ("--state", args.state)]
-    return ChatLoop(session, stops, args.max_tokens, convert, inputs, layout, args.system or "", tools).run()
+    loop = ChatLoop(session, stops, args.max_tokens, convert, inputs, layout, args.system or "", tools)
+    if args.feedback:
+        loop.feedback = FeedbackFile(args.feedback, subject.tokenizer, args.max_tokens)
+        loop.origin = args.model, " ".join(map(scaled, args.adapter, args.scales))
+    return loop.run()
 
 
 def check_outputs(args: Namespace) -> None:
@@ -99,6 +104,8 @@ def check_outputs(args: Namespace) -> None:
     inputs = inputs_of(args)
     if args.output:
         check_output("--output", args.output, [*inputs, ("--state", args.state)])
+    if args.feedback:
+        check_feedback_file(args.feedback, [*inputs, ("--state", args.state)])
     if args.save_state:  # a session may go on in its own file
         check_session_output("--save_state", args.save_state)
         check_output("--save_state", args.save_state, inputs)

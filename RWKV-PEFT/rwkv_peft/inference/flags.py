@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..checkpoints.source_flags import ScaledFiles, add_source_flags
 from ..cli.errors import UserError
@@ -22,6 +22,7 @@ RULES = (
     Rule("--save_state", EXCLUDES, "--chat", "a chat has no end to save", "type /save FILE"),
     Rule("--system", NEEDS, "--chat", "it comes before the first turn", AS_PROMPT),
     Rule("--tools", NEEDS, "--chat", "the first turn lists them", "leave it out"),
+    Rule("--feedback", NEEDS, "--chat", "it takes what is said of answers there", "leave it out"),
     Rule("--clean_turns, --tool_form", NEEDS, "--chat", "it is about the turns of one", "leave it out"),
     Rule(
         "--think",
@@ -79,6 +80,7 @@ def build_parser() -> Parser:
         "thinking of two lines, on with <think; low, medium and high also end your turns with (think a bit), (think) "
         "and (think a lot)",
     )
+    add_feedback_flag(add, "with --chat: append what /fix TEXT, /good and /bad say of answers to this file")
     add("--prompt", nargs="+", metavar="TEXT", help="one prompt or several")
     add(
         "--prompt_file",
@@ -106,6 +108,10 @@ def build_parser() -> Parser:
     )
     add_sampling_flags(parser)
     return parser
+
+
+def add_feedback_flag(add: Callable[..., object], text: str) -> None:
+    add("--feedback", metavar="JSONL", help=f"{text}, as rows to train on: corrections are pairs, marks are labels")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:

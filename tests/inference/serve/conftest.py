@@ -41,7 +41,7 @@ def server(files):
         *(f"coder={files}/coder.safetensors", "--state", f"calm={files}/state.pth", "--files", folder),
         *("--states", files / "states"),
         *("--batch", 4, "--queue", 4, "--body_mib", 1, "--max_tokens", 10**6),
-        *("--max_loaded", 2),
+        *("--max_loaded", 2, "--feedback", files / "feedback.jsonl"),
         *("--allow_origin", "https://chat.example.org"),
     )
     yield running

@@ -114,6 +114,11 @@ def alone(files):
     running.stop()
 
 
+def test_feedback_is_refused_by_a_server_without_a_file_for_it(alone):
+    status, _, body = alone.send("POST", "/v1/feedback", {"id": "chatcmpl-1", "mark": "good"})
+    assert status == 403 and "--feedback FILE.jsonl" in body["error"]["message"]
+
+
 def read(path, found):
     """The objects of a response: one, those of lines, or of events."""
     if isinstance(found, dict):

@@ -102,6 +102,24 @@ def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, server, 
     say(page, "Ann has 3 red cups. What is there?")
     expect(page.get_by_role("article")).to_contain_text("Aye! 3 red cups")
     expect(steps_done(page)).to_have_count(5)
+    press(page, "Rewrite")
+    page.get_by_label("A better answer").fill("Three, captain!")
+    press(page, "This is better")
+    expect(page.get_by_role("article")).to_contain_text("“Rewrite” is noted in my-feedback.jsonl ✓")
+    row = json.loads((folder / "my-feedback.jsonl").read_text())
+    assert (
+        row["chosen"] == "Three, captain!"
+        and row["rejected"].startswith("Aye!")
+        and row["model"] == "out/mine/merged.pth"
+    )
+    rows = {"path": "my-feedback.jsonl", "tokenizer": "bytes"}
+    assert [len(server.json("/api/preview", rows | {"data_type": kind})["sizes"]) for kind in ("sft", "pairs")] == [
+        1,
+        2,
+    ]
+    go(page, "Rows")
+    page.get_by_role("radio", name="my-feedback.jsonl").check()
+    expect(page.locator("mark").first).to_contain_text("Three, captain!")
     assert page.locator("html").evaluate("page => page.scrollWidth") <= 390
 
 

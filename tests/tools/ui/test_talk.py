@@ -28,7 +28,7 @@ class Models:
     """Stands in for a server of models: its next answers, the bodies of requests, and the models that are opened."""
 
     def __init__(self, page):
-        self.page, self.answers, self.asked, self.opened = page, [], [], []
+        self.page, self.answers, self.asked, self.opened, self.judged = page, [], [], [], []
         page.route(re.compile(r"/api/jobs\?"), lambda route: route.fulfill(json=[JOB] * bool(self.opened)))
         page.route(re.compile("/api/jobs/1"), lambda route: route.fulfill(json=JOB))
         page.route(re.compile(r"/api/runs\?"), lambda route: route.fulfill(json=[RUN]))
@@ -38,6 +38,7 @@ class Models:
         page.route(re.compile("/v1/models"), lambda route: route.fulfill(json={"data": names}))
         page.route(re.compile("/api/chat$"), self.open)
         page.route("**/chat/completions", self.complete)
+        page.route("**/v1/feedback", self.judge)
 
     def open(self, route):
         self.opened.append(route.request.post_data_json)
@@ -51,9 +52,15 @@ class Models:
         deltas = [{"content": delta} if isinstance(delta, str) else delta for delta in deltas]
         lines = [{"delta": delta} for delta in deltas] + ([{"delta": {}, "finish_reason": end}] if end else [])
         usage = {"choices": [], "usage": {"completion_tokens_details": {"reasoning_tokens": 7}}}
-        events = [*({"choices": [line]} for line in lines), usage]
+        events = [*({"id": f"c{len(self.asked)}", "choices": [line]} for line in lines), usage]
         body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
         return route.fulfill(content_type="text/event-stream", body=body)
+
+    def judge(self, route):
+        self.judged.append(route.request.post_data_json)
+        if self.judged[-1].get("text") == " ":
+            return route.fulfill(status=400, json={"error": {"message": "the better answer is empty"}})
+        route.fulfill(json={})
 
     def say(self, text):
         self.page.get_by_label("message", exact=True).fill(text)
@@ -225,6 +232,35 @@ def test_answers_have_a_height_and_a_repetition_is_cut(talk):
     assert (
         talk.answer("b").bounding_box()["y"] < talk.answer("base").bounding_box()["y"]
     )  # what was trained comes first
+
+
+def test_an_answer_is_marked_and_rewritten_and_the_chat_goes_on_from_the_better_one(talk):
+    talk.answers[:] = [(200, "stop", "Yo"), (200, "stop", "Yo"), (200, "length", "Yo")]
+    talk.say("Hi")
+    base, poet, cut = map(talk.answer, TITLES)
+    expect(cut).to_contain_text("cut")
+    expect(cut.get_by_role("button", name="Good")).to_be_disabled()
+    base.get_by_role("button", name="Bad").click()
+    expect(base.get_by_role("status")).to_have_text("“Bad” is noted in my-feedback.jsonl ✓")
+    poet.get_by_role("button", name="Rewrite").click()
+    expect(poet.get_by_label("A better answer")).to_have_value("Yo")
+    poet.get_by_label("A better answer").fill(" ")
+    poet.get_by_role("button", name="This is better").click()
+    expect(poet.get_by_role("alert")).to_have_text("the better answer is empty")
+    poet.get_by_label("A better answer").fill("Hello")
+    poet.get_by_role("button", name="This is better").click()
+    expect(poet.locator(".words")).to_have_text("Hello")
+    expect(poet.get_by_role("button", name="Good")).to_be_disabled()  # what the model said stands there no more
+    ids = [body["id"] for body in talk.judged]
+    assert ids[1:] == ids[1:2] * 2 and ids[0] != ids[1]
+    assert [{**body, "id": ""} for body in talk.judged[::2]] == [{"id": "", "mark": "bad"}, {"id": "", "text": "Hello"}]
+    talk.page.reload()
+    expect(talk.answer("out/poet").get_by_role("status")).to_contain_text("“Rewrite” is noted")
+    talk.answers[:] = [(200, "stop", "Yes.")]
+    talk.say("So?")
+    expect(talk.page.get_by_role("article")).to_have_count(6)
+    said = [body["messages"][1]["content"] for body in talk.asked[3:] if body["model"] == "adapter"]
+    assert said == ["Hello"]
 
 
 def test_a_message_that_was_refused_is_left_out_of_what_follows(talk):

@@ -16,15 +16,16 @@ from starlette.types import Receive, Scope, Send
 
 from ... import __version__
 from ...cli.errors import UserError, summarize
+from ...data.feedback import check_feedback_file
 from ..chat import remark
 from . import anthropic, ollama, openai_responses
 from .catalog import Catalog
 from .conversation import Conversation
 from .flags import parse_flags
-from .requests import ChatBody, CompletionBody, DetokenizeBody, LoadBody, TokenizeBody
+from .requests import ChatBody, CompletionBody, DetokenizeBody, FeedbackBody, LoadBody, TokenizeBody
 from .responses import ChatResponse
 from .service import Service
-from .web import App, Body, Gate, Guard, bound, new_app, run
+from .web import App, Body, Gate, Guard, RequestError, bound, new_app, run
 
 OLLAMA_PORT = 11434
 END = "<|endoftext|>"  # the name of the token that ends a document, which has no text
@@ -34,6 +35,10 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C -> the exit code, 1 after a CUDA error. Raises UserError for mistakes in flags and
     files."""
     args, defaults = parse_flags(argv)
+    if args.feedback:
+        files = [("--adapter", given.path) for given in args.adapter]
+        files += [("--state", given.path) for given in args.state]
+        check_feedback_file(args.feedback, [("--model", args.model), *files])
     with listening(args) as listener:
         catalog = Catalog(args)
         service = Service(args, defaults, catalog)
@@ -139,6 +144,13 @@ def add_routes(app: APIRouter, service: Service) -> None:
     @app.post("/chat/completions")
     async def chat(body: ChatBody, http: Request) -> Response:
         return await answer(service, body, http)
+
+    @app.post("/feedback")
+    async def feedback(body: FeedbackBody) -> dict[str, Any]:
+        if service.feedback is None:
+            raise RequestError(403, "no feedback is taken; start the server with --feedback FILE.jsonl")
+        await asyncio.to_thread(service.feedback.take, body)
+        return {"id": body.id, "object": "feedback", "index": body.index}
 
 
 def add_state_routes(app: APIRouter, service: Service) -> None:

@@ -41,6 +41,7 @@ class Catalog:
             remark(note)
         self.tokenizer = find_tokenizer(args.tokenizer, model.config.vocab_size, recorded)
         self.speakers = {args.name: self.base_speaker}
+        self.files: dict[str, str] = {}  # of adapters and states, by their names
         self.mixes: dict[Parts, Speaker] = {}  # least recently used first
         self.forget: Callable[[LanguageModel], object] = lambda model: None  # called with each model that has left
         self.since = int(time.time())
@@ -169,8 +170,9 @@ class Catalog:
         return path
 
     def _adapter(self, name: str, path: str | Path) -> Speaker:
-        source = source_of(self.args, path)
+        source, self.files[name] = source_of(self.args, path), str(path)
         return adapter_speaker(name, source, self.base_speaker, self.base, self.args.any_base)
 
     def _state(self, name: str, path: str | Path) -> Speaker:
+        self.files[name] = str(path)
         return state_speaker(name, path, self.base_speaker, None if self.args.any_base else self.base)

@@ -43,6 +43,7 @@ class Conversation:
         self.response, self.left, self.on_first, self.on_end = response, completions, on_first, on_end
         self.requests: Sequence[GenerationRequest] = ()
         self.save: Callable[[], Awaitable[object]] | None = None  # called behind the last part
+        self.on_part: Callable[[CompletionPart], object] = lambda part: None  # called with each part, split
         self.sampled = 0  # tokens
         self.began = time.monotonic()
         self.deadline = self.began + seconds
@@ -71,7 +72,9 @@ class Conversation:
             if part.tokens and waits:
                 waits = False
                 self.on_first(time.monotonic() - self.began)
-            yield self.response.split(part)
+            part = self.response.split(part)
+            self.on_part(part)
+            yield part
         if self.save is not None:
             await self.save()
 

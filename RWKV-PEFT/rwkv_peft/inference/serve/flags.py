@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ...cli.errors import UserError, short
 from ...cli.parser import Parser, above_zero, constrained, count, port, positive
 from ...cli.rules import EXCLUDES, NEEDS, Refusals, Rule
-from ..flags import add_running_flags, add_sampling_flags, sampling_of
+from ..flags import add_feedback_flag, add_running_flags, add_sampling_flags, sampling_of
 from ..settings import Sampling
 
 PROG = "rwkv-peft serve"
@@ -68,6 +68,7 @@ def build_parser() -> Parser:
     text = "keep states by name in this folder, for clients to save after answers, upload, download and delete"
     add("--states", metavar="FOLDER", help=text)
     add("--files", metavar="FOLDER", help="let clients load adapters and states from below this folder")
+    add_feedback_flag(add, "append what clients say of chats' answers (POST /v1/feedback) to this file")
     add_running_flags(parser)
     parser.set_defaults(batch=64)
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone)")

@@ -522,3 +522,18 @@ class LoadBody(RequestBody):
     name: str
     file: Annotated[str, Field(min_length=1, max_length=4096)]
     kind: Literal["adapter", "state"] = "adapter"
+
+
+class FeedbackBody(RequestBody):
+    """POST /v1/feedback: the id of a chat's response, and a better text, or a mark."""
+
+    id: str
+    index: Annotated[Whole, Field(ge=0)] = 0
+    text: str | None = None
+    mark: Literal["good", "bad"] | None = None
+
+    @model_validator(mode="after")
+    def says_one_thing(self) -> "FeedbackBody":
+        if (self.text is None) == (self.mark is None):
+            raise ValueError("text, a better answer, or mark, good or bad, is due; give one of them")
+        return self

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from ...cli.errors import UserError, is_gpu_memory
+from ...data.feedback import FeedbackFile
 from ..engine import Engine, PrefillBudget
 from ..requests import Completion, Constraint, GenerationRequest, PrefixCache
 from ..settings import Sampling
@@ -25,6 +26,7 @@ from ..text import Continuation
 from ..thinking import constraint_behind
 from .catalog import Catalog
 from .conversation import FAILED, CompletionStream, Conversation, StateListener
+from .feedback import AnswerLog
 from .requests import ChatBody, CompletionBody, Limits, Prompt, prompts_within
 from .responses import ChatResponse, CompletionResponse, Response
 from .schema import SchemaCompiler, SchemaConstraint
@@ -140,6 +142,9 @@ class Service:
         self.limits = Limits(args.batch, args.max_prompt, args.max_tokens, vocabulary, catalog.chat)
         self.places, self.open = args.batch + args.queue, 0
         self.metrics = Metrics()
+        self.feedback: AnswerLog | None = None
+        if args.feedback:
+            self.feedback = AnswerLog(FeedbackFile(args.feedback, catalog.tokenizer, args.max_tokens), catalog)
         self.schemas = SchemaCompiler(catalog.tokenizer, vocabulary, catalog.chat.tool_form)
         # so that few of the pool's threads wait
         self.compiling, self.reading, self.mixing = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
@@ -192,6 +197,8 @@ class Service:
             raise RequestError(400, str(error), "stop") from error
         if body.save_state is not None:
             conversation.save = partial(self._save, body.save_state, conversation.requests[0], body.turn_end)
+        if self.feedback is not None and isinstance(body, ChatBody):
+            self.feedback.follow(body, size, conversation)
         self.open += count
         for request in conversation.requests:
             if longest:

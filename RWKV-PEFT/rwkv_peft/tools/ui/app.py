@@ -288,6 +288,10 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     def completions(name: str, request: dict[str, Any]) -> Response:
         return streamed(*ask(jobs, name, "v1/chat/completions", json.dumps(request).encode()))
 
+    @app.post("/api/chat/{name}/v1/feedback")
+    def feedback(name: str, body: dict[str, Any]) -> Response:
+        return streamed(*ask(jobs, name, "v1/feedback", json.dumps(body).encode()))
+
     @app.get("/api/runs/card")
     def card(folder: str) -> dict[str, str]:
         return {"text": read(places.inside(f"{folder}/{CARD}")).decode("utf-8", "replace")}

@@ -174,6 +174,7 @@ def interrupt(lock: Path, what: str) -> None:
 
 
 HOST = "127.0.0.1"
+FEEDBACK = "my-feedback.jsonl"  # takes what is said of answers
 LISTENS = re.compile(rb": http://127\.0\.0\.1:(\d+)/v1$", re.MULTILINE)  # a server's word
 WAITED = 600  # seconds for an answer's next word
 
@@ -183,6 +184,7 @@ def serve(jobs: Jobs, model: str, adapters: Sequence[str] = (), state: str = "",
     empty; -> its job."""
     words = ["serve", "--model", model, "--name", "base", "--port", "0", "--api_key", f"env:{KEY}"]
     words += ["--drain_seconds", "1"]  # who closes it waits for no answer
+    words += ["--feedback", FEEDBACK]
     named = [f"adapter{f'-{n}' * (n > 1)}={file}" for n, file in enumerate(adapters, 1)]
     words += ["--adapter", *named] * bool(named) + ["--state", f"state={state}"] * bool(state)
     return jobs.start([*words, *(word for name, value in flags.items() if value for word in (f"--{name}", value))])

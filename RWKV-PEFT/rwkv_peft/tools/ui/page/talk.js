@@ -1,5 +1,5 @@
 // A conversation with several models at once: each message stands once, below it the answers of the models side by side.
-import { el, number, send, tell, withoutRepeats } from "./lib.js";
+import { el, number, post, send, tell, withoutRepeats } from "./lib.js";
 import { showMarkdown } from "./markdown.js";
 import { t } from "./texts.js";
 import { addRow } from "./write.js";
@@ -8,8 +8,9 @@ const NEAR = 30; // pixels from the end of a box, within which it follows its an
 
 // Shows the conversation of `turns` in `box`, and asks `models` {name: title} at an address for further answers.
 //
-// turns: [{text, answers: {name: {content, thought, tokens: of the thought, end: why it is not whole}}}]; asked(name): the
-// fields of a request besides its messages; system(): the system text; changed() is called after each change.
+// turns: [{text, answers: {name: {content, thought, tokens: of the thought, end: why it is not whole, id: its response's,
+// said: what somebody has said of it}}}]; asked(name): the fields of a request besides its messages; system(): the system
+// text; changed() is called after each change.
 export function talk(box, address, models, turns, { asked, system, changed }) {
   const running = new Map(); // an answer that comes -> the controller that stops it
   const first = () => (system() ? [{ role: "system", content: system() }] : []);
@@ -43,8 +44,21 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
       copy.textContent = t("chat.added");
       copy.disabled = true;
     }, (found) => tell(problem, found)) }, t("chat.add"));
+    const noted = el("small", { role: "status" }), better = el("textarea", { "aria-label": t("chat.better") });
+    const judge = (body, said) => post(address.replace("chat/completions", "feedback"), { id: message.id, ...body }).then(() => {
+      if (body.text) Object.assign(message, { content: body.text.trim(), thought: "", end: "" }); // the chat goes on from it
+      message.said = said;
+      editor.hidden = true;
+      tell(problem, null);
+      show(true);
+      changed();
+    }, (found) => tell(problem, found));
+    const marks = ["good", "bad"].map((mark) => el("button", { type: "button", onclick: () => judge({ mark }, mark) }, t(`chat.${mark}`)));
+    const fix = el("button", { type: "button", onclick: () => { better.value = message.content; editor.hidden = false; better.focus(); } }, t("chat.fix"));
+    const editor = el("form", { hidden: true, onsubmit: (event) => { event.preventDefault(); judge({ text: better.value }, "fix"); } }, better,
+      el("div", { className: "row" }, el("button", { className: "main" }, t("chat.fix.save")), el("button", { type: "button", onclick: () => { editor.hidden = true; fix.focus(); } }, t("cancel"))));
     place.append(el("article", { className: "turn assistant", dir: "auto", "aria-label": models[name] },
-      el("small", {}, models[name]), folded, words, problem, el("div", { className: "row" }, why, copy)));
+      el("small", {}, models[name]), folded, words, editor, problem, el("div", { className: "row" }, why, marks, fix, copy, noted)));
     const show = (ended) => {
       const low = words.scrollHeight - words.scrollTop - words.clientHeight < NEAR;
       folded.hidden = !message.thought;
@@ -54,6 +68,10 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
       why.textContent = ended ? message.end : "";
       const whole = answered(name, end).every(({ answers }) => !answers[name].end);
       copy.hidden = !ended || !message.content;
+      for (const one of [...marks, fix]) one.hidden = copy.hidden || !message.id;
+      marks[0].disabled = message.end || message.said === "fix"; // a mark is of what the model said
+      marks[1].disabled = message.said === "fix";
+      noted.textContent = message.said ? t("chat.noted", t(`chat.${message.said}`)) : "";
       copy.disabled = !whole;
       copy.title = whole ? "" : t("chat.not whole");
       if (low && !ended) words.scrollTop = words.scrollHeight;
@@ -80,8 +98,9 @@ export function talk(box, address, models, turns, { asked, system, changed }) {
         const found = await response.json().catch(() => ({}));
         throw new Error(found.error?.message ?? found.error ?? t("chat.status", response.status));
       }
-      for await (const { choices, usage, error } of events(response.body, control.signal)) {
+      for await (const { id, choices, usage, error } of events(response.body, control.signal)) {
         if (error) throw new Error(error.message ?? error);
+        message.id ??= id;
         const { delta = {}, finish_reason } = choices?.[0] ?? {};
         message.content += delta.content ?? "";
         message.thought += delta.reasoning_content ?? "";
