@@ -49,13 +49,10 @@ struct Lerp {
         return last ? last + sequence * channels : nullptr;
     }
 
-    // delta = previous - x for `size` channels of row t, from channel `begin` on.
-    void difference(int64_t t, int64_t begin, int64_t size, float* delta) const {
-        const E *here = x + t * channels + begin, *before = previous(t, sequences.of(t));
-        if (before)
-            for (int64_t c = 0; c < size; c++) delta[c] = to_float(before[begin + c]) - to_float(here[c]);
-        else
-            for (int64_t c = 0; c < size; c++) delta[c] = -to_float(here[c]);
+    // previous - x of row t: kLanes channels, of which `left` are left, from channel c on; `before` is its previous().
+    Vec difference(int64_t t, const E* before, int64_t c, int64_t left) const {
+        const Vec here = load_some(x + t * channels + c, left);
+        return before ? load_some(before + c, left) - here : -here;
     }
 
     // The rows' low factors as floats: (rows, n * rank).
@@ -63,12 +60,12 @@ struct Lerp {
         for (int64_t i = 0; i < rows * n * rank; i++) factors[i] = to_float(low[t * n * rank + i]);
     }
 
-    // m_i of some rows, for `size` channels from `begin` on: (rows, kBlock). One row takes up_i as it lies in memory,
-    // from which reading it takes longest.
+    // m_i of some rows, for `size` channels from `begin` on: (rows, kBlock), or one row where all are alike. One row
+    // takes up_i as it lies in memory, from which reading it takes longest.
     void weights(int i, const std::vector<float>& factors, int64_t rows, int64_t begin, int64_t size, float* m) const {
         const E* base = maa + i * channels + begin;
-        for (int64_t a = 0; a < rows; a++)
-            for (int64_t c = 0; c < size; c++) m[a * kBlock + c] = to_float(base[c]);
+        for (int64_t a = 0; a < (rank ? rows : 1); a++)
+            for (int64_t c = 0; c < size; c += kLanes) store(m + a * kBlock + c, load_some(base + c, size - c));
         if (!rank) return;
         if (rows == 1) {
             const float* row = up + i * rank * channels + begin;
@@ -90,15 +87,21 @@ struct Lerp {
                 const int64_t block = rows == 1 ? kTileRows * kBlock : kBlock;
                 for (int64_t begin = 0; begin < channels; begin += block) {
                     const int64_t size = std::min(block, channels - begin);
-                    for (int64_t a = 0; a < rows; a++) difference(t + a, begin, size, delta.data() + a * kBlock);
+                    for (int64_t a = 0; a < rows; a++) {
+                        const E* before = previous(t + a, sequences.of(t + a));
+                        for (int64_t c = 0; c < size; c += kLanes)
+                            store(delta.data() + a * kBlock + c, difference(t + a, before, begin + c, size - c));
+                    }
                     for (int i = 0; i < n; i++) {
                         weights(i, factors, rows, begin, size, m.data());
                         for (int64_t a = 0; a < rows; a++) {
                             const E* here = x + (t + a) * channels + begin;
-                            const float *d = delta.data() + a * kBlock, *weight = m.data() + a * kBlock;
+                            const float *d = delta.data() + a * kBlock, *weight = m.data() + (rank ? a * kBlock : 0);
                             E* out = outs[i] + (t + a) * channels + begin;
-                            for (int64_t c = 0; c < size; c++)
-                                out[c] = from_float<E>(to_float(here[c]) + d[c] * weight[c]);
+                            for (int64_t c = 0; c < size; c += kLanes) {
+                                const int64_t left = size - c;
+                                store_some(out + c, load_some(here + c, left) + load(d + c) * load(weight + c), left);
+                            }
                         }
                     }
                 }
@@ -145,20 +148,26 @@ struct Lerp {
 
         // Only the gradient that row t, another thread's, gives to the row before it.
         void look_at(const E* const* grads, int64_t t) {
-            gather(grads, t, 1, false);
+            gather(grads, t, 0, 1, false);
             std::copy_n(shifted_.begin(), lerp_.channels, carried_.begin());
         }
 
         void backward(const E* const* grads, const Gradients& to, int64_t first, int64_t end) {
             const int64_t C = lerp_.channels, rows = end - first;
-            gather(grads, first, rows, maa_sum_ || up_sum_ || to.low, to.low);
+            // without a product to share, so many rows that what they are added to stays in the first-level cache
+            const int64_t part = lerp_.rank ? kTileRows : kTileRows / 2;
+            for (int64_t a = 0; a < rows; a += part)
+                gather(grads, first + a, a, std::min(part, rows - a), maa_sum_ || up_sum_ || to.low, to.low);
             for (int64_t t = end - 1; t >= first; t--) {
                 const int64_t sequence = lerp_.sequences.of(t);
                 const bool starts = t == lerp_.sequences.start(sequence);
                 const float *whole = whole_.data() + (t - first) * C, *shifted = shifted_.data() + (t - first) * C;
                 if (to.x)
-                    for (int64_t c = 0; c < C; c++)
-                        to.x[t * C + c] = from_float<E>(whole[c] - shifted[c] + carried_[c]);
+                    for (int64_t c = 0; c < C; c += kLanes) {
+                        const int64_t left = C - c;
+                        const Vec g = load_some(whole + c, left) - load_some(shifted + c, left);
+                        store_some(to.x + t * C + c, g + load_some(carried_.data() + c, left), left);
+                    }
                 if (starts && to.last)
                     for (int64_t c = 0; c < C; c++) to.last[sequence * C + c] = from_float<E>(shifted[c]);
                 for (int64_t c = 0; c < C; c++) carried_[c] = starts ? 0.0f : shifted[c];
@@ -166,11 +175,12 @@ struct Lerp {
         }
 
       private:
-        // whole = sum_i g_i, shifted = sum_i g_i m_i of `rows` rows from t on; if `sums`, also the sums over e_i.
-        void gather(const E* const* grads, int64_t t, int64_t rows, bool sums, E* low = nullptr) {
+        // whole = sum_i g_i, shifted = sum_i g_i m_i of `rows` rows from t on, the tile's from `at` on; if `sums`, also
+        // the sums over e_i.
+        void gather(const E* const* grads, int64_t t, int64_t at, int64_t rows, bool sums, E* low = nullptr) {
             const int64_t C = lerp_.channels;
-            std::fill_n(whole_.begin(), rows * C, 0.0f);
-            std::fill_n(shifted_.begin(), rows * C, 0.0f);
+            std::fill_n(whole_.begin() + at * C, rows * C, 0.0f);
+            std::fill_n(shifted_.begin() + at * C, rows * C, 0.0f);
             lerp_.load_low(t, rows, factors_);
             for (int i = 0; i < lerp_.n; i++) {
                 for (int64_t begin = 0; begin < C; begin += kBlock) {
@@ -178,17 +188,23 @@ struct Lerp {
                     lerp_.weights(i, factors_, rows, begin, size, m_.data());
                     for (int64_t a = 0; a < rows; a++) {
                         const E* grad = grads[i] + (t + a) * C + begin;
-                        const float* m = m_.data() + a * kBlock;
-                        float *whole = whole_.data() + a * C + begin, *shifted = shifted_.data() + a * C + begin;
-                        for (int64_t c = 0; c < size; c++) {
-                            const float g = to_float(grad[c]);
-                            whole[c] += g;
-                            shifted[c] += g * m[c];
+                        const float* m = m_.data() + (lerp_.rank ? a * kBlock : 0);
+                        const int64_t to = (at + a) * C + begin;
+                        float *whole = whole_.data() + to, *shifted = shifted_.data() + to;
+                        for (int64_t c = 0; c < size; c += kLanes) {
+                            const int64_t left = size - c;
+                            const Vec g = load_some(grad + c, left);
+                            add_some(whole + c, g, left);
+                            add_some(shifted + c, g * load(m + c), left);
                         }
                         if (!sums) continue;
                         float* e = e_.data() + a * C + begin;
-                        lerp_.difference(t + a, begin, size, e);
-                        for (int64_t c = 0; c < size; c++) e[c] *= to_float(grad[c]);
+                        const E* before = lerp_.previous(t + a, lerp_.sequences.of(t + a));
+                        for (int64_t c = 0; c < size; c += kLanes) {
+                            const int64_t left = size - c;
+                            const Vec g = load_some(grad + c, left);
+                            store_some(e + c, lerp_.difference(t + a, before, begin + c, left) * g, left);
+                        }
                     }
                 }
                 if (sums) add_sums(i, t, rows, low);
