@@ -127,9 +127,9 @@ def write_model(path, *shape, **sizes):
 
 def write_tokens(prefix, vocab, documents, masks=None):
     """Write documents, lists of tokens, as a token file, with a mask of each if they are given."""
-    from rwkv_peft.data.shard_writer import ShardWriter
+    from rwkv_peft.data.token_file_writer import TokenFileWriter
 
-    with ShardWriter(prefix, vocab) as writer:
+    with TokenFileWriter(prefix, vocab) as writer:
         for number, document in enumerate(documents):
             writer.add(document, masks and masks[number])
 

@@ -15,8 +15,8 @@ from rwkv_peft.checkpoints.base import base_of
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches, read_ahead
 from rwkv_peft.data.samples import collate
-from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 
 
 class Numbered:
@@ -139,7 +139,7 @@ def model(tiny_state):
 @pytest.fixture
 def data(tmp_path):
     """data(**settings) -> samples over documents of several lengths, some of them masked whole."""
-    with ShardWriter(tmp_path / "data") as writer:
+    with TokenFileWriter(tmp_path / "data") as writer:
         for i in range(16):
             tokens = [1 + (7 * i + 3 * j) % 39 for j in range(2 + 5 * i % 11)]
             writer.add(tokens, [int(i % 4 != 1 and j > 1) for j in range(len(tokens))])

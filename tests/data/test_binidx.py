@@ -12,7 +12,7 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.recorded import binidx_prefix
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 
 IDX = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ2i2q3q", 1, 8, 2, 3, 3, 1, 0, 6, 0, 1, 2)
 BIN = struct.pack("<4H", 7, 8, 0, 65535)
@@ -39,7 +39,7 @@ def test_reads_hand_made_bytes(tmp_path):
 
 
 def test_writes_exactly_these_bytes(tmp_path):
-    with ShardWriter(tmp_path / "new" / "data") as writer:
+    with TokenFileWriter(tmp_path / "new" / "data") as writer:
         writer.add([7, 8, 0])
         writer.add([65535])
     assert (tmp_path / "new" / "data.idx").read_bytes() == IDX
@@ -53,7 +53,7 @@ def test_round_trip(tmp_path_factory, content, masked):
     if not any(content):
         content.append([0])
     prefix = tmp_path_factory.mktemp("round") / "data"
-    with ShardWriter(prefix, vocab_size=70001) as writer:
+    with TokenFileWriter(prefix, vocab_size=70001) as writer:
         for document in content:
             writer.add(document, [token % 2 for token in document] if masked else None)
     dataset = BinidxDataset(prefix)
@@ -121,7 +121,7 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path):
 
 def test_a_failing_writer_leaves_the_old_files_and_nothing_else(tmp_path):
     write(tmp_path, mask=b"\1\0\1\1")
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "data") as writer:
+    with pytest.raises(RuntimeError), TokenFileWriter(tmp_path / "data") as writer:
         writer.add([1])
         raise RuntimeError
     assert (tmp_path / "data.idx").read_bytes() == IDX
@@ -130,7 +130,7 @@ def test_a_failing_writer_leaves_the_old_files_and_nothing_else(tmp_path):
 
 def test_a_mask_of_ones_says_nothing_and_labels_do_and_an_old_mask_goes(tmp_path):
     for mask, stays in (([2, 2], True), ([1, 1], False), ([2, 2], True), (None, False)):
-        with ShardWriter(tmp_path / "data") as writer:
+        with TokenFileWriter(tmp_path / "data") as writer:
             writer.add([1, 2], mask)
         assert (tmp_path / "data.mask").exists() == stays
 

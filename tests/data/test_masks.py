@@ -9,11 +9,11 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.masks import describe_mask, make_mask
 from rwkv_peft.data.recorded import default_mask
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 
 
 def dataset_of(folder, documents, masks=None):
-    with ShardWriter(folder / "data") as writer:
+    with TokenFileWriter(folder / "data") as writer:
         for i, document in enumerate(documents):
             writer.add(document, None if masks is None else masks[i])
     return BinidxDataset(folder / "data")

@@ -15,8 +15,8 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data.batches import TrainBatches
 from rwkv_peft.data.mixture import Joined, Mixture, shares_of
 from rwkv_peft.data.recorded import record_of
-from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples, split_samples
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.training.flags.request import parse_flags
 from rwkv_peft.training.inputs import find_samples
@@ -29,7 +29,7 @@ def config(tmp_path_factory):
     """Three token files, whose tokens are 10 to 19, 20 to 29 and 30 to 39; the second has a .mask."""
     folder = tmp_path_factory.mktemp("mixed")
     for number, (name, (documents, size)) in enumerate(LENGTHS.items(), 1):
-        with ShardWriter(folder / name, vocab_size=80) as writer:
+        with TokenFileWriter(folder / name, vocab_size=80) as writer:
             for _ in range(documents):
                 tokens = [10 * number + i % 10 for i in range(size)]
                 writer.add(tokens, *([[0, 1] * (size // 2)] if name == "b" else []))
@@ -94,7 +94,7 @@ SHAPES = {  # (the tokens of rows, those of them that count, the tokens of a doc
 def test_any_50_steps_replay_a_share_of_the_counted_tokens_to_a_tenth(tmp_path, shape, dataload, bucketed):
     draw, (rows, answers, texts) = Random(1), SHAPES[shape]
     for name, sizes, answered in (("rows", rows, answers), ("old", texts, None)):
-        with ShardWriter(tmp_path / name, vocab_size=80) as writer:
+        with TokenFileWriter(tmp_path / name, vocab_size=80) as writer:
             for _ in range(700):
                 size = draw.randint(*sizes) + 1
                 told = min(draw.randint(*answered), size - 1) if answered else size
@@ -200,7 +200,7 @@ def test_files_that_do_not_go_together_are_refused(config, tmp_path):
     with pytest.raises(UserError, match="--data_file .*a is given twice"):
         build_samples(replace(config, more=(config.path,)), 80)
     for name, vocabulary in (("d", "bytes"), ("e", "world")):
-        with ShardWriter(tmp_path / name, vocab_size=80) as writer:
+        with TokenFileWriter(tmp_path / name, vocab_size=80) as writer:
             writer.add(range(1, 40))
         (tmp_path / f"{name}.json").write_text(record_of(load_tokenizer(vocabulary), []))
     other = replace(config, path=str(tmp_path / "d"), more=(str(tmp_path / "e"),))

@@ -17,8 +17,8 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data.answer_samples import overlap_notes
 from rwkv_peft.data.batches import EvalBatches, TrainBatches
 from rwkv_peft.data.samples import Permutation, is_prime, pack
-from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples, split_samples
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def make(tmp_path):
     """make(documents, **settings) -> samples over these documents."""
 
     def build(documents, vocab_size=65536, masks=None, **settings):
-        with ShardWriter(tmp_path / "data") as writer:
+        with TokenFileWriter(tmp_path / "data") as writer:
             for i, document in enumerate(documents):
                 writer.add(document, None if masks is None else masks[i])
         return build_samples(DataConfig(path=str(tmp_path / "data"), **settings), vocab_size)
@@ -166,7 +166,7 @@ def config(tmp_path):
     """config(documents, **settings) -> the DataConfig of a data set that holds them."""
 
     def make(documents, **settings):
-        with ShardWriter(tmp_path / "data") as writer:
+        with TokenFileWriter(tmp_path / "data") as writer:
             for document in documents:
                 writer.add(document)
         return DataConfig(path=str(tmp_path / "data"), **settings)

@@ -13,8 +13,8 @@ from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.layouts import RowLayout
 from rwkv_peft.data.preprocess import main
 from rwkv_peft.data.samples import collate
-from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 
 SEGMENTS = [{"text": "a", "train": False}, {"text": "b c", "train": True}, {"text": "d", "train": False}]
 
@@ -169,7 +169,7 @@ def test_weights_of_one_are_not_kept_and_old_ones_go(tmp_path):
     ],
 )
 def test_damaged_weights_are_refused(tmp_path, content, message):
-    with ShardWriter(tmp_path / "data") as writer:
+    with TokenFileWriter(tmp_path / "data") as writer:
         writer.add([0])
         writer.add([1, 2])
     (tmp_path / "data.weights").write_bytes(content)

@@ -21,7 +21,7 @@ from rwkv_peft.data.binidx import BinidxDataset
 from rwkv_peft.data.recorded import read_record, remarks
 from rwkv_peft.data.report import describe
 from rwkv_peft.data.rows import held_out_split
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.inference.chat import show
 from rwkv_peft.inference.loading import load_model, read_state_file
@@ -189,7 +189,7 @@ def write_all(folder: Path, state: dict[str, torch.Tensor]) -> None:
     heads, size = state["blocks.0.att.time_faaaa"].shape
     save_model(folder / "state.pth", {"blocks.0.att.time_state": torch.randn(heads, size, size)})
     convert.main([str(folder / "state.pth"), str(folder / "state.st")])
-    with ShardWriter(folder / "data") as writer:
+    with TokenFileWriter(folder / "data") as writer:
         for length in (3, 1, 7):
             writer.add(range(length), [1] + [0] * (length - 1))
     (folder / "data.weights").write_bytes(struct.pack("<3f", 1.0, 0.5, 2.0))

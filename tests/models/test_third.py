@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from models.third import Third, ThirdConfig, ThirdFamily
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from training.runs import finish, metrics, start
 
 SCRIPT = Path(__file__).with_name("third.py")
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
     """A base, documents, and a run in segments of an adapter with states and its own parameters."""
     folder = tmp_path_factory.mktemp("third")
     torch.save(a_model().state_dict(), folder / "base.pth")
-    with ShardWriter(folder / "data", vocab_size=80) as writer:
+    with TokenFileWriter(folder / "data", vocab_size=80) as writer:
         for begin in range(20):
             writer.add([1 + (begin + 7 * i) % 79 for i in range(30 + begin)] + [0])
     paths = ("--load_model", folder / "base.pth", "--data_file", folder / "data", "--proj_dir", folder / "run")

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from rwkv_peft.cli.errors import exit_on_user_error
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.training.run import main
 
 
 def write_files(folder, state):
     """A base model base.pth (C 64, F 96, vocabulary 80) and data of 300 tokens below 80, in a folder."""
     torch.save(state, folder / "base.pth")
-    with ShardWriter(folder / "data", vocab_size=80) as writer:
+    with TokenFileWriter(folder / "data", vocab_size=80) as writer:
         for start in range(3):
             writer.add([1 + (start + i) % 79 for i in range(99)] + [0])
     return folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from training.runs import ROOT, finish, start_ranks
 
 
@@ -15,7 +15,7 @@ def files(tmp_path_factory, tiny_state):
     """A base model and data in which the next token follows from the last, so that there is something to learn."""
     folder = tmp_path_factory.mktemp("run")
     torch.save(tiny_state(dtype=torch.bfloat16), folder / "base.pth")
-    with ShardWriter(folder / "data", vocab_size=80) as writer:
+    with TokenFileWriter(folder / "data", vocab_size=80) as writer:
         for start in range(40):
             writer.add([1 + (start + 7 * i) % 79 for i in range(50 + start)] + [0])
     return folder

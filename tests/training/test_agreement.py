@@ -12,8 +12,8 @@ import torch
 from rwkv_peft.checkpoints.adapter_file import AdapterMetadata, save_adapter
 from rwkv_peft.cli.names import ADAPTER, METRICS
 from rwkv_peft.config import AdapterConfig, DataConfig, RunConfig, TrainConfig
-from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.models.rwkv6.keys import RWKV6Config
 from rwkv_peft.objectives.dpo import DPO
 from rwkv_peft.objectives.ipo import IPO
@@ -70,7 +70,7 @@ def node(tmp_path):
     def write(name, change=lambda folder: None):
         folder = tmp_path / name
         folder.mkdir()
-        with ShardWriter(folder / "data", vocab_size=80) as writer:
+        with TokenFileWriter(folder / "data", vocab_size=80) as writer:
             for number in range(300):
                 writer.add([(number + i) % 80 for i in range(20)], [0] * 10 + [1] * 10)
         (folder / "base.pth").write_bytes(bytes(5000))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from training.command_lines import flags, refused, small_files
 
 files = small_files
@@ -80,6 +80,6 @@ def test_a_mask_that_leaves_nothing_to_learn_is_refused(files, monkeypatch, caps
 
 
 def test_tokens_outside_the_vocabulary(files, monkeypatch, capsys):
-    with ShardWriter(files / "data", vocab_size=300) as writer:
+    with TokenFileWriter(files / "data", vocab_size=300) as writer:
         writer.add([5] * 50 + [80])
     assert "80" in refused(monkeypatch, capsys, flags(files))

@@ -6,8 +6,8 @@ from rwkv_peft.adapters.layer import AdapterLinear
 from rwkv_peft.checkpoints.base import base_of
 from rwkv_peft.config import AdapterConfig, DataConfig
 from rwkv_peft.data.batches import TrainBatches
-from rwkv_peft.data.shard_writer import ShardWriter
 from rwkv_peft.data.sources import build_samples
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.training.model import adapt, estimate_gradients
 
 MARKER = 79
@@ -15,7 +15,7 @@ BARE, ANSWERED, LONGER = [1, 2, 3, 4, 5], [6, 7, MARKER, 8, 9, 10], [11, MARKER,
 
 
 def factors(state, folder, documents, rows=1):
-    with ShardWriter(folder / "data", vocab_size=80) as writer:
+    with TokenFileWriter(folder / "data", vocab_size=80) as writer:
         for document in documents:
             writer.add(document)
     settings = DataConfig(str(folder / "data"), dataload="pad", loss_mask="qa", mask_id=(MARKER,), seed=None)

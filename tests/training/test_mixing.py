@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from training.runs import metrics, rewound
 
 FLAGS = (
@@ -14,7 +14,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def mixed(files):
-    with ShardWriter(files / "code", vocab_size=80) as writer:
+    with TokenFileWriter(files / "code", vocab_size=80) as writer:
         for start in range(30):
             writer.add([1 + (3 * start + 5 * i) % 79 for i in range(30)] + [0])
     (files / "code.json").write_text('{"vocabulary": null, "tool_form": "hermes"}')

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig, TrainConfig
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.ops import products
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.ranks.world import World, match_world
@@ -137,7 +137,7 @@ def test_resume_refuses_other_data_and_a_checkpoint_with_pieces_missing(files, t
     more = (*LONG, "--epoch_count", "4", "--resume")
     _, err = train("unbroken", *more, "--ctx_len", "32", "--random_seed", "7", code=2)
     assert "has data {'ctx_len': 24, 'seed': 42," in err and "this command {'ctx_len': 32, 'seed': 7," in err
-    with ShardWriter(files / "other", vocab_size=80) as writer:
+    with TokenFileWriter(files / "other", vocab_size=80) as writer:
         for start in range(40):
             writer.add([1 + (start + 11 * i) % 79 for i in range(50 + start)] + [0])
     _, err = train("unbroken", *more, "--data_file", str(files / "other"), code=2)
@@ -209,7 +209,7 @@ def test_larger_steps_forget_nothing_of_those_before(files, train):
 
 def test_the_lowest_loss_is_that_on_the_data_of_now(files, train):
     """With other validation data, earlier losses do not count, nor does the patience that they have used up."""
-    with ShardWriter(files / "held-out", vocab_size=80) as writer:
+    with TokenFileWriter(files / "held-out", vocab_size=80) as writer:
         writer.add([79 - i % 79 for i in range(60)])
     rates = ("--lr_init", "0", "--lr_final", "0", "--warmup_steps", "0", "--precision", "fp32")
     flags = ("--val_every", "1", "--early_stop", "2", *rates, "--val_data")

@@ -23,7 +23,7 @@ from rwkv_peft.cli import commands
 from rwkv_peft.data.chat import ChatLayout
 from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.recorded import chat_beside
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.data.tools import TOOL_FORMS
 from rwkv_peft.release.merge import main as merge
 from training.held import held
@@ -78,7 +78,7 @@ def test_stages_ranks_and_micro_batches_train_the_same(files, train, one_process
 
 def test_the_tokens_of_a_step_are_those_of_each_rank(files, train):
     """Documents have 10 and 20 tokens in turn: one rank gets the short ones, the other the long ones."""
-    with ShardWriter(files / "unequal", vocab_size=80) as writer:
+    with TokenFileWriter(files / "unequal", vocab_size=80) as writer:
         for number in range(8):
             writer.add(list(range(10 + 10 * (number % 2))))
     flags = ("--data_file", str(files / "unequal"), "--dataload", "only", "--data_shuffle", "0", "--epoch_steps", "2")
@@ -87,7 +87,7 @@ def test_the_tokens_of_a_step_are_those_of_each_rank(files, train):
 
 
 def test_a_step_in_which_no_token_counts_has_no_loss(files, train):
-    with ShardWriter(files / "half", vocab_size=80) as writer:
+    with TokenFileWriter(files / "half", vocab_size=80) as writer:
         for answer in (1, 0):
             writer.add(list(range(20)), [answer] * 20)
     flags = ("--data_file", str(files / "half"), "--dataload", "only", "--data_shuffle", "0", "--epoch_steps", "2")
@@ -232,7 +232,7 @@ def test_a_run_records_the_layout_of_the_chats_in_its_rows(tmp_path, tiny_state,
 def test_a_row_of_weight_two_is_as_if_it_stood_there_twice(files, train):
     rows = [np.arange(1, 12 + 5 * number, dtype="<u2") for number in range(3)]
     for name, places, weights in (("weighed", (0, 1, 2), (0, 1, 2)), ("often", (1, 2, 2), (1, 1, 1))):
-        with ShardWriter(files / f"rows-{name}") as writer:
+        with TokenFileWriter(files / f"rows-{name}") as writer:
             for place, weight in zip(places, weights):
                 writer.add(rows[place], weight=weight)
         data = str(files / f"rows-{name}")

@@ -9,7 +9,7 @@ import torch
 
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.models.rwkv6.keys import TARGETS
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.run import main
@@ -40,7 +40,7 @@ REFUSED = {
 def stand_ins(tmp_path_factory):
     """A folder with data, and a model of each generation made by stage 1: {version: path}."""
     folder = tmp_path_factory.mktemp("upstream")
-    with ShardWriter(folder / "data", vocab_size=80) as writer:
+    with TokenFileWriter(folder / "data", vocab_size=80) as writer:
         for start in range(30):
             writer.add([1 + (start + 7 * i) % 79 for i in range(40)] + [0])
     (folder / "rows.jsonl").write_text('{"query": "a", "response": "b"}\n')

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rwkv_peft.checkpoints.adapters import AdapterSource
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.shard_writer import ShardWriter
+from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.inference.loading import load_model
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.inputs import find_samples
@@ -21,7 +21,7 @@ DROPOUT += ("--lr_schedule", "constant")
 @pytest.fixture(scope="module")
 def kept(files):
     """Text in which other tokens follow each other than in the data."""
-    with ShardWriter(files / "kept", vocab_size=80) as writer:
+    with TokenFileWriter(files / "kept", vocab_size=80) as writer:
         for start in range(5):
             writer.add([1 + (start + 11 * i) % 79 for i in range(40)] + [0])
     return str(files / "kept")
@@ -98,7 +98,7 @@ def test_it_needs_no_validation_and_decides_nothing(files, train, kept):
 
 
 def test_text_without_a_mask_is_measured_whole_where_answers_are_learned(files, kept, tmp_path):
-    with ShardWriter(tmp_path / "answers", vocab_size=80) as writer:
+    with TokenFileWriter(tmp_path / "answers", vocab_size=80) as writer:
         writer.add(list(range(1, 60)), [False] * 30 + [True] * 29)
     words = ["--load_model", str(files / "base.pth"), "--bone_r", "16", "--ctx_len", "24", "--dataload", "get"]
 

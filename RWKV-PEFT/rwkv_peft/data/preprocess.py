@@ -27,8 +27,8 @@ from .preprocess_flags import parse_flags
 from .recorded import ENDINGS, binidx_prefix, check_record, record_of
 from .report import describe, laid_out, left_out, show_documents
 from .rows import read_rows
-from .shard_writer import ShardWriter
 from .texts import Reading
+from .token_file_writer import TokenFileWriter
 from .tokenizer import load_tokenizer
 
 MOST_COMPARED = 1 << 22  # rows that are compared to count repeated ones, unless they are dropped
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         check_output("--output", output + end, [("an input", path) for path in options.input])
     record = record_of(encode.tokenizer, options.input, encode.layout)
     check_record(output, options.input, record, options.overwrite)
-    writer = ShardWriter(output, encode.tokenizer.vocab_size, record)
+    writer = TokenFileWriter(output, encode.tokenizer.vocab_size, record)
     totals = write(options.input, writer, settings, options.split, sys.stderr, options.drop_duplicates)
     written = BinidxDataset(output)
     print(describe(written, totals))
@@ -72,14 +72,14 @@ def main(argv: list[str]) -> int:
 
 def write(
     inputs: Sequence[str | Path],
-    output: str | Path | ShardWriter,
+    output: str | Path | TokenFileWriter,
     settings: EncodeSettings,
     split: str = "",
     progress: TextIO | None = None,
     drop: bool = False,
     sample: bool = False,
 ) -> Totals:
-    """Encode the inputs into a PREFIX, or by a ShardWriter -> the Totals of all rows.
+    """Encode the inputs into a PREFIX, or by a TokenFileWriter -> the Totals of all rows.
 
     progress is a stream for a progress bar, or None; drop leaves out rows that are the same as an earlier one; of a
     sample only the beginning is read. Raises UserError if inputs cannot be read, if no document is left, and if think
@@ -100,7 +100,12 @@ def write(
         file=progress,
         disable=progress is None,
     )
-    with bar, output if isinstance(output, ShardWriter) else ShardWriter(output, encode.tokenizer.vocab_size) as writer:
+    with (
+        bar,
+        output
+        if isinstance(output, TokenFileWriter)
+        else TokenFileWriter(output, encode.tokenizer.vocab_size) as writer,
+    ):
         files = (encode.columns(path, read_rows(path, split, how), totals.counts) for path in inputs)
         for columns, place, item in ((columns, *item) for columns, items in files for item in items):
             part = encode.encode(place, item, totals, columns)

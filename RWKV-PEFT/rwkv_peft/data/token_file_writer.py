@@ -20,7 +20,7 @@ from .encoding import Encoded
 from .recorded import ENDINGS, binidx_prefix, record_path
 
 
-class ShardWriter:
+class TokenFileWriter:
     """Writes PREFIX.bin, PREFIX.idx, PREFIX.mask and PREFIX.weights, and PREFIX.json if `record` is its text; a context
     manager. The files appear, whole, when the block ends without an exception. A mask of ones is not kept, nor are
     weights of 1. Raises UserError if they cannot be written.
@@ -29,7 +29,7 @@ class ShardWriter:
     def __init__(self, path: str | Path, vocab_size: int = 65536, record: str | None = None) -> None:
         self.prefix, self.vocab_size, self.record = binidx_prefix(path), vocab_size, record
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> "TokenFileWriter":
         with ExitStack() as stack:
             self.folder = stack.enter_context(temporary_beside(Path(f"{self.prefix}.bin"), folder=True))
             self.files = Files(self.folder, self.vocab_size)
