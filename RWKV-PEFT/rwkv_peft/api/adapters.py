@@ -127,11 +127,11 @@ def merge(
     device: str = "cpu",
     any_base: bool = False,
 ) -> None:
-    """Merge one adapter, or several in the order of their training, into a base's .pth, and write the .pth output, with
-    the bits of merge_bone.py's.
+    """Merge one adapter, or several in the order of their training, into a base's .pth. The .pth output has the bits of
+    merge_bone.py's.
 
     {adapter: scale} multiplies the change of each; precision is the output's, "bf16", "fp16" or "fp32" (default: the
-    base's); any_base takes an adapter of another base of the same shape. Raises UserError, and writes nothing then.
+    base's); any_base takes an adapter of another base of the same shape. Writes nothing if it raises UserError.
     """
     require_one_of("precision", precision, DTYPES)
     if Path(output).suffix != ".pth":

@@ -1,4 +1,4 @@
-"""Prompts in every form that Model.generate takes, and the completions that it returns."""
+"""Prompts in every form that Model.generate takes; the completions that it returns."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

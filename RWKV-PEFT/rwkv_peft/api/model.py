@@ -1,4 +1,4 @@
-"""Models in Python: rp.load gives a Model, which computes logits, generates text, and trains like any torch module."""
+"""Models in Python. rp.load gives a Model. It computes logits, generates text and trains like any torch module."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,7 +96,7 @@ class Model(nn.Module):
         return self.start.each(lambda name, tensor: tensor.to(self.device))
 
     def forward(self, tokens: torch.Tensor, state: State | None = None, hidden_states: bool = False) -> tuple[Any, ...]:
-        """Compute tokens (B, T) int64, which go on from state -> logits (B, T, V), the State after them.
+        """Compute tokens (B, T) int64 from state on -> logits (B, T, V), the State after them.
 
         Without a state they are the beginning. A state of one sequence serves all B. With hidden_states also a tuple of
         n_layer + 1 tensors (B, T, C), as transformers has them: the embeddings, the outputs of all blocks but the last,
@@ -167,8 +167,8 @@ class Model(nn.Module):
         batch: int = 32,
         **sampling: Any,
     ) -> Iterator[Piece]:
-        """Continue one prompt or many, each n times, `batch` at a time; yield each Piece as soon as its text is
-        certain, and the last with the CompletionOutput.
+        """Continue one prompt or many, each n times, `batch` at a time. Yield each Piece as soon as its text is
+        certain, the last with the CompletionOutput.
 
         An answer ends before a text of `stop`, at the end of the document, or after max_tokens. stop=None stops where a
         known chat layout begins its next question, () nowhere. state, of one sequence, precedes each prompt (default:
@@ -229,7 +229,7 @@ class Model(nn.Module):
             self.train(training)
 
     def _read(self, tokens: list[int], *, state: State | None) -> State:
-        """The State of one sequence after tokens, which go on from state (None: from the model's own beginning)."""
+        """The State of one sequence after tokens. They go on from state (None: from the model's own beginning)."""
         start = self.begun() if state is None else state
         with self._evaluating():
             after = prefill(self._decoding.of(self.network, self.base), [tokens], start)[1]
@@ -237,7 +237,8 @@ class Model(nn.Module):
 
 
 def no_setting(of: str, name: str, value: object, known: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """The message for a keyword that a function does not have: the setting that it likely means, and the known ones."""
+    """The message for a keyword that a function does not have, with the setting that it likely means and the known
+    ones."""
     near = names.get(name) or next(iter(get_close_matches(name, known, 1)), "")
     meant = f"; did you mean {near}?" if near else ""
     return [f"{name}={quoted(value)} is no setting of {of}{meant}", f"its settings are {', '.join(known)}"]

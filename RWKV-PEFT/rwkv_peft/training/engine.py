@@ -1,8 +1,8 @@
 """The engines that move a model's weights. loop.py calls five methods of them; checkpoints use the rest.
 
-Plain is one device, without DeepSpeed: a float32 copy of the weights that train (the master), which torch's optimizer
-moves. zero.py has Zero: several ranks, ZeRO-3, offload. Both keep the master as flat tensors, one a parameter group, so
-that optimizers and checkpoints see the same of both, and a run may go on with the other.
+Plain is one device, without DeepSpeed. torch's optimizer moves a float32 copy of the weights that train (the master).
+zero.py has Zero: several ranks, ZeRO-3, offload. Both keep the master as flat tensors, one a parameter group.
+Optimizers and checkpoints see the same of both; a run may go on with the other.
 """
 
 import math
@@ -33,14 +33,14 @@ MANY = 256  # gradients: from about here on, one more hardly changes a sum of bf
 
 
 def sums_apart(train: TrainConfig) -> bool:
-    """True if DeepSpeed adds gradients of micro batches up in float32, in a buffer of its own, and not in bfloat16."""
+    """True if DeepSpeed adds gradients of micro batches up in float32, in a buffer of its own (else in bfloat16)."""
     return train.stage == 2 and train.precision == "bf16" and train.accumulate_grad_batches > 1
 
 
 def loses_in_sums(train: TrainConfig) -> bool:
     """True if so many gradients add up in bfloat16 that the last of them hardly count.
 
-    With 1,024 similar ones the sum was 10 % off, and the norm 8 % too small; with 256, 2 %, and 1 % in float32.
+    With 1,024 similar ones the sum was 10 % off (the norm 8 % too small); with 256, 2 % (1 % in float32).
     """
     in_bfloat16 = train.uses_zero and train.precision == "bf16" and not train.offload and not sums_apart(train)
     return in_bfloat16 and train.accumulate_grad_batches >= MANY
@@ -137,7 +137,7 @@ class TrainingEngine(ABC):
 
     @property
     def is_by_parameter(self) -> bool:
-        """True if the optimizer's state has a number for each of a parameter's, so that any ranks can go on with it."""
+        """True if the optimizer's state has a number for each of a parameter's: any ranks can go on with it."""
         return getattr(self.optimizer, "by_parameter", True)
 
     def pieces(self) -> Iterator[Fragment]:
@@ -226,7 +226,7 @@ class Plain(TrainingEngine):
             self.add_up()
 
     def add_up(self) -> None:
-        """Move the gradients of a micro batch to the step's sums, which are float32."""
+        """Add the gradients of a micro batch to the step's float32 sums."""
         gradients = self.take_gradients()
         if not self.sums:
             self.sums = [[gradient.float() for gradient in group] for group in gradients]
@@ -302,8 +302,8 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 class LossScale:
     """The factor of the loss that keeps float16's gradients from vanishing (Micikevicius et al. 2018, arXiv
-    1710.03740): halved if they overflow twice, and doubled after WINDOW steps without. DeepSpeed's has the same
-    counters under the same names."""
+    1710.03740): halved if they overflow twice; doubled after WINDOW steps without. DeepSpeed's has the same counters
+    under the same names."""
 
     WINDOW, FACTOR, HYSTERESIS, min_scale = 1000, 2.0, 2, 1.0
 
@@ -330,7 +330,7 @@ class LossScale:
 def square_sum(x: Tensor) -> Tensor:
     """Sum the squares of x (any shape, bfloat16 or float32), to float32's rounding -> float64 ().
 
-    float32 adds up the squares of SHORT numbers at a time, and float64 these sums: on a CPU a conversion of all to
+    float32 adds up the squares of SHORT numbers at a time; float64 adds up these sums. On a CPU a conversion of all to
     float64 would take longer than the optimizer's step. Infinite if SHORT squares exceed float32's range, that is if
     their root exceeds 1.8e19.
     """

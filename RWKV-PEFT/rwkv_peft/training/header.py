@@ -116,7 +116,7 @@ def describe(
 
 
 def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
-    """Yield lines on the steps of a run, and on how often each row or window is read."""
+    """Yield lines on the steps of a run and on how often each row or window is read."""
     train, data, unit = config.train, config.data, samples.counted
     epochs = f"{counted(train.epoch_count, 'epoch')} of {counted(plan.epoch_steps, 'step')}"
     steps = plan.total_steps - train.epoch_begin * plan.epoch_steps
@@ -140,7 +140,7 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
 
 
 def shared_rows(config: RunConfig) -> str:
-    """How ranks share rows, and the share of a pass that they wait for each other at most: rows may be shorter."""
+    """How ranks share rows, with the largest share of a pass that they wait for each other: rows may be shorter."""
     parts, segment, length = config.train.context_parallel, config.train.chunk_ctx, config.data.ctx_len
     blocks = config.model.n_layer
     segments = -(-length // segment) if segment else in_flight(parts, blocks, length)

@@ -31,12 +31,12 @@ def by_source(records: Records) -> Iterator[str]:
 
 
 def aim_of(config: RunConfig) -> tuple[str, int]:
-    """The name of a run's measure in the metrics, and the sign with which it is to fall."""
+    """(the name of a run's measure in the metrics, the sign with which it is to fall)."""
     return ("reward", -1) if REWARDS in config.objective.needs else ("loss", 1)
 
 
 def notes_on(config: RunConfig, records: Records, rows: BeforeAfter | None) -> Iterator[str]:
-    """Yield notes on a run by its metrics, and by rows that it answered before and after."""
+    """Yield notes on a run by its metrics and by rows that it answered before and after."""
     (name, sign), (first, last) = aim_of(config), quarters_of(records, aim_of(config)[0])
     if len(records) >= 8 and sign * last > sign * first:  # the noise of fewer steps hides what they learned
         yield f"note: the {name} got no better ({first:.4f} to {last:.4f}); try another --lr_init"
@@ -51,7 +51,7 @@ def notes_on(config: RunConfig, records: Records, rows: BeforeAfter | None) -> I
 
 
 def on_held_out(held_out: HeldOut, name: str, sign: int, best: Path) -> Iterator[str]:
-    """Yield the course of a run's measure on held-out rows, and a note if its last value is not near its best."""
+    """Yield the course of a run's measure on held-out rows; then a note if its last value is not near its best."""
     (step, lowest), last = held_out.lowest, held_out.losses[-1][1]
     first, lowest_shown, last_shown = (f"{sign * loss + 0.0:.4f}" for loss in (held_out.first, lowest, last))  # no -0
     yield f"{name} {first} at first, {last_shown} at the end; after step {step:,} the best {name} {lowest_shown}"

@@ -76,7 +76,7 @@ class StepSums:
         return status
 
     def add(self, names: Sequence[str], status: torch.Tensor, step: int) -> None:
-        """Add a micro batch's sum over ranks, which waits for a GPU. Raises Diverged, on every rank, for a loss that is
+        """Add a micro batch's sum over ranks; this waits for a GPU. Raises Diverged, on every rank, for a loss that is
         not finite."""
         loss, *measures, tokens, stop, save = status.tolist()
         if not math.isfinite(loss):
@@ -92,7 +92,7 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
     """Take the steps of a run -> the number of steps that the model has taken by then, of all sessions.
 
     stop may be set at any time, by a signal's handler or another thread. callback gets each step's metrics, as
-    metrics.jsonl has them, and ends the run by returning something true. Raises Diverged for a loss, a norm or a tensor
+    metrics.jsonl has them. It ends the run by returning something true. Raises Diverged for a loss, a norm or a tensor
     that is not finite, before anything of that step is saved.
     """
     config, plan, engine, compute = run.config.train, run.plan, run.engine, run.compute
@@ -231,7 +231,7 @@ class Report:
         self.progress: Progress | None = None
 
     def begin(self, start_losses: Mapping[str, float]) -> None:
-        """Open the files, without the records that a resumed run writes again, and print the losses before training."""
+        """Open the files, without the records that a resumed run writes again. Print the losses before training."""
         run = self.run
         if not run.leads:
             return
@@ -244,7 +244,7 @@ class Report:
             self.say(f"before the first step: {in_words(losses, run.config.objective)}")
 
     def record(self, metrics: Metrics) -> None:
-        """Write a step's line of metrics.jsonl, and give its numbers to the trackers."""
+        """Write a step's line of metrics.jsonl and give its numbers to the trackers."""
         if self.file is None:
             return
         self.file.write(json.dumps(metrics) + "\n")
@@ -255,7 +255,7 @@ class Report:
     def show(
         self, metrics: Metrics, sums: StepSums, validation: dict[str, float], lines: Sequence[str], seconds: float
     ) -> None:
-        """Print a step's validation and the exams' lines, and move the progress bar."""
+        """Print a step's validation and the exams' lines; move the progress bar."""
         if self.progress is None:
             return
         done, objective = metrics["step"] + 1, self.run.config.objective

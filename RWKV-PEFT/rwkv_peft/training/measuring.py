@@ -127,7 +127,7 @@ def find_questions(inputs: Inputs) -> Questions:
 
 def find_exam(config: RunConfig, samples: Samples) -> Exam | None:
     """The Exam of --eval_data, if given, in the tokens of the data; a note on it joins samples.notes. Raises UserError
-    if the data's tokenizer is unknown, and as Exam does."""
+    if the data's tokenizer is unknown; also as Exam does."""
     train, vocab_size = config.train, config.model.vocab_size
     if not train.eval_data:
         return None
@@ -185,8 +185,8 @@ def answers_of(
 
 
 class Examiner:
-    """Called on all ranks after each step; every eval_every steps (0: every epoch), and when the run ends, the model
-    answers the exam, and rank 0 adds the judgement's records to the file at `path`, with step and samples."""
+    """Called on all ranks after each step. Every eval_every steps (0: every epoch) and when the run ends, the model
+    answers the exam. Rank 0 adds the judgement's records to the file at `path`, with step and samples."""
 
     def __init__(self, exam: Exam, path: Path, train: TrainConfig, plan: Plan) -> None:
         self.exam, self.path, self.plan = exam, path, plan
@@ -237,7 +237,7 @@ class BeforeAfter:
         self.answer("after", engine)
 
     def answer(self, when: str, engine: TrainingEngine) -> None:
-        """Answer the rows, and write each answer as `when` of its record."""
+        """Answer the rows; write each answer as `when` of its record."""
 
         def put(answer: Record) -> None:
             self.records[answer["number"]][when] = {name: answer[name] for name in ("text", "end")}
@@ -289,8 +289,7 @@ def read_before(path: Path, exam: RowsExam) -> Sequence[Record | None]:
 
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> str:
-    """The numbers of answers that are the rows' own, and of those that stop as the rows do, after training and
-    before."""
+    """The numbers of answers that are the rows' own and of those that stop as they do, after training and before."""
     words = []
     for some, agrees, what, then in (
         (records, same, "answered word for word", "before training"),
@@ -303,7 +302,7 @@ def agreement(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def unended(records: Iterable[Mapping[str, Any]]) -> bool:
-    """True if none of the answers after training stops as its row's does, and some rows' end within LONGEST."""
+    """True if some rows' answers end within LONGEST and none of the answers after training stops as its row's does."""
     done = [record for record in records if "after" in record and ends(record["answer"])]
     return bool(done) and not any(end_alike(record["after"], record["answer"]) for record in done)
 

@@ -254,7 +254,7 @@ def estimate_gradients(
 
 
 def own_device(accelerator: str, local_rank: int) -> torch.device:
-    """Return the device that a rank trains on, and make a GPU the current one, so that nothing is put on another."""
+    """The device that a rank trains on. A GPU becomes the current one: nothing is put on another."""
     if accelerator == "cpu":
         return torch.device("cpu")
     index = local_rank % torch.cuda.device_count()  # a launcher may show each rank one GPU, its first

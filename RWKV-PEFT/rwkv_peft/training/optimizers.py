@@ -43,7 +43,7 @@ def begin_state(optimizer: Any, flat: Tensor) -> dict[str, Any]:
     """The optimizer's state of a flat tensor of weights; before the first step it is made here, as the optimizer would.
 
     An optimizer of OPTIMS makes it by `begin`. Its attribute by_parameter is false if its state is no number for each
-    number that trains, so that it is of use to its rank alone.
+    number that trains: it is of use to its rank alone.
     """
     state: dict[str, Any] = optimizer.state[flat]
     if state:
@@ -59,7 +59,7 @@ def begin_state(optimizer: Any, flat: Tensor) -> dict[str, Any]:
 
 def adamw8bit(groups: Groups, train: TrainConfig) -> Any:
     """AdamW with moments of 8 bits (Dettmers et al. 2021, arXiv 2110.02861), by bitsandbytes: 2 bytes a number that
-    trains, and not 8.
+    trains instead of 8.
 
     A moment is a code of 8 bits times the largest of a block of 256 numbers. Blocks run across parameters.
     """
@@ -87,9 +87,9 @@ class Muon(torch.optim.AdamW):
     all singular values near 1. Other tensors, the embedding and the head learn by AdamW. bat-in's and bat-out's blocks
     are matrices each.
 
-    An update is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and one
-    weight decay serve both. torch.optim.Muon takes whole matrices; ZeRO cuts them. Here ranks gather the momenta of
-    all, and each computes the matrices that it has a part of.
+    An update is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982): one learning rate and one weight
+    decay serve both. torch.optim.Muon takes whole matrices; ZeRO cuts them. Here ranks gather the momenta of all; each
+    computes the matrices that it has a part of.
 
     groups: matrices have their "shapes", in the order of their parameters (adapters/groups.py).
     """
@@ -113,7 +113,7 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def step_matrices(self, group: dict[str, Any], flat: Tensor) -> None:
-        """Step this rank's part (n,) of a group's matrices, which are concatenated."""
+        """Step this rank's part (n,) of a group's concatenated matrices."""
         assert flat.grad is not None  # because the engine has just set it
         if not self.state[flat]:
             self.begin(flat)
@@ -188,8 +188,8 @@ def cpu_adam(groups: Groups, **settings: Any) -> Any:
 def forget_powers(optimizer: Any, *_: Any) -> None:
     """Make a DeepSpeedCPUAdam compute the powers of its betas anew in the next step.
 
-    It would multiply the last step's powers by the betas, and a resumed run, which has to compute them, would get other
-    bits. An empty update with betas that no run has makes it forget them.
+    It would multiply the last step's powers by the betas. A resumed run has to compute them and would get other bits.
+    An empty update with betas that no run has makes it forget them.
     """
     none = torch.empty(0, dtype=torch.float32)
     optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 1, 0.0, 1.0, 1.0, 1.0, 0.0, False, none, none, none, none)

@@ -130,7 +130,7 @@ def make_step(run: TrainingRun) -> Step:
 
 
 def rollout_step(run: TrainingRun) -> Step:
-    """The Step of --data_type prompts: the model samples completions, and learns from them."""
+    """The Step of --data_type prompts: the model samples completions and learns from them."""
     config, objective, data = run.config, run.config.objective, run.config.data
     assert isinstance(objective, Draws)  # because others do not take prompts
     settings = RolloutSettings.of(

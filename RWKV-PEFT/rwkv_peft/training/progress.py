@@ -28,7 +28,7 @@ def in_words(validation: dict[str, float], objective: Objective) -> str:
 class Progress:
     """Show progress and ETA: a moving bar on a terminal; in a log file a line every ten seconds.
 
-    The first step of a process counts neither in the speed nor in the ETA, because it also loads and compiles kernels.
+    The first step of a process counts neither in the speed nor in the ETA: it also loads and compiles kernels.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -71,7 +71,7 @@ class Progress:
 
 
 class Compilations(logging.Handler):
-    """Print a line for each kernel that is compiled, because it takes up to minutes, once on a machine."""
+    """Print a line for each kernel that is compiled: it takes up to minutes, once on a machine."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(record.getMessage(), file=sys.stdout)

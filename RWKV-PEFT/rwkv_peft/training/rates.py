@@ -1,6 +1,6 @@
 """Choose the learning rate of a run without --lr_init, by the model's width, the method's first step and the objective.
 
-docs/guides/learning-rates.md has the formulas, their evidence, and the cases in which they mislead.
+docs/guides/learning-rates.md has the formulas, their evidence and the cases in which they mislead.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ FALL = 0.1  # the last rate over the first
 
 
 class Rate(NamedTuple):
-    """A learning rate, to two digits, and the reason for it."""
+    """A learning rate to two digits, with its reason."""
 
     value: float
     reason: str
@@ -59,8 +59,8 @@ def with_chosen_rates(train: TrainConfig, rate: float) -> TrainConfig:
 
 
 def with_first_rates(train: TrainConfig, state: Mapping[str, Any]) -> TrainConfig:
-    """The TrainConfig with automatic rates set to the run's first ones, from the state.json of a checkpoint, so that a
-    later version that chooses others goes on with these."""
+    """The TrainConfig with automatic rates set to the run's first ones, from the state.json of a checkpoint. A later
+    version may choose others and goes on with these."""
     then = state.get("config", {}).get("train", {})
     values: dict[str, Any] = {name: float(then[name]) for name in train.lr_chosen if is_number(then.get(name))}
     return replace(train, **values)

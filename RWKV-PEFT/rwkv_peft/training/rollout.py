@@ -336,7 +336,7 @@ class RolloutStep(Whole):
         judged: Judged,
         advantages: Sequence[float],
     ) -> list[dict[str, Any]]:
-        """The records of rollouts without a fault: each with its sample, its row, and its rewards, if there are any."""
+        """The records of rollouts without a fault, each with its sample, row and rewards (if there are any)."""
         owners = [number for number in numbers for _ in range(self.times)]
         records: list[dict[str, Any]] = []
         for place, (owner, rollout) in enumerate(zip(owners, rollouts)):

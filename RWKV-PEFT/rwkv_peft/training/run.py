@@ -1,8 +1,8 @@
 """Take one training run from flags to files; `python train.py --help` shows the flags.
 
 Only here do model, adapters, data and engine meet. loop.py has the order of a step. The loss is computed in step/
-(steps.py, by an objective), engine.py moves the weights, answers are sampled in rollout.py, and saving/ writes
-checkpoints and products.
+(steps.py, by an objective). engine.py moves the weights. Answers are sampled in rollout.py. saving/ writes checkpoints
+and products.
 """
 
 import json
@@ -269,7 +269,7 @@ def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Judges]:
 
 
 def prepare_folder(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:
-    """Clear a run's folder of a killed run's leftovers, check its disk, and mark a run that begins anew as UNSAVED."""
+    """Clear a run's folder of a killed run's leftovers and check its disk. Mark a run that begins anew as UNSAVED."""
     folder, anew = inputs.folder, inputs.state is None
     clear_hidden(folder)
     if anew:

@@ -1,8 +1,8 @@
 """Conversations over several turns with tools, sampled together: one state a conversation.
 
-At each turn the answers of all conversations that go on are sampled in one batch; then their calls of tools are run,
-and the results read in one batch. Every token is read once: the State after a turn is cached, and the next turn goes on
-from it. The first turn of several conversations of a prompt reads it once.
+At each turn the answers of all conversations that go on are sampled in one batch. Then their calls of tools are run;
+the results are read in one batch. Every token is read once: the next turn goes on from the cached State after a turn.
+The first turn of several conversations of a prompt reads it once.
 """
 
 import random
@@ -86,8 +86,8 @@ class Turn:
 
 class TurnSettings(NamedTuple):
     """At most `turns` answers of a conversation, `turn_tokens` tokens in each, and `longest` tokens behind the prompt,
-    results included; `batch` answers are sampled at a time, each up to a text of `stop` or of a known layout. Results,
-    and the openings of the answers to them, are in the layout `chat`, as the rows'."""
+    results included; `batch` answers are sampled at a time, each up to a text of `stop` or of a known layout. Results
+    and the openings of the answers to them are in the layout `chat`, as the rows'."""
 
     sampling: Sampling
     turns: int
@@ -130,8 +130,8 @@ def converse(
 
 
 class EpisodeSampler:
-    """Samples episodes of rows in their environments: `encode` has the settings by which rows become prompts, which
-    have `room` tokens with those behind them."""
+    """Samples episodes of rows in their environments: `encode` has the settings by which rows become prompts. A prompt
+    has `room` tokens with those after it."""
 
     def __init__(self, environments: Environments, settings: TurnSettings, encode: EncodeSettings, room: int) -> None:
         self.environments, self.encode, self.room = environments, encode, room
@@ -182,7 +182,7 @@ class EpisodeSampler:
 
 def with_observation(row: Mapping[str, Any], text: str, fields: Sequence[str] = ()) -> dict[str, Any]:
     """A row with a text at the end of its last user's turn, or of its question; its prompt is in fields[0] if any are
-    named. Nothing of the row itself changes, because its other conversations begin from it, too."""
+    named. Nothing of the row itself changes: its other conversations begin from it, too."""
     if not text:
         return dict(row)
     if name := next((name for name in TURNS if isinstance(row.get(name), list) and not fields), ""):
@@ -206,7 +206,7 @@ def turn_of(conversation: Episode, tokenizer: Tokenizer, settings: TurnSettings)
 
 
 def grouped_by_tokens(turns: Sequence[Turn]) -> list[tuple[list[int], list[Turn]]]:
-    """Group the turns that go on from the same tokens, which are read once."""
+    """Group the turns that go on from the same tokens: these are read once."""
     by_tokens: dict[tuple[int, ...], list[Turn]] = {}
     for turn in turns:
         by_tokens.setdefault((*turn.conversation.prompt, *turn.conversation.tokens), []).append(turn)
@@ -222,7 +222,7 @@ def answered(turn: Turn, tokenizer: Tokenizer, settings: TurnSettings) -> list[T
     """Add an answer to its conversation -> its calls, [] if the conversation ends with it.
 
     An answer hands over to a tool by a call, or by the name of the speaker Tool. If another name follows a call, or the
-    end of the document, as behind a row's last call, it is left out, so that the results can follow."""
+    end of the document, as after a row's last call, it is left out: the results follow there."""
     conversation, text = turn.conversation, turn.text
     _, calls = parse_calls(text.text)
     opens = text.end == "stop" and tokenizer.decode(text.tokens).startswith(text.text + settings.result)
@@ -257,7 +257,7 @@ def results_of(environments: Environments, calling: Sequence[tuple[Episode, Sequ
 
 
 def hand_back(conversation: Episode, results: Sequence[str], tokenizer: Tokenizer, settings: TurnSettings) -> None:
-    """Add the results of an answer's calls to its conversation, and the opening of the next answer, as a chat lays them
+    """Add the results of an answer's calls and the opening of the next answer to its conversation, as a chat lays them
     out. A conversation ends if they leave it no room, or if its environment is lost."""
     turns = [{"role": "tool", "content": settings.chat.cleaned(result)} for result in results]
     conversation.turns += turns

@@ -2,8 +2,8 @@
 
 It runs on CPUs over gloo as well as on GPUs over NCCL.
 
-DeepSpeed shards its work by its own forward hooks, so that its engine must be entered once a micro batch, even if a
-loss runs the model twice (a reference, then the policy). MicroBatch is the module that it enters.
+DeepSpeed shards its work by its own forward hooks. Its engine must be entered once a micro batch, even if a loss runs
+the model twice (a reference, then the policy). MicroBatch is the module that it enters.
 """
 
 import logging
@@ -48,7 +48,7 @@ class MicroBatch(nn.Module):
 
 
 class RunEnvironment(LightningEnvironment):
-    """The processes of a run for Fabric, which makes no group of them: it exists (ranks/group.py).
+    """The processes of a run for Fabric. It makes no group of them: that exists (ranks/group.py).
 
     devices: the number of devices that this process can use; a launcher may show each rank one of its own.
     """
@@ -66,7 +66,7 @@ class RunEnvironment(LightningEnvironment):
         return self.world.rank
 
     def local_rank(self) -> int:
-        """The number of this process's device, which Fabric and DeepSpeed take this for."""
+        """The number of this process's device: Fabric and DeepSpeed take this for it."""
         return self.world.local_rank % self.devices
 
     def node_rank(self) -> int:
@@ -139,7 +139,7 @@ class Zero(TrainingEngine):
 
     @property
     def skipped(self) -> bool:
-        """True if the last step was skipped because gradients overflowed, and the scale can be lowered further."""
+        """True if the last step was skipped because gradients overflowed while the scale can be lowered further."""
         return self.scaler is not None and self.zero.overflow and self.scaler.cur_scale > self.scaler.min_scale
 
     def scale_metrics(self) -> dict[str, float]:
@@ -228,7 +228,7 @@ def make_strategy(model: LanguageModel, config: RunConfig, world: World, device:
 
 
 def partition(model: nn.Module, device: torch.device, config: Any) -> None:
-    """Cut parameters into the parts of ZeRO-3's ranks, one after the other, so that only one is whole on the device.
+    """Cut parameters into the parts of ZeRO-3's ranks, one after the other: only one is whole on the device.
 
     Buffers go there too. The engine would first copy the whole model to the device.
     """
@@ -245,10 +245,10 @@ def partition(model: nn.Module, device: torch.device, config: Any) -> None:
 
 
 def share_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give every rank rank 0's buffers on its device: initial values of layers and quantized weights, which GPUs of
-    other kinds round differently. The engine does this for parameters.
+    """Give every rank rank 0's buffers on its device: initial values of layers and quantized weights. GPUs of other
+    kinds round these differently. The engine does this for parameters.
 
-    Others stay: frozen tables are memory of the base's file that ranks share, and writing would copy it for each.
+    Others stay: frozen tables are memory of the base's file that ranks share. Writing would copy it for each.
     """
     for buffer in model.buffers():
         if buffer.device == device:
@@ -257,7 +257,7 @@ def share_buffers(model: nn.Module, device: torch.device) -> None:
 
 def norm_over_ranks(zero: Any, gradients: Iterable[Tensor]) -> Tensor:
     """This rank's parts of the gradients of a DeepSpeedZeroOptimizer -> their norm over all ranks: float32 (),
-    NOT_FINITE if it is not finite. Parts are padded with zeros, which add nothing."""
+    NOT_FINITE if it is not finite. Parts are padded with zeros: they add nothing."""
     total = sum(map(square_sum, gradients), torch.zeros((), dtype=torch.float64, device=zero.device))
     distributed.all_reduce(total, group=zero.dp_process_group)
     norm = total.sqrt().float()
@@ -282,8 +282,8 @@ def recompute_whole_blocks(model: LanguageModel) -> None:
     """Let --grad_cp recompute a block at the beginning of its backward, before the engine adds hooks of its own.
 
     ZeRO-3 keeps the weights that a recomputation gathers until the module that is in backward then is done. If the
-    first layer's saved tensors started the recomputation, it would leave that very layer, and the engine would free
-    its weight too early.
+    first layer's saved tensors started the recomputation, it would leave that very layer. The engine would free its
+    weight too early.
     """
     for block in model.blocks:
         block.register_forward_hook(_recomputed_first)
@@ -311,7 +311,7 @@ class _RecomputeFirst(Function):
 
 
 def quiet() -> None:
-    """Silence the libraries' banners and tips, which are not about this run."""
+    """Silence the libraries' banners and tips: they are not about this run."""
     rank_zero = [f"lightning.{part}.utilities.rank_zero" for part in ("fabric", "pytorch")]  # the last import's is used
     for name in ("lightning", "lightning.fabric", "DeepSpeed", *rank_zero):
         logging.getLogger(name).setLevel(logging.ERROR)

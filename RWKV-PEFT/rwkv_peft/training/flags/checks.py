@@ -91,7 +91,7 @@ def check_overwriting(
     adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective
 ) -> Iterator[str]:
     """Yield a refusal for each file to read that has, in --proj_dir, a name under which runs write. A save would
-    replace it, and the adapter in it would then be merged twice; a run that begins anew would delete it."""
+    replace it: the adapter in it would then be merged twice. A run that begins anew would delete it."""
     folder = Path(train.proj_dir)
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
     teacher = (objective.teacher,)

@@ -1,7 +1,7 @@
 """Flags of RWKV-LM's, RWKV-PEFT's and other trainers' scripts: a table of spellings, and those that are translated.
 
 In the tables are flags that set nothing here, with the values that are accepted; flags and values with another name
-here, which the refusal gives. Meanings go by effect, because spellings mislead.
+here, which the refusal gives. Meanings go by effect: spellings mislead.
 
 RWKV-LM trains whole models in stages. --train_stage 1 writes a new model, PROJ_DIR/rwkv-init.pth; stages 2 and 3 train
 the newest rwkv-N.pth there, or rwkv-init.pth, or a new model if there is neither. Its epochs are 40,320 samples each. A
@@ -176,7 +176,7 @@ SEVERAL = MappingProxyType(
 
 
 def add_legacy_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of WITHOUT_EFFECT to a parser, which --help leaves out."""
+    """Add the flags of WITHOUT_EFFECT to a parser; --help leaves them out."""
     group = parser.add_argument_group("flags of RWKV-LM's and RWKV-PEFT's scripts, which set nothing here")
     for flag, values, asked in WITHOUT_EFFECT:
         if values:

@@ -110,9 +110,8 @@ def parse_flags(argv: Sequence[str]) -> Flags:
 
 
 def check_flags(argv: Sequence[str]) -> None:
-    """Check the flags before torch is imported. For several ranks, also silence torch's C++ log, because torch reads
-    its level at import, and a lost rank is reported without stacks of C++ frames. A rank ends with its torchrun from
-    here on."""
+    """Check the flags before torch is imported. For several ranks, also silence torch's C++ log: torch reads its level
+    at import. A lost rank is reported without stacks of C++ frames. A rank ends with its torchrun from here on."""
     flags = parse_flags(argv)
     if flags.world.size > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -134,8 +133,8 @@ def end_without_launcher(world: World, folder: Path) -> None:
 
 
 def parse(argv: Sequence[str], parser: Parser, here: bool = True) -> CommandLine:
-    """Read argv, and set what it implies. Without `here` the run is planned for another machine, however this process
-    was started. Mistakes are kept for validate, which reports all of them at once."""
+    """Read argv and set what it implies. Without `here` the run is planned for another machine, however this process
+    was started. validate reports all mistakes at once."""
     argv = with_settings(argv, parser)
     args, mistakes = parser.parse_with_mistakes(argv)
     refusals = Refusals(mistakes)
@@ -190,10 +189,10 @@ class Draft(NamedTuple):
 
 
 def validate(line: CommandLine, here: bool = True) -> Flags:
-    """Make the settings of a CommandLine, and judge them by the table of rules. `here`: as in look_up.
+    """Make the settings of a CommandLine; judge them by the table of rules. `here`: as in look_up.
 
-    Raises one UserError of all refusals. If there are any, the base and the data are looked at as well, which imports
-    torch, so that a second attempt does not end at the next mistake."""
+    Raises one UserError of all refusals. If there are any, the base and the data are looked at as well, to report their
+    mistakes too; only then is torch imported."""
     args, world, argv, entries, notes, mistakes = line
     refusals = Refusals(mistakes)
     refusals.gather(check_stage, args)
@@ -292,8 +291,8 @@ def open_request(flags: Flags, here: bool = False) -> Request:
 
 
 class Opened(NamedTuple):
-    """What flags name: base, layers and teacher as in Request, and the model's dimensions. None stands for what they do
-    not name, and for what was refused."""
+    """What flags name: base, layers and teacher as in Request; the model's dimensions. None stands for what they do not
+    name and for what was refused."""
 
     base: "Base | None"
     model: ModelConfig | None
@@ -302,9 +301,9 @@ class Opened(NamedTuple):
 
 
 def look_up(args: Namespace, draft: Draft, refusals: Refusals, here: bool) -> Opened:
-    """Open what flags name, and add to Refusals all that contradicts the settings there. `here` says that the run is to
-    be on this machine, whose GPUs are counted then. The data and the run's folder are looked at only beside other
-    refusals, because a run opens them by itself."""
+    """Open what flags name; add to Refusals all that contradicts the settings there. `here`: the run is to be on this
+    machine (its GPUs are counted). The data and the run's folder are looked at only beside other refusals: a run opens
+    them by itself."""
     from ...adapters.inject import check_adapter
     from ...checkpoints.base import linear_shapes, open_base
     from ...data.sources import find_data

@@ -1,8 +1,8 @@
 """Settings files: flags in YAML or JSON, by name. `--config FILE` reads one, `--write_config FILE` writes one.
 
 A value is text as on the command line, a list for a flag of several values, a mapping for a flag that takes JSON, and
-true or false for a flag without a value; null stands for a flag that is not given. config.json of a run is one, too,
-because it holds the run's flags as "flags".
+true or false for a flag without a value; null stands for a flag that is not given. config.json of a run is one, too: it
+holds the run's flags as "flags".
 """
 
 import argparse
@@ -28,8 +28,8 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 def expanded(words: Sequence[str], parser: Parser) -> list[str]:
     """Put the flags of the file that --config names in its place before the words of a command line, but for those that
-    stand there by any of their names. Raises UserError for a file that cannot be read, and for all of its keys that are
-    unknown, set twice or of no sense."""
+    stand there by any of their names. Raises UserError for a file that cannot be read; also for all of its keys that
+    are unknown, set twice or of no sense."""
     actions = parser._option_string_actions
     entries = entries_of(words, actions)
     name = entries.get(READ[2:])

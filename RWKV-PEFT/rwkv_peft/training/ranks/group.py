@@ -56,10 +56,10 @@ class Failure(NamedTuple):
 
 
 class Ranks:
-    """A context that is a rank of a run, and within which torch's default process group exists.
+    """A rank of a run, as a context within which torch's default process group exists.
 
-    An exception within ends this process at once, and the other ranks too: collectives would wait for this one in vain,
-    as an orderly end of NCCL does. A thread looks at the store for such a Failure every PERIOD seconds.
+    An exception within ends this process and the other ranks at once: collectives would wait for this one in vain, as
+    an orderly end of NCCL does. A thread looks at the store for such a Failure every PERIOD seconds.
     """
 
     def __init__(self, world: World, train: TrainConfig, device: torch.device) -> None:
@@ -86,8 +86,8 @@ class Ranks:
         return self
 
     def connect(self, meets: bool = False) -> dist.Store:
-        """A connection to the run's store, which torchrun's agent keeps. Ranks without an agent have it kept by rank 0,
-        which `meets` the others there. Raises NotNow if they are not there within join_minutes."""
+        """A connection to the run's store. torchrun's agent keeps the store. Without an agent rank 0 keeps it and
+        `meets` the others there. Raises NotNow if they are not there within join_minutes."""
         world = self.world
         minutes = 1.0 if world.hosted else self.train.join_minutes  # an agent's store is there, or its agent is gone
         limit, keeps = timedelta(minutes=minutes), meets and world.rank == 0
@@ -104,8 +104,8 @@ class Ranks:
         return dist.PrefixStore(f"rwkv_peft/{start}", link)
 
     def agree(self, values: Mapping[str, Any], folder: Path) -> None:
-        """Compare {name: value or digest} over all ranks, and check that their nodes share `folder`. Raises UserError,
-        on every rank, for the first that differs from rank 0."""
+        """Compare {name: value or digest} over all ranks; check that their nodes share `folder`. Raises UserError, on
+        every rank, for the first that differs from rank 0."""
         world = self.world
         token = folder / f".shared-{secrets.token_hex(8)}"
         if world.rank == 0:
@@ -128,7 +128,7 @@ class Ranks:
 
     def row(self, state: Mapping[str, Any] | None) -> tuple[ProductRow, list[str]]:
         """(the Row by which the run's products are computed, notes on it); state is the state.json of the checkpoint
-        that it goes on from, or None. On GPUs, which have no rows, each rank's own."""
+        that it goes on from, or None. GPUs have no rows: each rank's own."""
         if self.backend != "gloo":
             return row(), []
         return agreed(gathered(row()) if self.world.size > 1 else [row()], (state or {}).get("products"))
@@ -155,7 +155,7 @@ class Ranks:
             dist.destroy_process_group()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End this process because of an exception, and the other ranks if the exception is the first of the run's."""
+        """End this process because of an exception. The first exception of a run also ends the other ranks."""
         ignore_signals(type(error), error, None)
         if isinstance(error, Exception) and is_of_connection(error):
             time.sleep(GRACE)  # the thread ends this process if another rank's Failure comes
@@ -166,7 +166,7 @@ class Ranks:
         self.end(Failure(self.world.rank, self.host, code, message))
 
     def stop(self, number: int) -> NoReturn:
-        """End this process, and the other ranks, because of a signal."""
+        """End this process and the other ranks because of a signal."""
         self.end(Failure(self.world.rank, self.host, 128 + number, INTACT))
 
     def watch(self) -> None:
@@ -191,8 +191,8 @@ class Ranks:
         return Failure(self.world.rank, self.host, LOST, message)
 
     def end(self, failure: Failure) -> NoReturn:
-        """End this process with the exit code of the run's first Failure, which is `failure` unless there is another.
-        The rank that fails first prints it, and the first rank of each other node."""
+        """End this process with the exit code of the run's first Failure: `failure`, unless there is another. It is
+        printed by the rank that fails first and by the first rank of each other node."""
         if not self.ending.acquire(blocking=False):
             threading.Event().wait()  # the other thread ends this process
         first = failure
@@ -280,7 +280,7 @@ def launch(world: World, argv: Sequence[str], train: TrainConfig) -> int:
 
 
 def agent_config(world: World, train: TrainConfig, logs: str) -> "LaunchConfig":
-    """The configuration of torch's agent on one node, which leaves the ranks' error files in the folder `logs`."""
+    """The configuration of torch's agent on one node. The ranks' error files go to the folder `logs`."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -304,8 +304,8 @@ def agent_config(world: World, train: TrainConfig, logs: str) -> "LaunchConfig":
 
 @contextmanager
 def ending_ranks() -> Iterator[None]:
-    """Within, kill this node's ranks upon the second signal, and at the end those that are left: a rank that is
-    stopped, or waits for one, hears no signal, and the agent waits for it as long as for a save."""
+    """Within, kill this node's ranks upon the second signal; at the end, those that are left. A rank that is stopped,
+    or waits for one, hears no signal. The agent would wait for it as long as for a save."""
 
     def kill(number: int = signal.SIGTERM) -> list[psutil.Process]:
         for rank in (ranks := psutil.Process().children()):
@@ -322,7 +322,7 @@ def ending_ranks() -> Iterator[None]:
 @contextmanager
 def upon_second_signal(act: Callable[[int], object]) -> Iterator[None]:
     """Within, call act(number) in a thread LAST seconds after a second signal, or upon a third: a process that waits in
-    a collective runs no handlers of Python's. A terminal that goes away does not count, because a run saves then."""
+    a collective runs no handlers of Python's. A terminal that goes away does not count: a run saves then."""
     signals, wakes = socket.socketpair()  # signal numbers come here, whichever handlers are set
     wakes.setblocking(False)
 
@@ -349,8 +349,8 @@ def upon_second_signal(act: Callable[[int], object]) -> Iterator[None]:
 
 
 def leave_signals_to_the_agent() -> None:
-    """Let signals end this process until the agent handles them, because nodes meet in C++, which runs no handlers of
-    Python's. A SIGHUP that is ignored, as under nohup, is blocked, because the agent would handle it too."""
+    """Let signals end this process until the agent handles them: nodes meet in C++, where no handler of Python's runs.
+    A SIGHUP that is ignored, as under nohup, is blocked: the agent would handle it too."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -358,8 +358,8 @@ def leave_signals_to_the_agent() -> None:
 
 
 def report(failures: Mapping[int, Any], world: World, folder: Path) -> int:
-    """Return the exit code of the rank that failed first, and print its signal if one ended it; ranks print everything
-    else. Those that were ended for another's sake, by LOST or by the agent's SIGTERM, come last."""
+    """The exit code of the rank that failed first. Its signal is printed if one ended it; ranks print everything else.
+    Those that were ended for another's sake, by LOST or by the agent's SIGTERM, come last."""
     ended = (LOST, *ASKED, -signal.SIGTERM)
     rank, first = min(failures.items(), key=lambda item: (item[1].exitcode in ended, item[1].timestamp))
     code: int = first.exitcode

@@ -51,7 +51,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """True for the first rank of a node, which prints for it."""
+        """True for the first rank of a node; it prints for the node."""
         return self.local_rank == 0
 
     def name(self, rank: int) -> str:
@@ -99,7 +99,7 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
 
 
 def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
-    """The World of a task of srun: a rank, or the only task of a node, which launches the ranks there."""
+    """The World of a task of srun: a rank, or the only task of a node. Such a task launches the ranks there."""
     tasks, node = number(environment, "SLURM_STEP_NUM_TASKS"), number(environment, "SLURM_NODEID", 0)
     nodes = number(environment, "SLURM_STEP_NUM_NODES", 1, least=1)
     if nodes != train.num_nodes or tasks not in (nodes, nodes * train.devices):
@@ -156,9 +156,9 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
 def match_world(args: Namespace, world: World) -> list[str]:
     """Set --devices and --num_nodes in a parsed command line to an elastic World's -> notes.
 
-    --accumulate_grad_batches follows, so that a step has as many samples as in the run that goes on, else as by the
-    flags: there 1, the default of --devices and --num_nodes, stands for the World's numbers. Raises UserError if the
-    ranks cannot share the samples."""
+    --accumulate_grad_batches follows: a step has as many samples as in the run that goes on, else as by the flags.
+    There 1, the default of --devices and --num_nodes, stands for the World's numbers. Raises UserError if the ranks
+    cannot share the samples."""
     notes = []
     if world.hosted and world.nodes > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         notes.append(

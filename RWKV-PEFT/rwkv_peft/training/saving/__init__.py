@@ -1,1 +1,1 @@
-"""The files that a run leaves, and from which one that ended goes on."""
+"""The files that a run leaves; a run that ended goes on from them."""

@@ -1,8 +1,8 @@
 """A run's checkpoints on the disk: list, verify and remove them, and describe how a run that ended goes on.
 
 proj_dir/checkpoints/step-NNNNNNNN/ holds the optimizer's state, the trained tensors, and state.json, the manifest: the
-run's place and identity, and the bytes and CRC-32 of each file. The folder is hidden while it is written or removed, so
-that a kill leaves each checkpoint whole or gone. Nothing here imports torch, because flags are judged before.
+run's place and identity, and the bytes and CRC-32 of each file. The folder is hidden while it is written or removed: a
+kill leaves each checkpoint whole or gone. Nothing here imports torch: flags are judged before.
 """
 
 import errno
@@ -37,7 +37,7 @@ Thing = TypeVar("Thing")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoint folders under proj_dir by samples seen, because a step's size may have changed."""
+    """The complete checkpoint folders under proj_dir by samples seen: the size of a step may have changed."""
 
     def seen(checkpoint: Path) -> float:
         try:
@@ -54,8 +54,8 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def saved_state(folder: str, resume: str) -> dict[str, Any]:
-    """The state.json that a run goes on from, unchecked; {} if it begins (resume is ""), or if the file cannot be read,
-    which read_run_state reports."""
+    """The state.json that a run goes on from, unchecked. {} if it begins (resume is "") or if the file cannot be read:
+    read_run_state reports that."""
     checkpoint = find_checkpoint(Path(folder)) if resume else None
     try:
         return {} if checkpoint is None else read_state(checkpoint)
@@ -115,7 +115,7 @@ def remedy_of(checkpoint: Path, of_optimizer: bool = True) -> str:
 
 
 def how_to_go_on(folder: Path) -> str:
-    """The last checkpoint of a run that ended, and how the run goes on, in words."""
+    """A sentence on the last checkpoint of a run that ended and on how the run goes on."""
     last = find_checkpoint(folder)
     if not folder.is_dir():
         return "begin the run anew, or put the folder back and give --resume auto"
@@ -160,8 +160,8 @@ def is_of_connection(error: BaseException) -> bool:
 
 
 def discard_old(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints of a run, and the files of all but the newest `keep` saved epochs. 0
-    keeps all; None keeps KEPT checkpoints and all files. The newest save must be on the disk by then."""
+    """Remove all but the newest `keep` checkpoints of a run; also the files of all but the newest `keep` saved epochs.
+    0 keeps all; None keeps KEPT checkpoints and all files. The newest save must be on the disk by then."""
     clear_hidden(folder)
     for checkpoint in all_but(list_checkpoints(folder), KEPT if keep is None else keep):
         remove(checkpoint)
@@ -179,7 +179,7 @@ def all_but(things: Sequence[Thing], newest: int) -> Sequence[Thing]:
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint. It is hidden first, because a kill may leave some of its files."""
+    """Remove a checkpoint. It is hidden first: a kill may leave some of its files."""
     hidden = checkpoint.with_name(f".{checkpoint.name}")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)

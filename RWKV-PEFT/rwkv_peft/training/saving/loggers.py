@@ -1,4 +1,4 @@
-"""Log a run's numbers and config also to TensorBoard, and on request to Weights & Biases, trackio, SwanLab."""
+"""Log a run's numbers and config also to TensorBoard; on request to Weights & Biases, trackio, SwanLab."""
 
 import importlib
 from collections.abc import Mapping
@@ -67,7 +67,7 @@ def make_tracker(name: str, project: str, config: RunConfig, folder: Path, first
 
 
 def make_trackers(config: RunConfig, folder: Path, first_step: int) -> list[Tracker]:
-    """Make the trackers of a run, which write below `folder` (trackio in a folder of its own). Raises UserError if one
+    """Make the trackers of a run. They write below `folder` (trackio in a folder of its own). Raises UserError if one
     refuses its project, or cannot be reached."""
     trackers: list[Tracker] = [TensorBoard(config, folder / "tensorboard", first_step)]
     for name in TRACKERS:

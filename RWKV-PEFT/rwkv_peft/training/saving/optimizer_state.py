@@ -1,13 +1,12 @@
-"""The optimizer's state by parameter, so that a run may go on on other ranks, stages and devices.
+"""The optimizer's state by parameter: a run may go on on other ranks, stages and devices.
 
 ZeRO lays parameters one behind the other into flat tensors and gives each rank a part of every one: a part of all of
 them together in stages 1 and 2, a part of each parameter in stage 3. A state that is kept by parameter fits any of
-these, and so any number of ranks.
+these and any number of ranks.
 
 optimizer/rank-NNNNN.safetensors holds the pieces of one rank, float32 (n,), each called KIND:START:PARAMETER: KIND is
 master or the name of a moment, as exp_avg, and START the piece's first element in the flattened parameter. The header
-counts the optimizer's steps. No rank waits for another, and a rank that reads takes its own pieces from the files of
-all.
+counts the optimizer's steps. No rank waits for another. A rank that reads takes its own pieces from the files of all.
 
 An optimizer with other state than by parameter adds codes:RANK:NUMBER:NAME, of the NUMBERth flat tensor, for that rank.
 """

@@ -81,7 +81,7 @@ def data_flags(data: DataConfig) -> str:
 
 
 class RunProducts:
-    """Write the products of a run; fingerprint is the base's, and base is None for a new model."""
+    """Write the products of a run. fingerprint is the base's; base is None for a new model."""
 
     def __init__(self, folder: Path, config: RunConfig, fingerprint: str, base: Base | None = None) -> None:
         self.folder, self.config, self.base = folder, config, base
@@ -134,7 +134,7 @@ class RunProducts:
         )
 
     def write_merged(self, tensors: dict[str, torch.Tensor], paths: Sequence[Path]) -> None:
-        """Merge once for all paths. A UserError is only printed, because merge_bone.py can merge the adapter later."""
+        """Merge once for all paths. A UserError is only printed: merge_bone.py can merge the adapter later."""
         assert self.base is not None  # an adapter has one
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
@@ -159,7 +159,7 @@ def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping
 
 
 def add_names(paths: Sequence[Path]) -> None:
-    """Give the first file the other paths as further names, because a model of 7B is 14 GB to write."""
+    """Give the first file the other paths as further names: a model of 7B is 14 GB to write."""
     for path in paths[1:]:
         with atomic_write(path) as temporary:
             temporary.unlink()
@@ -167,7 +167,7 @@ def add_names(paths: Sequence[Path]) -> None:
 
 
 def share_file(path: Path, copy: Path) -> None:
-    """Give a file a second name, which keeps the content when `path` is replaced; copy it if the disk has no links."""
+    """Give a file a second name. It keeps the content when `path` is replaced. A disk without links gets a copy."""
     try:
         os.link(path, copy)
     except OSError:
@@ -175,8 +175,8 @@ def share_file(path: Path, copy: Path) -> None:
 
 
 def optimizer_size(optim: str, trains: int, matrices: int) -> int:
-    """The bytes of an optimizer, and of its state in a checkpoint, if `trains` numbers train by --optim, `matrices` of
-    them in matrices."""
+    """(the bytes of an optimizer, those of its state in a checkpoint) if `trains` numbers train by --optim, `matrices`
+    of them in matrices."""
     return OPTIMIZER[optim] * (trains - matrices) + MATRIX[optim] * matrices
 
 

@@ -120,7 +120,7 @@ def data_identity(config: RunConfig, samples: Samples) -> dict[str, Any]:
 
 
 def digest_of_data(config: RunConfig, samples: Samples) -> str:
-    """The digest of the token files that samples are read from, with weights, and masks if --loss_mask is file."""
+    """The digest of the token files that samples are read from, with weights; masks count if --loss_mask is file."""
     with_mask = config.data.loss_mask == "file"
     digests = "".join(part.dataset.digest(with_mask) for part in samples.parts)
     return hashlib.sha256(digests.encode()).hexdigest()[:16]
@@ -195,7 +195,7 @@ def validated_from(plan: Plan, state: Mapping[str, Any] | None, validation: str)
 
 
 class Lowest:
-    """The lowest validation loss of a run's records, in their order, and how many validations came since."""
+    """The lowest validation loss of a run's records, in their order, with the number of validations since."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self.loss, self.since = math.inf, 0
@@ -238,7 +238,7 @@ def history(path: Path, plan: Plan, since: int = 0) -> list[dict[str, Any]]:
 
 
 def forget_rest(path: Path, plan: Plan) -> None:
-    """Keep only the history in a file of lines, because a resumed run writes the later records again."""
+    """Keep only the history in a file of lines: a resumed run writes the later records again."""
     if path.exists():
         write_records(path, history(path, plan))
 

@@ -65,8 +65,8 @@ class Saver:
         return self.products.newest
 
     def save(self, engine: TrainingEngine, done: int, epoch: int | None, figures: Mapping[str, float]) -> None:
-        """Save after `done` optimizer steps; `epoch` is the number of epochs done if one just ended, and figures are
-        the step's, which the next one may read."""
+        """Save after `done` optimizer steps; `epoch` is the number of epochs done if one just ended. figures are the
+        step's; the next step may read them."""
         self.save_tensors(engine, [""] if epoch is None else [f"epoch-{epoch}", ""])
         self.save_checkpoint(engine, done, figures)
 
@@ -143,7 +143,7 @@ class Saver:
 
     @contextmanager
     def writing(self, hidden: Path) -> Iterator[None]:
-        """Turn the system's refusal to write a checkpoint into CannotWrite, and remove its beginning.
+        """Turn the system's refusal to write a checkpoint into CannotWrite; remove its beginning.
 
         The trained tensors of a run that cannot save its first checkpoint are still of use, so the mark UNSAVED goes
         and no later run clears them away.
@@ -172,7 +172,7 @@ def gather(pairs: Iterable[tuple[str, torch.Tensor]], engine: TrainingEngine) ->
 
 
 def trained_names(engine: TrainingEngine) -> list[str]:
-    """The names of the parameters that train, which a checkpoint holds."""
+    """The names of the parameters that train: those in a checkpoint."""
     return sorted(name for names in engine.group_names for name in names)
 
 
@@ -180,8 +180,8 @@ def load_checkpoint(engine: TrainingEngine, checkpoint: Path) -> None:
     """Restore weights and the optimizer's state into an engine, on all ranks; the optimizer's settings come from
     this run's flags.
 
-    Frozen parameters come from the base, and the list in state.json shows that nothing else is missing. Raises
-    UserError if this run trains other parameters, or in other groups if the state is kept by ranks.
+    Frozen parameters come from the base. The list in state.json shows that nothing else is missing. Raises UserError if
+    this run trains other parameters, or in other groups if the state is kept by ranks.
     """
     state = read_state(checkpoint)
     before, now = state["trained"], trained_names(engine)

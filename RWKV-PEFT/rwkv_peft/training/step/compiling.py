@@ -1,9 +1,9 @@
 """--compile: compile the blocks of a model with torch.compile for the time of a run.
 
-All blocks share their code, and torch compiles the same code at most 8 times (its recompile_limit) before it runs it
+All blocks share their code. torch compiles the same code at most 8 times (its recompile_limit) before it runs it
 uncompiled. The first block, those between and the last need one time each. To need no more, shapes are dynamic from the
-start if batches differ in them, and passes outside of training run uncompiled. infctx, and objectives that run
-base and adapter in turn, still need more than 8, so the limit is raised for the time of the run.
+start if batches differ in them. Passes outside of training run uncompiled. infctx and objectives that run base and
+adapter in turn still need more than 8: the limit is raised for the time of the run.
 """
 
 import os
@@ -26,7 +26,7 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 def require_compiler() -> None:
-    """Raise UserError if this machine lacks a C++ compiler or Python's headers, which torch.compile builds with."""
+    """Raise UserError if this machine lacks a C++ compiler or Python's headers: torch.compile builds with them."""
     named = [os.environ[name] for name in ("CXX", "CC") if os.environ.get(name)]
     if not any(map(shutil.which, named or COMPILERS)):
         raise UserError(
@@ -56,5 +56,5 @@ def compiled(model: LanguageModel, data: DataConfig) -> Iterator[None]:
 
 
 def uncompiled(compile: bool) -> AbstractContextManager[object]:
-    """Within, run blocks uncompiled, because passes without gradients have many shapes, and each would be compiled."""
+    """Within, run blocks uncompiled. Passes without gradients have many shapes; each would be compiled."""
     return torch.compiler.set_stance("force_eager") if compile else nullcontext()

@@ -1,8 +1,8 @@
-"""Several ranks share the time of a row (--context_parallel): each computes a part, and hands its states to the next.
+"""Several ranks share the time of a row (--context_parallel): each computes a part and sends its states to the next.
 
 A rank receives the state before its part at a block, computes the block, and sends the state after it to the rank of
-the next part. So ranks work on different blocks at once, nothing is computed twice, and kernels are as without it.
-Backward goes the other way with the states' gradients.
+the next part. So ranks work on different blocks at once. Nothing is computed twice; kernels are as without it. Backward
+goes the other way with the states' gradients.
 """
 
 from collections import deque
@@ -35,8 +35,8 @@ class Line:
     under way as the model has blocks. Those that close the ring, from the last part of a segment to the first of the
     next, have a channel of their own: NCCL keeps the order of all messages between two ranks, whichever way they go.
 
-    anchor: a number on which all received states depend, so that going back to it serves the line.
-    limit: the time that a message of the ring may take.
+    anchor: a number on which all received states depend. Going back to it serves the line. limit: the time that a
+    message of the ring may take.
     """
 
     def __init__(self, rank: int, parts: int, blocks: int, limit: timedelta | None = None) -> None:
@@ -51,7 +51,7 @@ class Line:
             self.ring = dist.new_group(timeout=self.limit)
 
     def next_to(self, step: int) -> tuple[int, Any]:
-        """The rank of the part before (step -1) or after (1) this one, and its channel."""
+        """(the rank of the part before (step -1) or after (1) this one, its channel)."""
         other = self.part + step
         if 0 <= other < self.parts:
             return self.rank + step, None
@@ -79,8 +79,8 @@ class Line:
 class StateRelay:
     """A pass through a model's blocks over this rank's part of a batch (Relay of models/parts.py).
 
-    With `repeats`, a pass without gradients is followed by one that computes the same again, from the states that the
-    first received, and sends none; it only goes back along the line.
+    With `repeats`, a pass without gradients is followed by one that computes the same again from the states that the
+    first received. It sends none; it only goes back along the line.
     """
 
     def __init__(self, line: Line, model: LanguageModel, segment: Segment, repeats: bool = False) -> None:
@@ -105,7 +105,7 @@ class StateRelay:
         return SendState.apply(self, x, *last)
 
     def trains_until(self, layer: int) -> bool:
-        """True if the states at a block have gradients; ranks agree on it, because their models are alike."""
+        """True if the states at a block have gradients. Ranks agree on it: they have the same model."""
         modules = (self.model.emb, *self.model.blocks[: layer + 1])
         return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
@@ -154,9 +154,9 @@ class SendState(torch.autograd.Function):
 class SharedRows(Whole):
     """This rank's part of all positions of a batch, in segments that follow each other along the line.
 
-    Without `chunk` the number of segments is in_flight's. All go forward, and then all go back, so that ranks wait only
-    at both ends; no pass is repeated. With segments of `chunk` positions (--chunk_ctx) the activations of one at a time
-    are in memory: each but the last is computed once more before it goes back.
+    Without `chunk` the number of segments is in_flight's. All go forward, then all go back: ranks wait only at both
+    ends. No pass is repeated. With segments of `chunk` positions (--chunk_ctx) the activations of one at a time are in
+    memory: each but the last is computed once more before it goes back.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class SharedRows(Whole):
         self.line, self.teacher_fn, self.chunk, self.least = line, self.relayed_forward, chunk, least
 
     def prepare_inputs(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        """A batch on the CPU -> this rank's segments on the device, and their tokens, mask and weights as one batch."""
+        """A batch on the CPU -> (this rank's segments on the device, their tokens, mask and weights as one batch)."""
         whole = padded(batch, self.line.parts)
         length = self.segment_length(whole["mask"].shape[1])
         segments = [segment.to(device) for segment in own_parts(whole, length, self.line)]
@@ -184,8 +184,8 @@ class SharedRows(Whole):
         return T if number == 1 else -(-T // (number * parts * GRAIN)) * parts * GRAIN
 
     def loss(self, model: nn.Module, batch: Batch, count: float) -> torch.Tensor:
-        """See Step.loss. Its backward pass is over when it returns, because engines exchange gradients between ranks
-        as they come, and ranks that share rows reach a block at different times."""
+        """See Step.loss. Its backward pass is over when it returns. Engines exchange gradients between ranks as they
+        come, but ranks that share rows reach a block at different times."""
         self.line.open_ring()
         parameters = trainable(model)
         if self.chunk:
@@ -280,8 +280,8 @@ def own_parts(batch: Batch, length: int, line: Line) -> list[Segment]:
 def waiting(parts: int, blocks: int, segments: int = 1) -> float:
     """The share of a pass that a rank of a line waits, if blocks take the same time.
 
-    The first works while the last waits for `parts` - 1 blocks, and the other way round. If there are more parts than
-    blocks, the first waits before each segment too, for the states of the one before.
+    The first works while the last waits for `parts` - 1 blocks; at the end the last works and the first waits. If there
+    are more parts than blocks, the first waits before each segment too, for the states of the one before.
     """
     passed = (segments - 1) * max(parts, blocks) + blocks + parts - 1
     return 1 - segments * blocks / passed

@@ -1,4 +1,4 @@
-"""The steps of a run, and the place in the data at which each begins."""
+"""The steps of a run, each with the place in the data at which it begins."""
 
 from dataclasses import dataclass
 

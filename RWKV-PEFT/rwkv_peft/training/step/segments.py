@@ -1,6 +1,6 @@
 """Rows in segments of time (--chunk_ctx): each begins at the position at which the one before it ended.
 
-The activations of one segment at a time are in memory, so that rows of any length train.
+The activations of one segment at a time are in memory: rows of any length train.
 """
 
 from collections.abc import Sequence
@@ -86,10 +86,10 @@ def filler(segment: Segment) -> Segment:
 class Segments(Step):
     """A batch in segments of `length` positions, with the activations of one segment at a time in memory.
 
-    The gradients equal the whole row's, up to rounding. A first pass caches the state at each border. A second
-    pass goes back from the last segment to the first, computes each again, and carries the gradient of its initial
-    state to the segment before. together: every rank computes the same number of segments, as ZeRO-3's collective
-    operations need.
+    The gradients equal the whole row's, up to rounding. A first pass caches the state at each border. A second pass
+    goes back from the last segment to the first. It computes each again and carries the gradient of its initial state
+    to the segment before. together: every rank computes the same number of segments, as ZeRO-3's collective operations
+    need.
 
     Under ZeRO-3 each module that is entered, forward and backward, may be a collective operation. So a segment that
     begins anew gets a State too, of no sequence; and a State that nothing goes on from gets a gradient too, of
@@ -165,7 +165,7 @@ def state_before(segments: Sequence[Segment], position: int, after: State, none:
 
 
 def copied(state: State) -> State:
-    """A detached copy of a State: its shifts are views of all inputs, and would keep them in memory."""
+    """A detached copy of a State: its shifts are views of all inputs, which they would keep in memory."""
     return state.each(lambda name, tensor: tensor.detach().clone())
 
 
@@ -178,9 +178,9 @@ def forward(model: nn.Module, segment: Segment, state: State | None, head: HeadF
 def go_back(
     model: nn.Module, segment: Segment, before: State, gradient: Gradient, parameters: Tensors, head: HeadFunction
 ) -> tuple[torch.Tensor, Gradient, Gradient]:
-    """A segment's loss, and the gradients of the parameters and of the State before it.
+    """(a segment's loss, the gradients of the parameters, those of the State before it).
 
-    They go back from its loss, and from the gradient of its last State (() for none).
+    They go back from its loss and from the gradient of its last State (() for none).
     """
     inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
     rest = iter(inputs)

@@ -1,7 +1,7 @@
 """Prefixes that several rows share are computed once: the prompt of answers in a batch, a teacher's contexts in a run.
 
 A recurrent model's prompt is a State, from which any number of answers start. The gradients that they have for it add
-up, and go back through the prompt once.
+up. They go back through the prompt once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,8 +54,8 @@ def share_prefixes(batch: Batch, size: int) -> dict[str, torch.Tensor]:
     - shared_seqlens: int64 (groups + 1,): the positions at which the groups begin, and the end
     - owner: int64 (documents,): the group of each document
 
-    No sequence may be empty. So if a group shares nothing, documents stay whole, shared is one token, and owner is
-    empty; ranks then still enter the same modules in the same order.
+    No sequence may be empty. So if a group shares nothing, documents stay whole, shared is one token and owner is
+    empty. Ranks then still enter the same modules in the same order.
     """
     bounds = batch["cu_seqlens"].tolist()
     documents = [slice(*pair) for pair in zip(bounds, bounds[1:])]
@@ -134,14 +134,14 @@ def teacher_batch(batch: Batch) -> Batch:
 class Contexts:
     """A frozen teacher's forward function that caches its States after contexts, the last used, in `room` bytes.
 
-    A context that many rows share is read once in a run, and by itself, so that a resumed run finds the same bits.
+    A context that many rows share is read once in a run. It is read by itself: a resumed run gets the same bits.
     """
 
     def __init__(self, room: int = ROOM) -> None:
         self.room, self.cache = room, dict[bytes, State]()
 
     def split(self, batch: Batch) -> dict[str, Any]:
-        """A batch as collate makes it (on the CPU) -> each row's context, and the teacher's entries behind it."""
+        """A batch as collate makes it (on the CPU) -> (each row's context, the teacher's entries after it)."""
         lengths, teacher_lengths = batch["cu_seqlens"].diff().tolist(), batch["teacher_cu_seqlens"].tolist()
         places = zip(teacher_lengths, teacher_lengths[1:], lengths)
         contexts = [batch["teacher_tokens"][0, start : stop - size] for start, stop, size in places]

@@ -1,6 +1,7 @@
 """A training step's loss. Whole computes a batch at once; segments.py and context_parallel.py compute it in parts.
 
-Each step gives a batch's loss, differentiable in the parameters that train, and its sum without gradients.
+Each step gives a batch's loss, differentiable in the parameters that train. It also gives the loss's sum without
+gradients.
 """
 
 from abc import ABC, abstractmethod
@@ -71,8 +72,8 @@ class Whole(Step):
     """All positions of a batch at once.
 
     forward_fn runs the model, with its adapters off for the reference pass. Teacher log-probabilities come from
-    `teacher`, or without it from the model with its adapters off. group: packed documents that share a prompt, which is
-    computed once for them (0: none). contexts caches the teacher's states after contexts; without it the teacher reads
+    `teacher`, or without it from the model with its adapters off. group: packed documents that share a prompt (0:
+    none), computed once for them. contexts caches the teacher's states after contexts; without it the teacher reads
     whole rows.
     """
 
@@ -129,7 +130,7 @@ class Whole(Step):
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
     """Copy a batch's tensors from the CPU to a device, without waiting for a GPU; the rest stays as it is.
 
-    Operations take the bounds of packed sequences from the CPU, because reading a GPU's copy would wait for the GPU.
+    Operations take the bounds of packed sequences from the CPU: reading a GPU's copy would wait for the GPU.
     """
     moved = {
         name: copy_to(value, device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
@@ -147,7 +148,7 @@ def copy_to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def seed_micro_batch(seed: int, number: int) -> None:
     """Seed torch for the micro batch of this number in a run. Its random numbers depend on the run's seed, the step and
-    the place in it alone, whichever rank has it, so that a resumed run repeats them."""
+    the place in it alone, whichever rank has it: a resumed run repeats them."""
     torch.manual_seed((seed * 1_000_003 + number) * 65_537 % 2**63)
 
 
@@ -157,7 +158,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def add_gradients(sums: list[torch.Tensor], gradients: Gradient, parameters: Tensors) -> None:
-    """Add gradients to `sums`, which is [] at first and then float32 at least, because many are added."""
+    """Add gradients to `sums`: [] at first, then float32 at least. In bfloat16 a sum of many loses the small ones."""
     if not sums:
         shapes = [getattr(parameter, "ds_shape", parameter.shape) for parameter in parameters]  # whole under ZeRO-3
         wide = torch.promote_types(torch.float32, parameters[0].dtype)

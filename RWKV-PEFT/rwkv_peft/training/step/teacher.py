@@ -13,7 +13,7 @@ from ...models.state import State, split_time_states, state_of
 
 
 def open_teacher(objective: Objective, vocab_size: int) -> Base | None:
-    """Open an objective's teacher, None if it names none. Raises UserError as opening does, and for another vocabulary
+    """Open an objective's teacher, None if it names none. Raises UserError as opening does; also for another vocabulary
     than the student's."""
     if not objective.teacher:
         return None
