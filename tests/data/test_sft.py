@@ -146,6 +146,6 @@ def test_a_disk_of_the_cache_that_is_full_names_the_variable(config, monkeypatch
     def full(writer, *files):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("rwkv_peft.data.token_file_writer.Files.complete", full)
+    monkeypatch.setattr("rwkv_peft.data.token_file_writer.TokenFileWriter.complete", full)
     with pytest.raises(UserError, match="disk is full; .* kept there, and XDG_CACHE_HOME names another place"):
         prepare_sft(rows)

@@ -142,7 +142,7 @@ def test_a_run_that_reads_rows_tells_both_too(tmp_path):
         ({"text": "t"}, ["--think", "off"], "line 1: only answers of chats"),
         ({"prompt": "a", "completion": "b"}, ["--think", "off"], "line 1: only answers of chats"),
         ({"a": "b"}, ["--think", "on", "--fields", "a"], "two are a prompt and its answer, which thinking needs"),
-        ({"query": "Q", "response": "A"}, ["--think", "on", "--template", "chat"], "--template and --think both"),
+        ({"query": "Q", "response": "A"}, ["--think", "on", "--template", "chat"], "--think on: both open an answer"),
     ],
 )
 def test_thinking_that_has_no_place_is_refused(preprocess, row, flags, message):

@@ -155,7 +155,7 @@ class ChatLayout:
         words = "" if calls and turn.get(name) is None else words_of(turn, name).strip()
         words = words if speaker == "Assistant" else self.cleaned(words)
         if speaker == "Tool":
-            return form.speaker, form.result_text(words)
+            return form.speaker, f"{form.result}{words}".rstrip()
         return speaker, "\n".join(filter(None, (words, calls, tools)))
 
     def answer(self, words: str, row: Mapping[str, Any]) -> tuple[str, str]:

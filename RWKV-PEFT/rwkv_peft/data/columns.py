@@ -44,10 +44,6 @@ def folded(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
-def is_answer_word(name: str) -> bool:
-    return folded(name) in ANSWERING
-
-
 @dataclass(frozen=True)
 class Columns:
     """The fields of a file's rows: names {field: that of a known form}; under these, the field `before` its question

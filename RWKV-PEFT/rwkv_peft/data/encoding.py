@@ -32,7 +32,7 @@ from .chat import (
     opens_thinking,
     without_parts,
 )
-from .columns import KNOWN, PEEKED, Columns, columns_of, is_answer_word, peeked
+from .columns import ANSWERING, KNOWN, PEEKED, Columns, columns_of, folded, peeked
 from .exports import chats_in, export_of, require_speaker, rows_of, speakers_in
 from .feedback import is_feedback, learned_as
 from .fields import LISTS, UnknownForm, unread
@@ -193,13 +193,6 @@ class Encoder:
             raise UserError(
                 f"--tokenizer {self.tokenizer.name} names no end-of-document token, which each document ends with; "
                 + (f"{remedy} --no-append_eod" if remedy else "take one that does")
-            )
-        if settings.template and settings.fields:
-            raise UserError("--template and --fields both say which fields are read; give one of them")
-        if settings.template and settings.think:
-            raise UserError(
-                "--template and --think both set the opening of an answer; write it into the template, as in the "
-                "templates think and no-think"
             )
         form = TOOL_FORMS[settings.tool_form]
         self.marks = (*OTHER_MARKS, *(TOOL_MARKS if form.name == G1 else ()))
@@ -378,7 +371,7 @@ class Encoder:
         if self.layout.tool_form.listing[0] in laid_out:
             read = read.union((*LISTS, "answers"))  # which are laid out in another form
         if self.kind == "prompts":
-            read = read.union(filter(is_answer_word, row))  # which a reward reads
+            read = read.union(name for name in row if folded(name) in ANSWERING)  # which a reward reads
         names = list(unread(row, laid_out, read))
         if lists and not self.settings.think:
             turns = [without_parts(turn) for name in lists for turn in row[name] if isinstance(turn, dict)]
@@ -393,7 +386,8 @@ class Encoder:
         elif not all(text.strip() or text == TURN_END for one in learned for text in one):
             counts["wordless"] += 1
         else:
-            counts["unfinished"] += any(map(ends_with_another, documents))
+            # whose last turn is not the model's
+            counts["unfinished"] += any(len(one) > 1 and one[-2][0] in OTHERS for one in documents)
         result = self.layout.tool_form.result.rstrip()
         counts["forging"] += bool(result) and any(f" {QUOTE}{result}" in part for part, _ in documents[0])
         if self.settings.think == "on":
@@ -442,11 +436,6 @@ def has_prompt_and_answer(document: Sequence[Segment]) -> bool:
     """True if a document begins with a text that does not count, and has words that do."""
     (prompt, counts), *_ = document
     return bool(prompt and not counts) and any(text.strip() for text, counts in document if counts)
-
-
-def ends_with_another(document: Sequence[Segment]) -> bool:
-    """True if the last turn of a document is not the model's."""
-    return len(document) > 1 and document[-2][0] in OTHERS
 
 
 def length(runs: Sequence[TokenRun]) -> int:

@@ -95,8 +95,18 @@ def joined(row: Row) -> list[Segment]:
 
 
 def segments(row: Row) -> list[Segment]:
+    """The segments that a row gives itself, {text, train} each; Axolotl's rows call train label."""
     refuse_unplaced(row)
-    return given_segments(row["segments"])
+    parts = row["segments"]
+    if not isinstance(parts, list) or not parts:
+        raise UserError("segments must be a list of objects with text and train")
+    found = []
+    for part in parts:
+        counts = part.get(TRAIN, part.get("label")) if isinstance(part, dict) else None
+        if not isinstance(counts, bool) or "text" not in part:
+            raise UserError(f"a segment is {quoted(part)}; it needs a text, and train, true or false")
+        found.append((field(part, "text"), counts))
+    return found
 
 
 def instruction(row: Row) -> tuple[str, str, str]:
@@ -241,19 +251,6 @@ def with_turns(row: Row, *names: str) -> Row:
         thinking = {name: row[name] for name in THINKING if name in row}
         turns.append({"role": "assistant", "content": row[answer]} | thinking)
     return without(row, question, answer) | {"messages": turns}
-
-
-def given_segments(parts: object) -> list[Segment]:
-    """The segments that a row gives itself, {text, train} each; Axolotl's rows call train label."""
-    if not isinstance(parts, list) or not parts:
-        raise UserError("segments must be a list of objects with text and train")
-    found = []
-    for part in parts:
-        counts = part.get(TRAIN, part.get("label")) if isinstance(part, dict) else None
-        if not isinstance(counts, bool) or "text" not in part:
-            raise UserError(f"a segment is {quoted(part)}; it needs a text, and train, true or false")
-        found.append((field(part, "text"), counts))
-    return found
 
 
 def system_of(row: Row) -> str:

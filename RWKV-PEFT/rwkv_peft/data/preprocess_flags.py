@@ -18,6 +18,8 @@ WRITING = (
 RULES = (
     Rule(PROG, NEEDS, "--output, --ids", "it writes a data set", "name its PREFIX"),
     Rule("--as", EXCLUDES, "--fields, --template", "these read rows as they are, without speakers", "leave one out"),
+    Rule("--template", EXCLUDES, "--fields", "both say which fields are read", "leave one out"),
+    Rule("--template", EXCLUDES, "--think", "both open an answer", "write the opening into it, as think and no-think"),
     Rule("--turns_in_text", EXCLUDES, "--template", "that reads rows as they are", "leave one out"),
     Rule(WRITING, EXCLUDES, "--ids", "that only prints token ids", "leave it out"),
 )

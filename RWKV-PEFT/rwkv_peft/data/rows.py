@@ -341,17 +341,10 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 def saved_rows(path: Path, split: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a folder that datasets.save_to_disk wrote; of several splits only `split`."""
     for file in saved_files(path, split):
-        with reading_arrow(file):
-            for batch in arrow_batches(file):
-                yield from rows_of(batch)
-
-
-def arrow_batches(file: Path) -> Iterator[Any]:
-    """Yield the groups of rows of an Arrow file, mapped, of the columns to read."""
-    with reading_arrow(file) as arrow, arrow.memory_map(str(file)) as mapped:
         columns = object_in(file.with_name(SAVED)).get("_format_columns")
-        for batch in arrow.ipc.open_stream(mapped):
-            yield batch.select(columns) if isinstance(columns, list) else batch
+        with reading_arrow(file) as arrow, arrow.memory_map(str(file)) as mapped:
+            for batch in arrow.ipc.open_stream(mapped):
+                yield from rows_of(batch.select(columns) if isinstance(columns, list) else batch)
 
 
 def rows_of(batch: Any) -> Iterator[dict[str, Any]]:

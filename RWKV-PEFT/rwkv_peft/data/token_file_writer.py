@@ -27,92 +27,60 @@ class TokenFileWriter:
     """
 
     def __init__(self, path: str | Path, vocab_size: int = 65536, record: str | None = None) -> None:
-        self.prefix, self.vocab_size, self.record = binidx_prefix(path), vocab_size, record
+        self.prefix, self.record, self.code = binidx_prefix(path), record, dtype_code(vocab_size)
+        self.dtype = np.dtype(TOKEN_TYPES[self.code])
+        # 8 bytes a document, in memory until the index is written
+        self.sizes, self.weights, self.masked = array("i"), array("f"), False
 
     def __enter__(self) -> "TokenFileWriter":
         with ExitStack() as stack:
             self.folder = stack.enter_context(temporary_beside(Path(f"{self.prefix}.bin"), folder=True))
-            self.files = Files(self.folder, self.vocab_size)
+            self.paths = {end: self.folder / f"set{end}" for end in ENDINGS}
+            self.tokens, self.mask = open(self.paths[".bin"], "wb"), open(self.paths[".mask"], "wb")
             self._stack = stack.pop_all()
         return self
 
     @property
     def documents(self) -> int:
         """The number of documents so far."""
-        return len(self.files.sizes)
+        return len(self.sizes)
 
     def add(self, tokens: ArrayLike, mask: ArrayLike | None = None, weight: float = 1.0) -> None:
         """Append one document: token ids (n,), its mask (n,), None if all of them count, and its weight."""
-        ids = np.asarray(tokens, self.files.dtype)
+        ids = np.asarray(tokens, self.dtype)
         counts = np.ones(len(ids), np.uint8) if mask is None else np.asarray(mask, np.uint8)
         self.write(Encoded([len(ids)], [weight], ids.tobytes(), counts.tobytes()))
 
     def write(self, part: Encoded) -> None:
         """Append documents."""
-        tokens, mask, begin, wide = memoryview(part.tokens), memoryview(part.mask), 0, self.files.dtype.itemsize
+        tokens, mask, begin, wide = memoryview(part.tokens), memoryview(part.mask), 0, self.dtype.itemsize
         for size, weight in zip(part.sizes, part.weights):
             end = begin + size
-            self.files.add(tokens[begin * wide : end * wide], mask[begin:end], weight)
+            self.tokens.write(tokens[begin * wide : end * wide])
+            self.mask.write(mask[begin:end])
+            self.masked |= bool(bytes(mask[begin:end]).strip(b"\1"))
+            try:
+                self.sizes.append(size)
+            except OverflowError:
+                raise UserError(
+                    f"document {len(self.sizes)} has more than 2147483647 tokens, the most that the format holds; "
+                    "split the text into documents"
+                ) from None
+            self.weights.append(weight)
             begin = end
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         if kind is not None:
-            self.files.close()
+            for file in (self.tokens, self.mask):
+                with suppress(OSError):  # a full disk has raised already
+                    file.close()
             return self._stack.__exit__(kind, error, trace)
         with self._stack:
-            self.files.complete()
+            self.complete()
             self._name()
         return False
-
-    def _name(self) -> None:
-        """Give all files their names: the old ones go first, and the new index comes last, so that a kill in between
-        leaves a set that is refused."""
-        record = record_path(self.prefix)
-        for end in ENDINGS:
-            Path(self.prefix + end).unlink(missing_ok=True)
-        if self.record is None:
-            record.unlink(missing_ok=True)
-        else:
-            path = self.folder / "record"
-            path.write_text(self.record)
-            fsync(path)
-            path.replace(record)
-        self.files.name(self.prefix)
-        fsync(record.parent)
-
-
-class Files:
-    """The files of a set in a folder, to which documents are written as they come; their sizes and weights
-    stay in memory, 8 bytes a document, until the index is written."""
-
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        self.code = dtype_code(vocab_size)
-        self.dtype = np.dtype(TOKEN_TYPES[self.code])
-        self.sizes, self.weights, self.masked = array("i"), array("f"), False
-        self.paths = {end: folder / f"set{end}" for end in ENDINGS}
-        self.tokens, self.mask = open(self.paths[".bin"], "wb"), open(self.paths[".mask"], "wb")
-
-    def add(self, tokens: memoryview, mask: memoryview, weight: float) -> None:
-        """Append a document: tokens in the set's dtype, and a byte of mask a token."""
-        self.tokens.write(tokens)
-        self.mask.write(mask)
-        self.masked |= bool(bytes(mask).strip(b"\1"))
-        try:
-            self.sizes.append(len(mask))
-        except OverflowError:
-            raise UserError(
-                f"document {len(self.sizes)} has more than 2147483647 tokens, the most that the format holds; split "
-                "the text into documents"
-            ) from None
-        self.weights.append(weight)
-
-    def close(self) -> None:
-        """Close the files of a set that is given up."""
-        for file in (self.tokens, self.mask):
-            with suppress(OSError):  # a full disk has raised already
-                file.close()
 
     def complete(self) -> None:
         """Write the index and the weights, and make all files durable."""
@@ -129,9 +97,21 @@ class Files:
         for path in self.paths.values():
             fsync(path)
 
-    def name(self, prefix: str) -> None:
-        """Give the files the names of a set PREFIX, the index last. A mask or weights of ones alone are left out."""
-        kept = {".mask": self.masked, ".weights": bool((np.array(self.weights) != 1).any())}
+    def _name(self) -> None:
+        """Give all files their names: the old ones go first, and the new index comes last, so that a kill in between
+        leaves a set that is refused. A mask or weights of ones alone are left out."""
+        record = record_path(self.prefix)
+        for end in ENDINGS:
+            Path(self.prefix + end).unlink(missing_ok=True)
+        if self.record is None:
+            record.unlink(missing_ok=True)
+        else:
+            path = self.folder / "record"
+            path.write_text(self.record)
+            fsync(path)
+            path.replace(record)
+        useful = {".mask": self.masked, ".weights": bool((np.array(self.weights) != 1).any())}
         for end in (".bin", ".mask", ".weights", ".idx"):
-            if kept.get(end, True):
-                os.replace(self.paths[end], prefix + end)
+            if useful.get(end, True):
+                os.replace(self.paths[end], self.prefix + end)
+        fsync(record.parent)

@@ -84,10 +84,6 @@ class ToolForm:
         """calls_text of a turn."""
         return "\n".join(filter(None, (self.calls_text(turn.get(name)) for name in CALLS)))
 
-    def result_text(self, words: str) -> str:
-        """The words of the speaker who gives a result."""
-        return f"{self.result}{words}".rstrip()
-
 
 TOOL_FORMS = MappingProxyType(
     {
