@@ -296,6 +296,12 @@ def test_a_damaged_export_gets_a_message(preprocess, export):
     preprocess([export, *rows], "--skip_bad_rows")
 
 
+@pytest.mark.parametrize("name", [["Ada"], {"x": 1}])
+def test_a_name_that_is_no_text_gets_a_message(preprocess, name):
+    with pytest.raises(UserError, match="no whole export of SillyTavern"):
+        preprocess(SILLY.replace('"name": "Ada"', f'"name": {json.dumps(name)}', 1), name="a.jsonl")
+
+
 @pytest.mark.parametrize("name", ["SillyTavern", "card 3 as picture", "WhatsApp"])
 def test_a_damaged_file_of_an_export_gets_a_message(preprocess, name):
     content, file, flags, *_ = CASES[name]

@@ -105,10 +105,6 @@ def silly_tavern(row: Row) -> Iterator[list[Message]]:
     yield messages
 
 
-def is_card(row: Row) -> bool:
-    return "chara_card" in str(row["spec"])
-
-
 def card(row: Row) -> Iterator[list[Message]]:
     """The greetings and examples of a character card, each behind a system text of its name and descriptions."""
     data: Row = row["data"] if isinstance(row.get("data"), dict) else row
@@ -281,7 +277,7 @@ def opens_log(first: object) -> bool:
 
 EXPORTS = (
     Export("SillyTavern's chats (.jsonl)", (LINES,), silly_tavern, opens_log, people=True),
-    Export("character cards (.json or .png)", ("spec", "data"), card, is_card),
+    Export("character cards (.json or .png)", ("spec", "data"), card, lambda row: "chara_card" in str(row["spec"])),
     Export("character cards (version 1)", ("name", "first_mes", "mes_example"), card),
     Export("Open WebUI", ("chat",), open_webui, lambda row: isinstance(row["chat"], dict)),
     Export("ChatGPT (conversations.json)", ("mapping", "current_node"), chat_gpt),
@@ -339,7 +335,8 @@ def rows_of(
 def turns_of(messages: list[Message], speaker: str) -> list[dict[str, Any]]:
     """The turns of messages, those of one speaker behind each other joined. If more than one other speaks, each of
     their messages begins with a name."""
-    others = {each.name for each in messages if isinstance(each, Said) and role_of(each, speaker) == "user"}
+    speakers = {(each.name, role_of(each, speaker)) for each in messages if isinstance(each, Said)}
+    others = [name for name, role in speakers if role == "user"]
     turns = list[dict[str, Any]]()
     for each in messages:
         if isinstance(each, Said):
