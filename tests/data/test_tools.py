@@ -124,6 +124,30 @@ def test_tokens_count_as_the_layout_says(preprocess, flags, name):
     assert counted == f" Well.\n{FORMS[name][2]}\n\n{FORMS[name][3][0]} Fine."
 
 
+@pytest.mark.parametrize("write", [json.dumps, str])
+@pytest.mark.parametrize("listing", ["[{}, {}]", "{}\n{}"])
+def test_tools_in_the_tags_of_another_form_are_laid_out_in_one(preprocess, capsys, write, listing):
+    """As Hermes' own rows have them, partly in Python's notation."""
+    listed = f"<tools> {listing.format(write({'type': 'function', 'function': WEATHER}), write(TIME))} </tools>"
+    system = f"Be. Functions are within <tools></tools> tags. Here they are: {listed} For each, answer in <tool_call>"
+    calls = "\n".join(f"<tool_call>\n{write(call)}\n</tool_call>" for call in (PARIS, NOON))
+    turns = [
+        *(turn("system", f"{system}</tool_call> tags."), turn("user", "Hi"), turn("assistant", f"Well.\n{calls}")),
+        *(turn("tool", f"<tool_response>\n{words}\n</tool_response>") for words in ("sun", "12")),
+        turn("assistant", "Fine."),
+    ]
+    tagged = {"conversations": [{"from": each["role"], "value": each["content"]} for each in turns]}
+    for more in ({}, {"tools": json.dumps([WEATHER, TIME])}):
+        assert marked(rows_in("g1").segments(tagged | more)) == text_of("g1")
+    assert f"\n{calls}\n\nTool:" in marked(rows_in("hermes").segments(tagged)), "which is that form already"
+    asked = {"messages": [turn("user", turns[0]["content"]), *turns[1:]]}
+    assert calls in marked(rows_in("g1").segments(asked)), "no system text lists tools"
+    preprocess([tagged, ROWS["OpenAI"]])
+    assert "note: 1 row whose words list tools in <tools>" in capsys.readouterr().out
+    preprocess([tagged], "--tool_form", "hermes")
+    assert "whose words list tools" not in capsys.readouterr().out
+
+
 @every_form
 def test_a_question_whose_answers_are_calls(name):
     listed, _, called, _ = FORMS[name]

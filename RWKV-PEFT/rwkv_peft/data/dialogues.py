@@ -1,7 +1,16 @@
-"""Turns that are written out in one text, by speakers' names or in the templates of other models -> turns of a chat."""
+"""What rows write out in texts -> turns of a chat: turns, by speakers' names or in the templates of other models, and
+tools with their calls and results, in the tags of Hermes."""
 
+import ast
+import json
 import re
 from types import MappingProxyType
+from typing import Any
+
+from ..cli.errors import UserError
+from .chat import role_in, speaker_of
+from .fields import CALLS, LISTS
+from .tools import functions_of
 
 ROLES = MappingProxyType(  # the name or mark that opens a turn, in lower case -> the role
     dict.fromkeys(("system", "<<sys>>"), "system")
@@ -29,6 +38,11 @@ NAMED = tuple(  # a name begins a turn behind a blank line, or else on any line
 # a text with turns begins with a name, or has one of these marks
 BEGINS = re.compile(rf"\s*(?:{NAMES}) ?[:：]", re.IGNORECASE)
 MARKS = ("<|", "### ", "[/INST]", "<start_of_turn>")
+TOOLS = "<tools>"
+# a list of tools, with what is said of the calls behind it; a call; the tags of a result
+LISTING = re.compile(r"<tools>\s*([\[{].*?)\s*</tools>(?:.*</tool_call>[^.\n]*\.?)?", re.DOTALL)
+CALL = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+RESULT = re.compile(r"\s*</?tool_response>\s*")
 
 
 def written_turns(text: str) -> list[dict[str, str]]:
@@ -50,3 +64,49 @@ def written_turns(text: str) -> list[dict[str, str]]:
                 turns.append({"role": role, "content": said})
         return turns
     return []
+
+
+def untagged(turns: Any) -> Any:
+    """Turns with the tools, calls and results that stand in tags in their words as fields, if a system turn lists tools
+    so; the turns themselves if none does. A sentence that names the tags before the list is left out."""
+    if not isinstance(turns, list) or not any(TOOLS in words_in(turn) for turn in turns):
+        return turns
+    result = list[Any]()
+    listed = False
+    for turn in turns:
+        words, name = words_in(turn), "content" if isinstance(turn, dict) and "role" in turn else "value"
+        if words and role_in(turn) in ("system", "developer") and (listing := LISTING.search(words)):
+            begin = words.find(TOOLS)
+            begin = max(words.rfind(". ", 0, begin), words.rfind("\n", 0, begin)) + 1
+            tools = value_of(listing[1]) or [value_of(line) for line in listing[1].splitlines()]
+            try:
+                fields = {LISTS[0]: functions_of(tools)}
+            except UserError:
+                return turns
+            turn = turn | fields | {name: "\n".join((words[:begin].rstrip(), words[listing.end() :].lstrip())).strip()}
+            listed = True
+        elif not words or not listed:
+            pass
+        elif speaker_of(role_in(turn)) == "Assistant" and not turn.get(CALLS[0]):
+            calls = list(map(value_of, CALL.findall(words)))
+            turn = turn | ({CALLS[0]: calls, name: CALL.sub("", words)} if calls and all(calls) else {})
+        elif speaker_of(role_in(turn)) == "Tool":
+            turn = turn | {name: RESULT.sub("\n", words).strip()}
+        result.append(turn)
+    return result if listed else turns
+
+
+def words_in(turn: Any) -> str:
+    """The words of a turn, "" if they are no text."""
+    words = turn.get("content" if "role" in turn else "value") if isinstance(turn, dict) else ""
+    return words if isinstance(words, str) else ""
+
+
+def value_of(text: str) -> Any:
+    """The value of JSON, or of Python's notation, which Hermes' own rows have; None of any other text."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pass
+    return None

@@ -317,6 +317,10 @@ class Encoder:
         totals.counts.update(MARK + mark for mark in self._marks(whole))
         if not is_text:
             self._count(self.answering(documents), totals.counts)
+            form, tag = self.layout.tool_form, TOOL_MARKS[-1]
+            totals.counts["tagged"] += (
+                form.name == G1 and form.listing[0] in whole and tag in str(row) and tag not in whole
+            )
             totals.counts.update(UNREAD + name for name in self._unread(row, whole))
             if not (self.template or self.settings.turns_in_text):
                 totals.counts["turns"] += with_turns(row, *self.settings.fields[:2]) is not row

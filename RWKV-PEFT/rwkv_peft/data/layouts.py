@@ -13,8 +13,9 @@ from typing import Any
 
 from ..checkpoints.readable import read_short, require_readable
 from ..cli.errors import UserError, field_names
+from ..cli.names import HERMES
 from .chat import CHAT, KNOWN, TURN_END, ChatLayout, Segment
-from .dialogues import written_turns
+from .dialogues import untagged, written_turns
 from .fields import (
     LISTS,
     Row,
@@ -106,6 +107,10 @@ class RowLayout(ChatLayout):
             )
         raise unknown(row, f"known are {KNOWN_FORMS}")
 
+    def chat(self, turns: object) -> list[Segment]:
+        """As of any chat, with tools that the words of turns list in the tags of HERMES in tool_form."""
+        return super().chat(turns if self.tool_form.name == HERMES else untagged(turns))
+
     def formed(self, row: Row, form: Form) -> list[Segment]:
         """The segments of a row of a form."""
         if form.layout == "plain":
@@ -161,7 +166,7 @@ class RowLayout(ChatLayout):
         tools, begins = self.tool_form.listed(row), parts[0][0].startswith("System:")
         words = "" if begins else self.cleaned(system_of(row))
         refuse_unplaced(row, listing)
-        if not tools:
+        if not tools or (begins and tools in parts[1][0]):
             return [(f"System: {words}{TURN_END}", False)] * bool(words) + parts
         if begins:
             words, parts = parts[1][0].strip(), parts[2:]

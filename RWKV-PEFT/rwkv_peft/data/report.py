@@ -59,6 +59,10 @@ def laid_out(totals: Totals) -> list[str]:
         (counts["unfinished"], "whose last turn is not the model's, and so is not learned"),
         (counts["repeated"], "the same as an earlier one, which therefore trains more often"),
         (
+            counts["tagged"],
+            "whose words list tools in <tools>, and which is laid out in --tool_form g1, without what they say of tags",
+        ),
+        (
             counts["turns"],
             "in which a text or a question holds turns of a chat, such as User: … Assistant: …, and counts as one; "
             "--turns_in_text auto makes turns of them, of which only the answers count",

@@ -43,7 +43,7 @@ from .report import laid_out, left_out
 from .row_settings import settings_of
 from .samples import DocumentSamples, Permutation, Samples
 
-FORMAT = 14  # of the cache
+FORMAT = 15  # of the cache
 FILES = (*ENDINGS, ROWS)  # of a set in the cache; ROWS only of prompts
 # --data_type -> the samples of data that no --dataload cuts otherwise
 OF_TYPES: MappingProxyType[str, type[DocumentSamples]] = MappingProxyType(
