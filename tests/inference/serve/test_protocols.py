@@ -206,6 +206,8 @@ def test_a_prompt_that_is_laid_out_already_is_continued(alone):
     text = {"model": "base", "prompt": "Once", "max_tokens": MOST, **GREEDY}
     due = alone.send("POST", "/v1/completions", text)[2]["choices"][0]["text"]
     assert alone.send("POST", GENERATE, raw)[2]["response"] == due
+    short = alone.send("POST", GENERATE, raw | {"options": {**GREEDY, "num_predict": 2}})[2]
+    assert short["eval_count"] == 2 and due.startswith(short["response"])
 
 
 FORMED = {

@@ -77,7 +77,7 @@ def text_of(body: Mapping[str, Any]) -> tuple[type[ChatBody] | type[CompletionBo
             raise wrong(name, "it is not supported; leave it out, and give raw for a prompt that is laid out already")
     fields = settings_of(body)
     if body.get("raw"):
-        return CompletionBody, {"max_tokens": -1} | fields | {"prompt": body.get("prompt")}
+        return CompletionBody, {"num_predict": -1} | fields | {"prompt": body.get("prompt")}
     system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
     return ChatBody, fields | {"messages": [*system, {"role": "user", "content": body.get("prompt")}]}
 
