@@ -13,7 +13,9 @@ FOLDER = ROOT / "benchmarks"
 ELSEWHERE = {"common", "gpu_check", "gpu_kernels", "gpu_models", "gpu_engine"}  # no program; run by test_gpu_check.py
 PROGRAMS = sorted({path.stem for path in FOLDER.glob("*.py")} - ELSEWHERE)
 ARGUMENTS = {"bits": ("{folder}/bits.json",)}
-NEEDS = {"hf": "trl", "hf_trainers": "trl", "grpo": "trl", "turns": "trl", "generate": "xllamacpp", "data": "rwkv"}
+NEEDS = {"hf": "trl", "hf_trainers": "trl", "grpo": "trl", "turns": "trl", "generate": "xllamacpp", "data": "rwkv"} | {
+    "prove": "rwkv"
+}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

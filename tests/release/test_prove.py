@@ -45,12 +45,13 @@ def proof(run):
     return probe.read_proof(str(run / "proof.py"))
 
 
-def verdicts(path, url, *flags, code=0):
-    """{part: verdict} that the command prints of an endpoint."""
+def verdicts(path, url, *flags, code=0, texts=True):
+    """{part: verdict} that a proof prints of an endpoint, which continues texts, too, or chats alone."""
     command = subprocess.run(  # the script by itself, without this package
         [sys.executable, "-I", str(path), "--url", url, *flags], capture_output=True, text=True, cwd="/"
     )
     assert command.returncode == code, command.stderr + command.stdout
+    assert not (texts and "texts are refused" in command.stdout)
     lines = command.stdout.splitlines()[1:]
     assert [line[:14].strip() for line in lines] == list(probe.PARTS)
     return {line[:14].strip(): line[14:].split()[0] for line in lines}
@@ -187,7 +188,7 @@ def test_an_endpoint_without_a_fault_is_in_order_however_it_breaks_ties(run, pro
 @pytest.mark.parametrize("fault", ["", "adapter", "template", "stop"])
 def test_an_endpoint_of_chats_alone_is_judged_by_them(run, proof, fault):
     with served(replaying(Replay(proof, fault), refused=["/v1/completions", "/tokenize"])) as url:
-        found = verdicts(run / "proof.py", url, code=int(bool(fault)))
+        found = verdicts(run / "proof.py", url, code=int(bool(fault)), texts=False)
     assert wrong(found) == ([fault] if fault else []) and found["tokenizer"] == probe.UNKNOWN
 
 

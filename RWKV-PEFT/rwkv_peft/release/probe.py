@@ -185,6 +185,11 @@ class Asked(NamedTuple):
         found = [mismatch(each["prompt"], each[by], reply, stops) for each, reply in pairs]
         return [one if one and one.margin >= tie else None for one in found]
 
+    def excess(self) -> list[int]:
+        """By how many tokens each prompt was longer than it should be, if they are counted."""
+        pairs = zip(self.prompts, self.replies)
+        return [reply.prompt - len(each["tokens"]) for each, reply in pairs if isinstance(reply.prompt, int)]
+
 
 def ask(endpoint: Endpoint, prompts: Sequence[Mapping[str, Any]], form: str) -> Asked:
     """Ask for the answers to prompts. Raises Unanswered, but not if the first is refused."""
@@ -225,6 +230,8 @@ def diagnose(endpoint: Endpoint, proof: Mapping[str, Any]) -> dict[str, tuple[st
     if texts.refused and chats.refused:
         raise Unanswered(texts.refused)
     judged = chats if texts.refused else texts
+    if texts.refused:
+        verdicts["model file"] = OK, f"by chats alone, because texts are refused: {texts.refused}"
 
     def unknown(why: str, *parts: str) -> dict[str, tuple[str, str]]:
         return verdicts | dict.fromkeys(parts, (UNKNOWN, why))
@@ -239,23 +246,18 @@ def diagnose(endpoint: Endpoint, proof: Mapping[str, Any]) -> dict[str, tuple[st
     if not tokenized and judged.form != "tokens":
         return unknown("prompts have other tokens", *PARTS[2:])
     others, by = [one for one in first if one and one.kind == OTHER], "answer"
-    longest = max(
-        (
-            reply.prompt - len(each["tokens"])
-            for each, reply in zip(chats.prompts, chats.replies)
-            if isinstance(reply.prompt, int)
-        ),
-        default=0,
-    )
+    longest = max(chats.excess(), default=0)
     if others and not any(one and one.kind == OTHER for one in judged.mismatches("base", tie)):
         verdicts["adapter"], by = (WRONG, f"the base answers; {others[0].words}"), "base"
-    elif others and not (judged is chats and longest > 1):
-        part = "quantization" if max(one.margin for one in others) < proof["coarse"] else "model file"
-        verdicts = unknown(f"see {part}", *PARTS[2:])
-        either = " (or the template: texts without one are refused)" if judged is chats else ""
-        verdicts[part] = WRONG, f"{len(others)} of {len(first)} answers differ{either}; {others[0].words}"
-    elif others:
+    elif others and judged is chats and longest > 1:
         verdicts = unknown("see template", *PARTS[2:])
+    elif others:
+        small, begun = max(one.margin for one in others) < proof["coarse"], min(texts.excess(), default=0) > 0
+        part = "tokenizer" if begun else "quantization" if small else "model file"
+        verdicts = unknown(f"see {part}", *PARTS[2:])
+        why = " (or the template is wrong: texts without one are refused)" if judged is chats else ""
+        why = ", to prompts that begin with another token" if begun else why
+        verdicts[part] = WRONG, f"{len(others)} of {len(first)} answers differ{why}; {others[0].words}"
     elif not any(mismatch("", each["answer"], Reply(each["base"]["text"], "", 0)) for each in prompts):
         verdicts = unknown("the base gives the same answers", "adapter")
     if chats.refused or not tokenized:
