@@ -167,6 +167,52 @@ IPHONE = """\
 [1/31/24, 6:02:04\u202fAM] Ada: Ho?
 [1/31/24, 6:02:09\u202fAM] Max: No.
 """
+TELEGRAM = {"name": "Ada", "type": "personal_chat", "id": 1}
+TELEGRAM["messages"] = [
+    {
+        "id": number,
+        "type": "message",
+        "date": f"2024-01-0{day}T12:00:0{number}",
+        "from": name,
+        "from_id": "u",
+        "text": text,
+    }
+    for number, (day, name, text) in enumerate(
+        [
+            (1, "Ada", "Hi?"),
+            (1, "Ada", ["Are ", {"type": "bold", "text": "you"}, " there?"]),
+            (1, "Max", ""),
+            (1, "Max", "Yes."),
+            (2, "Ada", "Again?"),
+            (2, "Max", "No."),
+        ]
+    )
+]
+TELEGRAM["messages"][2]["photo"] = "photo_1.jpg"
+TELEGRAM["messages"].insert(1, {"id": 9, "type": "service", "date": "2024-01-01T12:00:00", "action": "pin", "text": ""})
+DISCORD = {
+    "guild": {"id": "0", "name": "G"},
+    "channel": {"id": "1", "type": "GuildTextChat", "name": "general"},
+    "messages": [
+        {"id": "1", "type": "Default", "timestamp": f"2024-01-01T12:00:0{second}.123+00:00", "content": text}
+        | {"author": {"id": "2", "name": name, "nickname": name.title(), "isBot": False}, "attachments": files}
+        for second, name, text, files in [(1, "ada", "Hi?", []), (2, "max", "", [{"url": "u"}]), (3, "max", "Yes.", [])]
+    ],
+}
+DISCORD["messages"].append(DISCORD["messages"][0] | {"type": "ChannelPinnedMessage", "content": "Pinned a message."})
+
+
+def reply(role, words, rank=None, *replies):
+    return {"message_id": words, "role": role, "text": words, "rank": rank, "replies": list(replies)}
+
+
+OASST = {
+    "message_tree_id": "Hi?",
+    "tree_state": "ready_for_export",
+    "prompt": reply(
+        "prompter", "Hi?", None, reply("assistant", "No.", 1), reply("assistant", "Yes.", 0, reply("prompter", "So?"))
+    ),
+}
 MAX = ("--as", "Max")
 CASES = {
     "SillyTavern": (
@@ -221,6 +267,21 @@ CASES = {
         ["User: Hi?\nAre you\nthere?\n\nAssistant: Yes.", "User: Again?\n\nAssistant: No: never."],
         "1 system lines, 1 pictures",
     ),
+    "Telegram": (
+        json.dumps(TELEGRAM, indent=1),
+        "result.json",
+        MAX,
+        ["User: Hi?\nAre you there?\n\nAssistant: Yes.", "User: Again?\n\nAssistant: No."],
+        "1 system lines, 1 pictures",
+    ),
+    "Discord": (
+        json.dumps(DISCORD, indent=2),
+        "general.json",
+        MAX,
+        [HI],
+        "1 pictures, files and sounds, 1 system lines",
+    ),
+    "Open Assistant": (lines(OASST), "oasst.jsonl", (), [f"{HI}\n\nUser: So?"], "1 replies of a lower rank"),
     "WhatsApp, iPhone, three people": (
         IPHONE,
         "_chat.txt",
@@ -288,7 +349,7 @@ def variants(value):
             yield {other: part for other, part in pairs if other != name}
 
 
-@pytest.mark.parametrize("export", [V2, CARD, WEBUI[0], GPT[0], CLAUDE[0]], ids=lambda row: next(iter(row)))
+@pytest.mark.parametrize("export", [V2, CARD, WEBUI[0], GPT[0], CLAUDE[0], OASST], ids=lambda row: next(iter(row)))
 def test_a_damaged_export_gets_a_message(preprocess, export):
     """In one file for each, whose bad rows are reported together."""
     rows = [row for row in variants(export) if isinstance(row, dict)]
@@ -302,7 +363,7 @@ def test_a_name_that_is_no_text_gets_a_message(preprocess, name):
         preprocess(SILLY.replace('"name": "Ada"', f'"name": {json.dumps(name)}', 1), name="a.jsonl")
 
 
-@pytest.mark.parametrize("name", ["SillyTavern", "card 3 as picture", "WhatsApp"])
+@pytest.mark.parametrize("name", ["SillyTavern", "card 3 as picture", "WhatsApp", "Telegram", "Discord"])
 def test_a_damaged_file_of_an_export_gets_a_message(preprocess, name):
     content, file, flags, *_ = CASES[name]
     for seed in range(40):

@@ -23,6 +23,7 @@ ROWS = {
     "segments": {"segments": [{"text": "T", "train": True}]},
     "instruction, input and output": ALPACA,
     "prompt (turns) and completion": {"prompt": TURNS[:1], "completion": "A"},
+    "prompt and actions (KoboldAI's stories)": {"prompt": "Once.", "actions": [" Twice.", "\n> Go."]},
     "prompt and completion": {"prompt": "Q", "completion": "A"},
 }
 

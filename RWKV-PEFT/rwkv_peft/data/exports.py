@@ -6,12 +6,13 @@ A file's first rows decide for the whole file. Its chats become rows of messages
 import base64
 import html
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ LINES, WHATSAPP = "lines", "whatsapp"  # fields of rows that stand for a whole f
 PAUSE = 6 * 3600  # seconds without a message behind which a dialogue of people is another document
 LEFT_OUT, CHATS_OF = "left out: ", "chats of "  # before the words of a count in Totals.counts
 MEDIA, SYSTEM, CALLS = "pictures, files and sounds", "system lines", "calls of tools and their results"
-HIDDEN = "hidden messages"
+HIDDEN, OTHER_REPLIES = "hidden messages", "replies of a lower rank"
 OTHERS_ALONE = "chats without the one whose words are learned"
 PNG, CARDS = b"\x89PNG\r\n\x1a\n", (b"ccv3", b"chara")  # the keywords of a card's text, the newer first
 REASONING = re.compile(r'<details type="reasoning".*?</summary>(.*?)</details>\s*', re.DOTALL)
@@ -234,6 +235,54 @@ def whatsapp(row: Row) -> Iterator[list[Message]]:
     yield from by_pauses(messages)
 
 
+def telegram(row: Row) -> Iterator[list[Message]]:
+    """Words that are partly bold or linked are a list of texts and of objects with a text."""
+    messages = list[Message]()
+    for each in row["messages"]:
+        parts = each["text"] if isinstance(each["text"], list) else [each["text"]]
+        words = "".join(part if isinstance(part, str) else part["text"] for part in parts).strip()
+        if each["type"] != "message":
+            messages.append(LeftOut(SYSTEM))
+            continue
+        messages += [LeftOut(MEDIA)] * any(
+            name in each for name in ("photo", "file", "media_type", "location_information")
+        )
+        if words:
+            messages.append(Said(each["from"] or str(each["from_id"]), words, seconds(each["date"])))
+    yield from by_pauses(messages)
+
+
+def discord(row: Row) -> Iterator[list[Message]]:
+    messages = list[Message]()
+    for each in row["messages"]:
+        if each["type"] not in ("Default", "Reply"):
+            messages.append(LeftOut(SYSTEM))
+            continue
+        messages += [LeftOut(MEDIA)] * (len(each.get("attachments") or ()) + len(each.get("stickers") or ()))
+        if words := each["content"].strip():
+            author = each["author"]
+            messages.append(Said(author.get("nickname") or author["name"], words, seconds(each["timestamp"])))
+    yield from by_pauses(messages)
+
+
+def seconds(date: str) -> float:
+    """The seconds of a date, of its own place if it names none."""
+    moment = datetime.fromisoformat(date)
+    return moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp()
+
+
+def tree(row: Row) -> Iterator[list[Message]]:
+    """The path of a tree of messages on which every reply is the best by its rank."""
+    message, messages = row["prompt"], list[Message]()
+    while message:
+        messages.append({"role": "user" if message["role"] == "prompter" else "assistant", "content": message["text"]})
+        replies = message.get("replies") or []
+        messages += [LeftOut(OTHER_REPLIES)] * (len(replies) - 1)
+        ranks = [math.inf if reply.get("rank") is None else reply["rank"] for reply in replies]
+        message = replies[ranks.index(min(ranks))] if replies else None
+    yield messages
+
+
 def times_of(stamps: list[re.Match[str]]) -> list[float]:
     """The seconds of WhatsApp's stamps. Phones write the day, the month or the year first: the order is the one in
     which all are dates, and time runs backwards least."""
@@ -275,6 +324,12 @@ def opens_log(first: object) -> bool:
     return isinstance(first, dict) and "user_name" in first and "character_name" in first
 
 
+def are_dated(row: Row) -> bool:
+    """True for a row of messages with dates, as programs for people write them."""
+    messages = row["messages"]
+    return isinstance(messages, list) and any(isinstance(each, dict) and "date" in each for each in messages)
+
+
 EXPORTS = (
     Export("SillyTavern's chats (.jsonl)", (LINES,), silly_tavern, opens_log, people=True),
     Export("character cards (.json or .png)", ("spec", "data"), card, lambda row: "chara_card" in str(row["spec"])),
@@ -283,6 +338,9 @@ EXPORTS = (
     Export("ChatGPT (conversations.json)", ("mapping", "current_node"), chat_gpt),
     Export("Claude (conversations.json)", ("chat_messages",), claude),
     Export("WhatsApp (.txt)", (WHATSAPP,), whatsapp, people=True),
+    Export("Discord (DiscordChatExporter's .json)", ("guild", "channel", "messages"), discord, people=True),
+    Export("Telegram (result.json)", ("name", "type", "messages"), telegram, are_dated, people=True),
+    Export("Open Assistant's trees", ("message_tree_id", "prompt"), tree, lambda row: isinstance(row["prompt"], dict)),
 )
 
 

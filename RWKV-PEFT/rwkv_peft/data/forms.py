@@ -137,6 +137,15 @@ FORMS = (
     Form("instruction, input and output", ("instruction", "output"), instruction, "instruction", beside=("input",)),
     Form("prompt (turns) and completion", ("prompt", COMPLETION), completed, fits=holds_list("prompt")),
     Form(
+        "prompt and actions (KoboldAI's stories)",
+        ("prompt", "actions"),
+        lambda row: [
+            (field(row, "prompt") + "".join(field({"actions": each}, "actions") for each in row["actions"]), True)
+        ],
+        "plain",
+        fits=holds_list("actions"),
+    ),
+    Form(
         "prompt and completion",
         ("prompt", COMPLETION),
         joined,
