@@ -59,5 +59,6 @@ PARTS = (
     ("page", ("tools/ui",), ("tools/plan", "data", "web", "demo")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too
     ("tools/study", ("tools/study",), ("run",)),
+    ("tools/learn", ("tools/learn",), ("python", "tools/study")),
     ("cli/commands", ("cli/commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )

@@ -62,6 +62,7 @@ SAME = {
     "eval": "model adapter state output",
     "serve": "model adapter state",
     "study": "model output",
+    "learn": "model",
     "convert": "model",
     "doctor": "model",
     "plot": "output",

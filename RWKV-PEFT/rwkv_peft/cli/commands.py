@@ -61,6 +61,13 @@ COMMANDS = (
         "tools.study.command",
         flags="tools.study.flags:parse_flags",
     ),
+    Command(
+        "Train",
+        "learn",
+        "learn corrected answers from a run's adapter on, and lose no more than allowed",
+        "tools.learn.command",
+        flags="tools.learn.flags:parse_flags",
+    ),
     Command("Train", "plot", "draw the loss curve of a run, or the curves of several into one picture", "tools.plot"),
     Command(
         "Try",

@@ -1,0 +1,237 @@
+"""`rwkv-peft learn`: go on from a run's adapter with corrected answers and with the run's own rows between them, and
+scale the new part back until no more is lost than allowed; flags.py has the usage."""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+
+from ...api.adapters import add_adapter, save_adapter
+from ...api.model import Model, load
+from ...api.train import request_for
+from ...checkpoints.adapters import adapter_of_run
+from ...checkpoints.atomic import write_text
+from ...checkpoints.best import labelled
+from ...checkpoints.lock import alone_in
+from ...cli.errors import Diverged, UserError
+from ...cli.names import ADAPTER
+from ...cli.parser import counted
+from ...config import DataConfig
+from ...data.mixture import Mixture
+from ...data.recorded import require_same
+from ...data.samples import Samples
+from ...data.sources import build_samples, split_samples
+from ...evals.questions import last_answer
+from ...evals.scoring import score
+from ...plots import look, new_figure, plain_axes, save_figure
+from ...rewards import Judges
+from ...training.inputs import VALIDATION, Inputs, find_inputs, make_plan
+from ...training.loop import StopRequest, train
+from ...training.measuring import Questions
+from ...training.prepared import TrainingRun
+from ...training.ranks.world import World
+from ...training.rates import automatic_rate
+from ..study.command import SCORED, Likelihood
+from .flags import parse_flags
+
+LEARNED, FIGURES, PICTURE = "learned", "learned.json", "learned.png"
+MEASURED = 128  # rows of a kind that are measured, at most
+HELD = 0.1  # of the rows to replay, in place of validation rows
+GRID, HALVINGS = (0.0, 0.25, 0.5, 0.75, 1.0), 4  # scales that are measured, and between two of them
+OF_RUN = (  # flags of a run about its data, which count here too
+    *("ctx_len", "data_type", "dataload", "loss_mask", "sft_field", "sft_split", "sft_as", "sft_long", "sft_think"),
+    *("think_labels", "clean_turns", "tool_form", "turns_in_text", "encoding", "document_end", "skip_bad_rows"),
+    *("val_split", "val_seed", "val_data", "data_mix"),
+)
+CORRECTED, NEW, KEPT = "feedback", "held out", "to keep"
+
+
+class Point(NamedTuple):
+    """What a model answers at a scale of the new part: {name of rows: Likelihood}."""
+
+    scale: float
+    rows: Mapping[str, Likelihood]
+
+
+def main(argv: list[str]) -> int:
+    """Run the command -> the exit code, 1 if no scale holds. Raises UserError for mistakes in flags and files."""
+    args = parse_flags(argv)
+    try:
+        with alone_in(Path(args.run)):
+            return learn(args)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def learn(args: Namespace) -> int:
+    """Learn the feedback, find the largest scale that holds, and write the adapter, the figures and the picture."""
+    flags, folder = args.settings, Path(args.run)
+    settings = {"precision": flags.get("precision"), "tokenizer": flags.get("tokenizer"), "device": args.device}
+    model = load(args.load_model or flags["load_model"], **settings)
+    add_adapter(model, load=adapter_of_run(folder, tell=True))
+    output = labelled(folder / ADAPTER, LEARNED)
+    with TemporaryDirectory() as place:
+        inputs = inputs_of(model, args, Path(place))
+        learned, measured = samples_of(inputs, args)
+        print("\n".join(learned[CORRECTED].row_notes))
+        rows = [f"{len(samples):,} {name}" for name, samples in measured.items()]
+        print(f"rows to measure, at most {MEASURED} of a kind: {', '.join(rows)}")
+        samples = Mixture(learned, (), args.replay_share) if args.replay_share else learned[CORRECTED]
+        plan = make_plan(inputs.config.train, samples, inputs.config.step_samples, None)
+        start = {name: tensor.clone() for name, tensor in trained(model).items()}
+        steps, seconds = take_steps(model, replace(inputs, samples=samples, measured={}, plan=plan), args.minutes)
+    end = {name: tensor.clone() for name, tensor in trained(model).items()}
+    print(f"{counted(steps, 'step')} of {plan.total_steps:,} in {seconds:.0f} s", flush=True)
+
+    def at(scale: float) -> Point:
+        for name, tensor in trained(model).items():
+            tensor.copy_(torch.lerp(start[name].float(), end[name].float(), scale))
+        return Point(scale, {name: likelihood(model, samples) for name, samples in measured.items()})
+
+    points, best = frontier(at, args.forget_at_most)
+    print(table(points, best))
+    figures = {"scale": best.scale, "forget_at_most": args.forget_at_most, "steps": steps, "seconds": round(seconds, 1)}
+    lines = [{"scale": point.scale} | {name: found._asdict() for name, found in point.rows.items()} for point in points]
+    write_text(folder / FIGURES, json.dumps(figures | {"frontier": lines}, indent=2) + "\n")
+    draw(points, best, args.forget_at_most, folder / PICTURE)
+    if not best.scale:
+        print(f"nothing is written: each part of it loses more than --forget_at_most {args.forget_at_most:g}")
+        return 1
+    at(best.scale)
+    save_adapter(model, output)
+    print(f"wrote {output}, with {best.scale:.0%} of the new part, and {folder / PICTURE}")
+    return 0
+
+
+def inputs_of(model: Model, args: Namespace, place: Path) -> Inputs:
+    """The Inputs of the run, or of rows of --replay in place of its own, with the settings of this command's steps.
+    Raises UserError for rows that are gone, and for those that are no answers."""
+    flags = args.settings
+    settings = {"data_type": DataConfig.data_type} | {name: flags[name] for name in OF_RUN if name in flags}
+    files = flags.get("data_file")
+    if args.replay:
+        settings, files = {"ctx_len": flags.get("ctx_len"), "data_type": "sft"}, args.replay
+    assert model.adapter is not None  # because one was loaded
+    rate = args.lr_init or automatic_rate(model.adapter, model.network.config.n_embd).value / 3
+    steps = {"lr_init": rate, "lr_final": rate / 10, "epoch_count": args.epoch_count, "micro_bsz": args.micro_bsz}
+    try:
+        request = request_for(model, files, place, settings | steps | {"random_seed": args.random_seed})
+        if not request.config.data.of_answers:
+            raise UserError(
+                f"it trained on --data_type {request.config.data.data_type}, of which no answers are learned"
+            )
+        return find_inputs(request)
+    except UserError as error:
+        remedy = "name rows to read between the feedback: --replay FILE"
+        raise UserError(f"the rows of {args.run} cannot be replayed: {error}; {remedy}", offers=error.offers) from error
+
+
+def samples_of(inputs: Inputs, args: Namespace) -> tuple[dict[str, Samples], dict[str, Samples]]:
+    """({name: samples to learn}, the feedback's and those to replay, {name: samples to measure})."""
+    data, vocab_size = inputs.config.data, inputs.config.model.vocab_size
+    plain = replace(data.own, more=(), mix=(), data_type="sft", loss_mask="file", dataload="pad")
+    plain = replace(plain, sft_field=(), sft_split="", sft_as="", turns_in_text="")
+
+    def rows_of(path: str, share: float) -> Sequence[Samples]:
+        """The samples of a file, and behind them a share that is held out."""
+        config = replace(plain, path=path)
+        whole = build_samples(config, vocab_size)
+        return split_samples(config, vocab_size, share, args.random_seed) if share and len(whole) > 1 else [whole]
+
+    feedback, *held_out = rows_of(args.feedback, args.hold_out)
+    replayed, kept = inputs.samples, inputs.measured.get(VALIDATION)
+    if args.keep:
+        (kept,) = rows_of(args.keep, 0)
+    elif kept is None:
+        print(f"note: the run held no rows out; {HELD:.0%} of those that it learned are measured, and not replayed")
+        replayed, kept = split_samples(data, vocab_size, HELD, args.random_seed)
+    for samples in (feedback, kept):
+        require_same(replayed.vocabulary, str(data.path), samples.vocabulary, "--feedback and --keep")
+    measured = {CORRECTED: feedback, **dict(zip([NEW], held_out)), KEPT: kept}
+    return {CORRECTED: feedback, "replay": replayed}, measured
+
+
+def trained(model: Model) -> dict[str, torch.Tensor]:
+    """The tensors that train, by name, as they are in the model."""
+    return {name: tensor.detach() for name, tensor in model.network.named_parameters() if tensor.requires_grad}
+
+
+def take_steps(model: Model, inputs: Inputs, minutes: float) -> tuple[int, float]:
+    """Train for the steps of a plan, or so many minutes at most -> (steps, seconds). Raises UserError if the loss is
+    not finite."""
+    began = time.monotonic()
+    run = TrainingRun(inputs, Questions(None, None), model.network, Judges(), model.device, World(), saves=False)
+    try:
+        steps = train(run, StopRequest(), lambda metrics: time.monotonic() - began > minutes * 60)
+    except Diverged as error:
+        raise UserError(f"{error}; lower --lr_init") from error
+    return steps, time.monotonic() - began
+
+
+def likelihood(model: Model, samples: Samples) -> Likelihood:
+    """The Likelihood of the last answers in up to MEASURED samples. Raises UserError for rows without answers."""
+    rows = [samples[n] for n in range(min(len(samples), MEASURED))]
+    documents = [document for row in rows for document in (row if isinstance(row, list) else [row])]
+    pairs = list(filter(None, map(last_answer, documents)))
+    if not pairs:
+        raise UserError("rows to measure have no answers: name rows with answers as --feedback, and as --keep")
+    model.eval()
+    scores = list[Any]()
+    for first in range(0, len(pairs), SCORED):
+        prompts, answers = zip(*[(list(prompt), [list(answer)]) for prompt, answer in pairs[first : first + SCORED]])
+        scores += [found for (found,) in score(model.network, prompts, answers, model.begun())]
+    tokens = sum(len(answer) for _, answer in pairs)
+    return Likelihood(-sum(one.logprob for one in scores) / tokens, sum(one.greedy for one in scores) / len(scores))
+
+
+def frontier(at: Callable[[float], Point], most: float) -> tuple[list[Point], Point]:
+    """(the Points at the scales of GRID and, by bisection, beside the largest that holds, in order; that Point).
+
+    A Point holds if the rows to keep lose at most `most` nats a token beside scale 0."""
+    points = [at(scale) for scale in GRID]
+    limit = points[0].rows[KEPT].nats + most
+    place = max(n for n, point in enumerate(points) if point.rows[KEPT].nats <= limit)
+    best, above = points[place], GRID[place + 1 :][:1]
+    for _ in range(HALVINGS if above else 0):
+        points.append(middle := at((best.scale + above[0]) / 2))
+        if middle.rows[KEPT].nats <= limit:
+            best = middle
+        else:
+            above = (middle.scale,)
+    return sorted(points, key=lambda point: point.scale), best
+
+
+def table(points: Sequence[Point], best: Point) -> str:
+    """A line for each Point: nats a token, and the share of answers word for word, of each kind of rows."""
+    lines = ["scale   " + "".join(f"{name:>20}" for name in best.rows)]
+    for point in points:
+        cells = [f"{found.nats:>13.3f} {found.right:>6.0%}" for found in point.rows.values()]
+        lines.append(f"{point.scale:<8.4g}{''.join(cells)}" + "  <" * (point is best))
+    return "\n".join(lines)
+
+
+def draw(points: Sequence[Point], best: Point, most: float, path: Path) -> None:
+    """Draw what is learned of each kind of rows over what those to keep lose, in nats a token."""
+    figure = new_figure(6.5, 4)
+    axes, kept = figure.add_subplot(), [point.rows[KEPT].nats - points[0].rows[KEPT].nats for point in points]
+    for number, name in enumerate(name for name in best.rows if name != KEPT):
+        axes.plot(
+            kept, [point.rows[name].nats for point in points], marker="o", markersize=3.5, label=name, **look(number)
+        )
+        axes.plot(kept[points.index(best)], best.rows[name].nats, marker="o", markersize=9, **look(number))
+    if most < 2 * max(kept):  # a bound far away would leave no room for the curves
+        axes.axvline(most, color="gray", linewidth=0.8, linestyle=":", label="--forget_at_most")
+    axes.set(
+        xlabel="lost on the rows to keep, nats a token", ylabel="loss, nats a token", title=f"scale {best.scale:.3g}"
+    )
+    axes.legend(frameon=False, fontsize="small")
+    plain_axes(axes)
+    save_figure(figure, path)
