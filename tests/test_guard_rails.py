@@ -64,6 +64,7 @@ SAME = {
     "study": "model output",
     "learn": "model",
     "convert": "model",
+    "prove": "model output",
     "doctor": "model",
     "plot": "output",
     "preprocess": "output",
