@@ -6,6 +6,8 @@ import pytest
 
 from data.documents import texts
 from rwkv_peft.cli.errors import UserError
+from rwkv_peft.data.encoding import EncodeSettings
+from rwkv_peft.data.overview import overview
 from rwkv_peft.data.sources import build_samples
 
 QA = "User: Q\n\nAssistant: A"
@@ -131,3 +133,9 @@ def test_choices_without_a_right_one_are_refused(preprocess, more, message):
 def test_every_data_type_finds_them(answers, kind, row):
     samples = build_samples(answers(kind)([row, row]), 257)
     assert any("read problem as the question" in note for note in samples.notes)
+
+
+def test_each_field_that_a_form_reads_is_shown_with_its_meaning(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Q", "input": "I", "output": "A", "id": 7}\n')
+    meanings = {"instruction": "question", "output": "answer", "input": "input"}
+    assert overview(tmp_path / "rows.jsonl", EncodeSettings("bytes")).taken == meanings

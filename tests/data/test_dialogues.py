@@ -38,6 +38,14 @@ def test_turns_in_a_text_are_offered_and_become_a_chat(preprocess, capsys, name)
     ]
 
 
+def test_a_text_file_that_is_a_chat_is_one_too(preprocess, capsys):
+    written = "User: Q\nAssistant: A\n\nUser: R\nAssistant: B\n"
+    assert texts(preprocess(written, name="chat.txt")) == [(written, written)]
+    assert "holds turns" in capsys.readouterr().out
+    assert texts(preprocess(written, "--turns_in_text", "auto", name="chat.txt")) == [(TURNS, COUNTED)]
+    assert "holds turns" not in capsys.readouterr().out
+
+
 def test_a_system_text_and_an_input_stay(preprocess):
     llama = {"text": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s>"}
     alpaca = {"text": "S\n\n### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\nA"}

@@ -1,6 +1,7 @@
 """Every flag that a message or a note names is tried on the file that caused it, and helps."""
 
 import re
+import shlex
 
 import pytest
 
@@ -11,6 +12,7 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 CASES = {
     "two answers": {"problem": "P", "solution": "S", "answer": "7"},
     "two questions": {"prompt": "P", "user": "S", "response": "7"},
+    "two questions with spaces": {"user prompt": "P", "question text": "S", "final answer": "7"},
     "a score": {"prompt": "P", "response": "S", "score": 1},
     "a code beside a text": {"text": "Write it.", "code": "f()"},
     "alpaca with its text": {"instruction": "Q", "input": "", "output": "A", "text": "Q A"},
@@ -32,6 +34,7 @@ CASES = {
     "no thinking": ({"query": "Q", "response": "A"}, "--think", "on"),
     "calls of the other form": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": CALL}]},
     "turns in a question": {"instruction": "Human: Q\nAssistant: A\nHuman: R\nAssistant:", "output": "B"},
+    "turns in a text file": "User: Q\n\nAssistant: A\n\nUser: R\n\nAssistant: B\n",
     "a text that begins as a result": {"query": "Function output:\n4", "response": "A"},
     "a field beside": {"query": "Q", "response": "A", "title": "T"},
     "a dialogue": "1.1.24, 8:00 - Ada: Hi\n1.1.24, 8:01 - Bo: Yes\n",
@@ -67,7 +70,7 @@ def remedies(message, row, folder):
             elif value.isupper():
                 yield [f"--{flag}", *list(row)[: len(value.split())]]
             elif value != "names":  # --encoding names another
-                yield [f"--{flag}", *value.split()]
+                yield [f"--{flag}", *shlex.split(value)]
 
 
 @pytest.mark.parametrize("case", CASES)

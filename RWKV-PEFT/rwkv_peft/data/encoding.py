@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from .chat import (
     without_parts,
 )
 from .columns import ANSWERING, KNOWN, PEEKED, Columns, columns_of, folded, peeked
+from .dialogues import written_turns
 from .exports import chats_in, export_of, require_speaker, rows_of, speakers_in
 from .feedback import is_feedback, learned_as
 from .fields import LISTS, UnknownForm, unread
@@ -71,6 +73,7 @@ NAMED = MappingProxyType(
 HEADER = "; the first line of a table names its columns: write one, such as question,answer, if it is a row"
 MARK, UNREAD = "mark ", "unread "  # before a mark and a field's name in Totals.counts
 MARKS = re.compile(r"<\|\w+\|>")  # which other models' templates have, and which are text here
+TURNS_WITHIN = 1 << 16  # characters of a text in which turns are looked for
 OTHER_MARKS = ("\0", "<start_of_turn>", "<｜User｜>", "[/INST]")
 TOOL_MARKS = ("<tool_call>", "<tools>")  # of the form hermes, beside another
 SHOWN_KINDS = 8  # kinds in a message
@@ -279,12 +282,15 @@ class Encoder:
         if self.template:
             return ""
         flag, *fields = NAMED[self.kind]
-        fields = [" ".join(names) for names in error.choices] or fields
+        fields = [shlex.join(names) for names in error.choices] or fields
         named = " or ".join(f"{flag} {each}" for each in fields)
         return f"; name yours, as {named}" + (HEADER if place.rpartition(", ")[0].endswith(CSV_ENDINGS) else "")
 
     def _encode(self, place: str, item: object, totals: Totals, columns: Columns) -> Encoded | None:
         is_text = isinstance(item, str) and self.kind in LEARNED
+        holds_turns = isinstance(item, str) and is_text and bool(written_turns(item[:TURNS_WITHIN]))
+        if holds_turns and self.settings.turns_in_text:
+            item, is_text = {"text": item}, False
         parsed: Any = None if is_text else parse(item)
         row = columns(parsed) if columns else parsed
         if is_feedback(row) and not (self.template or self.settings.fields):
@@ -304,6 +310,7 @@ class Encoder:
         runs = self._fitted([[(encode(text), counts) for text, counts in one] for one in documents], is_text, totals)
         whole = "".join(text for document in documents for text, _ in document)
         totals.counts["texts"] += is_text
+        totals.counts["turns"] += is_text and holds_turns
         totals.counts["characters"] += len(whole)
         if not runs:
             return None

@@ -42,7 +42,7 @@ def overview(path: Path, settings: EncodeSettings) -> Overview:
             found.taken = columns.taken
         elif rows and (form := form_of(unrolled(rows[0]))):
             meanings = ("question", "answer") if len(form.fields) == 2 else form.fields
-            found.taken = dict(zip(form.fields, meanings))
+            found.taken = dict(zip(form.fields, meanings)) | {name: name for name in form.beside if name in rows[0]}
     except UserError:
         pass  # reading all rows says why
     return found
