@@ -176,6 +176,37 @@ def test_rows_proposes_the_newest_file_that_can_be_read_and_errors_are_sentences
         (folder / name).unlink()
 
 
+ODD = (
+    *(
+        {"query": "Q", "response": " "},
+        {"messages": [{"role": "user", "content": "Q"}]},
+        {"text": "User: Q\n\nAssistant: A"},
+    ),
+    {"messages": [{"role": "assistant", "content": "A"}, {"role": "user", "content": "Q"}]},
+    *({"query": "Function output:\n4", "response": "A"}, {"query": "Q<|im_start|>", "response": "A", "title": "T"}),
+    *({"query": "R", "response": "B"}, {"query": "R", "response": "B"}, {"query": [1]}),
+)
+
+
+def test_notes_of_the_reader_are_sentences_in_the_language_of_the_page(open_page, folder):
+    (folder / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ODD))
+    page = open_page()
+    go(page, "Rows")
+    page.get_by_role("textbox", name="Another file or folder").fill("odd.jsonl")
+    page.get_by_role("textbox", name="Another file or folder").press("Enter")
+    expect(page.get_by_text("Rows with an empty answer: 1. They teach the model to say nothing.")).to_be_visible()
+    page.get_by_label("Language").select_option("zh")
+    expect(page.get_by_text("有 1 条的回答是空的，模型会学成什么都不说。")).to_be_visible()
+    notes = [text for text in page.locator(".note:visible").all_text_contents() if text]
+    assert not [text for text in notes if "--" in text or re.search("[A-Za-z]{2,} [A-Za-z]{2,}", text)]
+    # empty, unanswered, unfinished, repeated, turns, result, marks, unread
+    assert len([text for text in notes if re.search(r"：?1|有 1 条|im_start|title", text)]) >= 8
+    page.get_by_text("读取程序的原话").click()
+    expect(page.get_by_text("note: 1 row with an empty answer, which teaches")).to_be_visible()
+    page.get_by_label("语言").select_option("en")
+    (folder / "odd.jsonl").unlink()
+
+
 WAYS = {  # a file's rows, the menu and its option or the button by which they are read, and the words of the command
     "talk.txt": (
         "1.1.24, 8:00 - Ada: Rain?\n1.1.24, 8:01 - Bo: No.\n",

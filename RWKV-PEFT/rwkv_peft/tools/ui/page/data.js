@@ -130,7 +130,8 @@ export async function dataPage(place, about, signal) {
         figure(t("rows.learned"), `${Math.round((100 * counted) / Math.max(total, 1))} %`), figure(t("rows.longest"), number(sizes.reduce((a, b) => Math.max(a, b), 0))),
         cut && !texts ? figure(t("rows.cut", number(limit)), number(cut), true) : "", bad ? figure(t("rows.refused"), number(bad), true) : ""),
       ...[texts && t("rows.text.note", number(limit)), cut && !texts && t("rows.cut.note", number(limit)), bad && t("rows.refused.note"),
-        ...notes, t("rows.tokens.note"), sizes.length >= most && t("rows.some", number(most))].filter(Boolean).map(note),
+        ...notes.map(noted), t("rows.tokens.note"), sizes.length >= most && t("rows.some", number(most))].filter(Boolean).map(note),
+      notes.length ? folded(t("rows.reader"), ...notes.map(note)) : "",
       ...documents.map(({ tokens, learned, turns }, n) => el("section", { className: "document" },
         el("h3", {}, t("rows.title", n + 1, number(tokens), number(learned))), turns.map(bubble))),
       folded(t("rows.lengths"), histogram(sizes)));
@@ -151,6 +152,23 @@ const WRONG = [
 function inWords(message) {
   const [name, form] = WRONG.find(([, one]) => one.test(message)) ?? ["other", /()/], line = form.exec(message)?.[1];
   return t(line ? `rows.wrong.${name} line` : `rows.wrong.${name}`, line);
+}
+
+// A note of the reader's in a sentence, by the number of rows or the names in it; "" for a line on rows that are refused,
+// whose number the page shows.
+const NOTED = [
+  ["encoding", /^note: .* is read as ([\w-]+);/], ["ends", /^note: .* is one document, and holds (.+) ([\d,]+) times?;/], ["columns", /^note: read .*; the first row:/],
+  ["chats", /^note: read ([^;]+)/], ["begin", /^note: these are the first ([\d,]+) bytes/], ["split", /^note: .*: the split (\S+) is read/],
+  ["sheet", /^note: .*: the sheet (.+) is read/], ["files", /^note: .*: left out (.+)/], ["thinking", /^([\d,]+) rows? with thinking, ([\d,]+)/],
+  ["wordless", /^note: ([\d,]+) rows? with an empty answer/], ["unanswered", /^note: ([\d,]+) rows? without an answer/], ["unfinished", /^note: ([\d,]+) rows? whose last turn/],
+  ["repeated", /^note: ([\d,]+) rows? the same as/], ["tagged", /^note: ([\d,]+) rows? whose words list tools/], ["turns", /^note: ([\d,]+) rows? in which .* holds turns/],
+  ["forging", /^note: ([\d,]+) rows? in which .* as a tool's result/], ["marks", /^note: learned as text: (.+?); /], ["unread", /^note: not read: (.+?); preprocess/],
+  ["empty", /^([\d,]+) empty rows? left out/], ["equal", /^([\d,]+) pairs? of equal answers/], ["bare", /^([\d,]+) rows? without a prompt or an answer/],
+];
+function noted(words) {
+  const [name, form] = NOTED.find(([, one]) => one.test(words)) ?? [], values = form?.exec(words).slice(1) ?? [];
+  if (/^ |^[\d,]+ bad rows?\b/.test(words)) return "";
+  return name ? t(`rows.noted.${name}`, ...values.map((value) => value.replace(/ \([\d,]+ (?:row|chat)s?\)/g, ""))) : words;
 }
 
 // The names of fields in an offer, as the flag's field takes them: two may have spaces.
