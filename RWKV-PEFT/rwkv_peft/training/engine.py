@@ -201,6 +201,7 @@ class Plain(TrainingEngine):
         for number, group in enumerate(self.groups):
             sizes = [parameter.numel() for parameter in group["params"]]
             padded = -(-sum(sizes) // ALIGNMENT) * ALIGNMENT
+            # (padded,): the padding stays zero, as its gradient is
             flat = torch.zeros(padded, dtype=torch.float32, device=self.device)
             offset = 0
             for parameter, size in zip(group["params"], sizes):
@@ -209,6 +210,7 @@ class Plain(TrainingEngine):
                 flat[offset : offset + size].copy_(parameter.data.reshape(-1))
                 self.places[parameter] = ParameterSlice(size, 0, number, offset, size)
                 offset += size
+            # The optimizer sees these alone. The model's parameters are copies in its own dtype, written by publish().
             self.masters.append(flat.requires_grad_())
         groups = [group | {"params": [flat]} for group, flat in zip(self.groups, self.masters)]
         self.optimizer = make_optimizer(groups, config.train)
@@ -220,6 +222,7 @@ class Plain(TrainingEngine):
         # Two divisions and a product leave the bits of runs before, which Lightning and DeepSpeed both divided.
         loss = loss * self.micro_batches / self.micro_batches / self.micro_batches
         if self.scale is not None:
+            # After the divisions, as in DeepSpeed: another order would round to other bits.
             loss = loss * self.scale.cur_scale
         loss.backward()
         if self.micro_batches > 1:
@@ -245,22 +248,25 @@ class Plain(TrainingEngine):
     @torch.no_grad()
     def step(self, rate: float) -> float | None:
         self.set_rate(rate)
+        # Taken off the parameters before anything can fail, so that a skipped step leaves none behind.
         gradients, self.sums = self.sums or self.take_gradients(), []
         scale = 1.0 if self.scale is None else self.scale.cur_scale
         scaled = torch.linalg.vector_norm(torch.stack([gradient_norm(group) for group in gradients]))
         norm = scaled / scale
         if self.scale is not None:
             overflow = not math.isfinite(scaled.item())
+            # Read before update(), which lowers them: with the scale at its least no later step would be any better.
             lowers = self.scale.cur_scale > self.scale.min_scale or self.scale.cur_hysteresis > 1
             self.scale.update(overflow)
             self.skipped = overflow and lowers
             if overflow:
-                return None if self.skipped else math.inf
+                return None if self.skipped else math.inf  # a norm of inf ends the run as diverged
         # clip in float32, in the order of ZeRO's: divide by the scale, and by the part of the norm that is too much
         factor: Any = scale
         if self.clip > 0:
             factor = torch.clamp((norm + 1e-6) / self.clip, min=1.0) * scale
         for master, group, tensors in zip(self.masters, self.groups, gradients):
+            # Cast to float32 first and scaled then: in bfloat16 the product would round once more.
             flat = torch.zeros_like(master, requires_grad=False)
             for (*_, offset, length), gradient in zip(map(self.place, group["params"]), tensors):
                 flat[offset : offset + length].copy_(gradient.reshape(-1))
@@ -269,6 +275,7 @@ class Plain(TrainingEngine):
             master.grad = flat
         self.optimizer.step()
         for master in self.masters:
+            # A whole float32 copy of what trains: not to be kept until the next step.
             master.grad = None
         self.publish()
         return norm.item()
@@ -297,6 +304,7 @@ class Plain(TrainingEngine):
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
+    # Weight decay and momentum go on for a parameter that no loss reached, as under ZeRO.
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
@@ -320,6 +328,7 @@ class LossScale:
                 self.cur_hysteresis -= 1
             self.last_overflow_iter = self.cur_iter
         else:
+            # As DeepSpeed counts, so that a checkpoint of either engine goes on in the other with the same scales.
             stable = self.cur_iter - self.last_overflow_iter - 1
             if stable > 0 and stable % self.WINDOW == 0:
                 self.cur_hysteresis = self.HYSTERESIS

@@ -100,6 +100,7 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
     run.model.train()
     try:
         if run.checkpoint is not None:
+            # It fills the engine's masters and moments; the model's weights follow from these.
             load_checkpoint(engine, run.checkpoint)
         start_losses = {} if run.validator is None else run.validator.before(engine)
         if run.rows is not None:
@@ -110,11 +111,12 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
             began = time.perf_counter()
             # Rank 0 counts --save_minutes, by a clock that neither a new time of day nor the machine's sleep moves.
             wants_save = engine.rank == 0 and 0 < config.save_minutes * 60 <= time.monotonic() - saved
+            # Every rank enters each line from here to the save in the same order: most of them hold a sum over ranks.
             sums = take_step(run, step, batches, stop, wants_save)
             rate = config.rate_at(step, plan.total_steps)
             norm = engine.step(rate)
             seconds, done = time.perf_counter() - began, step + 1
-            peak = torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated()  # bytes; 0 without CUDA
             if norm is not None and not math.isfinite(norm):  # clipping would make zeros or NaN of the step
                 raise Diverged(f"the gradient norm became {norm} at step {done}")
 
@@ -139,9 +141,11 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
             start_losses = {}
             report.record(metrics)
             report.show(metrics, sums, validation, lines, seconds)
+            # sums.stop is a sum over ranks, so that a signal that reached one of them ends all after the same step.
             stopping = stopping or sums.stop or bool(callback is not None and callback(metrics))
 
             if done % run.config.objective.together == 0:  # else the same completions are learned from once more
+                # After the record: a kill in between leaves a line too many, which a resume takes away.
                 if save(run, done, sums, last or stopping):
                     saved = time.monotonic()
                 if last or stopping:
@@ -187,6 +191,7 @@ def take_step(run: TrainingRun, step: int, batches: Iterator[TrainBatch], stop: 
         seed_micro_batch(run.config.train.random_seed, (step * number + micro) * engine.ranks + engine.rank)
         # The engine averages gradients over ranks and micro batches; with this denominator that average is the mean
         # over the counted tokens of the whole step.
+        # step_count is 0 if no token of the step counts; the loss is 0 then, and stays so divided by 1.
         loss, tokens = engine.forward(batch, (batch["step_count"] or 1) / sums.parts)
         # started before backward, so that a GPU adds up meanwhile; read behind it, because reading waits for the GPU
         status = sums.reduce(loss.detach(), [*compute.measures.values()], tokens, stop.signal != 0, save)
@@ -235,8 +240,10 @@ class Report:
         run = self.run
         if not run.leads:
             return
+        # A run that stopped between two saves has recorded steps that it takes again now.
         for path in (run.folder / METRICS, *(examiner.path for examiner in run.examiners)):
             forget_rest(path, run.plan)
+        # buffering=1: a line is on its way to the disk when its step is done, and others read along.
         self.file = open(run.folder / METRICS, "a", buffering=1)  # noqa: SIM115 # close() closes it
         self.progress = Progress(run.plan) if run.shows_progress else None
         if start_losses:

@@ -142,12 +142,14 @@ def gathered_parts(part: Tensor) -> tuple[Tensor, int]:
 def orthogonal(matrices: Tensor) -> Tensor:
     """Matrices (a, b) or (n, a, b) with their singular values moved to between 0.7 and 1.2, by Newton and Schulz's
     iteration -> bfloat16."""
+    # The iteration multiplies x by its transpose: with the short side first, that product is the smaller one.
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).bfloat16()
+    # Frobenius' norm bounds the largest singular value; the iteration converges from at most 1.
     x = (x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)).view(-1, *x.shape[-2:])
     first, third, fifth = FACTORS
     for _ in range(ROUNDS):
-        square = matmul(x, x.mT)
+        square = matmul(x, x.mT)  # (n, a, a), a the shorter side
         factor = addmm_(square.clone(), square, square, beta=third, alpha=fifth)
         x = addmm_(x.clone(), factor, x, beta=first)
     return (x.mT if tall else x).reshape(matrices.shape)

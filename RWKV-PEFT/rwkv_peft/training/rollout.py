@@ -122,6 +122,7 @@ def sample_rollouts(
     on the run's seed, the prompt's number and its own alone."""
     tokenizer = settings.tokenizer
     stops = {number: (*stops_of(tokenizer.decode(prompt)), *settings.stop) for number, prompt in prompts.items()}
+    # The key seeds the completion's draws, so that they do not depend on the batch or the rank that has the prompt.
     requests = {number * times + place: prompt for number, prompt in prompts.items() for place in range(times)}
     rollouts: dict[int, Rollout] = {}
     trains = model.training
@@ -163,6 +164,7 @@ def packed(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
     documents = []
     for rollout in rollouts:
         tokens = torch.tensor([*rollout.prompt, *rollout.tokens])
+        # (T - 1,): position t predicts token t + 1; the prompt's last position predicts the completion's first token.
         counts = torch.arange(1, len(tokens)) >= len(rollout.prompt)
         if rollout.sampled:
             counts[len(rollout.prompt) - 1 :] = torch.tensor(rollout.sampled)
@@ -204,6 +206,7 @@ class RolloutStep(Whole):
 
     def complete_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Batch:
         first = batch["samples"].original(batch["first"])
+        # The first micro batch of a step samples for all of them: large batches draw faster.
         if first not in self.ready:
             self.ready = self.batches_of_step(model, batch["samples"], first, batch["tokens"].device)
         return self.ready[first]
@@ -288,6 +291,7 @@ class RolloutStep(Whole):
         losses, measures = [], []
         for part in parts:
             loss = self.part_loss(model, part, count)
+            # autograd.grad and not backward: ZeRO's hooks may see each parameter's gradient once a micro batch.
             add_gradients(sums, torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
             losses.append(loss.detach())
             measures.append(self.measures)

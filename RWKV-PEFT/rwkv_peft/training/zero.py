@@ -100,11 +100,15 @@ class Zero(TrainingEngine):
             strategy=self.strategy,
             precision=PRECISIONS[train.precision],
         )
+        # Starts no process and makes no group: RunEnvironment says that both exist.
         fabric.launch()
         if self.stage_3:
+            # Before the engine is made, which would first put the whole model on every device.
             partition(self.model, self.strategy.root_device, self.strategy.config)
+        # Made over the model's parameters: DeepSpeed then replaces these in its groups by its own flat float32 tensors.
         module, optimizer = MicroBatch(self.model, self.compute), make_optimizer(self.groups, train)
         self.engine, (self.optimizer,), _ = self.strategy.setup_module_and_optimizers(module, [optimizer])
+        # ZeRO's wrapper, and torch's optimizer within it, whose state checkpoints hold.
         self.zero, self.optimizer = self.optimizer, self.optimizer.optimizer
         self.engine.train()
         if (scaler := self.scaler) is not None:
@@ -115,11 +119,13 @@ class Zero(TrainingEngine):
             self.zero.get_grad_norm_direct = lambda gradients, *_, **__: norm_over_ranks(self.zero, gradients)
 
     def forward(self, batch: Mapping[str, Any], count: float) -> tuple[Tensor, int]:
+        # Through the engine and not the module: its hooks gather ZeRO-3's weights, and reset the trace of their order.
         return self.engine(super().forward, batch, count)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the micro batches too; dividing before and multiplying leaves the bits of runs before.
         self.engine.backward(loss * self.micro_batches / self.micro_batches)
+        # The last micro batch's step() is the loop's, after all ranks know whether the losses are finite.
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro batch
 
@@ -129,7 +135,7 @@ class Zero(TrainingEngine):
         norm = self.engine.get_global_grad_norm()
         if norm is None or self.skipped:
             return None
-        return math.nan if norm < 0 else float(norm)
+        return math.nan if norm < 0 else float(norm)  # NOT_FINITE
 
     @property
     def scaler(self) -> Any:
@@ -155,7 +161,7 @@ class Zero(TrainingEngine):
             start = distributed.get_rank(self.zero.dp_process_group) * length
             return ParameterSlice(parameter.ds_numel, start, number, offset, min(length, parameter.ds_numel - start))
         mapping = parameter._hp_mapping
-        if mapping is None:
+        if mapping is None:  # all of it is another rank's
             return ParameterSlice(parameter.numel(), 0, 0, 0, 0)
         inner, outer = mapping.lp_fragment_address, mapping.hp_fragment_address
         return ParameterSlice(parameter.numel(), inner.start, mapping.param_group_index, outer.start, outer.numel)
@@ -164,6 +170,7 @@ class Zero(TrainingEngine):
         if not self.stage_3:
             self.zero.update_lp_params()
             return
+        # The weights that persist on every rank (WHOLE) are cut here and gathered anew at the end, with the new values.
         self.zero.checkpoint_event_prologue()
         for number in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(number)
@@ -216,6 +223,7 @@ def make_strategy(model: LanguageModel, config: RunConfig, world: World, device:
     settings["train_micro_batch_size_per_gpu"] = config.data.micro_bsz
     if train.stage == 3:
         zero = settings["zero_optimization"]
+        # To gather such small ones would cost a message each, and save next to no memory.
         zero["stage3_param_persistence_threshold"] = WHOLE
         zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = live_parameters(model)
         if on_cpu:
@@ -300,7 +308,9 @@ class _RecomputeFirst(Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # A state that no loss reads has no gradient; zeros in its place would start a backward pass through it.
         ctx.set_materialize_grads(False)
+        # Of no size, because only the reading of it matters.
         ctx.save_for_backward(tensors[0].new_empty(0))
         return tuple(tensor.detach() for tensor in tensors)
 

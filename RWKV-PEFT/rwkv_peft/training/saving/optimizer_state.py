@@ -102,6 +102,7 @@ class SavedOptimizer:
             done, end_of_piece = piece.start, piece.start + len(into)
             for start, tensor in sorted(self.found.get((kind, piece.name), ()), key=lambda part: part[0]):
                 end = min(start + len(tensor), end_of_piece)
+                # Pieces of another number of ranks may begin within this one, end behind it, or be empty.
                 if start <= done < end:
                     into[done - piece.start : end - piece.start] = tensor[done - start : end - start].to(into.device)
                     done = end

@@ -48,6 +48,7 @@ class Line:
     def open_ring(self) -> None:
         """Make the channel that closes the ring. All ranks of the run call it, if any does."""
         if self.ring is None and dist.is_initialized():
+            # Every rank makes the group, also those outside of the line: torch requires it of new_group.
             self.ring = dist.new_group(timeout=self.limit)
 
     def next_to(self, step: int) -> tuple[int, Any]:
@@ -60,8 +61,10 @@ class Line:
     def send(self, tensors: Tensors, step: int) -> None:
         """Send tensors to the part before or after, as one message that keeps every bit."""
         wide = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        # One message, because each has a latency of its own; the widest dtype holds all others exactly.
         message = torch.cat([tensor.detach().flatten().to(wide) for tensor in tensors])
         rank, group = self.next_to(step)
+        # Waiting for the oldest bounds the memory of messages to one pass's.
         if len(self.pending) == self.blocks:
             self.pending.popleft()[0].wait()
         self.pending.append((dist.isend(message, rank, group), message))
@@ -88,7 +91,7 @@ class StateRelay:
         rows = len(segment.tokens)  # or the one sequence that crosses a border, if the batch is packed
         self.line, self.model, self.device = line, model, weight.device
         self.carries, self.goes_on, self.packed = segment.carries, segment.goes_on, segment.cu_seqlens is not None
-        self.like = State.zeros(config, rows, "meta", weight.dtype)[0]
+        self.like = State.zeros(config, rows, "meta", weight.dtype)[0]  # of one layer; all have the same shapes
         self.states: list[Tensors] | None = [] if repeats else None
         self.again = False
 
@@ -126,6 +129,7 @@ class ReceiveState(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, relay: StateRelay, layer: int, anchor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         ctx.relay = relay
+        # Clones, because autograd writes its history into the tensors that a Function returns.
         return tuple(tensor.clone() if relay.again else tensor for tensor in relay.received(layer))
 
     @staticmethod
@@ -206,6 +210,7 @@ class SharedRows(Whole):
             torch.manual_seed(seed)
             with torch.no_grad():
                 self.relayed_forward(model, part, no_head)
+            # From here on the relay repeats: it takes the cached states, and sends none.
             part["relay"].again = True
         sums: list[torch.Tensor] = []
         total = torch.zeros((), device=batch["tokens"].device)

@@ -62,10 +62,11 @@ def end_of(batch: Batch) -> int:
 
 def part_of(batch: Batch, start: int, stop: int) -> Segment:
     """The positions from start to stop of a batch."""
-    tokens, targets, mask = (batch[name][:, start:stop] for name in ("tokens", "targets", "mask"))
+    tokens, targets, mask = (batch[name][:, start:stop] for name in ("tokens", "targets", "mask"))  # (B, stop - start)
     weights = batch["weights"][:, start:stop] if "weights" in batch else None
     packed = batch.get("cu_seqlens")
     bounds = [0, batch["mask"].shape[1]] if packed is None else packed.tolist()
+    # Bounds at start or stop are left out: they are added below, and no sequence may be empty.
     inner = [bound - start for bound in bounds if start < bound < stop]
     cu_seqlens = None if packed is None else packed.new_tensor([0, *inner, stop - start])
     borders = start not in bounds, stop not in bounds
@@ -77,7 +78,7 @@ def filler(segment: Segment) -> Segment:
     zeros = torch.zeros_like(segment.tokens[:, :1])
     bounds = None
     if segment.cu_seqlens is not None:
-        bounds = torch.arange(2, device=zeros.device)
+        bounds = torch.arange(2, device=zeros.device)  # [0, 1]: one sequence of one token
         check_copy(bounds, torch.arange(2), 1)
     weights = None if segment.weights is None else segment.weights[:, :1]
     return Segment(zeros, zeros, segment.counted[:0], bounds, carries=False, weights=weights)
@@ -115,6 +116,7 @@ class Segments(Step):
         for segment, seed, state in reversed([*zip(segments, seeds, states)]):
             torch.manual_seed(seed)
             loss, gradients, before = go_back(model, segment, state, gradient, parameters, self.head(segment, count))
+            # A segment that begins anew cuts the way back: what came before it is another row's.
             gradient, total = before if segment.carries else (), total + loss
             add_gradients(sums, gradients, parameters)
         return with_gradients(total, sums, parameters)
@@ -133,6 +135,7 @@ class Segments(Step):
         """The batch's segments; with `together` also fillers, up to the largest number of segments on any rank."""
         segments: list[Segment] = batch.get("segments") or segments_of(batch, self.length)
         if self.together and dist.is_initialized():
+            # On the device, because NCCL adds up nothing on CPUs.
             most = torch.tensor(len(segments), device=batch["tokens"].device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
             segments += [filler(segments[0])] * (int(most) - len(segments))
@@ -182,13 +185,16 @@ def go_back(
 
     They go back from its loss and from the gradient of its last State (() for none).
     """
+    # Leaves of a graph of this segment's own, so that the gradient stops at its beginning.
     inputs = [tensor.detach().requires_grad_() for layer in before for tensor in layer]
     rest = iter(inputs)
     start = State(layer._make(islice(rest, len(layer))) for layer in before)
     loss, state = forward(model, segment, start, head)
     ends = [tensor for layer in segment.state_after(state) for tensor in layer]
+    # zip_longest: the last segment has no gradient from behind, and gets zeros for each tensor of its State.
     end_gradients = [torch.zeros_like(end) if grad is None else grad for end, grad in zip_longest(ends, gradient)]
     pairs = [(loss, None), *zip(ends, end_gradients)]
+    # A State that depends on nothing that trains has no graph, and autograd refuses it.
     outputs, grads = zip(*((output, grad) for output, grad in pairs if output.requires_grad))
     gradients = torch.autograd.grad(outputs, [*parameters, *inputs], grads, allow_unused=True)
     return loss.detach(), gradients[: len(parameters)], gradients[len(parameters) :]

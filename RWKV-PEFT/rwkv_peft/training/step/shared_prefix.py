@@ -61,6 +61,7 @@ def share_prefixes(batch: Batch, size: int) -> dict[str, torch.Tensor]:
     documents = [slice(*pair) for pair in zip(bounds, bounds[1:])]
     groups = [documents[first : first + size] for first in range(0, len(documents), size)]
     lengths = [prefix_length(batch, group) for group in groups]
+    # One group without a prefix would be an empty sequence among the shared ones.
     if not all(lengths):
         return {"shared": batch["tokens"][:, :1], "shared_seqlens": torch.arange(2), "owner": torch.arange(0)}
     owner = torch.arange(len(documents)) // size
@@ -74,8 +75,8 @@ def share_prefixes(batch: Batch, size: int) -> dict[str, torch.Tensor]:
 def prefix_length(batch: Batch, group: Sequence[slice]) -> int:
     """The number of tokens in the common prefix of the documents at some places of a packed batch."""
     most = min(uncounted(batch["mask"][0, place]) for place in group)
-    rows = torch.stack([batch["tokens"][0, place][:most] for place in group])
-    return int((rows == rows[0]).all(0).long().cumprod(0).sum())
+    rows = torch.stack([batch["tokens"][0, place][:most] for place in group])  # (documents, most)
+    return int((rows == rows[0]).all(0).long().cumprod(0).sum())  # 1 up to the first difference, then 0
 
 
 def uncounted(mask: torch.Tensor) -> int:
@@ -159,11 +160,13 @@ class Contexts:
 
     def state_after(self, model: nn.Module, context: torch.Tensor, device: torch.device) -> State:
         """A teacher's State after a context (T,), on the CPU."""
+        # By its tokens and not by the row: many rows have the same context.
         key = context.numpy().tobytes()
         state = self.cache.pop(key, None)
         if state is None:
             after = model(context[None].to(device), head=no_head)[1]
             state = after.each(lambda name, tensor: tensor.cpu().clone())
+        # Put in anew at each use: a dict keeps the order, so that the first is the one that was not used for longest.
         self.cache[key] = state  # the last one used
         while len(self.cache) > 1 and sum(state.nbytes for state in self.cache.values()) > self.room:
             self.cache.pop(next(iter(self.cache)))

@@ -149,6 +149,7 @@ def copy_to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 def seed_micro_batch(seed: int, number: int) -> None:
     """Seed torch for the micro batch of this number in a run. Its random numbers depend on the run's seed, the step and
     the place in it alone, whichever rank has it: a resumed run repeats them."""
+    # Primes spread neighbouring seeds and numbers over the 63 bits that manual_seed takes.
     torch.manual_seed((seed * 1_000_003 + number) * 65_537 % 2**63)
 
 
@@ -171,6 +172,7 @@ def add_gradients(sums: list[torch.Tensor], gradients: Gradient, parameters: Ten
 def with_gradients(loss: torch.Tensor, gradients: Tensors, parameters: Tensors) -> torch.Tensor:
     """The loss (), with a backward that hands gradients computed before to the parameters, once each, as ZeRO needs."""
     cut = [p for p in parameters if p.shape != getattr(p, "ds_shape", p.shape)]
+    # A parameter's shape is empty while ZeRO-3 has it cut, and autograd compares a gradient's shape with it.
     if cut:  # ZeRO-3's shards are gathered, because a gradient needs the whole shape; it shards again after backward
         cut[0].all_gather(param_list=cut)  # type: ignore[attr-defined]
     return WithGradients.apply(loss, gradients, *parameters)
