@@ -213,6 +213,12 @@ OASST = {
         "prompter", "Hi?", None, reply("assistant", "No.", 1), reply("assistant", "Yes.", 0, reply("prompter", "So?"))
     ),
 }
+PIPPA = {"bot_id": "1", "bot_name": "Ada", "bot_description": "{{char}} counts.", "categories": None}
+PIPPA["conversation"] = [
+    {"message": "Hello, {{user}}.", "is_human": False},
+    {"message": "Hi?", "is_human": True},
+    {"message": "Yes.", "is_human": False},
+]
 MAX = ("--as", "Max")
 CASES = {
     "SillyTavern": (
@@ -280,6 +286,13 @@ CASES = {
         MAX,
         [HI],
         "1 pictures, files and sounds, 1 system lines",
+    ),
+    "PIPPA": (
+        lines(PIPPA),
+        "pippa.jsonl",
+        (),
+        ["System: You are Ada.\nAda counts.\n\nAssistant: Hello, User.\n\nUser: Hi?\n\nAssistant: Yes."],
+        "1 chat",
     ),
     "Open Assistant": (lines(OASST), "oasst.jsonl", (), [f"{HI}\n\nUser: So?"], "1 replies of a lower rank"),
     "WhatsApp, iPhone, three people": (
@@ -349,7 +362,9 @@ def variants(value):
             yield {other: part for other, part in pairs if other != name}
 
 
-@pytest.mark.parametrize("export", [V2, CARD, WEBUI[0], GPT[0], CLAUDE[0], OASST], ids=lambda row: next(iter(row)))
+@pytest.mark.parametrize(
+    "export", [V2, CARD, WEBUI[0], GPT[0], CLAUDE[0], OASST, PIPPA], ids=lambda row: next(iter(row))
+)
 def test_a_damaged_export_gets_a_message(preprocess, export):
     """In one file for each, whose bad rows are reported together."""
     rows = [row for row in variants(export) if isinstance(row, dict)]

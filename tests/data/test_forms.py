@@ -1,5 +1,6 @@
 """The table of forms: each is recognized by its fields, and a row that two forms fit is refused with both."""
 
+import json
 import re
 from pathlib import Path
 
@@ -19,7 +20,11 @@ ROWS = {
     "query, tools and answers (calls)": {"query": "Q", "tools": [{"name": "f"}], "answers": [{"name": "f"}]},
     "query and response": {"query": "Q", "response": "A"},
     "question and answer": {"question": "Q", "answer": "A"},
-    "conversation (exchanges of human and assistant)": {"conversation": [{"human": "Q", "assistant": "A"}]},
+    "data (texts in turn)": {"id": "1", "data": ["Q", "A"]},
+    "dialog (texts in turn)": {"dialog": ["Q", "A"], "act": [1, 2]},
+    "conversation (exchanges of human and assistant, or input and output)": {
+        "conversation": [{"human": "Q", "assistant": "A"}]
+    },
     "segments": {"segments": [{"text": "T", "train": True}]},
     "instruction, input and output": ALPACA,
     "prompt (turns) and completion": {"prompt": TURNS[:1], "completion": "A"},
@@ -34,12 +39,37 @@ def test_a_row_is_of_one_form_and_two_forms_are_refused_with_both_names(form):
     assert form_of(row) is form and RowLayout().segments(row)
     for other, more in ROWS.items():
         both = row | {name: value for name, value in more.items() if name not in row}
-        if other != form.name and not {*row} & {*more}:
+        fit = all(each.fits(both) for each in (form, form_of(more)) if {*each.fields} <= {*both})
+        if other != form.name and not {*row} & {*more} and fit:  # texts in turn give way to another text
             first, second = sorted((form, form_of(more)), key=FORMS.index)
             names = (" and ".join(second.fields) if first.name == "text" else second.name), first.name
             with pytest.raises(UserError) as refused:
                 RowLayout().segments(both)
             assert all(name in str(refused.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": ["Q", "A"]},
+        {"id": "1", "data": ["Q", "A"]},
+        {"dialog": ["Q", "A"], "act": [1, 2]},
+        {"conversation": [{"input": "Q", "output": "A"}]},
+        {"messages": [{"role": "User", "content": "Q"}, {"role": "Chatbot", "content": "A"}]},
+        ["Q", "A"],
+        TURNS,
+    ],
+    ids=["LIMA", "UltraChat", "LCCC", "Capybara", "Cohere", "texts", "turns"],
+)
+@pytest.mark.parametrize("name", ["in.jsonl", "in.json"])
+def test_turns_in_other_words_are_a_chat(preprocess, row, name):
+    content = [row, row] if name == "in.jsonl" else json.dumps([row, row])
+    assert texts(preprocess(content, name=name)) == texts(preprocess([{"messages": TURNS}] * 2))
+
+
+def test_texts_in_turn_give_way_to_a_question(preprocess):
+    row = {"prompt": "Q", "response": "A", "data": ["x", "y"]}
+    assert texts(preprocess([row])) == texts(preprocess([{"query": "Q", "response": "A"}]))
 
 
 def test_each_choice_of_a_message_on_two_forms_gives_that_forms_layout(preprocess):

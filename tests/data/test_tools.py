@@ -72,6 +72,27 @@ OPENAI = row(WITH_CALLS, *results(0, 1))
 IN_TEXT = [{"function": call | {"arguments": json.dumps(call["arguments"])}} for call in (PARIS, NOON)]
 ROWS = {
     "OpenAI": OPENAI,
+    "Anthropic": row(
+        turn(
+            "assistant",
+            [{"type": "text", "text": "Well."}]
+            + [
+                {"type": "tool_use", "id": call["id"], "name": tool["name"], "input": tool["arguments"]}
+                for call, tool in zip(CALLS, (PARIS, NOON))
+            ],
+        ),
+        turn(
+            "user",
+            [
+                {"type": "tool_result", "tool_use_id": "2", "content": "12"},
+                {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "sun"}]},
+            ],
+        ),
+        tools=[
+            {"input_schema" if name == "parameters" else name: value for name, value in tool.items()}
+            for tool in (WEATHER, TIME)
+        ],
+    ),
     "its results in another order": row(WITH_CALLS, *results(1, 0)),
     "arguments and tools as text": row(
         turn("assistant", "Well.", tool_calls=IN_TEXT),

@@ -72,6 +72,7 @@ SPEAKERS = MappingProxyType(  # the role of a turn -> the speaker's name in RWKV
         "gpt": "Assistant",
         "model": "Assistant",
         "bot": "Assistant",
+        "chatbot": "Assistant",
         "system": "System",
         "developer": "System",
         "tool": "Tool",
@@ -83,6 +84,7 @@ SPEAKERS = MappingProxyType(  # the role of a turn -> the speaker's name in RWKV
 )
 TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of a content that are texts
 REASONING, CALL = "reasoning", "tool_call"  # types of further parts in rows of LLaMA-Factory v1
+CALL_PART, RESULT_PART = "tool_use", "tool_result"  # and in Anthropic's
 TRAIN, WEIGHT, LOSS_WEIGHT = "train", "weight", "loss_weight"
 SWITCHES = (WEIGHT, TRAIN, "training", "loss")  # fields of a turn that switch it off in the loss, by tools' names
 PARTLY = ("train_detail", "mask", "masked")  # fields that do so for parts of a turn, which is not supported
@@ -118,7 +120,7 @@ class ChatLayout:
             raise UserError("messages must be a list of turns, each with role and content (or from and value)")
         parts: list[Segment] = []
         before = ""  # the speaker of the turn before
-        for turn in ordered(joined_calls(list(map(without_parts, turns)))):
+        for turn in ordered(joined_calls([part for whole in turns for part in parts_apart(whole)])):
             if not isinstance(turn, dict):
                 raise UserError(f"a turn is {json_kind(turn)}, not an object with role and content")
             speaker, words = self.spoken(turn)
@@ -254,19 +256,26 @@ def speaker_of(role: str) -> str:
     return SPEAKERS[role.lower()]
 
 
-def without_parts(turn: Any) -> Any:
-    """A turn with its parts of reasoning and its calls, in rows of LLaMA-Factory v1, as fields of their own."""
+def parts_apart(turn: Any) -> list[Any]:
+    """A turn with its parts of reasoning and its calls as fields of their own, as in rows of LLaMA-Factory v1 and of
+    Anthropic's; results of tools among its parts are turns before it."""
     content = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(content, list):
-        return turn
-    found: dict[str, list[Any]] = {"text": [], REASONING: [], CALL: []}
+        return [turn]
+    found: dict[str, list[Any]] = {"text": [], REASONING: [], CALL: [], CALL_PART: [], RESULT_PART: []}
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        found[kind if kind in (REASONING, CALL) else "text"].append(part)
+        found[kind if isinstance(kind, str) and kind in found else "text"].append(part)
     thinking = "".join(map(part_text, found[REASONING]))
     calls = [parsed(part_text(part), "a call of a tool") for part in found[CALL]]
+    calls += [{**part, "arguments": part.get("input")} for part in found[CALL_PART]]
+    results = [
+        {"role": "tool", "content": part.get("content") or "", "tool_call_id": part.get("tool_use_id")}
+        for part in found[RESULT_PART]
+    ]
     fields = {THINKING[0]: thinking, CALLS[0]: calls}
-    return turn | {"content": found["text"]} | {name: value for name, value in fields.items() if value}
+    rest = turn | {"content": found["text"]} | {name: value for name, value in fields.items() if value}
+    return [*results, *([rest] if found["text"] or not results else [])]
 
 
 def joined_calls(turns: Sequence[Any]) -> list[Any]:

@@ -31,7 +31,7 @@ from .chat import (
     WEIGHT,
     Segment,
     opens_thinking,
-    without_parts,
+    parts_apart,
 )
 from .columns import ANSWERING, KNOWN, PEEKED, Columns, columns_of, folded, peeked
 from .dialogues import written_turns
@@ -385,7 +385,9 @@ class Encoder:
             read = read.union(name for name in row if folded(name) in ANSWERING)  # which a reward reads
         names = list(unread(row, laid_out, read))
         if lists and not self.settings.think:
-            turns = [without_parts(turn) for name in lists for turn in row[name] if isinstance(turn, dict)]
+            turns = [
+                each for name in lists for turn in row[name] if isinstance(turn, dict) for each in parts_apart(turn)
+            ]
             names += [name for name in THINKING if name not in names and any(turn.get(name) for turn in turns)]
         return names
 
@@ -406,21 +408,22 @@ class Encoder:
 
 
 def parse(item: object) -> Any:
-    """The row of a line of JSON; a row that is already read stays as it is. Raises UserError for a line that is not
-    JSON, and the UserError that stands for a row that could not be read."""
+    """The row of a line of JSON, or a row that is already read; a list is a row's turns. Raises UserError for a line
+    that is not JSON, and the UserError that stands for a row that could not be read."""
     if isinstance(item, UserError):
         raise item
-    if not isinstance(item, bytes):
-        return item
-    try:
-        return json.loads(item)
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 ({error.reason}); {TO_UTF_8}") from error
-    except (ValueError, RecursionError) as error:
-        more = ", and no comma behind it" if item.rstrip().endswith(b",") else ""
-        if item.lstrip()[:1] not in (b"{", b"["):
-            more = "; the name of a table ends in .csv, and that of a text in .txt"
-        raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line{more}") from error
+    row: Any = item
+    if isinstance(item, bytes):
+        try:
+            row = json.loads(item)
+        except UnicodeDecodeError as error:
+            raise UserError(f"not UTF-8 ({error.reason}); {TO_UTF_8}") from error
+        except (ValueError, RecursionError) as error:
+            more = ", and no comma behind it" if item.rstrip().endswith(b",") else ""
+            if item.lstrip()[:1] not in (b"{", b"["):
+                more = "; the name of a table ends in .csv, and that of a text in .txt"
+            raise UserError(f"not JSON ({error}); a .jsonl file holds one JSON object a line{more}") from error
+    return {CHATS[0]: row} if isinstance(row, list) and {*map(type, row)} in ({str}, {dict}) else row
 
 
 def weight_of(row: object, kind: str) -> float:

@@ -106,18 +106,31 @@ def silly_tavern(row: Row) -> Iterator[list[Message]]:
     yield messages
 
 
+def pippa(row: Row) -> Iterator[list[Message]]:
+    name, about = row["bot_name"], row.get("bot_description") or ""
+    yield [
+        {"role": "system", "content": filled(f"You are {name}.\n{about}", name)},
+        *(
+            {"role": "user" if each["is_human"] else "assistant", "content": filled(each["message"], name)}
+            for each in row["conversation"]
+        ),
+    ]
+
+
+def filled(words: str, name: str) -> str:
+    """The words of a character of that name, without its program's marks."""
+    words = re.sub(r"\{\{original\}\}", "", words, flags=re.IGNORECASE)
+    words = re.sub(r"\{\{char\}\}|<BOT>", lambda _: name, words, flags=re.IGNORECASE)
+    return re.sub(r"\{\{user\}\}|<USER>", "User", words, flags=re.IGNORECASE).strip()
+
+
 def card(row: Row) -> Iterator[list[Message]]:
     """The greetings and examples of a character card, each behind a system text of its name and descriptions."""
     data: Row = row["data"] if isinstance(row.get("data"), dict) else row
     name = data["name"]
 
-    def filled(words: str) -> str:
-        words = re.sub(r"\{\{original\}\}", "", words, flags=re.IGNORECASE)
-        words = re.sub(r"\{\{char\}\}|<BOT>", lambda _: name, words, flags=re.IGNORECASE)
-        return re.sub(r"\{\{user\}\}|<USER>", "User", words, flags=re.IGNORECASE).strip()
-
     parts = [
-        heading + filled(data[field])
+        heading + filled(data[field], name)
         for heading, field in (
             ("", "system_prompt"),
             ("", "description"),
@@ -129,11 +142,11 @@ def card(row: Row) -> Iterator[list[Message]]:
     system = {"role": "system", "content": "\n".join([f"You are {name}.", *parts])}
     for greeting in (data.get("first_mes"), *(data.get("alternate_greetings") or ())):
         if greeting:
-            yield [system, {"role": "assistant", "content": filled(greeting)}]
+            yield [system, {"role": "assistant", "content": filled(greeting, name)}]
     for example in re.split("<START>", data.get("mes_example") or "", flags=re.IGNORECASE):
         pieces = re.split(r"^(\{\{user\}\}|\{\{char\}\}|<USER>|<BOT>):", example, flags=re.IGNORECASE | re.MULTILINE)
         turns = [
-            {"role": "user" if "user" in who.lower() else "assistant", "content": filled(words)}
+            {"role": "user" if "user" in who.lower() else "assistant", "content": filled(words, name)}
             for who, words in zip(pieces[1::2], pieces[2::2])
         ]
         if turns:
@@ -340,6 +353,7 @@ EXPORTS = (
     Export("WhatsApp (.txt)", (WHATSAPP,), whatsapp, people=True),
     Export("Discord (DiscordChatExporter's .json)", ("guild", "channel", "messages"), discord, people=True),
     Export("Telegram (result.json)", ("name", "type", "messages"), telegram, are_dated, people=True),
+    Export("PIPPA", ("bot_name", "conversation"), pippa),
     Export("Open Assistant's trees", ("message_tree_id", "prompt"), tree, lambda row: isinstance(row["prompt"], dict)),
 )
 

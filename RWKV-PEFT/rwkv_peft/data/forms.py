@@ -25,7 +25,9 @@ LABELLED = ("label", "kto_tag")  # fields of a label; the second is LLaMA-Factor
 ANSWERS = MappingProxyType({"query": "response", "question": "answer", "instruction": "output", "prompt": "completion"})
 OPENAI = ("preferred_output", "non_preferred_output")  # beside an input, which holds messages and tools
 SIDES = (("chosen", "rejected"), OPENAI, ("chosen_messages", "rejected_messages"))  # the better and the worse answer
-EXCHANGE = ("human", "assistant")  # fields of two turns in one object, as Firefly and ms-swift have them
+# fields of two turns in one object, as Firefly and ms-swift have them, and Capybara
+EXCHANGES = (("human", "assistant"), ("input", "output"))
+IN_TURN = ("user", "assistant")
 MOST_ROWS_OF_NAMES = 256  # lists of fields whose forms are remembered
 
 
@@ -57,6 +59,20 @@ def turns_in(name: str) -> Callable[[Row], Any]:
 
 def holds_list(name: str) -> Callable[[Row], bool]:
     return lambda row: isinstance(row.get(name), list)
+
+
+def holds_texts(name: str) -> Callable[[Row], bool]:
+    """True for a row with texts in turn in a field, and in no other but its id."""
+
+    def fits(row: Row) -> bool:
+        others = (value for other, value in row.items() if other not in (name, "id"))
+        return (
+            isinstance(row[name], list)
+            and {*map(type, row[name])} == {str}
+            and not any(isinstance(value, str) for value in others)
+        )
+
+    return fits
 
 
 def asked(question: str) -> Callable[[Row], list[dict[str, Any]]]:
@@ -128,11 +144,12 @@ FORMS = (
     Form("query and response", ("query", "response"), asked("query"), "question"),
     Form("question and answer", ("question", "answer"), asked("question"), "question"),
     Form(
-        "conversation (exchanges of human and assistant)",
+        "conversation (exchanges of human and assistant, or input and output)",
         ("conversation",),
         turns_in("conversation"),
         fits=holds_list("conversation"),
     ),
+    *(Form(f"{name} (texts in turn)", (name,), turns_in(name), fits=holds_texts(name)) for name in ("data", "dialog")),
     Form("segments", ("segments",), segments, "plain"),
     Form("instruction, input and output", ("instruction", "output"), instruction, "instruction", beside=("input",)),
     Form("prompt (turns) and completion", ("prompt", COMPLETION), completed, fits=holds_list("prompt")),
@@ -203,14 +220,18 @@ def unrolled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def turns_of(row: Row, name: str) -> object:
-    """The turns in a row's field, a list or its JSON as text; an object with the fields of EXCHANGE is two turns."""
+    """The turns in a row's field, a list or its JSON as text. An object with the fields of one of EXCHANGES is two
+    turns, and a list of texts is a user's and an assistant's in turn."""
     turns = row[name] if isinstance(row.get(name), list) else parsed(row[name], f"field {name!r}")
     if not isinstance(turns, list):
         return turns
     found = list[object]()
-    for turn in turns:
-        both = isinstance(turn, dict) and all(role in turn for role in EXCHANGE)
-        found += [{"role": role, "content": turn[role]} for role in EXCHANGE] if both else [turn]
+    for place, turn in enumerate(turns):
+        pair = next((each for each in EXCHANGES if isinstance(turn, dict) and all(name in turn for name in each)), ())
+        pairs = [(role, turn[name]) for role, name in zip(IN_TURN, pair)]
+        if isinstance(turn, str):
+            pairs = [(IN_TURN[place % 2], turn)]
+        found += [{"role": role, "content": words} for role, words in pairs] if pairs else [turn]
     return found
 
 

@@ -222,7 +222,7 @@ def json_rows(file: io.BufferedReader, path: Path, may_be_one: bool, split: str)
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
-        if whole and not one:
+        if (whole and not one) or (first[:1] == b"[" and first.strip()[-1:] == b"]"):  # a list a line
             yield from numbered(path, read_lines(io.BufferedReader(io.BytesIO(text)), path), "line")
             return
         begins = "{, so that it is one row over several lines" if one else "[, so that it is one list of rows"

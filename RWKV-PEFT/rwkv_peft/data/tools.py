@@ -122,7 +122,8 @@ def functions_of(tools: object) -> list[dict[str, Any]]:
     for function in functions:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(f"a tool is {quoted(function)}; it needs a name, and mostly has parameters")
-    return functions
+    # as Anthropic's requests name them
+    return [{"parameters" if name == "input_schema" else name: each for name, each in one.items()} for one in functions]
 
 
 def call_of(value: object) -> ToolCall:
