@@ -121,6 +121,12 @@ def test_choices_without_a_right_one_are_refused(preprocess, more, message):
         preprocess([{"question": "Q", "choices": ["w", "x", "y"]} | more])
 
 
+def test_choices_without_a_question_are_a_bad_row(preprocess):
+    rows = [{"question": "Q", "choices": ["w", "x"], "answer": 1}, {"choices": ["w", "x"], "answer": 1}]
+    with pytest.raises(UserError, match="line 2: .*; its choices are to stand beside a question"):
+        preprocess(rows)
+
+
 @pytest.mark.parametrize(
     "kind, row",
     [

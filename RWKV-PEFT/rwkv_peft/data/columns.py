@@ -77,7 +77,9 @@ class Columns:
             parts = (result.get(self.before), result["question"], result.get(self.more))
             result["question"] = "\n".join(str(part).strip() for part in parts if part not in NOTHING)
         if self.choices and result.get(self.choices[0]) not in NOTHING:
-            question = next(name for name in ANSWERS if name in result)
+            question = next((name for name in ANSWERS if name in result), "")
+            if not question:
+                raise UnknownForm(f"a row has the fields {shown(row)}; its choices are to stand beside a question")
             lines, answer = chosen(result, self)
             result[question] = "\n".join([str(result[question]).strip(), *lines])
             result = without(result, self.right) | {ANSWERS[question]: answer}
