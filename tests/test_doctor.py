@@ -22,6 +22,7 @@ from rwkv_peft.cli.commands import COMMANDS, main
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.ops import products
+from rwkv_peft.ops.cuda_kernels import KERNELS
 from rwkv_peft.tools import doctor
 from rwkv_peft.tools.doctor import MISSING, NOTE, OK, Finding, check_package
 
@@ -208,3 +209,44 @@ def test_a_report_follows_its_schema_and_names_neither_user_nor_machine_nor_key(
     assert {"python", "torch", "memory", "disk", "--precision"} <= {one["name"] for one in report["findings"]}
     template = (ROOT / ".github/ISSUE_TEMPLATE/problem.yml").read_text()
     assert "rwkv-peft doctor --report" in str(yaml.safe_load(template))
+
+
+def test_a_report_of_a_machine_with_a_gpu_names_driver_card_memory_and_kernels(monkeypatch, tmp_path, capsys):
+    """A T4, which runs no kernel, so that none is compiled."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    card = SimpleNamespace(name="Tesla T4", major=7, minor=5, total_memory=15 * 2**30)
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "init": None,
+        "current_device": 0,
+        "get_device_capability": (7, 5),
+        "get_device_name": card.name,
+        "get_device_properties": card,
+        "get_arch_list": ["sm_75"],
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "matmul_speed", lambda dtype, device: 100)
+    assert main(["doctor", "--report"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    jsonschema.validate(report, json.loads((ROOT / "docs/reference/report.schema.json").read_text()))
+    texts = {one["name"]: one["text"] for one in report["findings"]}
+    assert texts["driver"] == "580.65.06"
+    assert texts["GPU 0"].startswith("Tesla T4, 15 GiB, compute capability 7.5, torch's CUDA 13.0")
+    assert "logical cores" in texts["processor"] and "float32 by" in texts["products"]
+    kernels = ("wkv6 cuda", "wkv7 cuda", *(name for name, _ in KERNELS))
+    assert all("need 8.0 (Ampere) or newer" in texts[name] for name in kernels)
+
+
+@pytest.mark.parametrize(
+    "body, text", [("echo NVML: mismatch; exit 9", "nvidia-smi fails: NVML: mismatch"), (None, "")]
+)
+def test_a_driver_that_fails_is_reported_and_one_that_is_absent_is_not(monkeypatch, tmp_path, body, text):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if body:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert [(finding.status, finding.text) for finding in doctor.check_driver()] == ([(NOTE, text)] if body else [])

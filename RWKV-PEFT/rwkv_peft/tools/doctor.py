@@ -14,10 +14,12 @@ import getpass
 import importlib
 import io
 import json
+import os
 import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -166,6 +168,8 @@ def examine() -> Iterator[Finding]:
     packages = [check_package(requirement) for requirement in requirements()]
     yield from packages
     yield from check_tools()
+    yield check_processor()
+    yield from check_driver()
     if Finding("torch", OK, version_of("torch") or "") in packages:
         devices = list(check_devices())
         yield from devices
@@ -231,11 +235,37 @@ def check_tools() -> Iterator[Finding]:
         yield Finding("ninja program", NOTE, missing, "activate the environment, or pip install ninja")
 
 
+def check_processor() -> Finding:
+    """Name this machine's processor, by the system's name for it."""
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpus.read_text(errors="replace")) if cpus.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return Finding("processor", OK, f"{name}, {os.cpu_count()} logical cores")
+
+
+def check_driver() -> Iterator[Finding]:
+    """Name the version of NVIDIA's driver, or report its failure, if nvidia-smi is installed."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError):  # it is not installed
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+        except subprocess.TimeoutExpired:
+            yield Finding("driver", NOTE, "nvidia-smi does not answer in a minute", "restart the machine")
+            return
+        lines = done.stdout.split("\n") + done.stderr.split("\n")
+        first = next((line.strip() for line in lines if line.strip()), "nothing")
+        if done.returncode:
+            yield Finding("driver", NOTE, f"nvidia-smi fails: {first}", "install the driver, or restart the machine")
+        else:
+            yield Finding("driver", OK, first)
+
+
 def check_devices() -> Iterator[Finding]:
     """Look for GPUs, and measure how fast this machine multiplies matrices in each precision."""
     import torch
 
     from ..gpus import refusal, without_code
+    from ..ops.products import row
 
     reason, remedy = refusal()
     if reason:
@@ -245,7 +275,8 @@ def check_devices() -> Iterator[Finding]:
     has_gpu = torch.cuda.is_available()
     for index in range(torch.cuda.device_count() if has_gpu else 0):
         gpu = torch.cuda.get_device_properties(index)
-        text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        text = f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}, torch's CUDA {torch.version.cuda}"
         lacking, remedy = without_code(index)
         if lacking:
             yield Finding(f"GPU {index}", NOTE, lacking, remedy)
@@ -266,8 +297,7 @@ def check_devices() -> Iterator[Finding]:
         )
         yield Finding("GPU", MISSING, f"torch sees one and cannot compute on it: {summarize(error)}", remedy)
         return
-    if not has_gpu:
-        yield check_products()
+    yield Finding("products", OK, f"on CPUs {row()} ({row().known})") if has_gpu else check_products()
     advice = "bf16 is faster and takes" if bf16 > fp32 else "fp32 is faster, bf16 takes"
     cores = f" on {torch.get_num_threads()} threads" if device == "cpu" else ""
     measured = f"matrix products: fp32 {fp32:,.0f}, bf16 {bf16:,.0f} GFLOP/s{cores}"
@@ -315,13 +345,19 @@ def matmul_speed(dtype: "torch.dtype", device: str, size: int = 1024) -> float:
 
 
 def check_kernels() -> Iterator[Finding]:
-    """Check the backends of each recurrence; those that can be compiled are."""
+    """Check the backends of each recurrence, and on a GPU the other kernels; those that can be compiled are."""
+    import torch
+
     from ..models import FAMILIES
+    from ..ops.cuda_kernels import KERNELS
 
     backends = {family.kernel: family.kernels() for family in FAMILIES}
     for kernel, found in backends.items():
         for name, reason in found.items():
             yield Finding(f"{kernel} {name}", OK if reason is None else NOTE, reason or "usable")
+    for name, family in KERNELS if torch.cuda.is_available() else ():
+        reason = family.unavailable()
+        yield Finding(name, OK if reason is None else NOTE, reason or "usable")
 
 
 def check_memory() -> Iterator[Finding]:

@@ -15,18 +15,13 @@ from ..gpus import better_precision
 from ..models import family_named
 from ..models.family import Family
 from ..ops import products
-from ..ops.bone.cuda import FAMILY as BONE
-from ..ops.cross_entropy import CUDA as CROSS_ENTROPY
-from ..ops.mix.cuda import FAMILY as MIX
+from ..ops.cuda_kernels import KERNELS
 from .engine import loses_in_sums
 from .inputs import Inputs
 from .rates import automatic_rate
 from .step.context_parallel import in_flight, waiting
 from .step.plan import Plan
 from .step.shared_prefix import saved_tokens
-
-# (operations, their CUDA kernels), besides the recurrence
-KERNELS = (("token shift, gates, norms", MIX), ("bat-in, Bone's shards", BONE), ("loss", CROSS_ENTROPY))
 
 UPSTREAM_PARTS = ("time", "ln")  # what RWKV-PEFT trains along with an adapter by default
 
