@@ -43,6 +43,8 @@ choose_torch() {  # -> build: a --torch-backend, or ""; limit: what the package 
         return
     fi
     cards="$(nvidia-smi --query-gpu=compute_cap,driver_version --format=csv,noheader 2>/dev/null)"
+    say "$cards" | awk '/^7[.]/ { old = 1 } END { exit !old }' &&
+        say "setup: a card below compute capability 8.0: training takes fp16, and plain torch instead of kernels"
     age="$(say "$cards" | awk -F '[., ]+' '$3 >= 525 { print 10 * $1 + $2 < 75 ? "card" : $3 < 580 ? "driver" : "" }')"
     case "$age" in
     *card*) suited=cu126 limit="torch<2.8" ;; # CUDA 13 has no code for it, the index's torch has CUDA 12.6 until 2.7

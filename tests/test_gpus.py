@@ -237,3 +237,30 @@ def test_memory_is_in_segments_that_grow_where_rows_are_padded(
     argv = ["--load_model", str(model), "--data_file", str(tmp_path / "data"), "--bone_r", "16", "--lr_init", "1e-3"]
     parse_run([*argv, *flags])
     assert seen == [expected]
+
+
+@pytest.mark.parametrize(
+    "capability, flags, precision",
+    [
+        ((7, 5), (), "fp16"),
+        ((7, 5), ("--precision", "bf16"), "bf16"),
+        ((7, 5), ("--accelerator", "cpu"), "bf16"),
+        ((7, 5), ("--train_type", "infctx"), "bf16"),  # whose segments go back before the loss is scaled
+        ((6, 1), (), "bf16"),  # which multiplies neither fast
+        ((8, 0), (), "bf16"),
+    ],
+)
+def test_fp16_is_the_default_on_cards_that_multiply_bf16_slowly(
+    monkeypatch, model, tmp_path, capability, flags, precision
+):
+    monkeypatch.setattr(gpus, "resolve_accelerator", lambda train: "gpu")
+    monkeypatch.setattr(gpus, "grow_segments", lambda: None)
+    for name, value in {"is_available": True, "get_device_capability": capability, "get_device_name": "a T4"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    (tmp_path / "rows.txt").write_text("text\n")
+    rows = ("--data_file", str(tmp_path / "rows.txt"), "--data_type", "sft", "--tokenizer", "bytes")
+    run = ("--load_model", str(model), *rows, "--bone_r", "16", "--proj_dir", str(tmp_path / "out"))
+    request = parse_run([*run, *flags])
+    assert request.config.train.precision == precision
+    chosen = "--precision fp16 is chosen, because a T4 (compute capability 7.5) multiplies bf16 slowly"
+    assert (chosen in request.notes) == (precision == "fp16")

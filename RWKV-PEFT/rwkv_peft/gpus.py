@@ -120,9 +120,17 @@ def better_precision(precision: str, accelerator: str) -> str:
     """A note on a --precision that this machine, "cpu" or "gpu", multiplies slowly; "" if there is none to make."""
     if precision == "fp16" and accelerator == "cpu":
         return "note: CPUs compute fp16 slowly; --precision bf16 takes as much memory"
-    if precision == "bf16" and accelerator == "gpu" and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            name = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
-            return f"note: {name} multiplies bf16 slowly; --precision fp16 suits it"
+    if precision == "bf16" and accelerator == "gpu" and (card := slow_at_bf16()):
+        return f"note: {card} multiplies bf16 slowly; --precision fp16 suits it"
     return ""
+
+
+def slow_at_bf16() -> str:
+    """The current GPU's name and compute capability if it multiplies bf16 slowly and fp16 fast, else "".
+
+    Those from 7.0 on have tensor cores for fp16, and only those from 8.0 on for bf16 as well."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return ""
+    capability = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()} (compute capability {capability[0]}.{capability[1]})"
+    return name if (7, 0) <= capability < (8, 0) else ""

@@ -160,6 +160,8 @@ def test_the_build_of_torch_suits_driver_card_and_user(machine, cards, present, 
     done = setup(machine, **variables)
     (call,) = calls(machine)
     assert done.returncode == 0
+    looked = "--torch-backend" in call or limit or present == "unreachable" or variables.get("TORCH") == "pip"
+    assert ("below compute capability 8.0: training takes fp16" in done.stdout) == (cards[:1] == "7" and bool(looked))
     assert ("torch is taken, since its own builds cannot be had" in done.stdout) == (present == "unreachable")
     assert call.partition("--torch-backend ")[2].partition(" ")[0] == build
     assert [word for word in call.split() if word.startswith("torch<")] == limit.split()

@@ -395,7 +395,8 @@ class MachineSettings:
         "bf16",
         "dtype of weights and activations. bf16: on most machines, with products in float32 on CPUs that multiply it "
         "slowly; fp16: for GPUs below compute capability 8.0, which multiply bf16 slowly, with a loss that is scaled, "
-        "and steps that are skipped if a gradient overflows; fp32: twice the memory, for comparisons",
+        "and steps that are skipped if a gradient overflows, chosen there unless the run cannot take it; fp32: twice "
+        "the memory, for comparisons",
         choices=("bf16", "fp16", "fp32"),
     )
     chunk_ctx: int = setting(

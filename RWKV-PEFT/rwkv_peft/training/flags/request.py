@@ -273,6 +273,7 @@ def data_config(args: Namespace) -> DataConfig:
 def open_request(flags: Flags, here: bool = False) -> Request:
     """Open what Flags name; `here` as in look_up. Without a base, an adapter is fitted to a new model's shapes. Raises
     UserError for settings that the base or this machine contradicts."""
+    from ...gpus import slow_at_bf16
     from ..rates import automatic_rate, with_chosen_rates
 
     args, adapter, data, train, objective, world, argv, entries, notes = flags
@@ -283,6 +284,10 @@ def open_request(flags: Flags, here: bool = False) -> Request:
     if base is not None and args.my_testing not in (None, base.config.version):
         notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
     adapter = replace(adapter, targets=targets_of(adapter.targets, generation_of(args, base)))
+    if here and "precision" not in entries and train.accelerator != "cpu" and (card := slow_at_bf16()):
+        half = replace(train, precision="fp16")
+        if goes_together(adapter, data, half, objective):
+            train, notes = half, (*notes, f"--precision fp16 is chosen, because {card} multiplies bf16 slowly")
     if train.lr_chosen or args.lr_init is None:
         rate = automatic_rate(adapter, model.n_embd, objective, base is None).value
         train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rate)
