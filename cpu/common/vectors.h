@@ -103,6 +103,15 @@ INLINE Vec at_least(Vec x, float bound) { return broadcast(bound) > x ? broadcas
 INLINE Vec at_most(Vec x, float bound) { return broadcast(bound) < x ? broadcast(bound) : x; }
 #endif
 
+INLINE Vec square_root(Vec x) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#else
+    for (int i = 0; i < kLanes; i++) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+#endif
+}
+
 // 1 / x within about one unit in the last place, for normal x whose reciprocal is one.
 INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)

@@ -29,9 +29,9 @@ void sigmoid_gate_backward(const E* r, const E* v, const E* grad, E* gr, E* gv, 
 template <class E>
 void relu_square_forward(const E* x, E* out, int64_t count, int threads) {
     parallel(count, count, threads, [=](int64_t first, int64_t end, int) {
-        for (int64_t i = first; i < end; i++) {
-            const float a = to_float(x[i]), positive = a < 0.0f ? 0.0f : a;
-            out[i] = from_float<E>(positive * positive);
+        for (int64_t i = first; i < end; i += kLanes) {
+            const Vec a = load_some(x + i, end - i), positive = a < 0.0f ? zero() : a;
+            store_some(out + i, positive * positive, end - i);
         }
     });
 }
@@ -40,8 +40,10 @@ void relu_square_forward(const E* x, E* out, int64_t count, int threads) {
 template <class E>
 void relu_square_backward(const E* out, const E* grad, E* gx, int64_t count, int threads) {
     parallel(count, count, threads, [=](int64_t first, int64_t end, int) {
-        for (int64_t i = first; i < end; i++)
-            gx[i] = from_float<E>(2.0f * __builtin_sqrtf(to_float(out[i])) * to_float(grad[i]));
+        for (int64_t i = first; i < end; i += kLanes) {
+            const Vec root = square_root(load_some(out + i, end - i));
+            store_some(gx + i, 2.0f * root * load_some(grad + i, end - i), end - i);
+        }
     });
 }
 
