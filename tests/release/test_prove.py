@@ -252,6 +252,31 @@ def test_rounding_here_sets_the_ties(proof):
         assert BYTES.encode(each["prompt"]) == each["tokens"]
 
 
+def test_the_rows_of_token_files_are_asked_too(run, tmp_path):
+    assert (
+        main(
+            [
+                "preprocess",
+                str(run.parent / "demo-chats.jsonl"),
+                "--output",
+                str(tmp_path / "t"),
+                "--tokenizer",
+                "bytes",
+            ]
+        )
+        == 0
+    )
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "adapter.safetensors", "metrics.jsonl"):
+        (tmp_path / "out" / name).write_bytes((run / name).read_bytes())
+    settings = json.loads((run / "config.json").read_text())
+    settings["data"] |= {"data_type": "binidx", "path": str(tmp_path / "t")}  # as a run records them
+    (tmp_path / "out/config.json").write_text(json.dumps(settings))
+    assert main(["prove", str(tmp_path / "out"), "--rows", "1", "--max_tokens", "2"]) == 0
+    (prompt, *_) = probe.read_proof(str(tmp_path / "out/proof.py"))["prompts"]
+    assert prompt["messages"][0]["role"] == "user" and prompt["tokens"]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -278,10 +303,6 @@ def test_a_run_that_lacks_a_file_is_refused_and_no_proof_written(run, tmp_path, 
     with pytest.raises(UserError) as refused:
         main(["prove", str(tmp_path / "out")])
     assert words in str(refused.value) and not (tmp_path / "out" / "proof.py").exists()
-
-
-def hang(handler, path, body):
-    handler.server.slow.wait(60)
 
 
 def drip(handler, path, body):

@@ -20,7 +20,7 @@ from ..cli.names import RUN
 from ..config import DataConfig
 from ..data.chat import ChatLayout, stops_of
 from ..data.dialogues import written_turns
-from ..data.recorded import chat_beside, find_tokenizer, recorded_beside
+from ..data.recorded import CLEAN, TOOL_FORM, chat_beside, find_tokenizer, recorded_beside
 from ..data.sources import build_samples
 from ..data.tokenizer import Tokenizer
 from ..evals.questions import GREEDY, rows_of
@@ -65,6 +65,8 @@ def write(folder: Path, args: argparse.Namespace) -> int:
         data = DataConfig(**(values | lists))
     except (LookupError, TypeError) as error:
         raise UserError(f"{folder / RUN} holds no settings of a run of this version; name such a run") from error
+    if not data.of_rows:  # a run records those of its token files, which they are not to be made with again
+        data = replace(data, **{name: getattr(DataConfig, name) for name in ("tokenizer", CLEAN, TOOL_FORM)})
     output = Path(args.output or folder / "proof.py")
     check_output("--output", output, [("--load_model", base), ("--data_file", args.data_file)])
     if not Path(base).exists():
