@@ -66,6 +66,18 @@ def test_answers_that_are_cut_off_are_said(train, dataload):
     assert counted(samples) == ANSWERS and "not read" not in header
 
 
+def test_a_text_is_read_by_its_encoding_and_cut_at_the_ends_of_its_documents(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "stories.txt").write_bytes("你好\n***\n世界\n".encode("gbk"))
+    flags = ("--data_file", tmp_path / "stories.txt", "--data_type", "sft", "--dataload", "pad", "--epoch_steps", 1)
+    _, samples = train(*flags, "--tokenizer", "bytes", "--encoding", "gbk", "--document_end", "stars")
+    decode = load_tokenizer("bytes").decode
+    assert {decode(tokens.tolist()) for tokens, _ in map(samples.__getitem__, range(len(samples)))} == {
+        "你好\n",
+        "世界\n",
+    }
+
+
 @pytest.mark.parametrize("dataload", ["get", "pad", "pack"])
 def test_a_mask_beside_the_data_is_used_and_said(train, dataload):
     header, samples = train("--dataload", dataload)
