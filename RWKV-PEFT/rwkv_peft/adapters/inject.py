@@ -195,10 +195,10 @@ def _match_parts(parts: Sequence[str], model: nn.Module, family: Generation | No
     assert family is not None  # a part is a generation's
     matched = []
     for part in parts:
-        found = [p for name, p in model.named_parameters() if family.part_of(name) == part]
-        if not found:
+        part_parameters = [p for name, p in model.named_parameters() if family.part_of(name) == part]
+        if not part_parameters:
             raise UserError(f"--train_parts {part} matches no parameter of the model; leave it out")
-        matched += found
+        matched += part_parameters
     return matched
 
 
@@ -231,13 +231,13 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str | Pa
     """
     places: dict[str, Tensor] = dict(model.named_parameters())
     places |= {key: buffer for key, buffer in model.named_buffers() if adapter_parameter(key)}
-    own = [key for key in places if adapter_parameter(key)]
-    missing = [key for key in own if key not in tensors]
+    adapter_keys = [key for key in places if adapter_parameter(key)]
+    missing = [key for key in adapter_keys if key not in tensors]
     unexpected = [key for key in tensors if key not in places]
-    if not tensors or (own and len(missing) == len(own)):
+    if not tensors or (adapter_keys and len(missing) == len(adapter_keys)):
         raise UserError(
             f"{name} matches nothing in the model: it holds {some(list(tensors)) or 'nothing'}, and the model "
-            f"awaits {some(own) or 'nothing'}; check --peft, --bone_mode and which model it was trained on"
+            f"awaits {some(adapter_keys) or 'nothing'}; check --peft, --bone_mode and which model it was trained on"
         )
     if missing or unexpected:
         kinds = ((missing, "missing from the file"), (unexpected, "without a place in the model"))

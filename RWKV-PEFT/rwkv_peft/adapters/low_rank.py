@@ -55,8 +55,8 @@ def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float)
     if not dropout:
         return lora(x, base, params["lora_A"], params["lora_B"], scale)
     inner = products.linear(F.dropout(x, dropout), params["lora_A"].to(x.dtype))
-    own = scale * products.linear(inner, params["lora_B"].to(x.dtype))
-    return linear(x, base) + own
+    update = scale * products.linear(inner, params["lora_B"].to(x.dtype))
+    return linear(x, base) + update
 
 
 def update(params: Params, scale: float, shape: tuple[int, int]) -> Tensor:

@@ -34,8 +34,8 @@ FIRST = ("init_lora_A", "init_lora_B")
 
 
 def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
-    own = low_rank.shapes(config, out_features, in_features)
-    return own | {f"init_{name}": shape for name, shape in own.items()}
+    factors = low_rank.shapes(config, out_features, in_features)
+    return factors | {f"init_{name}": shape for name, shape in factors.items()}
 
 
 def keep(layer: Layer, constants: Params) -> None:

@@ -84,12 +84,12 @@ def choice_in(folder: str | Path, *endings: str) -> str:
     """The end of a message about a folder given in place of a file: "; give one of …" with its first files that have
     one of the endings (none given: any), or "" if there are none or the folder cannot be read."""
     try:
-        found = sorted(str(path) for path in Path(folder).iterdir() if path.is_file())
+        names = sorted(str(path) for path in Path(folder).iterdir() if path.is_file())
     except OSError:
         return ""
-    found = [name for name in found if not endings or name.endswith(endings)]
-    more = ", …" if len(found) > SHOWN else ""
-    return f"; give {'one of ' * (len(found) > 1)}{', '.join(found[:SHOWN])}{more}" if found else ""
+    names = [name for name in names if not endings or name.endswith(endings)]
+    more = ", …" if len(names) > SHOWN else ""
+    return f"; give {'one of ' * (len(names) > 1)}{', '.join(names[:SHOWN])}{more}" if names else ""
 
 
 def read_short(path: Path, most: int = MOST_BYTES, given: str = "") -> str:

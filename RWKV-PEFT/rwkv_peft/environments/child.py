@@ -53,10 +53,10 @@ def open_class(spec: str) -> type:
             module = importlib.import_module(place)
         except Exception as error:
             raise UserError(f"the module cannot be imported: {summarize(error, named=True)}; install it") from error
-    found = getattr(module, name, None)
-    if not inspect.isclass(found):
+    environment = getattr(module, name, None)
+    if not inspect.isclass(environment):
         raise UserError(f"{Path(place).name} has no class {name}; name one that it has")
-    return found
+    return environment
 
 
 def description(environment: type) -> tuple[list[dict[str, Any]], list[str], bool]:

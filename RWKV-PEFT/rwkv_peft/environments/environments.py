@@ -73,20 +73,20 @@ class Environments(UserProcess):
         cls, specs: Sequence[str], *, timeout: float = SECONDS, flag: str = "--environment"
     ) -> "Iterator[Environments]":
         """Within, have the Environments. Raises UserError for mistakes in a word, and in the class that it names."""
-        found = cls(specs, timeout, flag)
+        environments = cls(specs, timeout, flag)
         try:
-            if not found.pipe.poll(LOADING):
+            if not environments.pipe.poll(LOADING):
                 raise UserError(f"{flag} {' '.join(specs)}: loading takes longer than {LOADING:g} seconds")
             try:
-                kind, content = found.pipe.recv()
+                kind, content = environments.pipe.recv()
             except (EOFError, ConnectionResetError):
                 kind, content = "failed", f"{' '.join(specs)}: its file ends the process that loads it"
             if kind == "failed":
                 raise UserError(f"{flag} {content}")
-            found.known = {name: Environment(*each) for name, each in content.items()}
-            yield found
+            environments.known = {name: Environment(*each) for name, each in content.items()}
+            yield environments
         finally:
-            found.stop()
+            environments.stop()
 
     @property
     def scoring(self) -> bool:
@@ -125,19 +125,19 @@ class Environments(UserProcess):
     def call(self, places: Sequence[Place], calls: Sequence[ToolCall]) -> list[str]:
         """The results of a call at each place, as texts. A tool that takes too long, or ends its process, ends the
         conversation there, and its result says so."""
-        found = self.replies(places, [("call", (call.name, call.arguments)) for call in calls])
-        return [f"error: {each.message}" if isinstance(each, FailedRequest) else each for each in found]
+        results = self.replies(places, [("call", (call.name, call.arguments)) for call in calls])
+        return [f"error: {each.message}" if isinstance(each, FailedRequest) else each for each in results]
 
     def scores(self, places: Sequence[Place]) -> list[float | FailedRequest | None]:
         """The scores of finished conversations; None without get_reward, and where the process is lost."""
         scored = [place for place in places if self.known[place.name].scores and not place.lost]
-        found = dict(zip(scored, self.replies(scored, [("score", None)] * len(scored))))
-        return [found.get(place) for place in places]
+        scores = dict(zip(scored, self.replies(scored, [("score", None)] * len(scored))))
+        return [scores.get(place) for place in places]
 
     def states(self, places: Sequence[Place]) -> list[dict[str, Any]]:
         """The attributes of each place's instance that JSON holds; {} where the process is lost."""
-        found = self.replies(places, [("state", None)] * len(places))
-        return [{} if isinstance(each, FailedRequest) else json.loads(each) for each in found]
+        states = self.replies(places, [("state", None)] * len(places))
+        return [{} if isinstance(each, FailedRequest) else json.loads(each) for each in states]
 
     def release(self, places: Sequence[Place]) -> None:
         """Keep the processes of finished conversations for others."""
@@ -166,24 +166,24 @@ class Environments(UserProcess):
     def replies(self, places: Sequence[Place], requests: Sequence[tuple[str, Any]]) -> list[Any]:
         """Send a request to each place at once -> the replies; a FailedRequest for one that failed, took too long or
         ended, whose place is lost then."""
-        found: dict[Place, Any] = {}
+        answers: dict[Place, Any] = {}
         for place, request in zip(places, requests, strict=True):
             if place.lost:
-                found[place] = FailedRequest(place.lost)
+                answers[place] = FailedRequest(place.lost)
                 continue
             with suppress(BrokenPipeError, ConnectionResetError):  # the reply shows it
                 place.pipe.send(request)
         begins = any(place.child and not place.process for place in places)  # and loads the class
         deadline = time.monotonic() + self.timeout + (LOADING if begins else 0)
-        while waiting := [place for place in places if place not in found]:
+        while waiting := [place for place in places if place not in answers]:
             ready = wait([place.pipe for place in waiting], max(0.0, deadline - time.monotonic()))
             for place in waiting:
                 if place.pipe in ready:
-                    self.receive(place, found)
+                    self.receive(place, answers)
                 elif not ready:
                     place.end(f"it takes longer than {self.timeout:g} seconds, and its conversation is lost")
-                    found[place] = FailedRequest(place.lost)
-        return [found[place] for place in places]
+                    answers[place] = FailedRequest(place.lost)
+        return [answers[place] for place in places]
 
     def receive(self, place: Place, found: dict[Place, Any]) -> None:
         """Read what a place has sent, and take its messages: its process's number, or a reply.

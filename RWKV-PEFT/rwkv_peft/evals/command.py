@@ -80,10 +80,10 @@ def read_shots(task: Task, args: Any, layout: str, chat: ChatLayout) -> str:
         return ""
     if same_file(args.shots_data, args.data):
         raise UserError(f"--shots_data {args.shots_data} is --data, and would show its answers; give another file")
-    found = read_problems(task, args.shots_data, f"[:{args.shots}]", layout, chat)
-    if len(found) < args.shots:
-        raise UserError(f"--shots {args.shots}: {args.shots_data} holds {len(found)}; give fewer, or another file")
-    return "".join(map(example, found))
+    shots = read_problems(task, args.shots_data, f"[:{args.shots}]", layout, chat)
+    if len(shots) < args.shots:
+        raise UserError(f"--shots {args.shots}: {args.shots_data} holds {len(shots)}; give fewer, or another file")
+    return "".join(map(example, shots))
 
 
 def line(record: Record, default: Callable[[object], object] | None = None) -> str:
@@ -130,7 +130,7 @@ def score_harness(args: Any) -> int:
     if args.output:
         write_text(args.output, json.dumps(results, indent=2, default=plain, ensure_ascii=False) + "\n")
     if args.samples:
-        records = ({"task": task} | sample for task, found in samples.items() for sample in found)
+        records = ({"task": task} | sample for task, samples_of_task in samples.items() for sample in samples_of_task)
         write_text(args.samples, "".join(line(record, plain) for record in records))
     print(tables(results))
     return 0
@@ -140,8 +140,8 @@ def check_outputs(args: Any, names: Sequence[str], *outputs: str) -> None:
     """Raise UserError for outputs that are inputs, are the same file, or cannot be written."""
     inputs = [(f"--{name}", getattr(args, name)) for name in names]
     inputs += [("--adapter", path) for path in args.adapter]
-    given = [(name, path) for name in outputs if (path := getattr(args, name))]
-    for name, path in given:
+    named_outputs = [(name, path) for name in outputs if (path := getattr(args, name))]
+    for name, path in named_outputs:
         check_output(f"--{name}", path, inputs)
-    if len({os.path.realpath(path) for _, path in given}) < len(given):
+    if len({os.path.realpath(path) for _, path in named_outputs}) < len(named_outputs):
         raise UserError(f"--output and --samples are both {args.output}; give each a file of its own")

@@ -200,17 +200,17 @@ def load_tasks(names: Sequence[str], folder: str | None) -> tuple[Tasks, list[st
     tasks = Tasks(folder, alone=folder is not None)
     if not all(map(tasks.suffice_for, names)):
         tasks = Tasks(folder)
-    found: list[str] = []
+    task_names: list[str] = []
     for name in names:
         matches = tasks.match_tasks([name])
         if not matches:
             near = difflib.get_close_matches(name, tasks.all_tasks, 3)
             where = f"in lm_eval or in {folder}" if folder else "in lm_eval, and no --include_path with others"
             raise UserError(f"there is no task {name} {where}" + (f"; is it {' or '.join(near)}?" if near else ""))
-        found += matches
-    found = list(dict.fromkeys(found))
-    tasks.load(found)
-    return tasks, found
+        task_names += matches
+    task_names = list(dict.fromkeys(task_names))
+    tasks.load(task_names)
+    return tasks, task_names
 
 
 def evaluate(
@@ -243,9 +243,9 @@ def evaluate(
 def set_shots(tasks: Tasks, names: Sequence[str], num_fewshot: int | None) -> None:
     """Set the number of few-shot examples, as simple_evaluate does (None: each task's own); 0 stays 0."""
     for task in tasks.load(names)["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own != 0:
-            task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
+        task_shots = task.get_config("num_fewshot")
+        if task_shots != 0:
+            task.set_config(key="num_fewshot", value=(task_shots or 0) if num_fewshot is None else num_fewshot)
 
 
 def run_tasks(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int | None) -> Results:
@@ -260,8 +260,8 @@ def run_tasks(tasks: Tasks, names: Sequence[str], respond: Respond, limit: int |
     torch.manual_seed(SEED)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=SEED)
-    found: Results = evaluator.evaluate(Respondent(respond), loaded, limit=limit, bootstrap_iters=DRAWS)
-    return found | {"lm_eval": version("lm_eval")}
+    results: Results = evaluator.evaluate(Respondent(respond), loaded, limit=limit, bootstrap_iters=DRAWS)
+    return results | {"lm_eval": version("lm_eval")}
 
 
 def tables(results: Results) -> str:

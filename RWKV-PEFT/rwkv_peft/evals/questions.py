@@ -145,9 +145,9 @@ class Exam:
     def ask(self, model: Any, rank: int = 0, ranks: int = 1) -> Iterator[Record]:
         """Yield the Record of every `ranks`-th problem from number `rank` on. The model starts from the states that it
         tunes, if any; its mode (train or eval) and its weights stay as they are."""
-        due = {number: self.problems[number] for number in range(rank, len(self.problems), ranks)}
+        problems = {number: self.problems[number] for number in range(rank, len(self.problems), ranks)}
         subject = Subject(model, model.tuned_states(), self.tokenizer)
-        return ask(self.task, subject, due, self.batch, self.max_tokens, self.stop)
+        return ask(self.task, subject, problems, self.batch, self.max_tokens, self.stop)
 
     def score(self, records: Sequence[Record]) -> Judgement:
         """Score all records: the share that is right, by each measure of the task; the first is "score"."""

@@ -125,15 +125,15 @@ def plain(text: str) -> str:
 
 def choices_of(row: Fields) -> tuple[list[str], list[str]]:
     """The texts to choose from and their labels (A, B, … or the row's). Raises UserError for a row without choices."""
-    found: Any = next((row[name] for name in ("choices", "endings", "options") if name in row), None)
+    choices: Any = next((row[name] for name in ("choices", "endings", "options") if name in row), None)
     labels = None
-    if isinstance(found, Mapping):  # as ARC has them
-        found, labels = found.get("text"), found.get("label")
-    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(text, str) and text for text in found):
+    if isinstance(choices, Mapping):  # as ARC has them
+        choices, labels = choices.get("text"), choices.get("label")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(text, str) and text for text in choices):
         raise UserError("the row has no choices: a list of two texts or more is due, as choices, endings or options")
-    if not isinstance(labels, list) or len(labels) != len(found):
-        labels = [chr(ord("A") + number) for number in range(len(found))]
-    return [text.strip() for text in found], [str(label) for label in labels]
+    if not isinstance(labels, list) or len(labels) != len(choices):
+        labels = [chr(ord("A") + number) for number in range(len(choices))]
+    return [text.strip() for text in choices], [str(label) for label in labels]
 
 
 def right_of(row: Fields, texts: Sequence[str], labels: Sequence[str]) -> int:

@@ -170,10 +170,10 @@ def state_of(tensors: Mapping[str, Tensor], zeros: State, rows_are_keys: bool, n
     Parts that the file does not hold are zeros. Raises UserError for a file that is neither a session nor holds
     STATE_PARTS of every layer.
     """
-    due = {key: tensor[0] for key, tensor in keyed(zeros)}
+    entries = {key: tensor[0] for key, tensor in keyed(zeros)}
     session, parts = not all(map(is_time_state, tensors)), state_parts(tensors) or ("wkv",)
-    unexpected = [key for key in tensors if key not in due]
-    missing = [key for key in due if key not in tensors and (session or belongs(key, parts))]
+    unexpected = [key for key in tensors if key not in entries]
+    missing = [key for key in entries if key not in tensors and (session or belongs(key, parts))]
     if unexpected or missing:
         odd = f"there is no place for its {unexpected[0]}" if unexpected else f"it has no {missing[0]}"
         raise UserError(
@@ -182,20 +182,20 @@ def state_of(tensors: Mapping[str, Tensor], zeros: State, rows_are_keys: bool, n
         )
     grow = tuple(f".{name}" for name in GROWING)
     for key, tensor in tensors.items():
-        if tensor.shape[key.endswith(grow) :] != due[key].shape[key.endswith(grow) :]:
+        if tensor.shape[key.endswith(grow) :] != entries[key].shape[key.endswith(grow) :]:
             raise UserError(
-                f"{name}: {key} has shape {tuple(tensor.shape)}, and this model's is {tuple(due[key].shape)}; "
+                f"{name}: {key} has shape {tuple(tensor.shape)}, and this model's is {tuple(entries[key].shape)}; "
                 "the state was made for another model"
             )
         if not all_finite(tensor):
             raise UserError(f"{name}: {key} holds NaN or Inf; make the state anew")
-    due |= {key: turned(key, tensor, rows_are_keys).to(due[key]) for key, tensor in tensors.items()}
-    lengths = {tensor.shape[0] for key, tensor in due.items() if key.endswith(grow)}
+    entries |= {key: turned(key, tensor, rows_are_keys).to(entries[key]) for key, tensor in tensors.items()}
+    lengths = {tensor.shape[0] for key, tensor in entries.items() if key.endswith(grow)}
     if len(lengths) > 1:
         raise UserError(
             f"{name}: its keys and values are of {sorted(lengths)} tokens, and all of them must be of as many"
         )
-    rows, names = iter(due.values()), zeros[0]._fields[: len(zeros[0].keys())]
+    rows, names = iter(entries.values()), zeros[0]._fields[: len(zeros[0].keys())]
     length = {"length": torch.full_like(zeros[0].length, lengths.pop())} if lengths else {}
     return State(layer._replace(**{name: next(rows)[None].contiguous() for name in names}, **length) for layer in zeros)
 

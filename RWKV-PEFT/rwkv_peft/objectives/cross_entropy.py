@@ -41,8 +41,8 @@ class ChunkedHead(torch.autograd.Function):
             part = slice(first, first + size)
             chunk = counted[part]
             inputs = rows[chunk]  # (n, C)
-            found, grad = rule(linear(inputs, weight), part, needs_hidden or needs_weight)  # (n, V)
-            total += found
+            losses, grad = rule(linear(inputs, weight), part, needs_hidden or needs_weight)  # (n, V)
+            total += losses
             if grad_hidden is not None and grad is not None:
                 grad_hidden[chunk] = matmul(grad, weight)
             if grad_weight is not None and grad is not None:
@@ -105,8 +105,8 @@ def linear_cross_entropy(
         return torch.cat([total[None], *of_parts]), grad
 
     sums = 1 if parts is None else 1 + len(parts)
-    found = ChunkedHead.apply(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
-    return found[0] if parts is None else found
+    losses = ChunkedHead.apply(hidden, weight, counted, chunk_rows(weight.shape[0], weight.is_cuda), sums, rule) / after
+    return losses[0] if parts is None else losses
 
 
 def divisors(hidden: Tensor, count: float | Tensor) -> tuple[float | Tensor, float | Tensor]:

@@ -90,10 +90,10 @@ def linear_divergence(
 
     def rule(logits: Tensor, part: slice, gradient: bool) -> tuple[Tensor, Tensor | None]:
         own, marks = (None if each is None else each[..., part] for each in (weights, parts))
-        found, grad = of_logits(
+        losses, grad = of_logits(
             logits, linear(teacher[0][part], teacher[1]), targets[part], count, settings, own, marks
         )
-        return found, grad.to(logits.dtype)
+        return losses, grad.to(logits.dtype)
 
     sums, size = 3 + (0 if parts is None else len(parts)), taught_rows(weight.shape[0], weight.is_cuda)
     return ChunkedHead.apply(hidden, weight, counted, size, sums, rule) / after

@@ -223,8 +223,8 @@ class GRPO(Draws):
         if repeated := [word for word in self.reward if self.reward.count(word) > 1]:
             yield f"--reward {repeated[0]} is given twice; give it a weight instead"
         if self.weights and len(self.weights) != len(self.reward):
-            given = " ".join(f"{weight:g}" for weight in self.weights)
-            yield f"--reward_weights {given}: there are {len(self.reward)} rewards; give a weight for each"
+            weights = " ".join(f"{weight:g}" for weight in self.weights)
+            yield f"--reward_weights {weights}: there are {len(self.reward)} rewards; give a weight for each"
         for flag, number in (("epoch_steps", train.epoch_steps), ("save_every", train.save_every)):
             if number % self.iterations:
                 yield (

@@ -57,7 +57,7 @@ class RewardServer:
 
     def values(self, number: int, answers: Sequence[Answer]) -> list[float | None]:
         """One reward's values of the answers. Raises UserError if it raises, or returns anything but numbers."""
-        reward, found = self.rewards[number], []
+        reward, scores = self.rewards[number], []
         parts = [[answer] for answer in answers] if reward.alone else [list(answers)]
         for first, part in enumerate(parts):
             self.at(number, first, first + len(part) - 1)
@@ -71,11 +71,11 @@ class RewardServer:
                 raise UserError(message) from error
             for place, value in enumerate(values):
                 try:
-                    found.append(number_in(value))
+                    scores.append(number_in(value))
                 except UserError:
                     self.at(number, first + place, first + place)
                     raise
-        return found
+        return scores
 
     def serve(self, act: Callable[[Any], object], work: Any) -> None:
         """Reply with the result of act(work), or with the message of its UserError."""

@@ -89,8 +89,8 @@ class Number(RightAnswer):
     def due(self, row: Fields) -> str:
         solution = text_of(row, "answer", "response", "solution")
         value = strict_number(solution)
-        if value is None and len(found := numbers_in(solution)) == 1:
-            value = found[0]
+        if value is None and len(numbers := numbers_in(solution)) == 1:
+            value = numbers[0]
         if value is None:
             raise UserError(f"its answer {short(solution)!r} has no number after #### or 'The answer is'")
         return str(value)
@@ -118,8 +118,8 @@ class Formula(RightAnswer):
         return gold
 
     def right(self, text: str, due: str) -> bool:
-        given = final_answer(text)
-        if given is not None and same_answer(given, due):
+        answer = final_answer(text)
+        if answer is not None and same_answer(answer, due):
             return True
         return not self.strict and same_anywhere(text, due)
 
@@ -246,13 +246,13 @@ class FunctionReward(Reward):
         returned = self.function(**given)
         if not isinstance(returned, Iterable):
             raise UserError(f"it returned {type(returned).__name__}; return a list with a number for each completion")
-        found = list(returned)
-        if len(found) != len(answers):
+        scores = list(returned)
+        if len(scores) != len(answers):
             raise UserError(
-                f"it returned {len(found)} values for {len(answers)} completions; return one for each, None for one "
+                f"it returned {len(scores)} values for {len(answers)} completions; return one for each, None for one "
                 "that it does not judge"
             )
-        return found
+        return scores
 
 
 RIGHT = MappingProxyType({reward.task: reward for reward in (Number, Formula, Text)})

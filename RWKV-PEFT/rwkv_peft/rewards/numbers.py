@@ -20,8 +20,8 @@ NUMBER = re.compile(
 
 def numbers_in(text: str) -> list[Fraction]:
     """The numbers of a text, in order. Units and percent signs are ignored, and fractions over 0 are left out."""
-    found = (value_of(match) for match in NUMBER.finditer(text))
-    return [value for value in found if value is not None]
+    values = (value_of(match) for match in NUMBER.finditer(text))
+    return [value for value in values if value is not None]
 
 
 def value_of(match: re.Match[str]) -> Fraction | None:
@@ -42,14 +42,14 @@ def marked(text: str) -> str | None:
 
 def strict_number(text: str) -> Fraction | None:
     """The first number after the last marker, on its line; None if there is none."""
-    found = numbers_in(marked(text) or "")
-    return found[0] if found else None
+    numbers = numbers_in(marked(text) or "")
+    return numbers[0] if numbers else None
 
 
 def flexible_number(text: str) -> Fraction | None:
     """The last number of the text; None if there is none."""
-    found = numbers_in(text)
-    return found[-1] if found else None
+    numbers = numbers_in(text)
+    return numbers[-1] if numbers else None
 
 
 def require_math_verify() -> None:

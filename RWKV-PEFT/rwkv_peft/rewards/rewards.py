@@ -147,10 +147,10 @@ def place_of(answers: Sequence[Answer], call: JudgeCall) -> str:
 
 def numbered(names: Sequence[str]) -> list[str]:
     """The names, with a number if they repeat an earlier one."""
-    found: list[str] = []
+    unique: list[str] = []
     for name in names:
         times, other = 2, name
-        while other in found:
+        while other in unique:
             other, times = f"{name} {times}", times + 1
-        found.append(other)
-    return found
+        unique.append(other)
+    return unique

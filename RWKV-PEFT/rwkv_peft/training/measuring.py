@@ -59,8 +59,8 @@ class Validator:
         """The losses before a run's first step, {"val_start", "retain_start"}; {} if it is resumed."""
         if not self.anew:
             return {}
-        sums = {name: [self.sums(part, engine) for part in found.parts] for name, found in self.measured.items()}
-        return {f"{name}_start": means([sum(each) for each in zip(*found)])[0] for name, found in sums.items()}
+        sums = {name: [self.sums(part, engine) for part in samples.parts] for name, samples in self.measured.items()}
+        return {f"{name}_start": means([sum(each) for each in zip(*parts)])[0] for name, parts in sums.items()}
 
     def __call__(self, engine: TrainingEngine, done: int) -> dict[str, float]:
         """{"val_loss"}, with the step's other measures or else the perplexity "val_ppl", and the same of RETAINED as

@@ -74,13 +74,13 @@ def shapes(config: RWKV6Config) -> dict[str, tuple[int, ...]]:
     """Every key of a checkpoint, in the order of official files, with its shape."""
     C, A, F, H, N = config.n_embd, config.dim_att, config.dim_ffn, config.n_head, config.head_size
     m, d = config.maa_rank, config.decay_rank
-    found: dict[str, tuple[int, ...]] = {"emb.weight": (config.vocab_size, C)}
+    shapes: dict[str, tuple[int, ...]] = {"emb.weight": (config.vocab_size, C)}
     for i in range(config.n_layer):
         for norm in ("ln1", "ln2") + (("ln0",) if i == 0 else ()):
-            found |= {f"blocks.{i}.{norm}.weight": (C,), f"blocks.{i}.{norm}.bias": (C,)}
+            shapes |= {f"blocks.{i}.{norm}.weight": (C,), f"blocks.{i}.{norm}.bias": (C,)}
         att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        found |= {f"{att}time_maa_{x}": (1, 1, C) for x in "xwkvrg"}
-        found |= {
+        shapes |= {f"{att}time_maa_{x}": (1, 1, C) for x in "xwkvrg"}
+        shapes |= {
             f"{att}time_maa_w1": (C, 5 * m),
             f"{att}time_maa_w2": (5, m, C),
             f"{att}time_decay": (1, 1, A),
@@ -100,7 +100,7 @@ def shapes(config: RWKV6Config) -> dict[str, tuple[int, ...]]:
             f"{ffn}receptance.weight": (C, C),
             f"{ffn}value.weight": (C, F),
         }
-    return found | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (config.vocab_size, C)}
+    return shapes | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (config.vocab_size, C)}
 
 
 def part_of(key: str) -> str | None:

@@ -298,25 +298,25 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _names(keys: Collection[str]) -> dict[str, str]:
     """{key there: official key} of a whole model, of as many layers as the keys there name."""
     layers = {match[1] for match in map(LAYER.match, keys) if match}
-    found = dict(OUTSIDE)
+    names = dict(OUTSIDE)
     for i in range(len(layers)):
         there = f"model.layers.{i}."
         value = i > 0 or any(key.startswith(f"{there}attn.v_lora.") for key in keys)
-        found |= {f"{there}{key}": f"blocks.{i}.{official}" for key, official in _block(i == 0, value).items()}
-    return found
+        names |= {f"{there}{key}": f"blocks.{i}.{official}" for key, official in _block(i == 0, value).items()}
+    return names
 
 
 def _block(first: bool, value: bool) -> dict[str, str]:
     """_names of one block, without its prefix; first: it has ln0; value: it has the value residual."""
     norms = NORMS + ((("pre_norm", "ln0"),) if first else ())
-    found = {f"{key}.{kind}": f"{official}.{kind}" for key, official in norms for kind in ("weight", "bias")}
-    found |= {f"{key}.weight": f"{official}.weight" for key, official in MATRICES}
-    found |= {f"attn.{leaf}": f"att.{leaf}" for leaf in (*(f"x_{shift}" for shift in SHIFTS), "k_k", "k_a", "r_k")}
+    names = {f"{key}.{kind}": f"{official}.{kind}" for key, official in norms for kind in ("weight", "bias")}
+    names |= {f"{key}.weight": f"{official}.weight" for key, official in MATRICES}
+    names |= {f"attn.{leaf}": f"att.{leaf}" for leaf in (*(f"x_{shift}" for shift in SHIFTS), "k_k", "k_a", "r_k")}
     for letter in "wavg" if value else "wag":
         factors = f"attn.{letter}_lora.lora."
-        found |= {f"{factors}0.weight": f"att.{letter}1", f"{factors}2.weight": f"att.{letter}2"}
-        found |= {f"{factors}2.bias": f"att.{letter}0"} if letter != "g" else {}
-    return found | {"ffn.x_k": "ffn.x_k"}
+        names |= {f"{factors}0.weight": f"att.{letter}1", f"{factors}2.weight": f"att.{letter}2"}
+        names |= {f"{factors}2.bias": f"att.{letter}0"} if letter != "g" else {}
+    return names | {"ffn.x_k": "ffn.x_k"}
 
 
 def _official(key: str, tensor: Tensor) -> Tensor:

@@ -104,17 +104,17 @@ def shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
     model keeps its base's."""
     C, F, H, N = config.n_embd, config.dim_ffn, config.n_head, config.head_size
     ranks = {"w": config.decay_rank, "a": config.iclr_rank, "v": config.value_rank}
-    found: dict[str, tuple[int, ...]] = {"emb.weight": (config.vocab_size, C)}
+    shapes: dict[str, tuple[int, ...]] = {"emb.weight": (config.vocab_size, C)}
     for i in range(config.n_layer):
         for norm in ("ln1", "ln2") + (("ln0",) if i == 0 else ()):
-            found |= {f"blocks.{i}.{norm}.weight": (C,), f"blocks.{i}.{norm}.bias": (C,)}
+            shapes |= {f"blocks.{i}.{norm}.weight": (C,), f"blocks.{i}.{norm}.bias": (C,)}
         att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        found |= {f"{att}x_{name}": (1, 1, C) for name in SHIFTS}
+        shapes |= {f"{att}x_{name}": (1, 1, C) for name in SHIFTS}
         for name, rank in ranks.items():
             if name == "v" and i == 0 and not config.first_value:
                 continue
-            found |= {f"{att}{name}1": (C, rank), f"{att}{name}2": (rank, C), f"{att}{name}0": (1, 1, C)}
-        found |= {
+            shapes |= {f"{att}{name}1": (C, rank), f"{att}{name}2": (rank, C), f"{att}{name}0": (1, 1, C)}
+        shapes |= {
             f"{att}g1": (C, config.gate_rank),
             f"{att}g2": (config.gate_rank, C),
             f"{att}k_k": (1, 1, C),
@@ -130,7 +130,7 @@ def shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
             f"{ffn}key.weight": (F, C),
             f"{ffn}value.weight": (C, F),
         }
-    return found | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (config.vocab_size, C)}
+    return shapes | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (config.vocab_size, C)}
 
 
 def part_of(key: str) -> str | None:

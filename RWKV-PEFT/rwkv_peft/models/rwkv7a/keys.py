@@ -42,14 +42,14 @@ def new_dimensions(
 def shapes(config: RWKV7aConfig) -> dict[str, tuple[int, ...]]:
     """Every key of a checkpoint with its shape: a block's own behind those of RWKV-7."""
     C, F, D = config.n_embd, config.dim_ffn, config.deep_size
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for key, shape in keys.shapes(config).items():
-        found[key] = shape
+        shapes[key] = shape
         if key.endswith(".ffn.value.weight"):
             ffn = key.removesuffix("value.weight")
-            found |= {f"{ffn}s1": (C, D), f"{ffn}s2": (D, F), f"{ffn}s0": (1, 1, F)}
-            found |= {f"{ffn}s_emb.weight": (config.vocab_size, D * D), f"{ffn}s_emb_x.weight": (D * D, C)}
-    return found
+            shapes |= {f"{ffn}s1": (C, D), f"{ffn}s2": (D, F), f"{ffn}s0": (1, 1, F)}
+            shapes |= {f"{ffn}s_emb.weight": (config.vocab_size, D * D), f"{ffn}s_emb_x.weight": (D * D, C)}
+    return shapes
 
 
 def part_of(key: str) -> str | None:

@@ -40,8 +40,8 @@ class DeepState(NamedTuple):
     @staticmethod
     def keys() -> tuple[str, ...]:
         """See LayerState."""
-        own = ("q_shift", "k_shift", "v_shift", "past_keys", "past_values")
-        return *LayerState.keys(), *(f"qkv.{name}" for name in own)
+        fields = ("q_shift", "k_shift", "v_shift", "past_keys", "past_values")
+        return *LayerState.keys(), *(f"qkv.{name}" for name in fields)
 
     @staticmethod
     def shapes(config: "RWKV7bConfig") -> tuple[tuple[int, ...], ...]:
@@ -67,13 +67,13 @@ class RWKV7bConfig(RWKV7aConfig):
 
 def dimensions(tensors: "Mapping[str, Tensor]") -> RWKV7bConfig:
     """RWKV7bConfig of {key: tensor}; see Family.dimensions."""
-    own = {name: tensors[f"blocks.0.qkv.{name}"].shape for name in ("qq.weight", "k1", "v1", "x_q")}
+    sizes = {name: tensors[f"blocks.0.qkv.{name}"].shape for name in ("qq.weight", "k1", "v1", "x_q")}
     return RWKV7bConfig(
         **asdict(keys.dimensions(tensors)),
-        attention_size=own["qq.weight"][0],
-        attention_key_rank=own["k1"][1],
-        attention_value_rank=own["v1"][1],
-        shift_axes=len(own["x_q"]),
+        attention_size=sizes["qq.weight"][0],
+        attention_key_rank=sizes["k1"][1],
+        attention_value_rank=sizes["v1"][1],
+        shift_axes=len(sizes["x_q"]),
     )
 
 
@@ -91,16 +91,16 @@ def shapes(config: RWKV7bConfig) -> dict[str, tuple[int, ...]]:
     attention = {"qq.weight": (D, C), "k1": (C, K), "k2": (K, D), "v1": (C, U), "v2": (U, C)}
     attention |= {"k_emb.weight": (V, D), "k_emb_x.weight": (D, C), "v_emb.weight": (V, C), "v_emb_x.weight": (C, C)}
     vectors = {"q": D, "k": D, "v": C}
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for key, shape in keys.shapes(config).items():
-        found[key] = shape
+        shapes[key] = shape
         if key.endswith(".ffn.s_emb_x.weight"):
             qkv = key.removesuffix("ffn.s_emb_x.weight") + "qkv."
-            found |= {f"{qkv}{name}": own for name, own in attention.items()}
+            shapes |= {f"{qkv}{name}": entry for name, entry in attention.items()}
             for name, size in vectors.items():
-                found |= {f"{qkv}x_{name}": (*ones, size)}
-                found |= {f"{qkv}ln{name}.weight": (size,), f"{qkv}ln{name}.bias": (size,)}
-    return found
+                shapes |= {f"{qkv}x_{name}": (*ones, size)}
+                shapes |= {f"{qkv}ln{name}.weight": (size,), f"{qkv}ln{name}.bias": (size,)}
+    return shapes
 
 
 def part_of(key: str) -> str | None:

@@ -236,7 +236,7 @@ class SharedRows(Whole):
         total, measures = torch.zeros((), device=batch["tokens"].device), dict[str, torch.Tensor]()
         for part in self.parts(batch):
             total = total + super().loss(model, part, count)
-            measures = {name: measures.get(name, 0) + found for name, found in self.measures.items()}
+            measures = {name: measures.get(name, 0) + measure for name, measure in self.measures.items()}
         self.measures = measures
         return total
 
