@@ -72,14 +72,14 @@ __device__ __forceinline__ void channel_gradients(const Arguments& a, BackwardSh
 
     const auto pair = [&](PairName name) { return load_tile(&shared.pairs.of[name][0][0], CHUNK + 8); };
     const auto turned = [&](PairName name) { return load_transposed(&shared.pairs.of[name][0][0], CHUNK + 8); };
+    multiply(gk, r, turned(R_K));  // in this order sm_100 spills no registers
+    multiply(gk, a_, turned(A_K));
+    multiply(gb, r, turned(R_B));
+    multiply(gb, a_, turned(A_B));
     multiply(gr, k, pair(R_K));
     multiply(gr, b_, pair(R_B));
     multiply(ga, k, pair(A_K));
     multiply(ga, b_, pair(A_B));
-    multiply(gk, r, turned(R_K));
-    multiply(gk, a_, turned(A_K));
-    multiply(gb, r, turned(R_B));
-    multiply(gb, a_, turned(A_B));
 
     // A token's decay is in r, k and b of that token and all later ones, and in a of the later ones.
     Accumulator gw, later;
