@@ -197,10 +197,48 @@ DOCX = {
 }
 
 
+OPEN = "urn:oasis:names:tc:opendocument:xmlns"
+
+
+def open_document(kind, body):
+    """The bytes of an OpenDocument file of a kind with this body."""
+    spaces = " ".join(f'xmlns:{name}="{OPEN}:{name}:1.0"' for name in ("office", "table", "text"))
+    root = "<office:document-{kind} {spaces}>{body}</office:document-{kind}>"
+    parts = "".join(f"<office:{part}/>" for part in ("font-face-decls", "styles", "automatic-styles", "master-styles"))
+    content = root.format(kind="content", spaces=spaces, body=f"{parts}<office:body>{body}</office:body>")
+    manifest = f'<manifest:manifest xmlns:manifest="{OPEN}:manifest:1.0"/>'
+    styles = root.format(kind="styles", spaces=spaces, body=parts)
+    mimetype = f"application/vnd.oasis.opendocument.{kind}"
+    return zipped(
+        {"mimetype": mimetype, "META-INF/manifest.xml": manifest, "styles.xml": styles, "content.xml": content}
+    )
+
+
+EPUB = {
+    "META-INF/container.xml": '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles><rootfile '
+    'full-path="a.opf"/></rootfiles></container>',
+    "a.opf": '<package xmlns="http://www.idpf.org/2007/opf"><metadata/><manifest><item id="a" href="a.xhtml" '
+    'media-type="application/xhtml+xml"/></manifest><spine><itemref idref="a"/></spine></package>',
+    "a.xhtml": '<html xmlns="http://www.w3.org/1999/xhtml"><body><p>One word.</p></body></html>',
+}
+
+
+def test_a_sheet_of_open_document_is_rows(preprocess):
+    def cell(words):
+        return f'<table:table-cell office:value-type="string"><text:p>{words}</text:p></table:table-cell>'
+
+    lines = [("query", "response"), *((row["query"], row["response"]) for row in ROWS)]
+    rows = "".join(f"<table:table-row>{''.join(map(cell, line))}</table:table-row>" for line in lines)
+    body = f'<office:spreadsheet><table:table table:name="One">{rows}</table:table></office:spreadsheet>'
+    assert texts(preprocess(open_document("spreadsheet", body), "--no-append_eod", name="in.ods")) == DUE
+
+
 @pytest.mark.parametrize(
     "name, content",
     [
         ("in.docx", zipped(DOCX)),
+        ("in.odt", open_document("text", "<office:text><text:p>One word.</text:p></office:text>")),
+        ("in.epub", zipped(EPUB)),
         (
             "in.html",
             b"<html><head><title>x</title><script>bad()</script></head><body><p>One <b>word</b>.</p></body></html>",
