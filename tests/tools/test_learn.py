@@ -76,6 +76,9 @@ def test_corrections_are_learned_beside_the_runs_rows_and_the_earlier_adapter_st
     for rows in ("feedback", "held out"):
         assert last[rows]["nats"] < 0.5 * first[rows]["nats"]
     assert (run / "out" / "adapter.safetensors").read_bytes() == before
+    cards = [json.loads(line) for line in (run / "out" / "learned.jsonl").read_text().splitlines()]
+    assert [card["of"] for card in cards] == ["feedback"] * 4 + ["held out"] * 2 + ["to keep"] * 4
+    assert all(card["before"] and card["after"] for card in cards) and "4 feedback rows: " in out
     assert (run / "out" / "learned.png").read_bytes().startswith(b"\x89PNG")
     model = rp.load(BASE, [run / "out" / "adapter-learned.safetensors"], precision="fp32", device="cpu")
     assert model.tokenizer.name == "bytes"  # by the run's record beside it

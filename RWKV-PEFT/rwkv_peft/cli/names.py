@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors in the folder of a run
 MERGED, TUNED = "merged.pth", "state.pth"  # the newest merged model and tuned states, likewise
+LEARNED, LEARNED_ROWS = "learned", "learned.jsonl"  # the label of what feedback has taught; answers before and after
 PICTURE, CARD = "loss.png", "README.md"
 METRICS = "metrics.jsonl"  # a line for each step of a run
 RUN = "config.json"  # the settings of a run, and the meaning of its tokens

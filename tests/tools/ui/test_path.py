@@ -120,6 +120,22 @@ def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, server, 
     go(page, "Rows")
     page.get_by_role("radio", name="my-feedback.jsonl").check()
     expect(page.locator("mark").first).to_contain_text("Three, captain!")
+    go(page, "Runs")
+    earlier, learned = (folder / f"out/mine/adapter{label}.safetensors" for label in ("", "-learned"))
+    before = earlier.read_bytes()
+    press(page, "Learn from my feedback")
+    expect(page.get_by_role("heading", name="Learned from feedback")).to_be_visible()
+    card = page.get_by_role("article").filter(has_text="Three, captain!").first
+    expect(card).to_contain_text("before training")
+    expect(card).to_contain_text("after training")
+    assert learned.exists() and earlier.read_bytes() == before
+    assert page.locator("html").evaluate("page => page.scrollWidth") <= 390
+    page.get_by_role("link", name="Keep: talk to it").click()
+    expect(page.locator("#which option", has_text="What feedback has taught")).to_have_count(1)
+    go(page, "Runs")
+    press(page, "Take back")
+    expect(page.get_by_role("heading", name="Learned from feedback")).to_be_hidden()
+    assert not learned.exists() and earlier.read_bytes() == before
     assert page.locator("html").evaluate("page => page.scrollWidth") <= 390
 
 

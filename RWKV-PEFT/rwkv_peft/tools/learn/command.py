@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,27 +22,28 @@ from ...checkpoints.atomic import write_text
 from ...checkpoints.best import labelled
 from ...checkpoints.lock import alone_in
 from ...cli.errors import Diverged, UserError
-from ...cli.names import ADAPTER
+from ...cli.names import ADAPTER, LEARNED, LEARNED_ROWS
 from ...cli.parser import counted
 from ...config import DataConfig
 from ...data.mixture import Mixture
 from ...data.recorded import require_same
 from ...data.samples import Samples
 from ...data.sources import build_samples, split_samples
-from ...evals.questions import last_answer
+from ...evals.questions import RowsExam, last_answer, rows_of
 from ...evals.scoring import score
 from ...plots import look, new_figure, plain_axes, save_figure
 from ...rewards import Judges
 from ...training.inputs import VALIDATION, Inputs, find_inputs, make_plan
 from ...training.loop import StopRequest, train
-from ...training.measuring import Questions
+from ...training.measuring import BeforeAfter, Questions
 from ...training.prepared import TrainingRun
 from ...training.ranks.world import World
 from ...training.rates import automatic_rate
 from ..study.command import SCORED, Likelihood
 from .flags import parse_flags
 
-LEARNED, FIGURES, PICTURE = "learned", "learned.json", "learned.png"
+FIGURES, PICTURE = "learned.json", "learned.png"
+ANSWERED = 4  # rows of a kind that are answered before and after
 MEASURED = 128  # rows of a kind that are measured, at most
 HELD = 0.1  # of the rows to replay, in place of validation rows
 GRID, HALVINGS = (0.0, 0.25, 0.5, 0.75, 1.0), 4  # scales that are measured, and between two of them
@@ -86,6 +88,10 @@ def learn(args: Namespace) -> int:
         print(f"rows to measure, at most {MEASURED} of a kind: {', '.join(rows)}")
         samples = Mixture(learned, (), args.replay_share) if args.replay_share else learned[CORRECTED]
         plan = make_plan(inputs.config.train, samples, inputs.config.step_samples, None)
+        engine: Any = SimpleNamespace(model=model.network, rank=0, ranks=1)
+        asked = [row for name, part in measured.items() for row in rows_of(name, part, ANSWERED)]
+        answers = BeforeAfter(RowsExam(asked, model.tokenizer, SCORED), folder / LEARNED_ROWS, False, anew=True)
+        answers.before(engine)
         start = {name: tensor.clone() for name, tensor in trained(model).items()}
         steps, seconds = take_steps(model, replace(inputs, samples=samples, measured={}, plan=plan), args.minutes)
     end = {name: tensor.clone() for name, tensor in trained(model).items()}
@@ -107,6 +113,8 @@ def learn(args: Namespace) -> int:
         return 1
     at(best.scale)
     save_adapter(model, output)
+    answers.after(engine)
+    print("\n".join(answers.lines()))
     print(f"wrote {output}, with {best.scale:.0%} of the new part, and {folder / PICTURE}")
     return 0
 
@@ -140,16 +148,16 @@ def samples_of(inputs: Inputs, args: Namespace) -> tuple[dict[str, Samples], dic
     plain = replace(data.own, more=(), mix=(), data_type="sft", loss_mask="file", dataload="pad")
     plain = replace(plain, sft_field=(), sft_split="", sft_as="", turns_in_text="")
 
-    def rows_of(path: str, share: float) -> Sequence[Samples]:
+    def parts_of(path: str, share: float) -> Sequence[Samples]:
         """The samples of a file, and behind them a share that is held out."""
         config = replace(plain, path=path)
         whole = build_samples(config, vocab_size)
         return split_samples(config, vocab_size, share, args.random_seed) if share and len(whole) > 1 else [whole]
 
-    feedback, *held_out = rows_of(args.feedback, args.hold_out)
+    feedback, *held_out = parts_of(args.feedback, args.hold_out)
     replayed, kept = inputs.samples, inputs.measured.get(VALIDATION)
     if args.keep:
-        (kept,) = rows_of(args.keep, 0)
+        (kept,) = parts_of(args.keep, 0)
     elif kept is None:
         print(f"note: the run held no rows out; {HELD:.0%} of those that it learned are measured, and not replayed")
         replayed, kept = split_samples(data, vocab_size, HELD, args.random_seed)

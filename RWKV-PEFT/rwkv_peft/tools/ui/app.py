@@ -28,9 +28,9 @@ from .. import demo
 from ..download import MIRROR, REPOSITORY, SIZES
 from .files import Places, Uploads, is_plain, last_of, lines_of, read
 from .form import chat_form, form
-from .jobs import Jobs, ask, interrupt, serve
+from .jobs import FEEDBACK, Jobs, ask, interrupt, serve
 from .proposals import proposals
-from .runs import ANSWERS, described, find_runs, folder_of, measured, taken
+from .runs import ANSWERS, described, find_runs, folder_of, measured, take_back, taken
 from .written import MINE, EditedRows
 
 PAGE = Path(__file__).parent / "page"
@@ -163,6 +163,7 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
             "sampling": {"temperature": Sampling.temperature, "top_p": Sampling.top_p},
             "gguf": GGUF_TYPES,
             "mine": MINE,
+            "feedback": FEEDBACK,
             "missing": missing(),
         }
 
@@ -270,6 +271,11 @@ def make_app(root: Path, jobs: Jobs, gate: Gate) -> FastAPI:
     @app.get("/api/runs/taken")
     def to_take(folder: str) -> dict[str, Any]:
         return taken(places, folder)
+
+    @app.post("/api/runs/take_back")
+    def taken_back(run: Folder) -> dict[str, str]:
+        take_back(places, run.folder)
+        return {"folder": run.folder}
 
     @app.post("/api/runs/stop")
     def stop_run(run: Folder) -> dict[str, str]:

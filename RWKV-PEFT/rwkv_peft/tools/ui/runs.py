@@ -8,16 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.best import is_place, take
+from ...checkpoints.best import is_place, labelled, take
 from ...checkpoints.lock import LOCK, holder
 from ...cli.errors import UserError
-from ...cli.names import METRICS, RUN
+from ...cli.names import ADAPTER, LEARNED, LEARNED_ROWS, METRICS, RUN
 from ...training.flags.parser import entries_of, parser_of_train
-from .files import Places, last_of, lines_of, objects, read, walk
+from .files import Places, is_plain, last_of, lines_of, objects, read, walk
 from .jobs import STOPPED
 
 LINE = 1 << 12  # bytes of a step's line in METRICS, and more
-ANSWERS = ("rows.jsonl", "answers.jsonl")
+ANSWERS = ("rows.jsonl", "answers.jsonl", LEARNED_ROWS)
 PRODUCTS = (".safetensors", ".pth", ".png", ".gguf")
 
 
@@ -126,14 +126,24 @@ def doing(places: Places, name: str, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def taken(places: Places, folder: str) -> dict[str, Any]:
-    """The file of a run to take, the newest or the best one, the other one of them if there is one, and why."""
+    """The file of a run to take, the newest or the best one; the other one of them, and what feedback has taught, if
+    there are such; and why."""
     path, *_ = (places.inside(f"{folder}{name}") for name in ("", f"/{METRICS}", f"/{RUN}"))
     found = take(path)
     return {
         "file": places.name(found.path),
         "other": found.other and places.name(found.other),
+        "learned": places.name(learned) if is_plain(learned := labelled(path / ADAPTER, LEARNED)) else None,
         "note": found.note.replace(f"{places.root}/", "").removeprefix("note: "),
     }
+
+
+def take_back(places: Places, folder: str) -> None:
+    """Delete what feedback has taught a run's adapter, which is as it was before."""
+    path = places.inside(folder)
+    files = (path / f"{LEARNED}{ending}" for ending in (".jsonl", ".json", ".png"))
+    for file in (labelled(path / ADAPTER, LEARNED), *files):
+        file.unlink(missing_ok=True)
 
 
 LEAST = 5  # steps that must have been measured

@@ -6,7 +6,7 @@ const SHOWN = 16; // cards
 const LONG = 1 << 20; // words of one text times words of another: more are marked as one
 
 // found: the lines of answers.jsonl, of which the newest step or another of the last is shown, and of rows.jsonl.
-export function showAnswers(place, found) {
+export function showAnswers(place, found, title = t("answers")) {
   const rollouts = (found["answers.jsonl"] ?? []).filter((line) => typeof line.completion === "string");
   const rows = (found["rows.jsonl"] ?? []).slice(-SHOWN);
   const steps = [...new Set(rollouts.map((line) => line.step))].reverse(), cards = el("div");
@@ -17,14 +17,14 @@ export function showAnswers(place, found) {
   } }, steps.map((one) => el("option", { value: one, selected: one === step }, t("answers.of step", number(one + 1)))));
   const show = (one) => cards.replaceChildren(...rollouts.filter((line) => line.step === one).slice(0, SHOWN).map(rollout));
   if (steps.length) show(step);
-  place.replaceChildren(el("h2", {}, t("answers")),
+  place.replaceChildren(el("h2", {}, title),
     ...(steps.length ? [el("div", { className: "row" }, select), cards] : []),
     ...(rows.some((row) => row.after) ? [el("p", { className: "note" }, verdict(rows))] : []), ...rows.map(pair),
     steps.length || rows.length ? "" : el("p", { className: "note" }, t("answers.none")));
 }
 
 const said = (one) => (one?.text ?? "").trim();
-const named = (of) => String(of).replace(/^(training|held-out)/, (kind) => t(`answers.${kind}`));
+const named = (of) => String(of).replace(/^(training|held-out|feedback|held out|to keep)/, (kind) => t(`answers.${kind}`));
 const brief = (one) => withoutRepeats(said(one)).text;
 const repeats = (one) => (withoutRepeats(said(one)).times ? el("small", {}, t("answers.repeats", number(withoutRepeats(said(one)).times))) : "");
 const part = (label, ...words) => el("div", { className: "turn" }, el("small", {}, label), ...words);

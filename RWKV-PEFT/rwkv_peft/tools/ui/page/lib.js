@@ -191,12 +191,12 @@ export function adapterChoice(told) {
     box.hidden = true;
     const found = folder ? await get("/api/runs/taken", { folder }).catch(() => null) : null;
     if (!found) return [];
-    const files = [found.file, found.other].filter(Boolean);
-    const called = (file) => t(/-best\.\w+$/.test(file) ? "which.best" : "which.last", file.split("/").at(-1));
+    const files = [found.file, found.other, found.learned].filter(Boolean);
+    const called = (file) => t(`which.${/-(best|learned)\.\w+$/.exec(file)?.[1] ?? "last"}`, file.split("/").at(-1));
     const select = el("select", { id: "which", onchange: () => told(select.value) },
       files.map((file) => el("option", { value: file }, called(file))));
     box.replaceChildren(el("label", { htmlFor: "which" }, t("which")), select, helpLine(select, found.note || t("which.note")));
-    box.hidden = !found.other;
+    box.hidden = files.length < 2;
     told(found.file);
     return files;
   }

@@ -14,11 +14,12 @@ export const live = (run) => ["begins", "running"].includes(run?.state);
 export function showRun(place, folder, signal, { compared = () => [], changed = () => {} } = {}) {
   const state = el("span", { className: "state" }), now = el("p", { className: "now", role: "status" }), figures = el("div", { className: "figures" });
   const bar = el("progress", { "aria-label": t("runs.steps") }), buttons = el("div", { className: "row" }), error = el("div"), losses = el("div"), rates = el("div");
-  const answers = el("div"), files = el("p", { className: "note" }), job = el("div");
+  const answers = el("div"), learned = el("div", { hidden: true }), lessons = el("div"), learning = el("div"), files = el("p", { className: "note" }), job = el("div");
   const log = el("input", { id: "log", type: "checkbox", checked: recall("log", false), onchange: () => { remember("log", log.checked); turn(); } });
   const all = el("div", { hidden: true }, losses, el("p", { className: "note" }, t("runs.losses")), el("div", { className: "row" }, log, el("label", { htmlFor: "log" }, t("runs.log"))));
-  const seen = el("div", { hidden: true }, answers, files), further = el("div", { hidden: true }, folded(t("runs.rates"), rates));
-  place.append(el("section", { className: "run", "aria-label": folder }, el("h2", {}, folder, " ", state), now, bar, figures, buttons, error, job, all, seen, further));
+  const seen = el("div", { hidden: true }, answers, files), back = el("button", { type: "button", onclick: takeBack }, t("learned.back")), further = el("div", { hidden: true }, folded(t("runs.rates"), rates));
+  learned.append(lessons, el("div", { className: "row" }, el("a", { className: "button main", href: address("chat", folder) }, t("learned.keep")), back));
+  place.append(el("section", { className: "run", "aria-label": folder }, el("h2", {}, folder, " ", state), now, bar, figures, buttons, error, learning, learned, job, all, seen, further));
   let own = { lines: [], next: 0 }, drawn = "", read = new Map(), stopping = false, shown = "";
 
   async function turn() {
@@ -38,7 +39,10 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
     if (stamp === drawn) return;
     drawn = stamp;
     draw(run, lines, others, beside);
-    showAnswers(answers, await get("/api/runs/answers", { folder }).catch(() => ({})));
+    const found = await get("/api/runs/answers", { folder }).catch(() => ({}));
+    showAnswers(answers, found);
+    learned.hidden = !found["learned.jsonl"]?.some((row) => row.after);
+    showAnswers(lessons, { "rows.jsonl": found["learned.jsonl"] }, t("learned"));
     changed(run.state);
   }
 
@@ -62,7 +66,8 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
       running && stopping ? el("button", { type: "button", onclick: stop }, t("runs.stop at once")) : "",
       !running && run.state !== "done" && total > done && Object.keys(run.flags).length ? el("button", { type: "button", className: "main", onclick: () => resume(run) }, t("runs.resume")) : "",
       trained && !running ? el("a", { className: `button ${run.state === "done" ? "main" : ""}`, href: address("chat", folder) }, t("nav.chat")) : "",
-      trained && !running ? el("a", { className: "button", href: address("release", folder) }, t("nav.release")) : "");
+      trained && !running ? el("a", { className: "button", href: address("release", folder) }, t("nav.release")) : "",
+      run.files.includes("adapter.safetensors") && !running ? el("button", { type: "button", onclick: learn }, t("learned.learn")) : "");
     for (const part of [all, further]) part.hidden = !begun;
     seen.hidden = !run.files.length && !run.now?.of && !begun;
     files.replaceChildren(t("runs.files"), " ", ...[...run.files, "metrics.jsonl"].flatMap((file) => [download(`${folder}/${file}`, file), " "]));
@@ -90,6 +95,26 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
   async function stop({ target }) {
     target.disabled = true;
     await post("/api/runs/stop", { folder }).then(() => { stopping = true; }, (problem) => tell(error, problem));
+    turn();
+  }
+
+  // Learns the feedback that Talk has noted; its cards are shown when it has ended well.
+  async function learn({ target }) {
+    target.disabled = true;
+    try {
+      const { feedback } = await get("/api/about"), { id } = await post("/api/jobs", { words: ["learn", folder, "--feedback", feedback] });
+      learning.replaceChildren();
+      const ended = () => { target.disabled = false; drawn = ""; turn(); };
+      showJob(learning, id, signal, { open: true, done: ended, otherwise: ended });
+    } catch (problem) {
+      tell(error, problem);
+      target.disabled = false;
+    }
+  }
+
+  async function takeBack() {
+    await post("/api/runs/take_back", { folder }).then(() => learning.replaceChildren(), (problem) => tell(error, problem));
+    drawn = "";
     turn();
   }
 
