@@ -127,6 +127,16 @@ STEPS = (
     # The rest follows while minutes last.
     Step("kernels", 30, (("gpu_kernels.py", "time"),), full=True),
     Step("every operation", 60, (("gpu_kernels.py", "check"),), full=True),
+    *(
+        Step(
+            f"profile {version}",
+            15,
+            (("gpu_models.py", "step", version, "--profile", "30"),),
+            sizes=("--methods", "bat-in", "--rows", "1x4096"),
+            full=True,
+        )
+        for version in ("x070", "x060")
+    ),
     *(engine(case, 20, full=True) for case in ("grad_cp", "infctx", "fp32")),
     *(engine(case, 20, *RANKS, full=True) for case in ("stage 2 offload", "stage 3 offload")),
     engine("int8", 20, "bitsandbytes", full=True),

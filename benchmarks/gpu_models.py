@@ -213,6 +213,22 @@ def step(args, family, config, weights, entry):
         **peak_gib(args.device),
         **({} if args.device == "cpu" else {"waits": waits_in(train)}),
     )
+    if args.profile:
+        for name, calls, microseconds in largest(train, args.profile, args.device):
+            tell(operation=name, calls=calls, us=microseconds)
+
+
+def largest(train, count, device):
+    """(name, calls, microseconds) of the kernels of a step that take the longest, by torch's profiler; on a CPU of its
+    operations, without those that they call."""
+    activities = torch.profiler.ProfilerActivity
+    kind, clock = ("CPU", "self_cpu_time_total") if device == "cpu" else ("CUDA", "self_device_time_total")
+    with torch.profiler.profile(activities={activities.CPU, getattr(activities, kind)}) as profile:
+        train()
+        wait(device)
+    events = [event for event in profile.key_averages() if event.device_type.name == kind]
+    events.sort(key=lambda event: getattr(event, clock), reverse=True)
+    return [(event.key, event.count, round(getattr(event, clock))) for event in events[:count]]
 
 
 def planned_gib(args, method):
@@ -316,6 +332,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="of smoke")
     parser.add_argument("--rows", nargs="+", default=("1x4096", "1x1024", "1x64"), metavar="ROWSxTOKENS")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of step")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="also a step's N largest kernels")
     parser.add_argument("--weights", nargs="+", default=("bf16", "int8"), choices=("bf16", "int8", "int4"))
     parser.add_argument("--sequences", type=int, nargs="+", default=(1, 64, 256))
     parser.add_argument("--new_tokens", type=int, default=64, help="of each sequence in a round of decoding")

@@ -193,7 +193,7 @@ def test_offline_takes_the_python_at_hand_and_installs_nothing(tmp_path):
 
 # One of each kind; test_benchmarks.py runs the programs of "serve" and "engine beside a bare loop".
 EMULATED = "card;build;smoke x070;step x060 lora;engine x070;two GPUs;a rank that raises;above 2^31;RWKV-7a"
-EMULATED += ";host memory;decode x070;compile;large"
+EMULATED += ";host memory;decode x070;compile;large;profile x070"
 
 
 def test_the_whole_check_runs_on_a_cpu_with_tiny_sizes(tmp_path, warm_python):
@@ -202,7 +202,8 @@ def test_the_whole_check_runs_on_a_cpu_with_tiny_sizes(tmp_path, warm_python):
     out, _ = finish(start([*command, "--only", *EMULATED.split(";")], CUDA_VISIBLE_DEVICES=""), 0)
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     outcomes = {entry["step"]: entry["outcome"] for entry in results if "outcome" in entry}
-    assert set(outcomes.values()) == {"measured"} and len(outcomes) == 13, out
+    assert set(outcomes.values()) == {"measured"} and len(outcomes) == 14, out
+    assert len([entry for entry in results if {"operation", "calls", "us"} <= entry.keys()]) == 30
     found = {entry["engine"]: entry for entry in results if "engine" in entry}
     assert found["x070"]["merged_and_checked"] and found["compile"]["agree"]
     assert found["a rank that raises"]["exit_code"] == 1 and found["a rank that raises"]["told"]
