@@ -22,6 +22,8 @@ from pathlib import Path
 
 from common import Parser, head, require, row
 
+from rwkv_peft.children import python_command
+
 
 def main():
     parser = Parser(__doc__, epochs=2, rows=1, faults=1, alone=True)
@@ -196,8 +198,8 @@ def served(small):
 @contextlib.contextmanager
 def serve(model, *flags):
     """Run `rwkv-peft serve` on a free port -> its address."""
-    words = ["serve", "--model", model, "--port", 0, *flags]
-    process = subprocess.Popen([sys.executable, "-m", "rwkv_peft", *map(str, words)], text=True, stdout=subprocess.PIPE)
+    command = python_command("rwkv_peft", "serve", "--model", model, "--port", "0", *flags)
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE)
     try:
         yield process.stdout.readline().split()[-1].removesuffix("/v1")
     finally:
