@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_peft.adapters.inject import inject
 from rwkv_peft.config import AdapterConfig
+from rwkv_peft.inference import sampling
 from rwkv_peft.models import family_named
 from rwkv_peft.ops import bone as bone_op
 from rwkv_peft.ops import cross_entropy, mix
@@ -202,6 +203,15 @@ def loss_passes(rows=64, vocabulary=65536):
     return sum(launch.bytes for launch in counter.launches) / real_bytes(logits)
 
 
+def drawing(rows=64, vocabulary=65536):
+    """(launches, bytes for each of the logits) of a draw with --top_p, which a CUDA graph holds."""
+    logits = torch.empty(rows, vocabulary, device="meta")
+    uniforms, numbers = (torch.empty(size, device="meta", dtype=torch.float64) for size in (rows, 2))
+    with Counter(set()) as counter:
+        sampling.select(logits, uniforms, numbers)
+    return len(counter.launches), sum(launch.bytes for launch in counter.launches) / logits.numel()
+
+
 # --- on the processor that drives a GPU
 
 
@@ -284,6 +294,7 @@ def counted(args):
             cells = (f"{one['units']:.0f} | {one['ratio']:.2f} | {one['one_row']:.2f}" for one in found)
             row(family.name, method, found[0]["launches"], *cells)
     print(f"\nThe loss reads or writes the logits {loss_passes():.1f} times.")
+    print("A draw with --top_p has {} launches and moves {:.0f} bytes for each of the logits.".format(*drawing()))
 
 
 def on_host(args):

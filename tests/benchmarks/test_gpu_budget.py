@@ -37,6 +37,13 @@ def test_the_loss_reads_and_writes_the_logits_once(budget):
     assert budget.loss_passes() < 2.01
 
 
+def test_a_draw_with_top_p_stays_within_its_budget(budget):
+    """For any number of rows: torch sorts fewer than 128 one after another."""
+    for rows in (1, 64):
+        launches, moved = budget.drawing(rows)
+        assert launches <= 57 and moved <= 335
+
+
 def test_bytes_are_counted_as_they_lie_in_memory(budget):
     x = torch.empty(4, 8, dtype=torch.bfloat16, device="meta")
     counter = budget.Counter({(8, 8)})

@@ -13,9 +13,10 @@ from rwkv_peft.inference import forward
 from rwkv_peft.inference import sampling as sampling_module
 from rwkv_peft.inference.chat import Session
 from rwkv_peft.inference.engine import Engine
-from rwkv_peft.inference.forward import RECORDS, GraphedForward, TapedForward, forward_of, prefill
+from rwkv_peft.inference.forward import RECORDS, GraphedDraw, GraphedForward, TapedForward, forward_of, prefill
 from rwkv_peft.inference.loading import load_model
 from rwkv_peft.inference.requests import Completion, GenerationRequest, PrefixCache
+from rwkv_peft.inference.sampling import sample, selects
 from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.inference.speakers import Speaker
 from rwkv_peft.inference.weights import quantize_products
@@ -219,7 +220,7 @@ class Counting(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "sampling, launches",
-    [*zip(SAMPLINGS, (10, 22, 20)), (SAMPLINGS[4], 20)],
+    [*zip(SAMPLINGS, (10, 22, 20)), (SAMPLINGS[4], 15)],
     ids=["greedy", "measured", "top_k", "top_p"],
 )
 def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monkeypatch, sampling, launches):
@@ -243,10 +244,24 @@ def test_a_step_is_one_graph_and_few_launches_and_waits_for_nothing(model, monke
     before = Graph.replays
     with counting:
         running.step()
-    assert Graph.replays == before + 1
+    assert Graph.replays == before + 1 + selects(sampling)
     host = [name for name in counting.names if name in REFUSED]
     assert set(host) <= {"lift_fresh"}, host  # a list of the host's, which is pinned for a GPU
     assert len(counting.names) <= launches, counting.names
+
+
+def test_a_draw_with_top_p_is_one_graph_for_all_settings_and_as_sorting_draws(model):
+    """And some launches in it, however many rows and tokens it draws from."""
+    draw, generator = GraphedDraw(1001, 7, torch.device("cpu")), torch.Generator().manual_seed(1)
+    settings = [dict(top_p=0.7), dict(top_p=0.2, temperature=3), dict(top_p=0.9, min_p=0.1), dict(top_k=5), {}]
+    settings += [dict(temperature=0), dict(top_p=1.0), dict(top_p=0.95, min_p=0.5, temperature=0.3)]
+    for n in (7, 1, 3, 2, 9):
+        for sampling in (Sampling(**each) for each in settings):
+            logits = 4 * torch.randn(n, 1001, generator=generator)
+            uniforms = torch.rand(n, dtype=torch.float64, generator=generator)
+            assert torch.equal(draw(logits, uniforms, sampling), sample(logits, uniforms, sampling)), sampling
+    assert set(draw.graphs) == {(size, numbers) for size in (1, 2, 4, 8) for numbers in (2, 3)}  # 9 rows: without
+    assert all(len(graph.calls) <= 57 + 6 * (numbers - 2) for (_, numbers), (graph, _) in draw.graphs.items())
 
 
 def test_weights_that_train_are_recorded_and_followed_through_steps(model):
@@ -282,7 +297,9 @@ def test_what_cannot_be_recorded_is_told_and_computed(model, monkeypatch, capsys
     monkeypatch.setattr(forward, "recordable", lambda model: True)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     assert [tokens for tokens, _ in answers(model, overlap=True)[0]] == [tokens for tokens, _ in plain]
-    assert capsys.readouterr().err.count("without CUDA graphs") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("without CUDA graphs") == 2  # once each
+    assert "cannot record what the model does" in printed and "cannot record how tokens are drawn" in printed
 
 
 def test_more_rows_than_a_graph_has_are_computed_without(model, monkeypatch):

@@ -1,13 +1,25 @@
 """Sampling draws from the distribution that its settings define, and a row's token depends only on that row."""
 
 import random
+from bisect import bisect_right
+from itertools import accumulate
 
 import pytest
 import torch
 
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference import sampling as sampling_module
-from rwkv_peft.inference.sampling import candidates, count, first_largest, largest, penalize, pick, sample
+from rwkv_peft.inference.sampling import (
+    candidates,
+    count,
+    fill_numbers,
+    first_largest,
+    largest,
+    penalize,
+    pick,
+    sample,
+    select,
+)
 from rwkv_peft.inference.settings import Sampling
 
 
@@ -109,7 +121,8 @@ def test_penalties_lower_generated_tokens_and_their_counts_decay():
 
 def test_a_number_falls_on_the_token_whose_share_covers_it():
     weights = torch.tensor([[0.0, 1.0, 0.0, 3.0, 0.0]], dtype=torch.float64)
-    assert [int(pick(weights, [u])) for u in (0.0, 0.2499, 0.25, 0.9999, 1 - 2**-53)] == [1, 1, 3, 3, 3]
+    uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.9999, 1 - 2**-53], dtype=torch.float64)
+    assert pick(weights.expand(5, 5), uniforms)[:, 0].tolist() == [1, 1, 3, 3, 3]
 
 
 def test_draws_have_the_frequencies_of_the_distribution():
@@ -139,6 +152,69 @@ def test_no_draw_reads_a_number_of_the_device_and_sorting_all_draws_the_same(set
     expected = sample(logits, numbers, sampling)
     monkeypatch.setattr(sampling_module, "FIRST_CANDIDATES", 500)
     assert torch.equal(sample(logits, numbers, sampling), expected)
+
+
+def selected(logits, uniforms, sampling):
+    numbers = torch.zeros(3, dtype=torch.float64)
+    return select(logits, torch.as_tensor(uniforms, dtype=torch.float64), fill_numbers(numbers, sampling)).tolist()
+
+
+def sorted_nucleus(logits, sampling):
+    """The tokens of a nucleus in order, and the sums of their probabilities in whole units of 2^-52, by sorting."""
+    logits = (logits - logits.max()) / sampling.temperature
+    probabilities = logits.softmax(-1).tolist()
+    order = sorted(range(len(logits)), key=lambda token: (-probabilities[token], token))
+    masses = [int(probabilities[token] * 2**52) for token in order]
+    reach = sampling.top_p * 2**52
+    kept = 1 + sum(before < reach for before in [*accumulate(masses)][:-1])
+    kept = sum(mass >= sampling.min_p * masses[0] for mass in masses[:kept])
+    return order[:kept], [*accumulate(masses[:kept])]
+
+
+RANDOM = torch.Generator().manual_seed(4)
+ADVERSARIAL = {
+    "all equal": torch.zeros(97),
+    "one alone": torch.full((64,), -torch.inf).index_fill(0, torch.tensor(40), 3.0),
+    "most masked": torch.randn(130, generator=RANDOM).masked_fill(torch.arange(130) % 5 > 0, -torch.inf),
+    "ties at the border": torch.tensor([2.0, 1.0, 1.0, 1.0, 3.0, 1.0, 0.0, 0.0]),
+    "bfloat16": (2 * torch.randn(1000, generator=RANDOM)).bfloat16().float(),  # with many ties
+    "one token": torch.tensor([5.0]),
+    "below the least unit": torch.tensor([0.0, -50.0, -60.0, -80.0, -50.0]),
+    "near ties": 1 + torch.arange(33).float() * 2**-22,
+    "wide": 30 * torch.randn(257, generator=RANDOM),
+}
+NUCLEI = [
+    *(Sampling(top_p=top_p) for top_p in (0.0, 1e-9, 0.3, 0.7, 0.5, 1 - 2**-53)),
+    *(Sampling(top_p=0.95, min_p=0.2), Sampling(top_p=0.3, min_p=1.0), Sampling(top_p=0.999, temperature=2.5)),
+    Sampling(top_p=0.9, temperature=1e-30),
+]
+NAMES = [f"top_p {each.top_p} min_p {each.min_p} temperature {each.temperature}" for each in NUCLEI]
+
+
+@pytest.mark.parametrize("sampling", NUCLEI, ids=NAMES)
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_selection_draws_from_the_nucleus_that_sorting_finds(kind, sampling):
+    """The middle of a token's part of the sum, for the first, the last and others, and numbers anywhere."""
+    order, sums = sorted_nucleus(ADVERSARIAL[kind], sampling)
+    some = sorted({0, len(order) - 1, *range(0, len(order), len(order) // 8 + 1)})
+    middles = [(sums[place] + (sums[place - 1] if place else 0)) / 2 / sums[-1] for place in some]
+    uniforms = [0.0, 1 - 2**-53, *(min(middle, 1 - 2**-53) for middle in middles), 0.1234, 0.77]
+    expected = [order[bisect_right(sums, uniform * sums[-1])] for uniform in uniforms]
+    assert selected(ADVERSARIAL[kind].expand(len(uniforms), -1), uniforms, sampling) == expected
+
+
+@pytest.mark.parametrize("sampling", NUCLEI, ids=NAMES)
+def test_selection_and_a_cpus_sorting_draw_the_same_tokens(sampling):
+    logits = torch.tensor([0.01, 1, 3, 9, 0.3])[:, None] * torch.randn(5, 3001, generator=RANDOM)
+    uniforms = [0.99, 0.5, 0.1, 0.75, 0.0]
+    assert selected(logits, uniforms, sampling) == sample(logits, uniforms, sampling).tolist()
+    assert selected(logits[2:3], uniforms[2:3], sampling) == selected(logits, uniforms, sampling)[2:3]
+
+
+def test_selection_of_what_is_not_finite_reads_no_other_memory():
+    rows = torch.zeros(3, 70)
+    rows[0, 3], rows[1, 5], rows[2] = torch.nan, torch.inf, -torch.inf
+    assert all(0 <= token < 70 for token in selected(rows, [0.0, 0.5, 1 - 2**-53], Sampling(top_p=0.7, min_p=0.1)))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 
 from ..models.parts import LanguageModel
 from ..models.state import State
-from .forward import Forward
+from .forward import Draw, Forward
 from .requests import Completion, Logprobs
-from .sampling import count, measure, penalize, sample
+from .sampling import count, measure, penalize
 from .settings import Sampling
 from .speakers import Speaker
 
@@ -103,7 +103,7 @@ class ModelBatch:
         logits, self.state = forward(self.sampled.tokens[:, None], self.state)
         self.logits, self.unread = logits[:, 0].float(), False
 
-    def sample(self, vocab_size: int, waits: bool) -> None:
+    def sample(self, vocab_size: int, draw: Draw, waits: bool) -> None:
         """Sample a token below vocab_size for each slot. With `waits`, the host may wait for a result of the device."""
         finite = torch.isfinite(self.logits.sum(-1))  # a sum with NaN or Inf in it is not finite
         if not waits or not finite.all():  # NaN cannot be sampled from
@@ -113,12 +113,12 @@ class ModelBatch:
         for place, slot in enumerate(self.slots):
             alike.setdefault(slot.sampling, []).append(place)
         if len(alike) == 1:
-            found = sample_slots(self.slots, choices, self.slots[0].sampling)
+            found = sample_slots(self.slots, choices, self.slots[0].sampling, draw)
         else:
             found = choices.new_empty(3, len(self.slots), dtype=torch.float64)
             for sampling, places in alike.items():
                 rows = on_device(places, choices.device)
-                found[:, rows] = sample_slots([self.slots[place] for place in places], choices[rows], sampling)
+                found[:, rows] = sample_slots([self.slots[place] for place in places], choices[rows], sampling, draw)
         tokens = found[0].long()
         tops = {place: slot.completion.sampling.top_logprobs for place, slot in enumerate(self.slots)}
         logprobs = {
@@ -135,7 +135,7 @@ class ModelBatch:
         self.unread = True
 
 
-def sample_slots(slots: Sequence[Slot], logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def sample_slots(slots: Sequence[Slot], logits: torch.Tensor, sampling: Sampling, draw: Draw) -> torch.Tensor:
     """Sample a token for each slot, all by one sampling: logits (n, V) -> (3, n) float64: the tokens, and their
     log-probabilities and entropies if the sampling is measured, else 0."""
     if sampling.logit_bias:
@@ -150,7 +150,7 @@ def sample_slots(slots: Sequence[Slot], logits: torch.Tensor, sampling: Sampling
     allowed = [None if constraint is None else constraint.allowed() for constraint in constraints]
     if any(mask is not None for mask in allowed):
         logits = torch.stack([masked(row, mask) for row, mask in zip(logits, allowed)])
-    tokens = sample(logits, on_device([slot.draws.random() for slot in slots], logits.device), sampling)
+    tokens = draw(logits, on_device([slot.draws.random() for slot in slots], logits.device), sampling)
     if sampling.penalizes:
         count(counts, tokens, sampling.penalty_decay)
         for slot, counted in zip(slots, counts.split(1)):

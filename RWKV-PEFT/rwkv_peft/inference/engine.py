@@ -15,7 +15,7 @@ import torch
 from ..models.parts import LanguageModel
 from ..models.state import State
 from .batch import DAMAGED, ModelBatch, Slot, on_device
-from .forward import Forward, forward_of, prefill, read_packed
+from .forward import Draw, Forward, draw_of, forward_of, prefill, read_packed
 from .requests import CachedPrefix, Completion, GenerationRequest, PrefixCache
 
 LEAST, MOST = 16, 4096  # tokens of a PrefillBudget
@@ -109,6 +109,7 @@ class Engine:
         self.prompts: deque[PartialPrompt] = deque()
         self.batches: dict[LanguageModel, ModelBatch] = {}
         self.forwards: dict[LanguageModel, Forward] = {}
+        self.draw: Draw | None = None  # of all models, which are on one device
         self.zeros: dict[LanguageModel, State] = {}  # before the first token
         self._open: dict[Completion, None] = {}  # those that have not ended, in the order in which they were added
         self.sampled = self.read = self.reused = 0  # tokens since the start
@@ -159,7 +160,8 @@ class Engine:
         if self.budget is not None and not self.overlap:
             self.budget.leave()
         for batch in self.batches.values():
-            batch.sample(self.vocab_size, not self.overlap)
+            self.draw = self.draw or draw_of(batch.model, self.vocab_size, self.batch)
+            batch.sample(self.vocab_size, self.draw, not self.overlap)
         if not self.overlap:
             self._deliver()
 

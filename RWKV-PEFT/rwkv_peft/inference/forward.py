@@ -1,14 +1,15 @@
 """The forward passes of inference: prompts of any lengths in one packed row, and decoding steps of a token each.
 
 A decoding step has no Python between its kernels: on a CPU it is a tape of them, on a GPU a CUDA graph of the model's
-own forward. A tape is recorded for a number of rows when that comes up first. Everything else takes the model's own
-forward: more rows than the decoding kernels take, generations without a record, adapters beside the weights. Shapes are
-(n, …) for n sequences. No GPU has run the graphs yet: tests/inference/test_forward.py records and replays torch's
-operations on a CPU instead.
+own forward, and another of the draw with top-p behind it, which penalties and masks of the host may come before. A tape
+is recorded for a number of rows when that comes up first. Everything else takes the model's own forward: more rows than
+the decoding kernels take, generations without a record, adapters beside the weights. Shapes are (n, …) for n sequences.
+No GPU has run the graphs yet: tests/inference/test_forward.py records and replays torch's operations on a CPU instead.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from ..ops.decode import CPU, MOST_ROWS, product
 from ..ops.decode.tape import Tape
 from ..ops.wkv6 import WKV6
 from ..ops.wkv7 import WKV7
+from .sampling import fill_numbers, sample, select, selects
+from .settings import Sampling
 from .weights import Arena, FrozenLinear, linears
 
 PREFILL = 4096  # tokens of prompts read in one pass
@@ -32,6 +35,7 @@ LARGEST_GRAPH = 256  # rows
 WARM_UP = 2  # passes before recording a graph: the first builds kernels, and libraries choose algorithms and allocate
 KINDS = (LanguageModel, nn.ModuleList, nn.Embedding, nn.LayerNorm, nn.GroupNorm, FrozenLinear)
 Forward = Callable[[Tensor, State], tuple[Tensor, State]]
+Draw = Callable[[Tensor, Tensor, Sampling], Tensor]
 
 
 @torch.inference_mode()
@@ -72,6 +76,13 @@ def forward_of(model: LanguageModel, batch: int) -> Forward:
     if recordable(model):
         return GraphedForward(model, batch)
     return model.forward.advance if isinstance(model.forward, TapedForward) else model
+
+
+def draw_of(model: LanguageModel, vocab_size: int, batch: int) -> Draw:
+    """The fastest `sample` of tokens below vocab_size for logits of a model, which may reuse the memory of the last."""
+    if recordable(model):
+        return GraphedDraw(vocab_size, batch, model.emb.weight.device)
+    return sample
 
 
 def recordable(model: LanguageModel) -> bool:
@@ -326,31 +337,72 @@ class GraphedForward:
 
     def record(self, size: int) -> None:
         """Record the step of `size` rows."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):  # as recording does
-            for _ in range(WARM_UP):
-                self.compute(size)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                logits = self.compute(size)
-        except RuntimeError as error:
-            if is_gpu_memory(error):
-                raise
-            remedy = "tokens are drawn without CUDA graphs, and more slowly"
-            print(
-                f"this GPU's driver cannot record what the model does ({summarize(error)}); {remedy}", file=sys.stderr
-            )
+        recorded = record_graph(partial(self.compute, size), self.pool, "what the model does")
+        if recorded is None:
             self.most = 0
         else:
-            self.graphs[size] = graph, logits
+            self.graphs[size] = recorded
 
     def compute(self, size: int) -> Tensor:
         logits, after = self.model(self.tokens[:size], self.state.first(size))
         copy_state(after, self.state.first(size))
         return logits
+
+
+class GraphedDraw:
+    """`sample` for at most `batch` rows of logits (n, V), with a CUDA graph of `select` for each padded number of them.
+
+    One graph serves every temperature and top-p, which it reads from memory. Tokens lie in memory that the next call
+    overwrites. Other samplings, which sort nothing long, are launched as they are.
+    """
+
+    def __init__(self, vocab_size: int, batch: int, device: torch.device) -> None:
+        self.most = min(padded(batch), LARGEST_GRAPH)
+        self.logits = torch.zeros(self.most, vocab_size, device=device)
+        self.uniforms = torch.zeros(self.most, dtype=torch.float64, device=device)
+        self.numbers = torch.ones(3, dtype=torch.float64, device=device)
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.graphs: dict[tuple[int, int], tuple[Any, Tensor]] = {}  # with the tokens, by rows and numbers read
+
+    def __call__(self, logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+        n, size = len(logits), padded(len(logits))
+        if not selects(sampling) or size > self.most:
+            return sample(logits, uniforms, sampling)
+        numbers = fill_numbers(self.numbers, sampling)
+        if (size, len(numbers)) not in self.graphs:
+            compute = partial(select, self.logits[:size], self.uniforms[:size], numbers)
+            recorded = record_graph(compute, self.pool, "how tokens are drawn")
+            if recorded is None:
+                self.most = 0
+                return sample(logits, uniforms, sampling)
+            self.graphs[size, len(numbers)] = recorded
+        graph, tokens = self.graphs[size, len(numbers)]
+        self.logits[:n].copy_(logits)
+        self.uniforms[:n].copy_(uniforms)
+        graph.replay()
+        return tokens[:n]
+
+
+def record_graph(compute: Callable[[], Tensor], pool: Any, what: str) -> tuple[Any, Tensor] | None:
+    """Record a function in a CUDA graph -> the graph and its result; None if the driver cannot record `what` it does,
+    which is printed."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):  # as recording does
+        for _ in range(WARM_UP):
+            compute()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = compute()
+    except RuntimeError as error:
+        if is_gpu_memory(error):
+            raise
+        remedy = "tokens are drawn without CUDA graphs, and more slowly"
+        print(f"this GPU's driver cannot record {what} ({summarize(error)}); {remedy}", file=sys.stderr)
+        return None
+    return graph, result
 
 
 def padded(n: int) -> int:

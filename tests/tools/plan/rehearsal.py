@@ -143,11 +143,11 @@ def logit_bytes(vocabulary, dtype, device, taught):
     return tracker.peak / LOGITS
 
 
-def drawing_bytes(vocabulary, top_p):
+def drawing_bytes(vocabulary, top_p, device):
     """Bytes that drawing a token of one answer needs at once, which is float32 logits and what is made of them."""
     tracker = Tracker()
     with tracker:
-        sample(torch.zeros(DRAWN, vocabulary), [0.5] * DRAWN, Sampling(top_p=top_p))
+        sample(torch.zeros(DRAWN, vocabulary, device=device), [0.5] * DRAWN, Sampling(top_p=top_p))
     return tracker.peak / DRAWN
 
 

@@ -165,8 +165,9 @@ def test_logits_take_the_bytes_that_are_counted(monkeypatch):
         plain = ITEM[precision] if kernels else 8
         assert logit_bytes(1000, dtype, device, False) == pytest.approx(plain * 1000, rel=0.05)
         assert logit_bytes(1000, dtype, device, True) == pytest.approx(memory.TAUGHT[ITEM[precision]] * 1000, rel=0.05)
-    for top_p, each in zip((1.0, 0.9), memory.DRAWN):
-        assert drawing_bytes(65536, top_p) == pytest.approx(each * 65536, rel=0.01)
+    assert drawing_bytes(65536, 1.0, "cpu") == pytest.approx(memory.DRAWN * 65536, rel=0.01)
+    for (accelerator, each), (device, graph) in zip(memory.NUCLEUS.items(), (("cpu", 0), ("meta", 4))):
+        assert drawing_bytes(65536, 0.9, device) + graph * 65536 == pytest.approx(each * 65536, rel=0.01), accelerator
     monkeypatch.setattr(CUDA, "takes", lambda logits: False)
     assert logit_bytes(1001, torch.bfloat16, "meta", False) == pytest.approx(8 * 1001, rel=0.05)
 

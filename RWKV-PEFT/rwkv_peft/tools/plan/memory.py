@@ -33,7 +33,8 @@ ROW_ELEMENTS = MappingProxyType({CPU: 1 << 22, GPU: 1 << 26})  # dequantized at 
 BLOCK_SIZES = MappingProxyType({"nf4": 64, "int8": 256})  # quantized weights that share a scale
 ALIVE = 8  # times fewer tokens with a teacher's logits (objectives/divergence.py)
 TAUGHT = MappingProxyType({2: 30, 4: 36})  # bytes an element of logits beside a teacher's, by bytes of an item
-DRAWN = (24, 40)  # bytes an element of logits that draws a token, and with --top_p
+DRAWN = 24  # bytes an element of logits that draws a token
+NUCLEUS = MappingProxyType({CPU: 40, GPU: 56})  # with --top_p; on a GPU with the graph's copy of the logits
 PREFILL, ROOM = 4096, 1 << 30  # tokens of prompts in a pass; bytes of contexts that are kept
 # Bytes a number that trains, of the optimizer; Muon keeps one moment of matrices
 OPTIMIZER = MappingProxyType({"adamw": 12, "adamw8bit": 6, "muon": 12})
@@ -276,7 +277,7 @@ class Estimate:
         batch = min(objective.batch, prompts * config.data.num_generations * config.train.accumulate_grad_batches)
         before, after = (self.step.states(1, length) for length in (tokens, tokens + config.data.max_completion_length))
         read = self.step.kept(1, min(PREFILL, prompts * tokens)) // config.model.n_layer
-        logits = config.model.vocab_size * (DRAWN[objective.top_p < 1] + self.item)
+        logits = config.model.vocab_size * ((NUCLEUS[here] if objective.top_p < 1 else DRAWN) + self.item)
         return [
             Part("states of the answers that are drawn", here, 2 * batch * after, (DRAW,)),
             Part("work of a block that reads prompts", here, read, (DRAW,)),
