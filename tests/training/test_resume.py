@@ -15,7 +15,7 @@ from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.ops import products
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.ranks.world import World, match_world
-from rwkv_peft.training.saving.checkpoints import find_checkpoint, write_state
+from rwkv_peft.training.saving.checkpoints import find_checkpoint, saved_state, write_state
 from rwkv_peft.training.saving.optimizer_state import SavedOptimizer
 from rwkv_peft.training.saving.resume import with_kept_order
 from training.held import held
@@ -296,7 +296,7 @@ def kept_steps(tmp_path, micro_bsz, ranks, *more):
     where = ("--load_model", "x", "--data_file", "x", "--proj_dir", str(tmp_path), "--resume")
     given = ("--micro_bsz", str(micro_bsz), "--devices", str(ranks), *more)
     args, _ = parser_of_train().parse_with_mistakes([*where, *given])
-    notes = match_world(args, World(1, ranks))
+    notes = match_world(args, World(1, ranks), saved_state(args.proj_dir, args.resume))
     return args.accumulate_grad_batches, notes
 
 

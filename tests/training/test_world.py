@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.config import TrainConfig
 from rwkv_peft.training.ranks.world import LOOPBACK, World, find_world, first_host, match_world
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1"}
@@ -32,7 +31,7 @@ FIRST = {"MASTER_ADDR": "10.0.0.1", "NODE_RANK": "1"}
     ],
 )
 def test_every_way_of_starting_says_who_this_process_is(devices, nodes, environment, expected):
-    assert find_world(TrainConfig(devices=devices, num_nodes=nodes), environment) == expected
+    assert find_world(nodes, devices, environment) == expected
 
 
 def test_a_rank_is_named_with_its_node():
@@ -60,7 +59,7 @@ def test_a_rank_is_named_with_its_node():
 )
 def test_what_contradicts_itself_or_leaves_the_meeting_open_is_refused(devices, nodes, environment, words):
     with pytest.raises(UserError, match=words):
-        find_world(TrainConfig(devices=devices, num_nodes=nodes), environment)
+        find_world(nodes, devices, environment)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_the_first_host_of_a_list_of_slurm(hosts, first):
 def fitted(world, nodes=1, devices=1, passes=1):
     args = Namespace(num_nodes=nodes, devices=devices, accumulate_grad_batches=passes, micro_bsz=1, context_parallel=1)
     args.proj_dir, args.resume, args.fresh_optimizer = "out", "", False
-    notes = match_world(args, world)
+    notes = match_world(args, world, {})
     return args.num_nodes, args.devices, args.accumulate_grad_batches, notes
 
 

@@ -77,9 +77,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         self.check_rules(self.rules)
-        namespace, mistakes = self.parse_with_mistakes(args, namespace)
-        refusals = Refusals(mistakes)
-        refusals.gather(contradictions, self.rules, self.given(namespace))
+        namespace, refusals = self.parse_with_mistakes(args, namespace)
         refusals.raise_all()
         return namespace
 
@@ -100,8 +98,9 @@ class Parser(argparse.ArgumentParser):
         tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return Given({**tuples, **facts}, names | {fact for fact, holds in facts.items() if holds})
 
-    def parse_with_mistakes(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse -> (namespace, refusals of mistaken flags). The namespace holds the defaults of those."""
+    def parse_with_mistakes(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, Refusals]:
+        """Parse -> (namespace, Refusals of mistaken flags and of those that break a rule). The namespace holds the
+        defaults of mistaken flags."""
         args = list(sys.argv[1:] if args is None else args)
         words = [argument.partition("=") for argument in takewhile(lambda argument: argument != "--", args)]
         given = [flag for flag, _, _ in words]
@@ -125,7 +124,9 @@ class Parser(argparse.ArgumentParser):
         for action in required:
             if getattr(namespace, action.dest, None) in (None, []):
                 refusals.add(f"{name_of(action)} is missing; see {self.prog} --help")
-        return namespace, refusals.messages
+        refusals = Refusals(refusals.messages)  # rules on a flag that is mistaken or missing say nothing more
+        refusals.add(*contradictions(self.rules, self.given(namespace)))
+        return namespace, refusals
 
     def stray(self, args: list[str], word: str) -> str:
         """The refusal of a word that belongs to no flag."""

@@ -6,13 +6,13 @@ shown with its value unless that is True. Refusals of a command line and the not
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from .errors import UserError, short
 
 FLAG = re.compile(r"--[A-Za-z]\w*")
-Made = TypeVar("Made")
 
 
 class Refusals:
@@ -22,24 +22,16 @@ class Refusals:
     def __init__(self, earlier: Sequence[str] = ()) -> None:
         self.earlier, self.messages = flags_in(earlier), list(earlier)
 
-    def add(self, message: str) -> None:
-        if not flags_in([message]) & self.earlier:
-            self.messages.append(message)
+    def add(self, *messages: str) -> None:
+        self.messages += [message for message in messages if not flags_in([message]) & self.earlier]
 
-    def attempt(self, make: Callable[..., Made], *arguments: Any) -> Made | None:
-        """Return make(*arguments); None if an argument is None, or if it raises UserError; the message is added."""
-        if any(argument is None for argument in arguments):
-            return None
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Add the message of a UserError that ends the block. What follows the block is judged, too."""
         try:
-            return make(*arguments)
+            yield
         except UserError as error:
             self.add(str(error))
-            return None
-
-    def gather(self, check: Callable[..., Iterator[str]], *arguments: Any) -> None:
-        """Add each message that check(*arguments) yields, unless an argument is None."""
-        for message in self.attempt(lambda *given: list(check(*given)), *arguments) or ():
-            self.add(message)
 
     def raise_all(self) -> None:
         """Raise one UserError of all messages, if there are any."""
@@ -57,13 +49,6 @@ def in_one(messages: Iterable[str]) -> UserError:
 def flags_in(messages: Iterable[str]) -> set[str]:
     """The flags that messages name, without --help, which any message may name."""
     return {flag for message in messages for flag in FLAG.findall(message)} - {"--help"}
-
-
-def require_none(check: Callable[..., Iterator[str]], *arguments: Any) -> None:
-    """Raise a UserError of all messages that a check yields, if there are any."""
-    refusals = Refusals()
-    refusals.gather(check, *arguments)
-    refusals.raise_all()
 
 
 NEEDS, EXCLUDES = "needs", "does not go with"

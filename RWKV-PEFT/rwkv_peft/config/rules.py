@@ -1,6 +1,6 @@
 """The table of settings that do not go together: train.py refuses flags by it, and shows it in their help."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
@@ -123,6 +123,7 @@ RULES = (
 )
 Settings = AdapterConfig | DataConfig | TrainConfig | Objective
 SETTINGS = tuple(field for config in (AdapterConfig, DataConfig, TrainConfig) for field in fields(config))
+NO_FLAGS: Mapping[str, Any] = MappingProxyType({})
 FLAGS = MappingProxyType({flag: field for field in SETTINGS if (flag := flag_of(field))})
 
 
@@ -155,6 +156,12 @@ def given(values: Mapping[str, Any]) -> Given:
     return Given(values, flags | {fact for fact in FACTS if values.get(fact)})
 
 
-def check_settings(*settings: Settings, rules: Sequence[Rule] = RULES) -> Iterator[str]:
-    """Yield the refusals of settings that do not go together."""
-    yield from contradictions(rules, given(values_of(*settings)))
+def check_settings(
+    *settings: Settings, rules: Sequence[Rule] = RULES, flags: Mapping[str, Any] = NO_FLAGS, names: Iterable[str] = ()
+) -> Iterator[str]:
+    """Yield the refusals of settings that do not go together. `flags` {name: value} are those of a command line, and
+    settings have the last word on them. `names` are flags that count as given, whatever their values are."""
+    values = {**flags, **values_of(*settings)}
+    values |= {name: flags[name] for name in ("train_type",) if name in flags}  # settings show one of its values only
+    judged = given(values)
+    yield from contradictions(rules, judged._replace(names={*judged.names, *names}))

@@ -20,7 +20,7 @@ from ..checkpoints.readable import files_below, object_in
 from ..cli.errors import UserError, summarize
 from ..cli.names import user_cache
 from ..cli.parser import counted
-from ..cli.rules import require_none
+from ..cli.rules import in_one
 from ..cli.tables import SAMPLINGS
 from ..config import DataConfig
 from ..config.rules import check_settings
@@ -58,7 +58,8 @@ def build_samples(config: DataConfig, vocab_size: int) -> Samples:
     Rows in config.path are tokenized first, once. Raises UserError for files that are missing or damaged, ids or a
     tokenizer outside the vocabulary, a ctx_len longer than the data, and settings that contradict each other.
     """
-    require_none(check_settings, config)
+    if refusals := [*check_settings(config)]:
+        raise in_one(refusals)
     if config.more or config.replay:
         return mixed({name: build_samples(part, vocab_size) for name, part in parts_of(config).items()}, config)
     notes: list[str] = []

@@ -21,10 +21,8 @@ from ..checkpoints.atomic import check_output
 from ..checkpoints.lock import alone_in
 from ..cli.errors import HANGUP, Diverged, UserError, hangup_signals, keeping_handlers, past_ctrl_c
 from ..cli.names import METRICS, PICTURE
-from ..cli.rules import require_none
 from ..config import RunConfig
 from ..config.objective import REWARDS
-from ..config.rules import check_settings
 from ..data.answer_samples import PromptSamples
 from ..data.batches import TrainBatches
 from ..data.recorded import find_tokenizer
@@ -70,13 +68,13 @@ def main(argv: list[str]) -> int:
     request = parse_run(argv)
     say = print if request.world.rank == 0 else silent
     try:
-        if request.args.check_flags:
+        if request.checks:
             return check(request, say)
-        if request.args.write_config:
-            return write_config(request.args.write_config, request, say)
+        if request.writes:
+            return write_config(request, say)
         if request.config.train.show_samples:
             return show(request, say)
-        if request.args.train_stage == 1:
+        if request.makes_model:
             return write_new_model(request.config, say) if request.world.rank == 0 else 0
         if request.world.launches and request.world.size > 1:
             return launch(request.world, request.argv, request.config.train)
@@ -98,7 +96,6 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     """Check a Request against the base and this machine, without reading data: --check_flags. Returns the exit code."""
     config = request.config
     accelerator = resolve_accelerator(config.train)
-    require_none(check_settings, config.data)
     refuse_hub_name(config.data)
     folder = Path(config.train.proj_dir)
     if not config.train.resume:  # a checkpoint is compared with the data, which is not read here
@@ -110,8 +107,9 @@ def check(request: Request, say: Callable[..., object] = print) -> int:
     return 0
 
 
-def write_config(name: str, request: Request, say: Callable[..., object]) -> int:
+def write_config(request: Request, say: Callable[..., object]) -> int:
     """Write the flags of a Request that can work to a file: --write_config. Returns the exit code."""
+    name = request.writes
     if request.world.rank == 0:
         check_output(WRITE, name, [])
         write(Path(name), request.config.flags)

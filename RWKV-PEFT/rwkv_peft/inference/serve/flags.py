@@ -138,10 +138,11 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, Sampling]:
         folder = getattr(args, flag)
         if folder is not None and not os.path.isdir(folder):
             refusals.add(f"--{flag} {folder}: no such folder; name one that is there")
-    sampling = refusals.attempt(sampling_of, args)
-    args.key = refusals.attempt(read_key, args.api_key) if args.api_key else None
+    with refusals.collecting():
+        sampling = sampling_of(args)
+    with refusals.collecting():
+        args.key = read_key(args.api_key) if args.api_key else None
     refusals.raise_all()
-    assert sampling is not None  # because nothing was refused
     return args, sampling
 
 

@@ -4,21 +4,21 @@ import argparse
 import importlib.util
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...checkpoints.readable import home_meant
 from ...cli.errors import UNREADABLE, UserError
 from ...cli.installing import how_to_install
-from ...cli.names import METRICS, STATE, TRACKERS
+from ...cli.names import METRICS, STATE, TRACKERS, generation
 from ...cli.parser import counted
 from ...config import AdapterConfig, DataConfig, ModelConfig, Objective, TrainConfig
 from ...objectives import takers_of
 from ..ranks.world import World
-from ..saving.checkpoints import ANSWERS, TRAINED, saved_state
+from ..saving.checkpoints import ANSWERS, TRAINED
 from .parser import DIMENSIONS
 
 if TYPE_CHECKING:
@@ -108,11 +108,9 @@ def check_overwriting(
 
 def check_base(args: argparse.Namespace, base: "Base") -> Iterator[str]:
     """Yield refusals of flags that contradict the base: its generation, its dimensions."""
-    from ...models import family_named
-
     if args.model_version not in (None, base.config.version):
         yield (
-            f"--model_version {args.model_version} ({family_named(args.model_version).name}) contradicts "
+            f"--model_version {args.model_version} ({generation(args.model_version)}) contradicts "
             f"{args.load_model}, which is {base.family.name} ({base.config.version}); leave the flag (--generation) out"
         )
     for name, _ in DIMENSIONS:
@@ -121,17 +119,14 @@ def check_base(args: argparse.Namespace, base: "Base") -> Iterator[str]:
             yield f"--{name} {asked} contradicts {args.load_model}, which has {real}; leave the flag out"
 
 
-def check_model(
-    adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective, model: ModelConfig
-) -> Iterator[str]:
+def check_model(train: TrainConfig, model: ModelConfig) -> Iterator[str]:
     """Yield the refusal of a model with states that grow, if they are to be handed on."""
-    from ...models import family_named
     from ...models.state import grows
 
     if grows(model) and (train.chunk_ctx or train.context_parallel > 1):
         flag = "--train_type infctx" if train.chunk_ctx else f"--context_parallel {train.context_parallel}"
         yield (
-            f"{flag} hands on states of one size, and those of {family_named(model.version).name} grow with the "
+            f"{flag} hands on states of one size, and those of {generation(model.version)} grow with the "
             "tokens; leave it out"
         )
 
@@ -158,11 +153,11 @@ def check_tuned_states(base: "Base", adapter: AdapterConfig, data: DataConfig, o
         )
 
 
-def draw_seed(args: argparse.Namespace, world: World) -> int:
-    """Return the seed of a command with --random_seed -1: the run's own if it resumes, else a new one. Raises UserError
-    if several processes of a World would each draw another."""
+def draw_seed(state: Mapping[str, Any], world: World) -> int:
+    """Return the seed of a command with --random_seed -1: the run's own by the state.json that it goes on from, else a
+    new one. Raises UserError if several processes of a World would each draw another."""
     with suppress(*UNREADABLE):  # it begins, or the resume itself says what is wrong with the checkpoint
-        return int(saved_state(args.proj_dir, args.resume)["config"]["train"]["random_seed"])
+        return int(state["config"]["train"]["random_seed"])
     if world.nodes > 1 or not world.launches:
         raise UserError(
             f"--random_seed {DRAWN} draws a seed, and each of the processes that are started here would draw another; "

@@ -185,13 +185,6 @@ def add_legacy_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{flag}", nargs="?", const="", help=argparse.SUPPRESS)
 
 
-def ignored(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a note on each flag of WITHOUT_EFFECT that is given and takes any value."""
-    for flag, values, why in WITHOUT_EFFECT:
-        if not values and (value := getattr(args, flag)) is not None:
-            yield f"--{flag}{' ' * bool(value)}{short(value)} is ignored: {why}"
-
-
 def inert(values: Sequence[str], asked: str) -> Callable[[str], str]:
     """Make an argparse type that takes only `values`, numbers and JSON in any spelling."""
 
@@ -256,44 +249,41 @@ def check_stage(args: argparse.Namespace) -> Iterator[str]:
 
 
 def adopt(args: argparse.Namespace) -> list[str]:
-    """Set the flags that a script means in a parsed command line -> notes on the changes."""
-    notes = list(ignored(args))
+    """Set the flags that a script means in a parsed command line -> notes on the changes, and on each given flag of
+    WITHOUT_EFFECT that takes any value."""
+    notes = [
+        f"--{flag}{' ' * bool(value)}{short(value)} is ignored: {why}"
+        for flag, values, why in WITHOUT_EFFECT
+        if not values and (value := getattr(args, flag)) is not None
+    ]
     if args.load_model == PLACEHOLDER:
         args.load_model = ""
     if args.train_stage:
         args.peft = args.peft or NONE
     if args.train_stage > 1 and not args.load_model:
-        args.load_model = newest_model(Path(args.proj_dir))
+        folder = Path(args.proj_dir)
+        saved = [match for name in (os.listdir(folder) if folder.is_dir() else ()) if (match := SAVED.fullmatch(name))]
+        newest = max(saved, key=lambda match: -1 if match[1] == "init" else int(match[1]), default=None)
+        args.load_model = str(folder / newest[0]) if newest else ""
         source = args.load_model or f"no rwkv-N.pth or {INIT} is in --proj_dir: a new model"
         notes.append(f"--train_stage {args.train_stage}: all of the model trains, from {source}")
     if args.peft == MISS:
         args.peft, args.bone_mode = "bone", args.bone_mode or "bone"
     if args.peft == STATE:
         args.peft, args.train_type = NONE, STATE
-    if steps := total_steps(args):
-        epoch = max(1, EPOCH // step_samples(args)) if args.train_stage else args.epoch_steps
+    samples, steps = step_samples(args), 0
+    if args.my_exit_tokens:
+        steps = -(-args.my_exit_tokens // (args.ctx_len * samples))
+    elif args.train_stage and args.magic_prime:
+        steps = max(1, args.magic_prime // EPOCH * (EPOCH // samples))
+    if steps:
+        epoch = max(1, EPOCH // samples) if args.train_stage else args.epoch_steps
         args.save_every = args.save_every or (args.epoch_save or 0) * epoch
         args.epoch_steps, args.epoch_count = steps, 1
         args.lr_schedule = args.lr_schedule or "rwkv-lm"
         often = f", a save every {args.save_every:,}" if args.save_every else ""
         notes.append(f"--{'my_exit_tokens' if args.my_exit_tokens else 'magic_prime'}: {counted(steps, 'step')}{often}")
     return notes
-
-
-def newest_model(folder: Path) -> str:
-    """The path of the rwkv-N.pth with the highest N in a folder, else of rwkv-init.pth, else ""."""
-    matches = [match for name in (os.listdir(folder) if folder.is_dir() else ()) if (match := SAVED.fullmatch(name))]
-    newest = max(matches, key=lambda match: -1 if match[1] == "init" else int(match[1]), default=None)
-    return str(folder / newest[0]) if newest else ""
-
-
-def total_steps(args: argparse.Namespace) -> int:
-    """The steps by --my_exit_tokens or --magic_prime; 0 if neither does."""
-    if args.my_exit_tokens:
-        return -(-args.my_exit_tokens // (args.ctx_len * step_samples(args)))
-    if args.train_stage and args.magic_prime:
-        return max(1, args.magic_prime // EPOCH * (EPOCH // step_samples(args)))
-    return 0
 
 
 def marker(text: str) -> int | dict[str, Any]:

@@ -23,15 +23,15 @@ from ...children import when_orphaned
 from ...cli.errors import UserError
 from ...cli.names import AUTO, FINETUNE, INFCTX, NONE, STATE
 from ...cli.parser import Parser
-from ...cli.rules import Given, Refusals, contradictions
+from ...cli.rules import Refusals
 from ...cli.tables import GENERATIONS
 from ...config import CHUNK_CTX, STATE_LR, AdapterConfig, DataConfig, ModelConfig, Objective, RunConfig, TrainConfig
 from ...config.data import OF_ROWS, think_bounds
-from ...config.rules import FLAGS, Settings, check_settings, given, values_of
+from ...config.rules import FLAGS, check_settings
 from ...data.recorded import default_mask
 from ...objectives import takers_of
 from ..ranks.world import World, find_world, match_world
-from ..saving.checkpoints import how_to_go_on
+from ..saving.checkpoints import how_to_go_on, saved_state
 from .adapter import adapter_config, check_adapter_flags, parts_of
 from .checks import (
     DRAWN,
@@ -55,13 +55,13 @@ if TYPE_CHECKING:
 class CommandLine(NamedTuple):
     """A command line as it is meant. Nothing changes it after parse().
 
-    args: the flags as parsed, with what others imply; world: this process among those of the run, None if it was
-    refused; argv: the flags for the other processes, with the seed if one was drawn; given: the flags that stand on the
-    command line or in a settings file; notes: how they were read; mistakes: what was refused so far.
+    args: the flags as parsed, with what others imply; world: this process among those of the run; argv: the flags for
+    the other processes, with the seed if one was drawn; given: the flags that stand on the command line or in a
+    settings file; notes: how they were read; mistakes: what was refused so far.
     """
 
     args: Namespace
-    world: World | None
+    world: World
     argv: tuple[str, ...]
     given: Entries
     notes: tuple[str, ...]
@@ -86,7 +86,8 @@ class Request(NamedTuple):
     """The run that a command line asks for.
 
     base: the model that it starts from, or None for a new one; layers: the names of the modules that get an adapter;
-    teacher: the model that it learns from, or None; the others as in CommandLine.
+    world, argv, notes: as in CommandLine; teacher: the model that it learns from, or None; checks, writes, makes_model:
+    --check_flags, --write_config and --train_stage 1, which do something else than training.
     """
 
     config: RunConfig
@@ -95,8 +96,10 @@ class Request(NamedTuple):
     world: World
     argv: tuple[str, ...]
     notes: tuple[str, ...]
-    args: Namespace
     teacher: "Base | None"
+    checks: bool
+    writes: str
+    makes_model: bool
 
 
 def parse_run(argv: Sequence[str]) -> Request:
@@ -136,30 +139,31 @@ def parse(argv: Sequence[str], parser: Parser, here: bool = True) -> CommandLine
     """Read argv and set what it implies. Without `here` the run is planned for another machine, however this process
     was started. validate reports all mistakes at once."""
     argv = with_settings(argv, parser)
-    args, mistakes = parser.parse_with_mistakes(argv)
-    refusals = Refusals(mistakes)
-    refusals.gather(contradictions, parser.rules, parser.given(args))
+    args, parsed = parser.parse_with_mistakes(argv)
+    refusals = Refusals(parsed.messages)
     entries = entries_of(argv, parser._option_string_actions)
     entries.pop(WRITE[2:], None)
-    world: World | None = World(args.num_nodes, args.devices)
-    if here:
-        world = refusals.attempt(find_world, settings_of(args, TrainConfig))
-        if args.random_seed == DRAWN and world is not None:
-            args.random_seed = refusals.attempt(draw_seed, args, world)
-            argv = [*argv, "--random_seed", str(args.random_seed)]
-            entries["random_seed"] = str(args.random_seed)
-        if args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
-            args.peft = NONE  # flags describe a new model, which has nothing to adapt; a plan stands for its base
+    state = saved_state(args.proj_dir, args.resume)
+    world, notes = World(args.num_nodes, args.devices), list[str]()
+    with refusals.collecting():
+        if here:
+            world = find_world(args.num_nodes, args.devices)
+            if args.random_seed == DRAWN:
+                args.random_seed = draw_seed(state, world)
+                argv = [*argv, "--random_seed", str(args.random_seed)]
+                entries["random_seed"] = str(args.random_seed)
+        notes += match_world(args, world, state)
+    if here and args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
+        args.peft = NONE  # flags describe a new model, which has nothing to adapt; a plan stands for its base
     args.data_file, args.more_data = first_of(args.data_file)
     args.val_data, args.more_val = first_of(args.val_data)
-    notes = (*(refusals.attempt(match_world, args, world) or ()), *adopt(args))
+    notes += adopt(args)  # after match_world: the steps of --my_exit_tokens follow from the number of ranks
     args.peft = args.peft or (NONE if args.train_type in (FINETUNE, STATE) else AdapterConfig.method)
     if args.train_type == STATE and not args.train_parts:
         args.train_parts = [(STATE,)]
-    args.lr_chosen = ()
-    if args.lr_init == AUTO:  # open_request chooses it, by the model
-        args.lr_chosen, args.lr_init = rates_left(args), None
-    return CommandLine(args, world, tuple(argv), entries, notes, tuple(refusals.messages))
+    if args.lr_init == AUTO:  # as if it were not given: open_request chooses it, by the model
+        args.lr_init = None
+    return CommandLine(args, world, tuple(argv), entries, tuple(notes), tuple(refusals.messages))
 
 
 def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
@@ -169,11 +173,6 @@ def with_settings(argv: Sequence[str], parser: Parser) -> Sequence[str]:
     from .settings_file import expanded  # it needs a package, and --help needs none
 
     return expanded(argv, parser)
-
-
-def rates_left(args: Namespace) -> tuple[str, ...]:
-    """The learning rates to choose: the first, and the last unless it is given."""
-    return ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
 
 
 # validate
@@ -194,40 +193,36 @@ def validate(line: CommandLine, here: bool = True) -> Flags:
     Raises one UserError of all refusals. If there are any, the base and the data are looked at as well, to report their
     mistakes too; only then is torch imported."""
     args, world, argv, entries, notes, mistakes = line
-    refusals = Refusals(mistakes)
-    refusals.gather(check_stage, args)
-    refusals.gather(check_adapter_flags, args)
-    adapter = refusals.attempt(adapter_config, args)
-    data = refusals.attempt(data_config, args)
+    refusals, adapter, data, train = Refusals(mistakes), None, None, None
+    with refusals.collecting():
+        adapter = adapter_config(args)
+    with refusals.collecting():  # the rates and epochs of a TrainConfig depend on the data
+        data = data_config(args)
+        train = train_config(args, data)
     objective: Objective = settings_of(args, objectives.OBJECTIVES[args.objective or takers_of(args.data_type)[0]])
-    train = refusals.attempt(train_config, args, data)
     draft = Draft(adapter, data, train, objective)
-    refusals.gather(contradictions, RULES, flags_given(args, draft))
-    refusals.gather(check_objective, args, objective)
-    refusals.gather(objective.problems, train)
-    refusals.gather(check_tokens, data)
-    refusals.gather(check_train, train)
-    refusals.gather(check_overwriting, *draft)
+    refusals.add(*check_stage(args), *check_adapter_flags(args), *check_objective(args, objective))
+    # settings that were refused are left out, and those of an objective that the data is not for
+    fitting = objective if args.data_type in objective.rows else None
+    settings = [each for each in (adapter, data, train, fitting) if each is not None]
+    parsed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+    flags = {name: value for name, value in parsed.items() if name not in (*FLAGS, "objective")}
+    # a flag without a default of its own counts as given, whatever its value is
+    names = [name for name, field in FLAGS.items() if field.metadata["unset"] and parsed[name] is not None]
+    names += [name for name, field in objectives.FLAGS.items() if parsed[name] != field.default]
+    refusals.add(*check_settings(*settings, rules=RULES, flags=flags, names=names))
+    if data is not None:
+        refusals.add(*check_tokens(data))
+    if train is not None:
+        refusals.add(*objective.problems(train), *check_train(train))
+    if adapter is not None and data is not None and train is not None:
+        refusals.add(*check_overwriting(adapter, data, train, objective))
     if refusals.messages and (args.load_model or args.data_file):
         with suppress(ModuleNotFoundError):  # no torch: these mistakes come first
             look_up(args, draft, refusals, here)
     refusals.raise_all()
-    assert world is not None and adapter is not None and data is not None and train is not None
+    assert adapter is not None and data is not None and train is not None
     return Flags(args, adapter, data, train, objective, world, argv, entries, notes)
-
-
-def flags_given(args: Namespace, draft: Draft) -> Given:
-    """The flags that rules judge, as settings have them: those of settings that were refused are left out. A flag
-    without a default of its own counts as given, whatever its value is."""
-    settings: list[Settings] = [each for each in draft[:3] if each is not None]
-    if args.data_type in draft.objective.rows:
-        settings.append(draft.objective)
-    parsed = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
-    others = {name: value for name, value in parsed.items() if name not in (*FLAGS, "objective")}
-    judged = given(others | values_of(*settings) | {"train_type": args.train_type})
-    unset = {name for name, field in FLAGS.items() if field.metadata["unset"] and getattr(args, name) is not None}
-    of_objectives = {name for name, field in objectives.FLAGS.items() if parsed[name] != field.default}
-    return judged._replace(names={*judged.names, *unset, *of_objectives})
 
 
 def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, objective: Objective) -> bool:
@@ -240,7 +235,9 @@ def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin
     epochs = epochs and (data.of_rows or data.of_answers)
-    others: dict[str, Any] = {"lr_chosen": args.lr_chosen, "epochs_chosen": epochs}
+    # rates that open_request chooses, by the model
+    rates = () if args.lr_init is not None else ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
+    others: dict[str, Any] = {"lr_chosen": rates, "epochs_chosen": epochs}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
     train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)
@@ -278,29 +275,29 @@ def open_request(flags: Flags, here: bool = False) -> Request:
 
     args, adapter, data, train, objective, world, argv, entries, notes = flags
     refusals = Refusals()
-    base, model, layers, teacher = look_up(args, Draft(adapter, data, train, objective), refusals, here)
+    base, model, fitted, layers, teacher = look_up(args, Draft(adapter, data, train, objective), refusals, here)
     refusals.raise_all()
-    assert model is not None and layers is not None
+    assert model is not None and fitted is not None and layers is not None
     if base is not None and args.my_testing not in (None, base.config.version):
         notes += (f"--my_testing {args.my_testing} is not read: {args.load_model} is {base.family.name}",)
-    adapter = replace(adapter, targets=targets_of(adapter.targets, generation_of(args, base)))
     if here and "precision" not in entries and train.accelerator != "cpu" and (card := slow_at_bf16()):
         half = replace(train, precision="fp16")
         if goes_together(adapter, data, half, objective):
             train, notes = half, (*notes, f"--precision fp16 is chosen, because {card} multiplies bf16 slowly")
-    if train.lr_chosen or args.lr_init is None:
-        rate = automatic_rate(adapter, model.n_embd, objective, base is None).value
-        train = with_chosen_rates(replace(train, lr_chosen=rates_left(args)), rate)
-    config = RunConfig(model, adapter, data, train, objective, entries)
-    return Request(config, base, layers, world, argv, notes, args, teacher)
+    if train.lr_chosen:
+        train = with_chosen_rates(train, automatic_rate(fitted, model.n_embd, objective, base is None).value)
+    config = RunConfig(model, fitted, data, train, objective, entries)
+    others = (args.check_flags, args.write_config or "", args.train_stage == 1)
+    return Request(config, base, layers, world, argv, notes, teacher, *others)
 
 
 class Opened(NamedTuple):
-    """What flags name: base, layers and teacher as in Request; the model's dimensions. None stands for what they do not
-    name and for what was refused."""
+    """What flags name: base, layers and teacher as in Request; the model's dimensions; the adapter with the layers of
+    its generation. None stands for what they do not name and for what was refused."""
 
     base: "Base | None"
     model: ModelConfig | None
+    adapter: AdapterConfig | None
     layers: tuple[str, ...] | None
     teacher: "Base | None"
 
@@ -313,26 +310,32 @@ def look_up(args: Namespace, draft: Draft, refusals: Refusals, here: bool) -> Op
     from ...checkpoints.base import linear_shapes, open_base
     from ...data.sources import find_data
     from ...gpus import grow_segments, resolve_accelerator
+    from ...models import family_named
     from ..saving.resume import find_state
     from ..step.compiling import require_compiler
     from ..step.teacher import open_teacher
 
     adapter, data, train, objective = draft
-    base = refusals.attempt(open_base, args.load_model) if args.load_model else None
-    if args.load_model and base is None:
-        family, model, layers = None, None, None
-    else:
-        refusals.gather(check_base, args, base)
-        family = generation_of(args, base)
-        model = refusals.attempt(new_model, args, family) if base is None else base.config
-        shapes = None if model is None else linear_shapes(family.shapes(model)) if base is None else base.linear_shapes
-        refusals.gather(check_model, *draft, model)
-        fitted = None if adapter is None else replace(adapter, targets=targets_of(adapter.targets, family))
-        layers = refusals.attempt(check_adapter, fitted, shapes, (*family.parts, STATE))
-        if base is not None and base.has_states:
-            refusals.gather(check_tuned_states, base, adapter, data, objective)
-    vocab_size = None if model is None else model.vocab_size
-    teacher = refusals.attempt(open_teacher, objective, vocab_size)
+    base, model, layers, teacher = None, None, None, None
+    with refusals.collecting():  # without a model there are no layers to adapt
+        if args.load_model:
+            base = open_base(args.load_model)
+            family, model = base.family, base.config
+        else:
+            family = family_named(args.model_version or args.my_testing or next(iter(GENERATIONS)))
+            model = new_model(args, family)
+        if adapter is not None:
+            adapter = replace(adapter, targets=targets_of(adapter.targets, family))
+            layers = check_adapter(adapter, linear_shapes(family.shapes(model)), (*family.parts, STATE))
+    with refusals.collecting():
+        if model is not None:
+            teacher = open_teacher(objective, model.vocab_size)
+    if base is not None:
+        refusals.add(*check_base(args, base))
+        if base.has_states and adapter is not None and data is not None:
+            refusals.add(*check_tuned_states(base, adapter, data, objective))
+    if model is not None and train is not None:
+        refusals.add(*check_model(train, model))
     if here:
         if not args.load_model and adapter is not None and (adapter.method != NONE or adapter.load):
             refusals.add(
@@ -341,31 +344,31 @@ def look_up(args: Namespace, draft: Draft, refusals: Refusals, here: bool) -> Op
             )
         if data is not None and data.dataload in ("pad", "only"):
             grow_segments()  # before CUDA starts
-        refusals.attempt(resolve_accelerator, train)
-        if train is not None and train.compile:
-            refusals.attempt(require_compiler)
+        if train is not None:
+            with refusals.collecting():
+                resolve_accelerator(train)
+            with refusals.collecting():
+                if train.compile:
+                    require_compiler()
     reads = args.data_file and not (args.check_flags or args.write_config or args.train_stage == 1)
     if refusals.messages and reads:
-        refusals.attempt(find_data, data)
-        if train is not None and adapter is not None and not train.resume:
-            refusals.attempt(find_state, Path(train.proj_dir), train, {"adapter": asdict(adapter)})
-    return Opened(base, model, layers, teacher)
-
-
-def generation_of(args: Namespace, base: "Base | None") -> "Family":
-    """The generation of a base, or of the new model that flags describe."""
-    from ...models import family_named
-
-    return base.family if base else family_named(args.model_version or args.my_testing or next(iter(GENERATIONS)))
+        with refusals.collecting():
+            if data is not None:
+                find_data(data)
+        with refusals.collecting():
+            if train is not None and adapter is not None and not train.resume:
+                find_state(Path(train.proj_dir), train, {"adapter": asdict(adapter)})
+    return Opened(base, model, adapter, layers, teacher)
 
 
 def targets_of(targets: tuple[str, ...], family: "Family") -> tuple[str, ...]:
     """The linear layers that get an adapter: those named, of a half of the block ("att", "ffn"), or all."""
     if not targets:
         return family.targets
-    if all("." not in target for target in targets):
-        return tuple(name for name in family.targets if name.split(".")[0] in targets) or targets
-    return targets
+    if any("." in target for target in targets):
+        return targets
+    halves = tuple(f"{target}." for target in targets)
+    return tuple(name for name in family.targets if name.startswith(halves)) or targets
 
 
 def new_model(args: Namespace, family: "Family") -> ModelConfig:

@@ -50,14 +50,15 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
         else:
             seen[dest] = key
             if dest not in overruled:
-                from_file += refusals.attempt(words_of, flag, actions[flag], value, name) or []
+                with refusals.collecting():
+                    from_file += words_of(flag, actions[flag], value, name)
     refusals.raise_all()
     return [*from_file, *words]
 
 
 def settings_in(path: Path) -> dict[str, Any]:
     """{key: value} of a file of settings, or of the flags in the config.json of a run: texts as they stand in the file,
-    lists, and mappings, whose values are typed."""
+    lists, and mappings as JSON, whose values are typed."""
     require_readable(path, f"{READ} {path} is not there; name a file of settings", again=True)
     with reading(path):
         text = path.read_text("utf-8")
@@ -74,7 +75,9 @@ def settings_in(path: Path) -> dict[str, Any]:
         if plain and not isinstance(plain, dict):
             raise UserError(f"{READ} {path} holds no flags; write a line `flag: value` a flag")
         pairs = zip((plain or {}).items(), (typed or {}).values(), strict=True)
-        return {key: whole if isinstance(whole, dict) else value for (key, value), whole in pairs}
+        return {  # YAML has numbers that JSON does not write
+            key: json.dumps(whole, default=str) if isinstance(whole, dict) else value for (key, value), whole in pairs
+        }
 
 
 def words_of(flag: str, action: argparse.Action, value: Any, name: str) -> list[str]:
@@ -82,9 +85,6 @@ def words_of(flag: str, action: argparse.Action, value: Any, name: str) -> list[
     where = f"{READ} {name}: {flag[2:]}"
     if value in NULL:
         return []
-    if isinstance(value, dict):
-        with reading(name):  # YAML has numbers that JSON does not write
-            return [f"{flag}={json.dumps(value, default=str)}"]
     several = isinstance(value, list)
     values = value if several else [value]
     if not all(isinstance(each, str) for each in values):

@@ -7,11 +7,10 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 from ...cli.errors import UserError
 from ...cli.parser import counted
-from ...config import TrainConfig
-from ..saving.checkpoints import saved_state
 
 LOOPBACK = "127.0.0.1"
 PORT = 29500  # torch's own default, if MASTER_PORT is not given
@@ -59,24 +58,24 @@ class World:
         return f"rank {rank}" + f" (node {rank // self.devices} of {self.nodes})" * (self.nodes > 1)
 
 
-def find_world(train: TrainConfig, environment: Mapping[str, str] = os.environ) -> World:
-    """The World of this process. Raises UserError if its flags and its launcher's variables contradict each other, or
-    give no address at which nodes meet."""
+def find_world(nodes: int, devices: int, environment: Mapping[str, str] = os.environ) -> World:
+    """The World of this process, by --num_nodes, --devices and its launcher's variables. Raises UserError if these
+    contradict each other, or give no address at which nodes meet."""
     if any(name in environment for name in TORCH):
-        return by_torch(train, environment)
+        return by_torch(nodes, devices, environment)
     if number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
-        return by_slurm(train, environment)
-    node, nodes = number(environment, "NODE_RANK", 0), train.num_nodes
+        return by_slurm(nodes, devices, environment)
+    node = number(environment, "NODE_RANK", 0)
     if node >= nodes or nodes > 1 and "NODE_RANK" not in environment:
         remedy = f"set it to this node's number, 0 to {nodes - 1}, and MASTER_ADDR to the address of node 0"
         raise UserError(
             f"NODE_RANK is {environment.get('NODE_RANK', 'not set')} for --num_nodes {nodes}; "
             + ("unset it" if nodes == 1 else remedy)
         )
-    return World(nodes, train.devices, node * train.devices, *meeting_place(nodes, environment))
+    return World(nodes, devices, node * devices, *meeting_place(nodes, environment))
 
 
-def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
+def by_torch(asked_nodes: int, asked_devices: int, environment: Mapping[str, str]) -> World:
     """The World of a rank, by torch's variables. Raises UserError as find_world does."""
     if missing := [name for name in TORCH if name not in environment]:
         present = next(name for name in TORCH if name in environment)
@@ -85,27 +84,27 @@ def by_torch(train: TrainConfig, environment: Mapping[str, str]) -> World:
             f"{present} to train with this command alone, or start it with torchrun"
         )
     rank, size = (number(environment, name) for name in TORCH[:2])
-    devices = number(environment, "LOCAL_WORLD_SIZE", train.devices, least=1)
+    devices = number(environment, "LOCAL_WORLD_SIZE", asked_devices, least=1)
     nodes, rest = divmod(size, devices)
     elastic = TORCHRUN in environment
-    if rest or not elastic and (devices, nodes) != (train.devices, train.num_nodes):
+    if rest or not elastic and (devices, nodes) != (asked_devices, asked_nodes):
         raise UserError(
             f"{size} processes were started, {devices} of them here (WORLD_SIZE, LOCAL_WORLD_SIZE), for --devices "
-            f"{train.devices} and --num_nodes {train.num_nodes}; "
+            f"{asked_devices} and --num_nodes {asked_nodes}; "
             + ("start as many on each node" if rest else f"give --devices {devices} --num_nodes {nodes}")
         )
     hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     return World(nodes, devices, rank, *meeting_place(size, environment), False, hosted, elastic)
 
 
-def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
+def by_slurm(asked_nodes: int, devices: int, environment: Mapping[str, str]) -> World:
     """The World of a task of srun: a rank, or the only task of a node. Such a task launches the ranks there."""
     tasks, node = number(environment, "SLURM_STEP_NUM_TASKS"), number(environment, "SLURM_NODEID", 0)
     nodes = number(environment, "SLURM_STEP_NUM_NODES", 1, least=1)
-    if nodes != train.num_nodes or tasks not in (nodes, nodes * train.devices):
+    if nodes != asked_nodes or tasks not in (nodes, nodes * devices):
         raise UserError(
-            f"srun started {tasks} tasks on {nodes} nodes, for --devices {train.devices} and --num_nodes "
-            f"{train.num_nodes}; give --num_nodes {nodes} --devices {max(1, tasks // nodes)}, or another "
+            f"srun started {tasks} tasks on {nodes} nodes, for --devices {devices} and --num_nodes "
+            f"{asked_nodes}; give --num_nodes {nodes} --devices {max(1, tasks // nodes)}, or another "
             "--ntasks-per-node to srun"
         )
     base, many = SLURM_PORTS
@@ -113,8 +112,8 @@ def by_slurm(train: TrainConfig, environment: Mapping[str, str]) -> World:
     address = first_host(environment.get("SLURM_STEP_NODELIST", LOOPBACK))
     place = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **environment}
     alone = tasks == nodes
-    rank = node * train.devices + (0 if alone else number(environment, "SLURM_LOCALID", 0))
-    return World(nodes, train.devices, rank, *meeting_place(tasks, place), launches=alone)
+    rank = node * devices + (0 if alone else number(environment, "SLURM_LOCALID", 0))
+    return World(nodes, devices, rank, *meeting_place(tasks, place), launches=alone)
 
 
 def first_host(hosts: str) -> str:
@@ -153,8 +152,9 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
     return int(text)
 
 
-def match_world(args: Namespace, world: World) -> list[str]:
-    """Set --devices and --num_nodes in a parsed command line to an elastic World's -> notes.
+def match_world(args: Namespace, world: World, state: Mapping[str, Any]) -> list[str]:
+    """Set --devices and --num_nodes in a parsed command line to an elastic World's -> notes. `state` is the state.json
+    that the run goes on from, {} if it begins.
 
     --accumulate_grad_batches follows: a step has as many samples as in the run that goes on, else as by the flags.
     There 1, the default of --devices and --num_nodes, stands for the World's numbers. Raises UserError if the ranks
@@ -173,7 +173,7 @@ def match_world(args: Namespace, world: World) -> list[str]:
     if world.elastic:
         source = f"by --num_nodes {args.num_nodes} x --devices {args.devices} x --accumulate_grad_batches {asked}"
         args.devices, args.num_nodes = world.devices, world.nodes
-    before = {} if args.fresh_optimizer else saved_state(args.proj_dir, args.resume)
+    before = {} if args.fresh_optimizer else state
     if "step_samples" in before:  # 0.2.0 did not record it
         samples, source = before["step_samples"], f"in the run in {args.proj_dir}"
     ranks, at_once = counted(args.devices * args.num_nodes, "rank"), samples_at_once(args)
