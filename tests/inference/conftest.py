@@ -9,7 +9,7 @@ import torch
 from inference.engines import spread_logits, tokens_of
 from rwkv_peft.checkpoints.base import save_model
 from rwkv_peft.cli import commands
-from rwkv_peft.inference import batch, command
+from rwkv_peft.inference import command, engine
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def chat(model, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
             if says is not None:
-                patch.setattr(batch, "sample", scripted)
+                patch.setattr(engine, "draw_of", lambda *_: scripted)
             assert commands.main(["generate", "--model", str(model), "--chat", *map(str, flags)]) == 0
         return *capsys.readouterr(), logits
 
