@@ -26,26 +26,22 @@ void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int6
 #pragma omp barrier
         Math math(rank);
         Scratch<Operand> tile(Math::kTile * width);
-        Scratch<float> product(Math::kTile * width), sums(Math::kTile * width);
+        Scratch<float> sums(Math::kTile * width);
         const Range rows = share(tokens, thread, team);
         for (int64_t first = rows.begin; first < rows.end; first += Math::kTile) {
             const int64_t count = std::min(Math::kTile, rows.end - first);
             std::fill(sums.data(), sums.data() + count * width, 0.0f);
             for (int64_t b = 0; b < blocks; b++) {
-                load_tile<Math, E>(tile.data(), {x[first] + b * rank, x.stride}, count, rank);
-                math.rows(product.data(), tile.data(), packed.data() + b * size, count,
-                          [&](int64_t begin, int64_t end) {
-                    for (int64_t t = begin; t < end; t++) {
-                        E* to = z + (first + t) * in + b * rank;
-                        fetch(x[first + t] + (b + 1) * rank, rank);
-                        fetch_to_write(to + rank, rank);
-                        for (int64_t c = 0; c < rank; c += kLanes) {
-                            const int64_t i = t * width + c;
-                            const Vec u = load(product.data() + i);
-                            store(sums.data() + i, load(sums.data() + i) + u);
-                            store_some(to + c, load(tile.data() + i) + u, rank - c);
-                        }
+                const Rows<const E> next = x.from(first, (b + 1) * rank);
+                const Rows<E> to{z + first * in + b * rank, in};
+                const auto left = operands<Math, E>(tile.data(), x.from(first, b * rank), count, rank);
+                math.rows(left, packed.data() + b * size, count, [=, sum = sums.data()](int64_t t, int64_t c, Vec u) {
+                    if (c == 0) {
+                        fetch(next[t], rank);
+                        fetch_to_write(to[t] + rank, rank);
                     }
+                    store(sum + t * width + c, load(sum + t * width + c) + u);
+                    store_some(to[t] + c, load_some(left[t] + c, rank - c) + u, rank - c);
                 });
             }
             for (int64_t t = 0; t < count; t++)
@@ -55,22 +51,23 @@ void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int6
     }
 }
 
-// d (tokens, in) holds dz and becomes dx. d_bone (float, zeros) may be null, and x with it.
+// d (tokens, in) holds dz and becomes dx. d_bone may be null, and x with it.
 template <class Math, class E>
-void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, float* d_bone, int64_t tokens, int64_t in,
+void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, E* d_bone, int64_t tokens, int64_t in,
                      int64_t out, int64_t rank, int threads) {
     using Operand = typename Math::Operand;
     const int64_t blocks = in / rank, width = Math::width(rank), chunk = kChunkTiles * Math::kTile;
     Scratch<float> shift(chunk * width);  // of one chunk's tokens
     std::fill(shift.data(), shift.data() + chunk * width, 0.0f);
+    Scratch<float> totals(d_bone && tokens > chunk ? blocks * width * width : 0);
     const int wanted = useful(threads, blocks, tokens * in);
 #pragma omp parallel num_threads(wanted)
     {
         const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         const Range mine = share(blocks, thread, team);
         Math math(rank);
-        Scratch<Operand> packed(Math::packed_size(rank)), du(Math::kTile * width), right(Math::kTile * width);
-        Scratch<float> product(Math::kTile * width), sum(width * width);
+        Scratch<Operand> packed(Math::packed_size(rank)), du(Math::kTile * width), tile(Math::kTile * width);
+        Scratch<float> sum(width * width);
         std::fill(sum.data(), sum.data() + width * width, 0.0f);
         for (int64_t start = 0; start < tokens; start += chunk) {
             const int64_t stop = std::min(start + chunk, tokens);
@@ -82,31 +79,30 @@ void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, floa
                 for (int64_t first = start; first < stop; first += Math::kTile) {
                     const int64_t count = std::min(Math::kTile, stop - first);
                     const Rows<E> here{d + first * in + b * rank, in};
+                    const Rows<const Operand> left{du.data(), width};
                     for (int64_t t = 0; t < count; t++) {
-                        const float* given = shift.data() + (first - start + t) * width;
+                        const float* added = shift.data() + (first - start + t) * width;
                         for (int64_t c = 0; c < width; c += kLanes) {
                             const Vec dz = c < rank ? load_some(here[t] + c, rank - c) : Vec{};
-                            store(du.data() + t * width + c, dz + load(given + c));
+                            store(du.data() + t * width + c, dz + load(added + c));
                         }
                     }
                     if (d_bone) {
-                        load_tile<Math, E>(right.data(), {x[first] + b * rank, x.stride}, count, rank);
-                        clear_rest<Math>(du.data(), count, rank);
-                        clear_rest<Math>(right.data(), count, rank);
-                        math.outer(sum.data(), du.data(), right.data(), count);
+                        const auto right = operands<Math, E>(tile.data(), x.from(first, b * rank), count, rank);
+                        math.outer(sum.data(), left, right, count);
                     }
-                    math.rows(product.data(), du.data(), packed.data(), count, [&](int64_t begin, int64_t end) {
-                        for (int64_t t = begin; t < end; t++) {
+                    const E* next = d_bone ? x[first] + (b + 1) * rank : nullptr;
+                    math.rows(left, packed.data(), count, [=, stride = x.stride](int64_t t, int64_t c, Vec product) {
+                        if (c == 0) {
                             fetch_to_write(here[t] + rank, rank);
-                            if (d_bone) fetch(x[first + t] + (b + 1) * rank, rank);
-                            for (int64_t c = 0; c < rank; c += kLanes)
-                                store_some(here[t] + c,
-                                           load_some(here[t] + c, rank - c) + load(product.data() + t * width + c),
-                                           rank - c);
+                            if (next) fetch(next + t * stride, rank);
                         }
+                        store_some(here[t] + c, load_some(here[t] + c, rank - c) + product, rank - c);
                     });
                 }
-                if (d_bone) add_sum<Math>(d_bone + b * rank * rank, sum.data(), rank);
+                if (d_bone)
+                    add_sum<Math>(d_bone + b * rank * rank, totals.data() + b * width * width, sum.data(), rank,
+                                  start == 0, stop == tokens);
             }
 #pragma omp barrier
         }

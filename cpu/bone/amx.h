@@ -21,7 +21,8 @@ INLINE void transpose_block(Bfloat16* to, int64_t to_row, const Bfloat16* from, 
         for (int64_t t = 0; t < rows; t++) memcpy(whole + t * 32, from + t * from_row, columns * sizeof(Bfloat16));
         from = whole, from_row = 32;
     }
-    for (int64_t t = 0; t < 32; t += 2) pair_rows(pairs + t * 32, from + t * from_row, from + (t + 1) * from_row);
+    for (int64_t t = 0; t < 32; t += 2)
+        pair_rows(pairs + t * 32, load_words(from + t * from_row), load_words(from + (t + 1) * from_row));
     Bfloat16* out = full ? to : whole;
     const int64_t bytes = full ? 2 * to_row : 64;
     for (int64_t c = 0; c < 32; c += 16)
@@ -38,8 +39,11 @@ struct Amx {
     static int64_t packed_size(int64_t rank) { return Pairs::packed_size(rank); }
     static constexpr auto pack = Pairs::pack, pack_transposed = Pairs::pack_transposed;
 
+    static bool reads_in_place(int64_t, int64_t) { return false; }  // `rows` reads 32 rows at a time, to kTile
+
     // The registers belong to the thread, and are given back at the end.
-    explicit Amx(int64_t rank) : width_(width(rank)), paired_(kTile * width_), turned_(kTile * width_) {
+    explicit Amx(int64_t rank)
+        : rank_(rank), width_(width(rank)), out_(kEdge * width_), paired_(kTile * width_), turned_(kTile * width_) {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -50,18 +54,19 @@ struct Amx {
     ~Amx() { _tile_release(); }
     Amx(const Amx&) = delete;
 
-    template <class Finish>
-    void rows(float* out, const Bfloat16* left, const Bfloat16* packed, int64_t count, const Finish& finish) {
+    template <class Take>
+    void rows(Rows<const Bfloat16> left, const Bfloat16* packed, int64_t count, const Take& take) {
         for (int64_t t = 0; t < count; t += kEdge) {
-            multiply<false>(out + t * width_, left + t * width_, width_, packed, kEdge);
-            finish(t, t + kEdge < count ? t + kEdge : count);
+            multiply<false>(out_.data(), left[t], width_, packed, kEdge);
+            for (int64_t m = 0; m < std::min(kEdge, count - t); m++)
+                for (int64_t c = 0; c < rank_; c += kLanes) take(t + m, c, load(out_.data() + m * width_ + c));
         }
     }
-    void outer(float* sum, const Bfloat16* left, const Bfloat16* right, int64_t count) {
+    void outer(float* sum, Rows<const Bfloat16> left, Rows<const Bfloat16> right, int64_t count) {
         const int64_t padded = round_up(count, kEdge);
-        pair(paired_.data(), left, padded, width_);
+        pair(paired_.data(), left, count, width_, padded);
         transpose(turned_.data(), paired_.data(), padded / 2, width_);  // (width, padded)
-        pair(paired_.data(), right, padded, width_);
+        pair(paired_.data(), right, count, width_, padded);
         multiply<true>(sum, turned_.data(), padded, paired_.data(), width_);
     }
 
@@ -102,7 +107,8 @@ struct Amx {
             }
     }
 
-    int64_t width_;
+    int64_t rank_, width_;
+    Scratch<float> out_;
     Scratch<Bfloat16> paired_, turned_;
 };
 

@@ -10,7 +10,7 @@ struct AffineArguments {
     void *z, *shift;       // forward's results: (tokens, in_features), (tokens, rank)
     void* d;               // backward: (tokens, in_features), the gradient of z, which becomes that of x
     const void* g;         // (tokens, out_features), the gradient of the output that the shift was added to
-    float* d_bone;         // zeros that bone's gradient is added to, or null
+    void* d_bone;          // backward's other result: bone's gradient, or null
     int64_t x_stride, g_stride, tokens, in_features, out_features, rank;
     int bfloat16, threads;
 };
@@ -19,7 +19,7 @@ struct AffineArguments {
 struct MergeArguments {
     const void *w, *bone;  // (count * rank, in_features), (count, rank, rank)
     void* merged;          // like w; if d_bone is not null, it holds its own gradient at first
-    float* d_bone;         // zeros that bone's gradient is added to, or null
+    void* d_bone;          // bone's gradient, or null
     int64_t count, in_features, rank;
     int bfloat16, threads;
 };

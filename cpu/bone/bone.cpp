@@ -68,10 +68,10 @@ BY_TYPE(bone_affine, AffineArguments,
                              a->in_features, a->rank, a->threads))
 BY_TYPE(bone_affine_backward, AffineArguments,
         affine_backward<MathOf<E>, E>(out<E>(a->d), {in<E>(a->g), a->g_stride}, {in<E>(a->x), a->x_stride},
-                                      in<E>(a->bone), a->d_bone, a->tokens, a->in_features, a->out_features, a->rank,
-                                      a->threads))
+                                      in<E>(a->bone), out<E>(a->d_bone), a->tokens, a->in_features, a->out_features,
+                                      a->rank, a->threads))
 BY_TYPE(bone_merge, MergeArguments,
-        merge<MathOf<E>, E>(in<E>(a->w), in<E>(a->bone), out<E>(a->merged), a->d_bone, a->count, a->in_features,
+        merge<MathOf<E>, E>(in<E>(a->w), in<E>(a->bone), out<E>(a->merged), out<E>(a->d_bone), a->count, a->in_features,
                             a->rank, a->threads))
 #if defined(__AMX_BF16__)
 void bone_transpose(const TransposeArguments* a) {

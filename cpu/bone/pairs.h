@@ -42,22 +42,20 @@ INLINE void transpose_words(char* to, int64_t to_row, const char* from, int64_t 
 }
 
 // Two rows of 32 bfloat16, one after the other in words.
-INLINE void pair_rows(Bfloat16* to, const Bfloat16* even, const Bfloat16* odd) {
+INLINE void pair_rows(Bfloat16* to, Words even, Words odd) {
     const Words first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
     const Words second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
-    const Words low = _mm512_unpacklo_epi16(load_words(even), load_words(odd));
-    const Words high = _mm512_unpackhi_epi16(load_words(even), load_words(odd));
+    const Words low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
     store_words(to, _mm512_permutex2var_epi64(low, first, high));
     store_words(to + 32, _mm512_permutex2var_epi64(low, second, high));
 }
 
-// rows (count, width) -> (count / 2, width) words.
-INLINE void pair(Bfloat16* to, const Bfloat16* rows, int64_t count, int64_t width) {
-    for (int64_t t = 0; t < count; t += 2)
-        for (int64_t c = 0; c < width; c += 32) {
-            const Bfloat16* even = rows + t * width + c;
-            pair_rows(to + t * width + 2 * c, even, even + width);
-        }
+// rows (count, width), and zeros up to `padded` rows -> (padded / 2, width) words.
+INLINE void pair(Bfloat16* to, Rows<const Bfloat16> rows, int64_t count, int64_t width, int64_t padded) {
+    for (int64_t t = 0; t < padded; t += 2)
+        for (int64_t c = 0; c < width; c += 32)
+            pair_rows(to + t * width + 2 * c, t < count ? load_words(rows[t] + c) : Words{},
+                      t + 1 < count ? load_words(rows[t + 1] + c) : Words{});
 }
 
 // (rows, columns) words -> (columns, rows) words; both are multiples of 16.
@@ -70,7 +68,7 @@ INLINE void transpose(Bfloat16* to, const Bfloat16* from, int64_t rows, int64_t 
 
 // The words that products.h multiplies in place of floats.
 struct PairWords {
-    using Word = uint32_t;
+    typedef uint32_t Word __attribute__((aligned(2), may_alias));
     using Vector = Words;
     static INLINE Vector load(const Word* p) { return load_words(p); }
     static INLINE Vector broadcast(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
@@ -86,12 +84,15 @@ struct Pairs {
     static int64_t width(int64_t rank) { return round_up(rank, kEdge); }
     static int64_t packed_size(int64_t rank) { return width(rank) * width(rank); }
 
-    explicit Pairs(int64_t rank) : width_(width(rank)), left_(kTile * width_), right_(kTile * width_) {}
+    static bool reads_in_place(int64_t rank, int64_t stride) { return rank % kEdge == 0 && stride % 2 == 0; }
+
+    explicit Pairs(int64_t rank) : rank_(rank), width_(width(rank)), left_(kTile * width_), right_(kTile * width_) {}
 
     static void pack(Bfloat16* to, const Bfloat16* matrix, int64_t rank) {
         Scratch<Bfloat16> padded(packed_size(rank));
         pad(padded.data(), matrix, rank);
-        pair(to, padded.data(), width(rank), width(rank));
+        const int64_t size = width(rank);
+        pair(to, {padded.data(), size}, size, size, size);
     }
     static void pack_transposed(Bfloat16* to, const Bfloat16* matrix, int64_t rank) {
         Scratch<Bfloat16> padded(packed_size(rank));
@@ -99,29 +100,31 @@ struct Pairs {
         transpose(to, padded.data(), width(rank), width(rank) / 2);  // pairs along k lie in its rows already
     }
 
-    template <class Finish>
-    void rows(float* out, const Bfloat16* left, const Bfloat16* packed, int64_t count, const Finish& finish) {
+    template <class Take>
+    void rows(Rows<const Bfloat16> left, const Bfloat16* packed, int64_t count, const Take& take) {
         const int64_t pairs = width_ / 2;
-        const Product<PairWords> product{out, width_, words(left), pairs, words(packed), width_, pairs, width_};
-        multiply<Kind<false, false>, kRows>(product, count, finish);
+        const Product<PairWords> product{nullptr, 0, words(left.data), left.stride / 2, words(packed), width_, pairs,
+                                         round_up(rank_, kLanes)};
+        multiply<Kind<false, false>, kRows>(product, count, take);
     }
-    void outer(float* sum, const Bfloat16* left, const Bfloat16* right, int64_t count) {
+    void outer(float* sum, Rows<const Bfloat16> left, Rows<const Bfloat16> right, int64_t count) {
         const int64_t even = round_up(count, 2);
-        pair(left_.data(), left, even, width_);
-        pair(right_.data(), right, even, width_);
-        const uint32_t *lefts = words(left_.data()), *rights = words(right_.data());
+        pair(left_.data(), left, count, width_, even);
+        pair(right_.data(), right, count, width_, even);
+        const Word *lefts = words(left_.data()), *rights = words(right_.data());
         const Product<PairWords> product{sum, width_, lefts, width_, rights, width_, even / 2, width_};
-        multiply<Kind<true, true>, kRows>(product, width_, [](int64_t, int64_t) {});
+        multiply<Kind<true, true>, kRows>(product, width_);
     }
 
   private:
-    static const uint32_t* words(const Bfloat16* pairs) { return reinterpret_cast<const uint32_t*>(pairs); }
+    using Word = PairWords::Word;
+    static const Word* words(const Bfloat16* pairs) { return reinterpret_cast<const Word*>(pairs); }
     static void pad(Bfloat16* to, const Bfloat16* matrix, int64_t rank) {
         memset(to, 0, packed_size(rank) * sizeof(Bfloat16));
         for (int64_t i = 0; i < rank; i++) memcpy(to + i * width(rank), matrix + i * rank, rank * sizeof(Bfloat16));
     }
 
-    int64_t width_;
+    int64_t rank_, width_;
     Scratch<Bfloat16> left_, right_;
 };
 

@@ -1,11 +1,12 @@
 // The two products of Bone's kernels with multiply-adds on vectors of floats.
 //
 // A tile of rows (tokens, or rows of a weight) is padded to `width` columns, a whole number of vectors:
-//     rows    out[t] = sum_k left[t][k] matrix[k]               (a square matrix, packed)
+//     rows    take(t, c, 16 columns from c on of sum_k left[t][k] matrix[k])    (a square matrix, packed)
 //     outer   sum[i] += sum_t left[t][i] right[t]
 #pragma once
 #include <algorithm>
 
+#include "bone/tile.h"
 #include "common/products.h"
 #include "common/scratch.h"
 #include "common/shuffles.h"
@@ -20,6 +21,8 @@ struct Plain {
 
     static int64_t width(int64_t rank) { return round_up(rank, kLanes); }
     static int64_t packed_size(int64_t rank) { return rank * width(rank); }
+
+    static bool reads_in_place(int64_t rank, int64_t) { return rank % kLanes == 0; }
 
     explicit Plain(int64_t rank) : rank_(rank), width_(width(rank)) {}
 
@@ -41,15 +44,14 @@ struct Plain {
             for (int64_t k = i < whole ? whole : 0; k < rank; k++) to[k * width + i] = to_float(matrix[i * rank + k]);
     }
 
-    // finish(begin, end) is called as rows begin to end of out are done.
-    template <class Finish>
-    void rows(float* out, const float* left, const float* packed, int64_t count, const Finish& finish) {
-        multiply<Kind<false, false>, kRows>(
-            Product<FloatWords>{out, width_, left, width_, packed, width_, rank_, width_}, count, finish);
+    template <class Take>
+    void rows(Rows<const float> left, const float* packed, int64_t count, const Take& take) {
+        const Product<FloatWords> product{nullptr, 0, left.data, left.stride, packed, width_, rank_, width_};
+        multiply<Kind<false, false>, kRows>(product, count, take);
     }
-    void outer(float* sum, const float* left, const float* right, int64_t count) {
-        multiply<Kind<true, true>, kRows>(Product<FloatWords>{sum, width_, left, width_, right, width_, count, width_},
-                                          rank_, [](int64_t, int64_t) {});
+    void outer(float* sum, Rows<const float> left, Rows<const float> right, int64_t count) {
+        const Product<FloatWords> product{sum, width_, left.data, left.stride, right.data, right.stride, count, width_};
+        multiply<Kind<true, true>, kRows>(product, rank_);
     }
 
   private:

@@ -15,6 +15,7 @@ struct Rows {  // (count, width), `stride` elements apart
     E* data;
     int64_t stride;
     E* operator[](int64_t t) const { return data + t * stride; }
+    Rows from(int64_t t, int64_t c) const { return {(*this)[t] + c, stride}; }
 };
 
 // Some rows of a shard become a tile padded with zeros.
@@ -36,21 +37,29 @@ void load_tile(typename Math::Operand* tile, Rows<const E> from, int64_t count, 
     }
 }
 
-// Zero rows up to a whole number of Math's blocks, which `outer` sums over.
-template <class Math>
-void clear_rest(typename Math::Operand* tile, int64_t count, int64_t rank) {
-    const int64_t width = Math::width(rank);
-    std::fill(tile + count * width, tile + Math::kTile * width, typename Math::Operand{});
+// Some rows of a shard as Math multiplies them: where they lie, or in `tile`.
+template <class Math, class E>
+Rows<const typename Math::Operand> operands(typename Math::Operand* tile, Rows<const E> from, int64_t count,
+                                            int64_t rank) {
+    if constexpr (std::is_same<E, typename Math::Operand>::value)
+        if (Math::reads_in_place(rank, from.stride)) return from;
+    load_tile<Math, E>(tile, from, count, rank);
+    return {tile, Math::width(rank)};
 }
 
-// total (rank, rank) += sum, which is cleared. Short sums added up lose less than one long sum.
-template <class Math>
-void add_sum(float* total, float* sum, int64_t rank) {
+// Adds up short sums, which lose less than one long sum: total (width, width) becomes or grows by sum, which is
+// cleared. The last goes to `to` (rank, rank), rounded once.
+template <class Math, class E>
+void add_sum(E* to, float* total, float* sum, int64_t rank, bool is_first, bool is_last) {
     const int64_t width = Math::width(rank);
     for (int64_t i = 0; i < rank; i++)
         for (int64_t c = 0; c < rank; c += kLanes) {
-            float* to = total + i * rank + c;
-            store_some(to, load_some(to, rank - c) + load(sum + i * width + c), rank - c);
+            const int64_t at = i * width + c;
+            const Vec all = is_first ? load(sum + at) : load(total + at) + load(sum + at);
+            if (is_last)
+                store_some(to + i * rank + c, all, rank - c);
+            else
+                store(total + at, all);
         }
     std::fill(sum, sum + width * width, 0.0f);
 }

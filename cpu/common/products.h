@@ -41,16 +41,23 @@ struct Kind {
     static constexpr bool kAdd = add, kTurned = turned;
 };
 
-// M rows from m0 on and V vectors from column c on.
-template <class Kind, int M, int V, class Words>
-INLINE void multiply_block(const Product<Words>& p, int64_t m0, int64_t c) {
-    const int64_t out_stride = p.out_stride, right_stride = p.right_stride, K = p.K;
+// Takes a product's sums into its `out`.
+template <class Words>
+struct ToOut {
+    const Product<Words>& p;
+    INLINE void operator()(int64_t m, int64_t c, Vec sum) const { store(p.out + m * p.out_stride + c, sum); }
+};
+
+// M rows from m0 on and V vectors from column c on; take(m, c, sum) gets each of these vectors.
+template <class Kind, int M, int V, class Words, class Take>
+INLINE void multiply_block(const Product<Words>& p, int64_t m0, int64_t c, const Take& take) {
+    const int64_t right_stride = p.right_stride, K = p.K;
     const int64_t row = Kind::kTurned ? 1 : p.left_stride, column = Kind::kTurned ? p.left_stride : 1;
-    float* out = p.out + m0 * out_stride + c;
     const typename Words::Word *left = p.left + m0 * row, *right = p.right + c;
     Vec sum[M][V];
     UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int v = 0; v < V; v++) sum[m][v] = Kind::kAdd ? load(out + m * out_stride + v * kLanes) : Vec{};
+        UNROLL for (int v = 0; v < V; v++)
+            sum[m][v] = Kind::kAdd ? load(p.out + (m0 + m) * p.out_stride + c + v * kLanes) : Vec{};
     for (int64_t k = 0; k < K; k++) {
         typename Words::Vector b[V];
         UNROLL for (int v = 0; v < V; v++) b[v] = Words::load(right + k * right_stride + v * kLanes);
@@ -59,9 +66,9 @@ INLINE void multiply_block(const Product<Words>& p, int64_t m0, int64_t c) {
             UNROLL for (int v = 0; v < V; v++) sum[m][v] = Words::add_product(sum[m][v], a, b[v]);
         }
     }
-    asm("" : "+r"(out));  // its rows' addresses are computed anew, rather than kept where the loop needs registers
+    asm("" : "+r"(m0));  // addresses of rows are computed anew, rather than kept where the loop needs registers
     UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int v = 0; v < V; v++) store(out + m * out_stride + v * kLanes, sum[m][v]);
+        UNROLL for (int v = 0; v < V; v++) take(m0 + m, c + v * kLanes, sum[m][v]);
 }
 
 // The columns past the last whole vector.
@@ -77,33 +84,28 @@ INLINE void multiply_rest(const Product<FloatWords>& p, int64_t m0, int64_t c) {
     }
 }
 
-// M rows from m on; for words other than floats, `width` is a whole number of vectors.
-template <class Kind, int M, class Words>
-void multiply_rows(const Product<Words>& p, int64_t m) {
+// M rows from m on; `width` is a whole number of vectors, but for floats whose sums go to `out`.
+template <class Kind, int M, class Words, class Take>
+void multiply_rows(const Product<Words>& p, int64_t m, const Take& take) {
     const int64_t width = p.width;
     int64_t c = 0;
-    for (; c + kVectors * kLanes <= width; c += kVectors * kLanes) multiply_block<Kind, M, kVectors>(p, m, c);
-    for (; c + 2 * kLanes <= width; c += 2 * kLanes) multiply_block<Kind, M, 2>(p, m, c);
-    for (; c + kLanes <= width; c += kLanes) multiply_block<Kind, M, 1>(p, m, c);
-    if constexpr (std::is_same<Words, FloatWords>::value) multiply_rest<Kind, M>(p, m, c);
+    for (; c + kVectors * kLanes <= width; c += kVectors * kLanes) multiply_block<Kind, M, kVectors>(p, m, c, take);
+    for (; c + 2 * kLanes <= width; c += 2 * kLanes) multiply_block<Kind, M, 2>(p, m, c, take);
+    for (; c + kLanes <= width; c += kLanes) multiply_block<Kind, M, 1>(p, m, c, take);
+    if constexpr (std::is_same<Take, ToOut<FloatWords>>::value) multiply_rest<Kind, M>(p, m, c);
 }
 
-// All `rows` rows, kRows at a time; finish(begin, end) follows each few rows.
-template <class Kind, int kRows, class Words, class Finish>
-INLINE void multiply(const Product<Words>& p, int64_t rows, const Finish& finish) {
+// All `rows` rows, kRows at a time. Sums go to `out`, or to take(m, c, sum) as they leave the registers.
+template <class Kind, int kRows, class Words, class Take>
+INLINE void multiply(const Product<Words>& p, int64_t rows, const Take& take) {
     int64_t m = 0;
-    for (; m + kRows <= rows; m += kRows) {
-        multiply_rows<Kind, kRows>(p, m);
-        finish(m, m + kRows);
-    }
-    for (; m + 4 <= rows; m += 4) {
-        multiply_rows<Kind, 4>(p, m);
-        finish(m, m + 4);
-    }
-    for (; m < rows; m++) {
-        multiply_rows<Kind, 1>(p, m);
-        finish(m, m + 1);
-    }
+    for (; m + kRows <= rows; m += kRows) multiply_rows<Kind, kRows>(p, m, take);
+    for (; m + 4 <= rows; m += 4) multiply_rows<Kind, 4>(p, m, take);
+    for (; m < rows; m++) multiply_rows<Kind, 1>(p, m, take);
+}
+template <class Kind, int kRows, class Words>
+INLINE void multiply(const Product<Words>& p, int64_t rows) {
+    multiply<Kind, kRows>(p, rows, ToOut<Words>{p});
 }
 
 // out[a][k] = rows[a] . matrix[k], for kRows rows a and kCount rows k of the matrix, all `size` long.

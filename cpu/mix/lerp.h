@@ -30,7 +30,7 @@ constexpr int kTileRows = 8;
 // A product of `rows` rows, added to what is there.
 template <bool kTurned>
 void add_product(const Product<FloatWords>& product, int64_t rows) {
-    multiply<Kind<true, kTurned>, kGroup>(product, rows, [](int64_t, int64_t) {});
+    multiply<Kind<true, kTurned>, kGroup>(product, rows);
 }
 
 // x, outs (tokens, channels); last (sequences, channels) or null for zeros; maa (n, channels); low (tokens, n * rank)

@@ -110,12 +110,12 @@ def affine_backward_(dz: Tensor, g: Tensor, x: Tensor | None, bone: Tensor, leve
     """
     g, x = _rows(g), None if x is None else _rows(x)
     assert dz.shape[1] == bone.shape[0] * bone.shape[-1] and g.shape[1] % bone.shape[-1] == 0
-    d_bone = None if x is None else torch.zeros(bone.shape)
+    d_bone = None if x is None else torch.empty_like(bone, memory_format=torch.contiguous_format)
     read, written = dict(g=g, x=x, bone=bone.contiguous()), dict(d=dz, d_bone=d_bone)
     strides = dict(g_stride=g.stride(0), x_stride=0 if x is None else x.stride(0))
     sizes = dict(tokens=dz.shape[0], in_features=dz.shape[1], out_features=g.shape[1], rank=bone.shape[-1])
     compute(f"affine_backward:{level}", read, written, **strides, **sizes)
-    return None if d_bone is None else d_bone.to(bone.dtype)
+    return d_bone
 
 
 def merge(rows: Tensor, bone: Tensor, level: str = "") -> Tensor:
@@ -127,9 +127,9 @@ def merge(rows: Tensor, bone: Tensor, level: str = "") -> Tensor:
 
 def merge_backward_(d: Tensor, rows: Tensor, bone: Tensor, level: str = "") -> Tensor:
     """Replace d (a r, in), contiguous, the gradient of merge(rows, bone), by that itself -> the gradient of bone."""
-    d_bone = torch.zeros(bone.shape)
+    d_bone = torch.empty_like(bone, memory_format=torch.contiguous_format)
     _merge(rows, bone, d, d_bone, level)
-    return d_bone.to(bone.dtype)
+    return d_bone
 
 
 def _merge(rows: Tensor, bone: Tensor, merged: Tensor, d_bone: Tensor | None, level: str) -> None:
