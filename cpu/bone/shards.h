@@ -6,19 +6,28 @@
 
 namespace {
 
-// total (rows, `width` apart) = the sum of a row's shards, the last of which may be short; beyond `rank` it stays as it
-// is.
+// total (rows, `width` apart) = the sum of a row's shards, the last of which may be short.
 template <class E>
 void sum_shards(float* total, int64_t width, Rows<const E> x, Range rows, int64_t in, int64_t rank) {
+    constexpr int kColumns = 4;  // vectors whose sums stay in registers
+    const int64_t whole = in / rank * rank;
     for (int64_t t = rows.begin; t < rows.end; t++) {
-        float* sum = total + (t - rows.begin) * width;
-        for (int64_t b = 0; b < in; b += rank) {
-            const int64_t n = std::min(rank, in - b);
-            for (int64_t c = 0; c < n; c += kLanes) {
-                const Vec here = load_some(x[t] + b + c, n - c);
-                store(sum + c, b ? load(sum + c) + here : here);
-            }
+        float* to = total + (t - rows.begin) * width;
+        int64_t c = 0;
+        for (; whole && c + kColumns * kLanes <= rank; c += kColumns * kLanes) {
+            Vec sum[kColumns];
+    UNROLL for (int v = 0; v < kColumns; v++) sum[v] = load(x[t] + c + v * kLanes);
+            for (int64_t b = rank; b < whole; b += rank)
+                UNROLL for (int v = 0; v < kColumns; v++) sum[v] += load(x[t] + b + c + v * kLanes);
+            UNROLL for (int v = 0; v < kColumns; v++) store(to + c + v * kLanes, sum[v]);
         }
+        for (; c < rank; c += kLanes) {
+            Vec sum = {};
+            for (int64_t b = 0; b < whole; b += rank) sum += load_some(x[t] + b + c, rank - c);
+            store(to + c, sum);
+        }
+        for (c = 0; c < in - whole; c += kLanes)
+            store(to + c, load(to + c) + load_some(x[t] + whole + c, in - whole - c));
     }
 }
 
@@ -30,7 +39,6 @@ void shard_sum(Rows<const E> x, E* total, int64_t tokens, int64_t in, int64_t ra
         Scratch<float> sum(round_up(rank, kLanes));
         const Range rows = share(tokens, omp_get_thread_num(), omp_get_num_threads());
         for (int64_t t = rows.begin; t < rows.end; t++) {
-            std::fill(sum.data(), sum.data() + rank, 0.0f);
             sum_shards(sum.data(), 0, x, {t, t + 1}, in, rank);
             for (int64_t c = 0; c < rank; c += kLanes) store_some(total + t * rank + c, load(sum.data() + c), rank - c);
         }
