@@ -14,12 +14,11 @@ void sum_shards(float* total, int64_t width, Rows<const E> x, Range rows, int64_
     for (int64_t t = rows.begin; t < rows.end; t++) {
         float* to = total + (t - rows.begin) * width;
         int64_t c = 0;
-        for (; whole && c + kColumns * kLanes <= rank; c += kColumns * kLanes) {
-            Vec sum[kColumns];
-    UNROLL for (int v = 0; v < kColumns; v++) sum[v] = load(x[t] + c + v * kLanes);
-            for (int64_t b = rank; b < whole; b += rank)
-                UNROLL for (int v = 0; v < kColumns; v++) sum[v] += load(x[t] + b + c + v * kLanes);
-            UNROLL for (int v = 0; v < kColumns; v++) store(to + c + v * kLanes, sum[v]);
+        for (; c + kColumns * kLanes <= rank; c += kColumns * kLanes) {
+            Vec sum[kColumns] = {};
+            for (const E* at = x[t] + c; at < x[t] + whole; at += rank)
+                for (int v = 0; v < kColumns; v++) sum[v] += load(at + v * kLanes);
+            for (int v = 0; v < kColumns; v++) store(to + c + v * kLanes, sum[v]);
         }
         for (; c < rank; c += kLanes) {
             Vec sum = {};
