@@ -75,27 +75,20 @@ def engine(case, seconds, *modules, **others):
     return Step(name, seconds, (("gpu_engine.py", case, "--folder", "{folder}"),), (*ENGINE, *modules), **others)
 
 
-def sanitizing(name, kernels, program, tools=("memcheck",), **others):
-    """The Step that runs a family's kernels under some of compute-sanitizer's tools, which watch no others. Each tensor
-    has memory of its own, so that an access outside it is seen."""
+def sanitizing(kernels, *program):
+    """The Step that runs a family's kernels under compute-sanitizer's tools, which watch no others. Each tensor has
+    memory of its own, so that an access outside it is seen."""
     watched = ("compute-sanitizer", "--error-exitcode", "1", "--kernel-name", f"kns={kernels}")
     commands = tuple(
         ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", *watched, "--tool", tool, sys.executable, *program)
-        for tool in tools
+        for tool in ("memcheck", "racecheck", "synccheck")
     )
-    return Step(name, 40, commands, programs=("compute-sanitizer",), **others)
+    return Step(f"sanitizer {kernels}", 40, commands, programs=("compute-sanitizer",), full=True)
 
 
-def small_smoke(version):
-    return "gpu_models.py", "smoke", version, "--methods", "bat-in", "--tokens", "200", "--repeats", "1"
-
-
-ALL_TOOLS = ("memcheck", "racecheck", "synccheck")
-MORE_ROWS = (
-    ("none", "--rows", "1x1024"),
-    ("bat-in", "--rows", "8x4096"),
-    ("bat-in", "--dtype", "fp32", "--rows", "1x1024"),
-)
+SMALL = ("--methods", "bat-in", "--tokens", "200", "--repeats", "1")
+EIGHT = ("--rows", "8x4096")
+MORE_ROWS = (("none", "--rows", "1x1024"), ("bat-in", "--dtype", "fp32", "--rows", "1x1024"))
 BESIDE = ("--accelerator", "gpu", "--dtypes", "bf16", "--channels", "1024", "--layers", "12")
 SERVED = ("--layers", "12", "--channels", "1024", "--clients", "1", "64", "--rounds", "1")
 STEPS = (
@@ -111,7 +104,8 @@ STEPS = (
     ),
     engine("x070", 40),
     engine("x060", 40),
-    Step("engine beside a bare loop", 20, (("trainer.py", "--methods", "bat-in"),), ENGINE, sizes=BESIDE),
+    Step("kernels", 30, (("gpu_kernels.py", "time"),)),
+    Step("step x070 of 8 rows", 15, (("gpu_models.py", "step", "x070", "--methods", "bat-in"),), sizes=EIGHT),
     engine("two GPUs", 35, *RANKS),
     engine("a rank that raises", 20, *RANKS),
     engine("stage 3", 20, *RANKS),
@@ -119,13 +113,14 @@ STEPS = (
     engine("RWKV-7a", 15),
     engine("host memory", 20),
     *of_models("decode", 20, ("numpy",)),
+    Step("top_p", 10, (("gpu_kernels.py", "draw"),)),
+    engine("rewards", 40),
     Step("serve", 20, (("serve.py", "--alone"),), ("numpy", "fastapi", "uvicorn"), sizes=SERVED),
-    engine("compile", 30),
     engine("nf4", 15, "bitsandbytes"),
-    sanitizing("memcheck", "wkv7", small_smoke("x070")),
     engine("large", 35),
     # The rest follows while minutes last.
-    Step("kernels", 30, (("gpu_kernels.py", "time"),), full=True),
+    engine("compile", 30, full=True),
+    Step("engine beside a bare loop", 20, (("trainer.py", "--methods", "bat-in"),), ENGINE, sizes=BESIDE, full=True),
     Step("every operation", 60, (("gpu_kernels.py", "check"),), full=True),
     *(
         Step(
@@ -140,6 +135,9 @@ STEPS = (
     *(engine(case, 20, full=True) for case in ("grad_cp", "infctx", "fp32")),
     *(engine(case, 20, *RANKS, full=True) for case in ("stage 2 offload", "stage 3 offload")),
     engine("int8", 20, "bitsandbytes", full=True),
+    Step(
+        "step x060 of 8 rows", 15, (("gpu_models.py", "step", "x060", "--methods", "bat-in"),), sizes=EIGHT, full=True
+    ),
     *(
         Step(
             f"more {version} {' '.join(flags)}",
@@ -150,12 +148,9 @@ STEPS = (
         for version in ("x070", "x060")
         for flags in MORE_ROWS
     ),
+    *(sanitizing(name, "gpu_models.py", "smoke", f"x0{name[3]}0", *SMALL) for name in ("wkv7", "wkv6")),
     *(
-        sanitizing(f"sanitizer {name}", name, small_smoke(f"x0{name[3]}0"), ALL_TOOLS, full=True)
-        for name in ("wkv7", "wkv6")
-    ),
-    *(
-        sanitizing(f"sanitizer {name}", name, ("gpu_kernels.py", "check", "--repeats", "1"), ALL_TOOLS, full=True)
+        sanitizing(name, "gpu_kernels.py", "check", "--repeats", "1")
         for name in ("mix", "bone", "cross_entropy", "decode")
     ),
     Step(

@@ -6,7 +6,8 @@ x070 and x060 train the demo's base for 10 steps, go on for 10 more, merge and c
 of the RWKV-7 demo under these flags. "compile" also trains them without --compile, and compares losses and times. "two
 GPUs" begin with an empty cache of kernels. In "a rank that raises" rank 1 of two raises at step 3; both have to end
 within 15 s, with its message. RWKV-7a is a small random model of that generation; "host memory" trains all of a random
-model, and compares main memory in its last step with the most after it; "large" takes 6 steps of 4096 tokens of 1.6 G
+model, and compares main memory in its last step with the most after it; "rewards" learns from answers that a random
+model draws, by recorded graphs and without, and compares tokens a second; "large" takes 6 steps of 4096 tokens of 1.6 G
 parameters.
 
 Each run is a process of its own, because the engine keeps global state. It reports losses, tokens a second, the peak of
@@ -24,6 +25,7 @@ import time
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 from common import DEMO, NOT_HERE, ROOT, VERSIONS, Parser, tell, write_tokens
 
@@ -42,6 +44,7 @@ SETTINGS = {  # flags of train.py
 SECONDS, RAISES_AT = 15, 3  # in which all ranks end once one raises, at this step
 AGREE = 0.02  # the largest difference of compiled losses, relative
 WRONG = "of gpu_check, on purpose"
+PROMPTS, ANSWERS = 8, 8  # prompts of a step from which rewards learn, and answers to each
 
 
 class Case:
@@ -80,12 +83,13 @@ class Case:
         words = ("--load_model", base, "--data_file", data, "--proj_dir", self.folder / run, *device, *steps, *more)
         return [*map(str, words)]
 
-    def train(self, run="run", base=None, data=None, flags=(), waits=True, say=True):
-        """Train -> the result, printed if `say`."""
+    def train(self, run="run", base=None, data=None, flags=(), waits=True, say=True, graphs=True):
+        """Train, without recorded graphs if not `graphs` -> the result, printed if `say`."""
         words = self.flags(base or DEMO["x070"], data or self.data(), run, *flags)
         measured = self.folder / run / "measured.json"
         began = time.monotonic()
-        python(__file__, "--train", json.dumps({"file": str(measured), "waits": waits and not self.cpu}), *words)
+        settings = {"file": str(measured), "waits": waits and not self.cpu, "graphs": graphs}
+        python(__file__, "--train", json.dumps(settings), *words)
         seconds = time.monotonic() - began
         lines = [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines]
@@ -194,6 +198,33 @@ def host_memory(case):
     return int(grown > 0.5 + 0.5 * size)
 
 
+def rewards(case):
+    """Learn from answers that are drawn by recorded graphs, and without."""
+    rows, reward = case.folder / "prompts.jsonl", case.folder / "reward.py"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"Q: {number} and {number % 7}?\nA:"}) + "\n" for number in range(99))
+    )
+    reward.write_text("def reward(completions, **_):\n    return [len(set(text)) / 10 for text in completions]\n")
+    base = case.random_base("x070", case.args.shape if case.cpu else "1024x3584x24")
+    flags = ["--data_type", "prompts", "--reward", f"{reward}:reward", "--top_p", 0.7, "--num_generations", ANSWERS]
+    flags += ["--max_completion_length", case.args.answer_tokens, "--micro_bsz", PROMPTS, "--bone_r", 32]
+    flags += ["--tokenizer", "bytes" if case.cpu else "world", "--epoch_save", 0]
+    rates, first = {}, {}
+    for run, graphs in (("recorded", True), ("plain", False)):
+        case.train(run, base, rows, flags, waits=False, say=False, graphs=graphs)
+        lines = [json.loads(line) for line in (case.folder / run / "metrics.jsonl").read_text().splitlines()]
+        rates[run] = sorted(PROMPTS * ANSWERS * line["length"] / line["draw_s"] for line in lines)[len(lines) // 2]
+        drawn = map(json.loads, (case.folder / run / "answers.jsonl").read_text().splitlines())
+        first[run] = [answer["completion"] for answer in drawn if answer["step"] == 0]
+    base.unlink()
+    same = sum(map(str.__eq__, *first.values()))
+    tell(
+        engine=case.name,
+        drawn_tokens_per_s={run: round(rate, 1) for run, rate in rates.items()},
+        same_first_answers=f"{same} of {PROMPTS * ANSWERS}",  # in bfloat16 rounding may part them
+    )
+
+
 def large(case):
     """A few steps of long rows of a large model."""
     data = case.folder / "data"
@@ -215,6 +246,7 @@ CASES = {
     "a rank that raises": a_rank_that_raises,
     "RWKV-7a": rwkv7a,
     "host memory": host_memory,
+    "rewards": rewards,
     "large": large,
 }
 OF_TWO = ("two GPUs", "a rank that raises")
@@ -226,6 +258,7 @@ OF_TWO = ("two GPUs", "a rank that raises")
 def measured(settings, argv):
     """Train by train.py's flags, measured or with a rank that raises -> an exit code."""
     from rwkv_peft.cli import commands
+    from rwkv_peft.inference import forward
     from rwkv_peft.training.ranks import group
 
     # ranks look for modules there alone
@@ -239,6 +272,8 @@ def measured(settings, argv):
             let_rank_raise(Path(settings["raises"]))
         else:
             look(result, settings["waits"], stack)
+            if not settings["graphs"]:
+                stack.enter_context(patch.object(forward, "recordable", lambda model: False))
         sys.argv = ["train.py", *argv]
         try:
             code = commands.run("train")
@@ -310,7 +345,9 @@ def let_rank_raise(moment):
     loop.take_step = failing_step
 
 
-QUICK = dict(case="x070", device="cpu", ctx_len=128, steps=5, documents=60, long=64, shape="64x224x2", vocab=257)
+QUICK = dict(
+    case="x070", device="cpu", ctx_len=128, steps=5, documents=60, long=64, shape="64x224x2", vocab=257, answer_tokens=4
+)  # fmt: skip
 
 
 def main(argv=None):
@@ -324,6 +361,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--documents", type=int, default=400)
     parser.add_argument("--long", type=int, default=4096, help="tokens of large's rows")
+    parser.add_argument("--answer_tokens", type=int, default=64, help="of each answer from which rewards learn")
     parser.add_argument("--shape", default="2048x7168x24", help="channels, feed-forward channels, layers of large")
     parser.add_argument("--vocab", type=int, default=65536)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

@@ -5,10 +5,12 @@
     python benchmarks/gpu_kernels.py check    every operation and its gradients against float64, 20 equal repetitions
     python benchmarks/gpu_kernels.py above    tensors of more than 2^31 elements, at which an index of 32 bits wraps
     python benchmarks/gpu_kernels.py time     microseconds, GB/s, share of the traffic's floor
+    python benchmarks/gpu_kernels.py draw     a draw with top-p by sorting, by selection, and by a CUDA graph of each
 
 "check" prints relative errors of results and gradients, ours and plain torch's; one may be twice as large as plain
 torch's. "above" compares the last of many rows with a batch that is this row alone: rows do not depend on each other,
-so that the bits are the same unless the kernels split time for few rows. scripts/gpu_check.sh runs them. Exit code 1 if
+so that the bits are the same unless the kernels split time for few rows. "draw" must draw the same tokens in every way.
+scripts/gpu_check.sh runs them. Exit code 1 if
 something is wrong, 2 without a usable GPU.
 """
 
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,6 +34,9 @@ from rwkv_peft.adapters.functions.bat_out import bat_out
 from rwkv_peft.adapters.functions.bone import bone
 from rwkv_peft.adapters.functions.lora import lora
 from rwkv_peft.adapters.product import Frozen
+from rwkv_peft.inference import sampling
+from rwkv_peft.inference.forward import record_graph
+from rwkv_peft.inference.settings import Sampling
 from rwkv_peft.ops import cross_entropy, decode, mix
 from rwkv_peft.ops.bone.cuda import FAMILY as BONE
 from rwkv_peft.ops.cross_entropy import cross_entropy_
@@ -47,6 +53,7 @@ VOCABULARY = 65536
 BOUNDS = (0, 1, 64, 128, 300)  # of packed sequences
 TIMED = ((8, 4096, 32), (1, 4096, 64), (1, 1024, 32), (8, 1024, 8))  # B, T, H of head size 64
 LEAST = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # errors that a dtype may have in any case
+TOP_P = 0.7
 CLOSE = 2e-2  # of bfloat16, if a sum has another order
 
 
@@ -373,8 +380,43 @@ def time_one(name, shape, function, traffic, bandwidth):
     tell(kernel=name, shape=list(shape), **{key: float(f"{figure:.3g}") for key, figure in figures.items()})
 
 
-PARTS = {"card": card, "build": build, "check": check, "above": above, "time": time_kernels}
-QUICK = dict(part="card", device="cpu", repeats=1, only=("relu_square", "wkv7 of 32, packed"))
+# --- drawing
+
+
+def draw(args):
+    """Time draws with top-p, by each way and at each number of rows -> 1 if two ways draw other tokens."""
+    torch.manual_seed(0)
+    return int(any([draw_one(args, rows) for rows in args.rows]))
+
+
+def draw_one(args, rows):
+    """Print the times of one number of rows -> True if two ways draw other tokens."""
+    cuda, nucleus = args.device == "cuda", Sampling(top_p=TOP_P)
+    logits = 3 * torch.randn(rows, args.vocab, device=args.device)
+    if cuda:
+        logits = logits.bfloat16().float()  # with ties, which a CPU's partial sort leaves in any order
+    uniforms = torch.rand(rows, dtype=torch.float64, device=args.device)
+    numbers = sampling.fill_numbers(uniforms.new_empty(3), nucleus)
+
+    def draw_sorted():
+        weights, tokens = sampling.candidates(logits, nucleus)
+        return tokens.gather(-1, sampling.pick(weights, uniforms))[:, 0]
+
+    ways = {"sorted": draw_sorted, "selected": partial(sampling.select, logits, uniforms, numbers)}
+    drawn = {name: way().tolist() for name, way in ways.items()}
+    for name, way in [*ways.items()] if cuda else ():
+        if recorded := record_graph(way, torch.cuda.graph_pool_handle(), f"how tokens are {name}"):
+            graph, tokens = recorded
+            graph.replay()
+            drawn[f"{name}, recorded"], ways[f"{name}, recorded"] = tokens.tolist(), graph.replay
+    for name, way in ways.items():
+        ms = milliseconds(way) if cuda else 1e3 * timeit.timeit(way, number=1)
+        tell(draw=name, rows=rows, top_p=TOP_P, us=round(1e3 * ms, 1), same=drawn[name] == drawn["sorted"])
+    return any(tokens != drawn["sorted"] for tokens in drawn.values())
+
+
+PARTS = {"card": card, "build": build, "check": check, "above": above, "time": time_kernels, "draw": draw}
+QUICK = dict(part="card", device="cpu", repeats=1, only=("relu_square", "wkv7 of 32, packed"), vocab=3000)
 
 
 def main(argv=None):
@@ -385,6 +427,8 @@ def main(argv=None):
     parser.add_argument("--elements", type=int, default=2**31, help="of above: a tensor has more than so many")
     parser.add_argument("--tokens", type=int, default=4096, help="of above: of a row")
     parser.add_argument("--heads", type=int, default=64, help="of above: of 64 channels")
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 64), help="of draw")
+    parser.add_argument("--vocab", type=int, default=VOCABULARY, help="of draw: logits of a row")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args(argv)
     reason = misfit() if args.device == "cuda" else None

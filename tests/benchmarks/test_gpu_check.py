@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
@@ -47,10 +48,12 @@ def test_what_matters_comes_first_and_all_of_it_takes_ten_minutes(capsys):
     names = [each.name for each in program.STEPS if not each.full]
     kinds = list(dict.fromkeys(name.split(" x0")[0] for name in names))
     assert kinds == [
-        *("card", "build", "smoke", "step", "engine", "engine beside a bare loop"),
+        *("card", "build", "smoke", "step", "engine", "kernels"),
         *("two GPUs", "a rank that raises", "stage 3", "above 2^31", "RWKV-7a", "host memory"),
-        *("decode", "serve", "compile", "nf4", "memcheck", "large"),
+        *("decode", "top_p", "rewards", "serve", "nf4", "large"),
     ]
+    (eight,) = (each for each in program.STEPS if each.name == "step x070 of 8 rows")
+    assert not eight.full and "8x4096" in eight.sizes
     assert program.main(["--list"]) == 0  # with what it installs
     table = capsys.readouterr().out
     assert int(re.search(r"\| in all \| (\d+) \|", table)[1]) <= 600
@@ -148,25 +151,33 @@ def test_results_are_on_disk_at_once_and_a_stopped_check_prints_what_it_has(tmp_
     assert "measured: 1 of 3\n    a\nfailed: 1 of 3\n    b: interrupted\nleft out: 1 of 3\n    c: the check was" in out
 
 
+def without(folder, modules):
+    """An environment of processes that find none of these modules."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({modules.split()!r}))\n")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT / "RWKV-PEFT", ROOT / "benchmarks")))}
+
+
 def test_steps_for_which_torch_is_enough_run_with_torch_alone(tmp_path):
     """Each program that a step without further modules starts, as its smallest run."""
-    without = f"import sys\nfor name in {OTHERS!r}.split(): sys.modules[name] = None\n"
-    (tmp_path / "sitecustomize.py").write_text(without)
-    commands = [(each, words) for each in program.STEPS if not each.modules for words in each.commands]
-    alone = {tuple(words[:2]): each for each, words in commands if words[0].startswith("gpu_")}
-    assert len(alone) >= 5
-    for (name, part), each in alone.items():
-        version = ("x070",) if name == "gpu_models.py" else ()
-        command = [sys.executable, str(ROOT / "benchmarks" / name), part, *version, "--quick"]
-        environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT / 'RWKV-PEFT'}"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (each.name, done.stderr)
+    commands = [words for each in program.STEPS if not each.modules for words in each.commands]
+    alone = {words[:2] for words in commands if words[0].startswith("gpu_")}
+    assert len(alone) >= 6
+    for name in {name for name, _ in alone}:
+        version = ["x070"] if name == "gpu_models.py" else []
+        parts = [[part, *version, "--quick"] for file, part in sorted(alone) if file == name]
+        code = f"import sys, {name[:-3]} as program; sys.exit(any([program.main(argv) for argv in {parts}]))"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=without(tmp_path, OTHERS), capture_output=True, text=True)
+        assert done.returncode == 0, (parts, done.stderr)
 
 
-def test_one_device_needs_no_package_of_ranks():
-    without = {each.name for each in program.STEPS if not {*program.RANKS} & {*each.modules}}
-    assert {"engine x070", "engine x060", "RWKV-7a", "compile", "large", "serve"} <= without
-    assert not {"two GPUs", "a rank that raises", "stage 3", "test suite"} & without
+def test_one_device_needs_no_package_of_ranks(tmp_path):
+    plain = {each.name for each in program.STEPS if not {*program.RANKS} & {*each.modules}}
+    assert {"engine x070", "engine x060", "RWKV-7a", "rewards", "compile", "large", "serve"} <= plain
+    assert not {"two GPUs", "a rank that raises", "stage 3", "test suite"} & plain
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_engine.py"), "large", "--quick"]
+    done = subprocess.run(command, env=without(tmp_path, "deepspeed hjson pydantic"), capture_output=True, text=True)
+    assert done.returncode == 0 and '"engine": "large"' in done.stdout, done.stderr
 
 
 def test_offline_takes_the_python_at_hand_and_installs_nothing(tmp_path):
@@ -193,7 +204,7 @@ def test_offline_takes_the_python_at_hand_and_installs_nothing(tmp_path):
 
 # One of each kind; test_benchmarks.py runs the programs of "serve" and "engine beside a bare loop".
 EMULATED = "card;build;smoke x070;step x060 lora;engine x070;two GPUs;a rank that raises;above 2^31;RWKV-7a"
-EMULATED += ";host memory;decode x070;compile;large;profile x070"
+EMULATED += ";host memory;decode x070;top_p;rewards;compile;large;profile x070"
 
 
 def test_the_whole_check_runs_on_a_cpu_with_tiny_sizes(tmp_path, warm_python):
@@ -202,9 +213,14 @@ def test_the_whole_check_runs_on_a_cpu_with_tiny_sizes(tmp_path, warm_python):
     out, _ = finish(start([*command, "--only", *EMULATED.split(";")], CUDA_VISIBLE_DEVICES=""), 0)
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     outcomes = {entry["step"]: entry["outcome"] for entry in results if "outcome" in entry}
-    assert set(outcomes.values()) == {"measured"} and len(outcomes) == 14, out
+    assert set(outcomes.values()) == {"measured"} and len(outcomes) == 16, out
     assert len([entry for entry in results if {"operation", "calls", "us"} <= entry.keys()]) == 30
     found = {entry["engine"]: entry for entry in results if "engine" in entry}
+    assert {(each["draw"], each["rows"]) for each in results if "draw" in each} == {
+        *product(("sorted", "selected"), (1, 64))
+    }
+    assert {*found["rewards"]["drawn_tokens_per_s"]} == {"recorded", "plain"}
+    assert found["rewards"]["same_first_answers"] == "64 of 64"
     assert found["x070"]["merged_and_checked"] and found["compile"]["agree"]
     assert found["a rank that raises"]["exit_code"] == 1 and found["a rank that raises"]["told"]
     assert found["host memory"]["grown_gib"] < 0.5
