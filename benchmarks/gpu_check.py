@@ -175,7 +175,7 @@ class Results:
     def __init__(self, folder):
         self._file = open(folder / "results.jsonl", "w", encoding="utf-8")
 
-    def add(self, **entry):
+    def add(self, /, **entry):  # an entry may have any key
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -93,11 +93,12 @@ def test_a_step_that_fails_does_not_stop_the_others(check, then, code, outcome):
 
 
 def test_no_output_of_a_step_ends_the_check(check):
-    """An object with the key of a step's name, a byte that is no UTF-8, and JSON too deep to read."""
-    odd = """echo '{"step": 3}'; printf '\\377\\n'; head -c 100000 /dev/zero | sed 's/\\x0/{"a":/g'; echo"""
+    """Objects with keys that the check uses itself, a byte that is no UTF-8, and JSON too deep to read."""
+    odd = """echo '{"step": 3}'; echo '{"self": 4}'
+        printf '\\377\\n'; head -c 100000 /dev/zero | sed 's/\\x0/{"a":/g'; echo"""
     code, outcomes, results, _ = check([step("card", odd), step("later")])
     assert (code, outcomes) == (0, {"card": "measured", "later": "measured"})
-    assert {"step": "card", "result": {"step": 3}} in results
+    assert {"step": "card", "result": {"step": 3}} in results and {"step": "card", "self": 4} in results
 
 
 def test_what_a_step_leaves_behind_holds_no_other(check, tmp_path):
