@@ -32,13 +32,16 @@ void affine(Rows<const E> x, const E* bone, E* z, E* shift, int64_t tokens, int6
             const int64_t count = std::min(Math::kTile, rows.end - first);
             std::fill(sums.data(), sums.data() + count * width, 0.0f);
             for (int64_t b = 0; b < blocks; b++) {
-                const Rows<const E> next = x.from(first, (b + 1) * rank);
-                const Rows<E> to{z + first * in + b * rank, in};
+                // what comes next: the same rows' next shard, or the next rows' first
+                const bool is_last = b + 1 == blocks;
+                const int64_t next_row = is_last ? first + Math::kTile : first, next = is_last ? 0 : (b + 1) * rank;
+                const Rows<const E> x_next = x.from(next_row, next);
+                const Rows<E> to{z + first * in + b * rank, in}, z_next{z + next_row * in + next, in};
                 const auto left = operands<Math, E>(tile.data(), x.from(first, b * rank), count, rank);
                 math.rows(left, packed.data() + b * size, count, [=, sum = sums.data()](int64_t t, int64_t c, Vec u) {
                     if (c == 0) {
-                        fetch(next[t], rank);
-                        fetch_to_write(to[t] + rank, rank);
+                        fetch(x_next[t], rank);
+                        fetch_to_write(z_next[t], rank);
                     }
                     store(sum + t * width + c, load(sum + t * width + c) + u);
                     store_some(to[t] + c, load_some(left[t] + c, rank - c) + u, rank - c);
@@ -72,6 +75,10 @@ void affine_backward(E* d, Rows<const E> g, Rows<const E> x, const E* bone, E* d
         for (int64_t start = 0; start < tokens; start += chunk) {
             const int64_t stop = std::min(start + chunk, tokens);
             const Range some = share(stop - start, thread, team);
+            for (int64_t t = start; t < stop; t++) {  // the first block's rows; each block fetches the next one's
+                fetch_to_write(d + t * in + mine.begin * rank, rank);
+                if (d_bone) fetch(x[t] + mine.begin * rank, rank);
+            }
             sum_shards(shift.data() + some.begin * width, width, g, {start + some.begin, start + some.end}, out, rank);
 #pragma omp barrier
             for (int64_t b = mine.begin; b < mine.end; b++) {

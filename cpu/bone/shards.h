@@ -51,13 +51,16 @@ void add_tiled(E* y, const E* tile, int64_t tokens, int64_t width, int64_t rank,
 #pragma omp parallel num_threads(wanted)
     {
         const Range rows = share(tokens, omp_get_thread_num(), omp_get_num_threads());
-        for (int64_t t = rows.begin; t < rows.end; t++)
-            for (int64_t b = 0; b < width; b += rank) {
-                const int64_t n = std::min(rank, width - b);
-                E* to = y + t * width + b;
-                for (int64_t c = 0; c < n; c += kLanes)
-                    store_some(to + c, load_some(to + c, n - c) + load_some(tile + t * rank + c, n - c), n - c);
+        for (int64_t t = rows.begin; t < rows.end; t++) {
+            E* row = y + t * width;
+            for (int64_t c = 0; c < rank; c += kLanes) {
+                const Vec added = load_some(tile + t * rank + c, rank - c);
+                for (int64_t b = c; b < width; b += rank) {
+                    const int64_t n = std::min(rank - c, width - b);
+                    store_some(row + b, load_some(row + b, n) + added, n);
+                }
             }
+        }
     }
 }
 
