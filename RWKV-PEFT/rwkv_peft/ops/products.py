@@ -57,17 +57,10 @@ class ProductRow:
 
 CONVERTING = ProductRow(False, False, "without instructions for bfloat16 that are faster than float32's")
 NATIVE = ProductRow(True, False, "matrix units (AMX), or Arm's instructions for bfloat16; benchmarks/step.py")
+ZEN = ProductRow(True, True, "AMD's Zen 4 and 5, measured by benchmarks/step.py")
 # (vendor, family) of processors with AVX512-BF16 and without AMX. Others of that kind convert: on Intel's, and on a
 # Xeon with AMX that is told to do without, bfloat16 takes 1.8 times the time of float32, as much as converting does.
-ROWS = MappingProxyType(
-    {
-        ("AuthenticAMD", 26): ProductRow(True, True, "Zen 5, measured by benchmarks/step.py"),
-        # Half of Zen 5's width, so that MKL's instructions lose nothing in float32.
-        ("AuthenticAMD", 25): ProductRow(
-            True, False, "Zen 4, by instruction rates: bfloat16 twice float32 (iree-org/iree#15089)"
-        ),
-    }
-)
+ROWS = MappingProxyType({("AuthenticAMD", 25): ZEN, ("AuthenticAMD", 26): ZEN})
 # Of the rows above if oneDNN may use AVX-512, but not its instructions for bfloat16.
 WITHOUT_BFLOAT16 = MappingProxyType({family: ProductRow(False, row.onednn, row.known) for family, row in ROWS.items()})
 
