@@ -123,7 +123,7 @@ def write(path, version, shape, vocabulary, device):
 def planned_gib(flags):
     """The plan's peak for a run's flags, without CUDA's context."""
     from rwkv_peft.tools.plan.command import estimate_of, parse_flags
-    from rwkv_peft.tools.plan.memory import CONTEXT, CPU, GPU, peak
+    from rwkv_peft.training.estimate.memory import CONTEXT, CPU, GPU, peak
 
     device = CPU if "cpu" in flags else GPU
     estimate = estimate_of(parse_flags([word for word in flags if word != "--resume"]), device)

@@ -39,7 +39,7 @@ from rwkv_peft.models import family_named
 from rwkv_peft.objectives.cross_entropy import linear_cross_entropy
 from rwkv_peft.ops.native.cuda import CudaFamily
 from rwkv_peft.tools.plan.command import estimate_of, parse_flags
-from rwkv_peft.tools.plan.memory import CONTEXT, GPU, peak
+from rwkv_peft.training.estimate.memory import CONTEXT, GPU, peak
 
 SHAPE = "2048x7168x24"  # channels, feed-forward channels, layers: of 1.6 G parameters
 VOCABULARY = 65536

@@ -43,8 +43,8 @@ from rwkv_peft.data.layouts import RowLayout, Template, read_template
 from rwkv_peft.data.rows import read_rows
 from rwkv_peft.data.tokenizer import BytesTokenizer
 from rwkv_peft.plots import look, new_figure, plain_axes, read_metrics, save_figure, series
-from rwkv_peft.tools.plan.activations import METHODS
-from rwkv_peft.tools.plan.memory import count
+from rwkv_peft.training.estimate.activations import METHODS
+from rwkv_peft.training.estimate.memory import count
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.rates import automatic_rate
 from rwkv_peft.training.saving.checkpoints import DIVERGED

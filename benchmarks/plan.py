@@ -23,7 +23,7 @@ from common import ROOT, Parser, head, row, write_tokens
 from rwkv_peft.config import STRATEGIES
 from rwkv_peft.models import family_named
 from rwkv_peft.tools.plan.command import estimate_of, largest_rows, parse_flags, usable
-from rwkv_peft.tools.plan.memory import CPU, GPU, peak
+from rwkv_peft.training.estimate.memory import CPU, GPU, peak
 
 VOCABULARY = 65536
 SMALL = "x060", 12, 768

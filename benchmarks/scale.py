@@ -16,7 +16,7 @@ from common import Parser
 
 from rwkv_peft.models import family_named
 from rwkv_peft.tools.plan.command import estimate_of, largest_rows, parse_flags, usable
-from rwkv_peft.tools.plan.memory import CPU, GPU, Estimate, peak, written
+from rwkv_peft.training.estimate.memory import CPU, GPU, Estimate, peak, written
 from rwkv_peft.training.step.context_parallel import in_flight, waiting
 
 GIB = 1 << 30

@@ -49,12 +49,17 @@ PARTS = (
     ("saving", ("training/saving",), ("engine",)),
     ("train flags", ("training/flags",), ("saving",)),
     ("ranks", ("training/ranks",), ("measuring",)),
-    ("measuring", ("training/measuring", "training/learned", "training/inputs"), ("train flags", "evals")),
+    ("estimate", ("training/estimate",), ("objectives", "models")),
+    (
+        "measuring",
+        ("training/measuring", "training/learned", "training/inputs", "training/batch_size"),
+        ("train flags", "estimate", "evals"),
+    ),
     ("rollouts", ("training/rollout", "training/turns"), ("engine", "inference", "rewards")),
     ("training", ("training",), ("measuring", "rollouts", "inspect")),
     ("run", ("training/run",), ("training", "ranks", "evals", "rewards")),
     ("python", ("api",), ("run", "check")),  # what `import rwkv_peft as rp` offers
-    ("tools/plan", ("tools/plan",), ("training",)),
+    ("tools/plan", ("tools/plan",), ("training", "estimate")),
     ("demo", ("tools/demo", "tools/download"), ("containers",)),
     ("page", ("tools/ui",), ("tools/plan", "data", "web", "demo")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too

@@ -101,6 +101,11 @@ def resolve_accelerator(train: TrainConfig) -> str:
     return accelerator
 
 
+def gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, 0 for a CPU."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+
+
 def grow_segments() -> None:
     """Let torch's allocator grow segments of a GPU's memory, unless the user has configured it. Rows of many lengths
     would else leave gaps that none of them fits. CUDA must not have started. In WSL older drivers fail on it."""

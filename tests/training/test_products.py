@@ -14,7 +14,7 @@ from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release.merge import main as merge
 from rwkv_peft.tools.plan.command import estimate_of, parse_flags
-from rwkv_peft.tools.plan.memory import written
+from rwkv_peft.training.estimate.memory import written
 from rwkv_peft.training.flags.request import parse_flags as parse_train_flags
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.saving.loggers import make_trackers

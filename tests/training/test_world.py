@@ -89,3 +89,12 @@ def test_a_step_keeps_its_samples_on_as_many_ranks_as_there_are(monkeypatch):
     assert fitted(World(2, 4), 4, 4) == (4, 4, 1, [])  # no torchrun: the flags stand, and are judged elsewhere
     with pytest.raises(UserError, match="16 samples by .*, and 3 ranks .*give --accumulate_grad_batches 6,"):
         fitted(World(3, 1, elastic=True), nodes=4, passes=4)
+
+
+@pytest.mark.parametrize("recorded, devices, rows, passes", [(8, 1, 8, 1), (8, 2, 4, 1), (4, 1, 4, 2), (3, 4, 2, 1)])
+def test_a_run_goes_on_with_its_rows_or_as_many_as_the_ranks_can_share(recorded, devices, rows, passes):
+    state = {"step_samples": 8, "config": {"data": {"micro_bsz": recorded}}}
+    flags = {"micro_bsz": 1, "accumulate_grad_batches": 1, "context_parallel": 1, "fresh_optimizer": False}
+    args = Namespace(**flags, devices=devices, num_nodes=1, proj_dir="out")
+    match_world(args, World(1, devices), state, keeps_rows=True)
+    assert (args.micro_bsz, args.accumulate_grad_batches) == (rows, passes)

@@ -17,6 +17,7 @@ import torch
 from ..cli.errors import Diverged, UserError, quoted
 from ..data.preprocess import SKIP
 from ..data.recorded import chat_of
+from ..gpus import gpu_memory
 from ..training.flags.legacy import SYNONYMS
 from ..training.flags.parser import parser_of_train
 from ..training.flags.request import Request, open_request, parse_flags
@@ -101,7 +102,7 @@ def prepared(
     request = request_for(model, file, proj_dir or folder / "run", settings)
     Path(request.config.train.proj_dir).mkdir(parents=True, exist_ok=True)
     try:
-        inputs = find_inputs(request)
+        inputs = find_inputs(request, gpu_memory(model.device))
     except UserError as error:
         lines = [str(line) for line in error.args if SKIP not in str(line)]  # a list is filtered by its owner
         raise UserError(

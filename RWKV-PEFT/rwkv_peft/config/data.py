@@ -190,7 +190,7 @@ class DataConfig:
     micro_bsz: int = setting(
         1,
         "samples of a device in a forward pass; a pair of answers is one, and so is a labelled answer, and a prompt "
-        "with all of its answers",
+        "with all of its answers; without the flag a GPU takes up to 8, by its memory and the data",
         type=positive,
     )
     num_generations: int = setting(8, "prompts: answers that are drawn to each", type=positive)

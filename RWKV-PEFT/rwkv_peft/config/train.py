@@ -274,7 +274,8 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The length of a run, and its files. epochs_chosen: epoch_count is to be chosen, because no flag sets it."""
+    """The length of a run, and its files. epochs_chosen, rows_chosen: epoch_count and micro_bsz are to be chosen,
+    because no flag sets them."""
 
     proj_dir: str = setting("out", "folder that the run writes to", aliases=("output",), metavar="DIR")
     resume: str = setting(
@@ -308,6 +309,7 @@ class RunSettings:
         type=positive,
     )
     epochs_chosen: bool = setting(False)
+    rows_chosen: bool = setting(False)
     epoch_begin: int = setting(
         0, "number of the first epoch: the schedule and the data start there (with --bone_load)", type=count
     )

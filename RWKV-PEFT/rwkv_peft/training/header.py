@@ -99,6 +99,8 @@ def describe(
     if train.lr_chosen:
         rule = automatic_rate(adapter, model.n_embd, config.objective, not train.load_model)
         why = "as the run began" if inputs.state else rule.reason
+        if train.lr_init != rule.value and not inputs.state:
+            why += f", times the root of {data.micro_bsz} rows"
         say(f"rate      {chosen} (--lr_init auto: {why}; docs/guides/learning-rates.md)")
     elif train.lr_init >= 1 and not adapter.states_alone:  # states, which take rates near 1
         say(f"rate      note: {train.lr_init:g} moves each number by about as much in a step; rates are far below 1")

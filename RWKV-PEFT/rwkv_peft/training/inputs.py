@@ -16,9 +16,10 @@ from ..data.recorded import chat_in, default_mask, recorded_beside, remarks, req
 from ..data.rows import held_out_split, parse_split
 from ..data.samples import Samples
 from ..data.sources import build_samples, parts_of, split_samples
+from .batch_size import with_batch_size
 from .flags.request import Request
 from .rates import with_chosen_epochs, with_first_rates
-from .saving.checkpoints import require_files
+from .saving.checkpoints import require_files, saved_state
 from .saving.resume import Lowest, data_identity, find_state, history, validated_from, with_kept_order
 from .step.plan import Plan
 from .step.teacher import require_own_tokens
@@ -53,12 +54,18 @@ class Inputs:
         return Path(self.config.train.proj_dir)
 
 
-def find_inputs(request: Request) -> Inputs:
-    """Find the Inputs of a Request. Raises UserError if a run that resumes would read something else than before."""
+def find_inputs(request: Request, memory: int = 0) -> Inputs:
+    """Find the Inputs of a Request, for GPUs of `memory` bytes (0: a CPU). Raises UserError if a run that resumes would
+    read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
     config = replace(config, data=with_kept_order(config.data, config.train))
-    train, step_samples = config.train, config.step_samples
     samples, measured = find_samples(config)
+    if not saved_state(config.train.proj_dir, config.train.resume):  # a run that goes on keeps its rows
+        config, notes = with_batch_size(request, config, len(samples), memory)
+        for part in samples.parts:
+            part.bucket(config.data.buckets)
+        samples.notes += notes
+    train, step_samples = config.train, config.step_samples
     if teacher is not None:
         require_own_tokens(teacher, samples.vocabulary)
     if isinstance(samples, PromptSamples):

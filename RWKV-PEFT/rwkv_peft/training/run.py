@@ -30,7 +30,7 @@ from ..data.report import show_samples
 from ..data.row_settings import refuse_hub_name
 from ..data.samples import Samples
 from ..environments.environments import Environments
-from ..gpus import resolve_accelerator
+from ..gpus import gpu_memory, resolve_accelerator
 from ..memory import keep_freed_memory
 from ..ops.products import computing
 from ..plots import plot_loss
@@ -145,7 +145,7 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
 def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[..., object]) -> tuple[int, str]:
     """Do the work of `run` as one of its Ranks, on a device."""
     leads, accelerator = request.world.rank == 0, "cpu" if device.type == "cpu" else "gpu"
-    inputs = find_inputs(request)
+    inputs = find_inputs(request, ranks.least(gpu_memory(device)))
     config, samples = inputs.config, (inputs.samples, *inputs.measured.values())
     if words := require_more_to_train(inputs, leads):
         return 0, words

@@ -20,7 +20,7 @@ from rwkv_peft.objectives.cross_entropy import L2WRAP
 from rwkv_peft.objectives.divergence import Divergence, of_logits
 from rwkv_peft.ops.cross_entropy import cross_entropy_
 from rwkv_peft.tools.plan.command import estimate_of, parse_flags
-from rwkv_peft.tools.plan.memory import GPU, Counts
+from rwkv_peft.training.estimate.memory import GPU, Counts
 from rwkv_peft.training.zero import live_parameters
 
 NEW = ("--n_layer", "4", "--n_embd", "64", "--vocab_size", "80", "--dim_ffn", "256", "--ctx_len", "128")

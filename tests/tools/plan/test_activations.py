@@ -23,9 +23,9 @@ from rwkv_peft.models import FAMILIES
 from rwkv_peft.objectives import cross_entropy, divergence
 from rwkv_peft.ops import products as dense
 from rwkv_peft.ops.cross_entropy import CUDA
-from rwkv_peft.tools.plan import activations, memory
-from rwkv_peft.tools.plan.activations import CPU, GPU, ITEM
-from rwkv_peft.tools.plan.memory import activations_of, count
+from rwkv_peft.training.estimate import activations, memory
+from rwkv_peft.training.estimate.activations import CPU, GPU, ITEM
+from rwkv_peft.training.estimate.memory import activations_of, count
 from rwkv_peft.training.saving import checkpoints, products
 from rwkv_peft.training.step import shared_prefix
 from tools.plan import rehearsal

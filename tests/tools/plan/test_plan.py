@@ -20,7 +20,7 @@ from rwkv_peft.tools.plan.command import (
     memory_size,
     parse_flags,
 )
-from rwkv_peft.tools.plan.memory import CPU, GPU, OPTIMIZER, peak, saved_epochs, written
+from rwkv_peft.training.estimate.memory import CPU, GPU, OPTIMIZER, peak, saved_epochs, written
 from rwkv_peft.training.flags.request import open_request
 from tools.plan.rehearsal import NEW, estimate
 

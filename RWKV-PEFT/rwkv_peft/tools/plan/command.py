@@ -23,15 +23,14 @@ from ...cli.parser import counted
 from ...cli.rules import EXCLUDES, Rule
 from ...cli.tables import GENERATIONS
 from ...config import STRATEGIES, AdapterConfig, ModelConfig, RunConfig, forms, problems
-from ...config.objective import TEACHER
 from ...data.recorded import find_tokenizer
 from ...memory import main_memory
+from ...training.estimate.activations import CPU, GPU
+from ...training.estimate.activations import GENERATIONS as FORMULAS
+from ...training.estimate.memory import ALWAYS, Estimate, Part, keys_of, method_named, peak, written
 from ...training.flags.checks import check_base
 from ...training.flags.parser import build_parser
 from ...training.flags.request import Flags, goes_together, new_model, open_request, parse, targets_of, validate
-from .activations import CPU, GPU
-from .activations import GENERATIONS as FORMULAS
-from .memory import ALWAYS, Estimate, Part, keys_of, method_named, peak, written
 
 PROG = "rwkv-peft plan"
 RULES = (
@@ -138,9 +137,7 @@ def estimate_of(flags: Flags, accelerator: str) -> Estimate:
     is assumed to have the dtype of the training; a new model is made in memory. Raises UserError for a run that
     train.py refuses, in its words."""
     config, sizes, teacher = of_headers(flags) or of_request(flags)
-    one = config.objective
-    if teacher is None and (TEACHER in one.needs or (one.of_tokens and one.asks_base)):
-        teacher = config.model  # which teaches itself
+    teacher = Estimate.teacher_of(config, teacher)
     mapped = set(sizes) <= {config.train.precision} if sizes else config.adapter.method != NONE
     return Estimate(config, accelerator, sum(sizes.values()), mapped, teacher, frozenset(sizes))
 

@@ -152,7 +152,7 @@ def parse(argv: Sequence[str], parser: Parser, here: bool = True) -> CommandLine
                 args.random_seed = draw_seed(state, world)
                 argv = [*argv, "--random_seed", str(args.random_seed)]
                 entries["random_seed"] = str(args.random_seed)
-        notes += match_world(args, world, state)
+        notes += match_world(args, world, state, keeps_rows="micro_bsz" not in entries)
     if here and args.peft is None and args.load_model in ("", PLACEHOLDER) and args.n_layer:
         args.peft = NONE  # flags describe a new model, which has nothing to adapt; a plan stands for its base
     args.data_file, args.more_data = first_of(args.data_file)
@@ -198,7 +198,7 @@ def validate(line: CommandLine, here: bool = True) -> Flags:
         adapter = adapter_config(args)
     with refusals.collecting():  # the rates and epochs of a TrainConfig depend on the data
         data = data_config(args)
-        train = train_config(args, data)
+        train = train_config(args, data, rows_chosen="micro_bsz" not in entries)
     objective: Objective = settings_of(args, objectives.OBJECTIVES[args.objective or takers_of(args.data_type)[0]])
     draft = Draft(adapter, data, train, objective)
     refusals.add(*check_stage(args), *check_adapter_flags(args), *check_objective(args, objective))
@@ -230,14 +230,15 @@ def goes_together(adapter: AdapterConfig, data: DataConfig, train: TrainConfig, 
     return not any(check_settings(adapter, data, train, objective, rules=RULES))
 
 
-def train_config(args: Namespace, data: DataConfig) -> TrainConfig:
-    """Make the TrainConfig. Default learning rates depend on what trains, the default number of epochs on the data."""
+def train_config(args: Namespace, data: DataConfig, rows_chosen: bool) -> TrainConfig:
+    """Make the TrainConfig. Default learning rates depend on what trains, the default number of epochs on the data.
+    rows_chosen: micro_bsz may be chosen once the data is known."""
     segment = (args.chunk_ctx or CHUNK_CTX) if args.train_type == INFCTX else 0
     epochs = args.epoch_count is None and not args.epoch_steps and not args.epoch_begin
     epochs = epochs and (data.of_rows or data.of_answers)
     # rates that open_request chooses, by the model
     rates = () if args.lr_init is not None else ("lr_init",) if args.lr_final is not None else ("lr_init", "lr_final")
-    others: dict[str, Any] = {"lr_chosen": rates, "epochs_chosen": epochs}
+    others: dict[str, Any] = {"lr_chosen": rates, "epochs_chosen": epochs, "rows_chosen": rows_chosen}
     if epochs and args.epoch_save is None:
         others["epoch_save"] = 0  # short epochs have little to save
     train = settings_of(args, TrainConfig, chunk_ctx=segment, more_val=args.more_val, **others)

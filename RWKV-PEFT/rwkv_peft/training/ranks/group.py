@@ -133,6 +133,10 @@ class Ranks:
             return row(), []
         return agreed(gathered(row()) if self.world.size > 1 else [row()], (state or {}).get("products"))
 
+    def least(self, value: int) -> int:
+        """The least of the ranks' values."""
+        return min(gathered(value)) if self.world.size > 1 else value
+
     def leave(self, code: int) -> int:
         """Return rank 0's exit code once all ranks are done: an agent ends all when one exits with an error code. Until
         then a Failure of another rank ends this one, as when rank 0 finds its disk full while it draws the loss."""

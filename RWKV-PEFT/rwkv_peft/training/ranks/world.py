@@ -152,9 +152,10 @@ def number(environment: Mapping[str, str], name: str, default: int | None = None
     return int(text)
 
 
-def match_world(args: Namespace, world: World, state: Mapping[str, Any]) -> list[str]:
+def match_world(args: Namespace, world: World, state: Mapping[str, Any], keeps_rows: bool = False) -> list[str]:
     """Set --devices and --num_nodes in a parsed command line to an elastic World's -> notes. `state` is the state.json
-    that the run goes on from, {} if it begins.
+    that the run goes on from, {} if it begins; with keeps_rows its --micro_bsz stays, or the next lower one that the
+    ranks can share.
 
     --accumulate_grad_batches follows: a step has as many samples as in the run that goes on, else as by the flags.
     There 1, the default of --devices and --num_nodes, stands for the World's numbers. Raises UserError if the ranks
@@ -176,6 +177,10 @@ def match_world(args: Namespace, world: World, state: Mapping[str, Any]) -> list
     before = {} if args.fresh_optimizer else state
     if "step_samples" in before:  # 0.2.0 did not record it
         samples, source = before["step_samples"], f"in the run in {args.proj_dir}"
+    if keeps_rows and state:
+        groups = samples_at_once(args) // args.micro_bsz
+        rows = state.get("config", {}).get("data", {}).get("micro_bsz", args.micro_bsz)
+        args.micro_bsz = next((n for n in range(rows, 0, -1) if samples % (n * groups) == 0), args.micro_bsz)
     ranks, at_once = counted(args.devices * args.num_nodes, "rank"), samples_at_once(args)
     passes, rest = divmod(samples, at_once)
     if rest or not passes:

@@ -144,6 +144,13 @@ class Estimate:
     teacher: ModelConfig | None = None
     dtypes: frozenset[str] = frozenset()
 
+    @staticmethod
+    def teacher_of(config: RunConfig, teacher: ModelConfig | None) -> ModelConfig | None:
+        """The dimensions of the model that a run learns from: the teacher's, or its own if it teaches itself."""
+        objective = config.objective
+        itself = TEACHER in objective.needs or (objective.of_tokens and objective.asks_base)
+        return config.model if teacher is None and itself else teacher
+
     @property
     def counts(self) -> Counts:
         return count(self.config.model, self.config.adapter)
