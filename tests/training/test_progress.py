@@ -1,11 +1,22 @@
 """A run's progress line: the ETA leaves out the first step, in which kernels are loaded and compiled."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from rwkv_peft.ops.native.build import make_once
 from rwkv_peft.training import progress
 from rwkv_peft.training.progress import Progress, printing_compilations
 from rwkv_peft.training.step.plan import Plan
+
+
+@pytest.mark.parametrize("shell", [None, object()])
+def test_a_notebook_gets_a_bar_and_a_process_that_has_only_imported_ipython_gets_lines(monkeypatch, capsys, shell):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    Progress(Plan(8, 1, 1, 0, 0)).update("loss 1", 1, 2.0, 80)
+    assert ("1/1" in capsys.readouterr().out) and (Progress(Plan(8, 1, 1, 0, 0)).bar is None) == (shell is None)
 
 
 class Clock:

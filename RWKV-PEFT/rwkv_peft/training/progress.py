@@ -25,6 +25,12 @@ def in_words(validation: dict[str, float], objective: Objective) -> str:
     return ", ".join(f"{word} {value:.{digits}f}" for word, digits, value in shown)
 
 
+def in_notebook() -> bool:
+    """True if this process is a notebook's kernel, which draws a bar as a terminal does. Others may import IPython."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and shell.get_ipython() is not None
+
+
 class Progress:
     """Show progress and ETA: a moving bar on a terminal; in a log file a line every ten seconds.
 
@@ -35,7 +41,7 @@ class Progress:
         self.plan, self.last_line = plan, 0.0
         self.began: float | None = None  # when the second step began
         self.bar: tqdm | None = None
-        if sys.stdout.isatty() or "ipykernel" in sys.modules:  # a notebook draws it, too
+        if sys.stdout.isatty() or in_notebook():
             self.bar = tqdm(
                 total=plan.total_steps,
                 initial=plan.first_step,
