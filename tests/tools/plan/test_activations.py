@@ -42,7 +42,7 @@ def adapter_of(name, family, parts=(), **settings):
 
 
 def test_every_generation_and_method_has_its_formula():
-    assert set(activations.GENERATIONS) == set(NAMES) and set(activations.METHODS) == set(METHODS)
+    assert set(activations.BLOCKS) == set(NAMES) and set(activations.METHODS) == set(METHODS)
 
 
 # generation, method, precision, device, --grad_cp, --train_parts
@@ -89,7 +89,7 @@ def test_a_generation_without_a_formula_is_bounded(monkeypatch):
         config, adapter = family.new_dimensions(4, 256, 80), adapter_of("bat-in", family)
         known = activations_of(config, adapter, TrainConfig(), GPU)
         with monkeypatch.context() as patch:
-            patch.setattr(activations, "GENERATIONS", {})
+            patch.setattr(activations, "BLOCKS", {})
             bound = activations_of.__wrapped__(config, adapter, TrainConfig(), GPU)
         assert known.kept(1, 512) < bound.kept(1, 512) < 3 * known.kept(1, 512)
 

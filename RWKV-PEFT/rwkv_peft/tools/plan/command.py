@@ -25,8 +25,7 @@ from ...cli.tables import GENERATIONS
 from ...config import STRATEGIES, AdapterConfig, ModelConfig, RunConfig, forms, problems
 from ...data.recorded import find_tokenizer
 from ...memory import main_memory
-from ...training.estimate.activations import CPU, GPU
-from ...training.estimate.activations import GENERATIONS as FORMULAS
+from ...training.estimate.activations import BLOCKS, CPU, GPU
 from ...training.estimate.memory import ALWAYS, Estimate, Part, keys_of, method_named, peak, written
 from ...training.flags.checks import check_base
 from ...training.flags.parser import build_parser
@@ -323,7 +322,7 @@ def head(estimate: Estimate) -> Iterator[str]:
     )
     if train.context_parallel > 1:
         yield f"          {train.context_parallel} ranks share each row (--context_parallel)"
-    upper = {"--precision fp16": train.precision == "fp16", name: model.version not in FORMULAS}
+    upper = {"--precision fp16": train.precision == "fp16", name: model.version not in BLOCKS}
     for words in (words for words, holds in upper.items() if holds):
         yield f"          activations are an upper bound with {words}"
     if train.compile:

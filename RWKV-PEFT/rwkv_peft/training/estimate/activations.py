@@ -209,7 +209,7 @@ def unknown(facts: Facts) -> BlockFormula:
     return BlockFormula(widths + facts.sum_of("att") + facts.sum_of("ffn"), 0, widths, widths, 0, 2)
 
 
-GENERATIONS = MappingProxyType({"x060": rwkv6, "x070": rwkv7, "x070a": rwkv7a, "x070b": rwkv7b})
+BLOCKS = MappingProxyType({"x060": rwkv6, "x070": rwkv7, "x070a": rwkv7a, "x070b": rwkv7b})
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Activations:
             layers[name] = LayerFormula.of(adapter, own, trains, *shape)
         wide = device == GPU and item == 2 and (precision, model.head_size) != ("bf16", HEAD_SIZE)
         facts = Facts(model, layers, time, norms or emb, emb, wide)
-        block = GENERATIONS.get(model.version, unknown)(facts)
+        block = BLOCKS.get(model.version, unknown)(facts)
         if not has_kernels(precision, device):
             block = block._replace(kept=block.kept + PLAIN_KEPT * C, peak=block.peak + PLAIN_WORK * C)
         fixed = sum(layer.fixed for layer in layers.values())
