@@ -125,13 +125,14 @@ export async function dataPage(place, about, signal) {
     take.hidden = false;
     const limit = Number(asked.ctx_len) || ctx_len, total = sizes.reduce((sum, one) => sum + one, 0);
     const cut = sizes.filter((one) => one > limit + 1).length, note = (text) => el("p", { className: "note" }, text);
+    const own = notes.filter((words) => noted(words) !== words); // the others stand above as they are
     result.replaceChildren(
       el("div", { className: "figures" }, figure(t("rows.read"), number(sizes.length + bad)), figure(t("rows.tokens"), number(total)),
         figure(t("rows.learned"), `${Math.round((100 * counted) / Math.max(total, 1))} %`), figure(t("rows.longest"), number(sizes.reduce((a, b) => Math.max(a, b), 0))),
         cut && !texts ? figure(t("rows.cut", number(limit)), number(cut), true) : "", bad ? figure(t("rows.refused"), number(bad), true) : ""),
       ...[texts && t("rows.text.note", number(limit)), cut && !texts && t("rows.cut.note", number(limit)), bad && t("rows.refused.note"),
         ...notes.map(noted), t("rows.tokens.note"), sizes.length >= most && t("rows.some", number(most))].filter(Boolean).map(note),
-      notes.length ? folded(t("rows.reader"), ...notes.map(note)) : "",
+      own.length ? folded(t("rows.reader"), ...own.map(note)) : "",
       ...documents.map(({ tokens, learned, turns }, n) => el("section", { className: "document" },
         el("h3", {}, t("rows.title", n + 1, number(tokens), number(learned))), turns.map(bubble))),
       folded(t("rows.lengths"), histogram(sizes)));
