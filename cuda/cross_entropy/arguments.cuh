@@ -2,8 +2,7 @@
 #pragma once
 #include "common/device.cuh"
 
-// ops/cross_entropy.py mirrors it field by field. Elements are float32 or bf16, by the kernel's name; logits are
-// contiguous and aligned to 16 bytes.
+// ops/cross_entropy.py mirrors it field by field. Elements are bf16; logits are contiguous and aligned to 16 bytes.
 struct CrossEntropyArguments {
     const void* logits;      // (rows, vocabulary)
     void* gradient;          // (rows, vocabulary), or null; may be the logits

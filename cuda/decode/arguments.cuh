@@ -2,8 +2,8 @@
 #pragma once
 #include "common/device.cuh"
 
-// ops/decode/__init__.py mirrors it by field. Elements of x and y are float32 or bf16, by the kernel's name; tensors
-// are contiguous and aligned to 16 bytes. ops/decode/blocks.py says how words hold a matrix (out, in).
+// ops/decode/__init__.py mirrors it by field. Elements of x and y are bf16; tensors are contiguous and aligned to 16
+// bytes. ops/decode/blocks.py says how words hold a matrix (out, in).
 struct DecodeArguments {
     const void* x;      // (rows, in_features)
     const void* words;  // (panels, in_features / 32, bits * 16 + 8)

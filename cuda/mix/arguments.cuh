@@ -3,8 +3,8 @@
 #include "common/device.cuh"
 
 // One structure for all kernels; ops/mix/cuda.py mirrors it field by field, and gives the order of an operation's
-// tensors. Elements are float32 or bf16, by the kernel's name; tensors are (tokens, channels) and contiguous, aligned
-// to two elements; a null pointer marks a tensor that the caller does not have or want.
+// tensors. Elements are bf16; tensors are (tokens, channels) and contiguous, aligned to two elements; a null pointer
+// marks a tensor that the caller does not have or want.
 struct MixArguments {
     const void* inputs[8];
     void* outputs[6];

@@ -6,8 +6,7 @@
 constexpr int SEGMENT = 64;
 
 // One structure for both directions; ops/recurrence/kernels.py mirrors it field by field. Tensors are contiguous;
-// "elements" are float32 or bf16, by the kernel, 16-byte aligned; a null pointer marks a tensor that the caller does
-// not have or want.
+// "elements" are bf16, 16-byte aligned; a null pointer marks a tensor that the caller does not have or want.
 struct Arguments {
     const void *r, *k, *v, *w;  // elements (tokens, heads, head_size)
     const float* u;             // (heads, head_size)
@@ -16,8 +15,8 @@ struct Arguments {
                                 // each sequence is `length` tokens
     void* y;                    // elements (tokens, heads, head_size)
     float* final_state;         // (sequences, heads, K, V)
-    float* checkpoints;   // (tokens / SEGMENT + sequences, heads, K, V), or as chunk.cuh's Checkpoint has it; null
-                          // in a forward without backward
+    float* checkpoints;   // (tokens / SEGMENT + sequences, heads, K, V) in the form of chunk.cuh's Checkpoint; null in
+                          // a forward without backward
     const void* gy;       // gradients: gy is that of y
     const float* gfinal;  // or null for zeros
     void *gr, *gk, *gv, *gw;

@@ -3,15 +3,15 @@
 #include "common/recurrence.cuh"
 
 // Tokens that share a slot among the checkpoints, the states that forward keeps so that backward need not start at
-// token 0: in float32 the state before the first of them, or in bf16 the states before the first and the 17th.
+// token 0: in bf16, the states before the first of them and before the 17th.
 constexpr int SEGMENT = 32;
 
 // -e^(-1/2): a decay's logarithm is this times sigmoid(w), so that no decay is below 0.545.
 constexpr float DECAY_RATE = -0.60653065971263342f;
 
 // One structure for both directions; ops/recurrence/kernels.py mirrors it field by field. Tensors are contiguous;
-// "elements" are float32 or bf16, by the kernel, 16-byte aligned; states have the value dimension in rows; a null
-// pointer marks a tensor that the caller does not have or want.
+// "elements" are bf16, 16-byte aligned; states have the value dimension in rows; a null pointer marks a tensor that the
+// caller does not have or want.
 struct Arguments {
     const void *r, *w, *k, *v, *a, *b;  // elements (tokens, heads, head_size)
     const float* state;                 // (sequences, heads, V, K), or null for zeros
