@@ -40,8 +40,7 @@ from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.data import preprocess
 from rwkv_peft.data.binidx import BinidxDataset
-from rwkv_peft.release import convert
-from rwkv_peft.release import merge as merge_command
+from rwkv_peft.release import convert, merge_command
 from rwkv_peft.training.ranks.group import LOST
 from rwkv_peft.training.saving.checkpoints import list_checkpoints, require_files
 

@@ -18,7 +18,7 @@ from common import DEMO, Parser, row
 
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.hf import BoneConfig, RWKVForCausalLM, RWKVTokenizer
-from rwkv_peft.release.merge import main as merge
+from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.runtimes import rwkv_sequence
 
 STORY = "Ann has 3 red balls.\nQ: What color?\nA:"

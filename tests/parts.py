@@ -32,7 +32,7 @@ PARTS = (
     ("web", ("inference/serve/web",), ("base",)),  # of any server
     ("inference/serve", ("inference/serve",), ("inference", "web")),
     ("evals", ("evals",), ("inference",)),
-    ("prove", ("release/prove",), ("evals",)),
+    ("prove", ("release/prove", "release/merge_command"), ("evals",)),
     ("rewards", ("rewards",), ("evals", "environments")),
     ("hf", ("hf",), ("inference", "convert")),
     ("plots", ("plots", "tools/plot"), ("containers", "objectives")),
@@ -64,6 +64,6 @@ PARTS = (
     ("page", ("tools/ui",), ("tools/plan", "data", "web", "demo")),  # it starts the commands that compute
     ("page's check", ("tools/ui/check",), ("run", "tools/plan")),  # which it starts, too
     ("tools/study", ("tools/study",), ("run",)),
-    ("tools/learn", ("tools/learn",), ("python", "tools/study")),
+    ("tools/learn", ("tools/learn",), ("python",)),
     ("cli/commands", ("cli/commands", "__main__"), ("flags",)),  # it imports a command when that is called, by its name
 )

@@ -17,7 +17,7 @@ from rwkv_peft.cli.errors import UserError, exit_on_user_error
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.gpus import count_gpus
 from rwkv_peft.hf.finetune import adapt
-from rwkv_peft.release.merge import main as merge
+from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.tools.doctor import MISSING, check_devices
 from rwkv_peft.training.flags.request import parse_run
 from rwkv_peft.training.model import own_device

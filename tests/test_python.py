@@ -23,8 +23,7 @@ from rwkv_peft.inference import command
 from rwkv_peft.inference.forward import prefill
 from rwkv_peft.inference.loading import load_model, save_state_file
 from rwkv_peft.ops.decode.tape import Tape
-from rwkv_peft.release import check
-from rwkv_peft.release import merge as merge_command
+from rwkv_peft.release import check, merge_command
 from training.runs import finish, metrics, start
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,8 +28,7 @@ from rwkv_peft.inference.loading import load_model, read_state_file
 from rwkv_peft.inference.prompts import encode, read_prompt_file
 from rwkv_peft.inference.text import Continuation
 from rwkv_peft.plots import read_metrics, series
-from rwkv_peft.release import convert
-from rwkv_peft.release import merge as merge_command
+from rwkv_peft.release import convert, merge_command
 from rwkv_peft.training.flags.adapter import json_flags, parse_json_flag
 from rwkv_peft.training.flags.parser import parser_of_train
 from rwkv_peft.training.flags.settings_file import expanded

@@ -20,7 +20,7 @@ from rwkv_peft.checkpoints.base import open_base, save_model
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.hf import BoneConfig, RWKVForCausalLM, RWKVForSequenceClassification, RWKVModel, RWKVTokenizer
 from rwkv_peft.models import family_named
-from rwkv_peft.release.merge import main as merge
+from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.release.runtimes import rwkv_sequence
 
 trl = pytest.importorskip("trl")

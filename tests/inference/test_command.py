@@ -25,7 +25,7 @@ from rwkv_peft.inference import command, decode, flags
 from rwkv_peft.inference.decode import GeneratedToken
 from rwkv_peft.inference.loading import load_subject
 from rwkv_peft.models.layout import time_state_shapes
-from rwkv_peft.release import merge
+from rwkv_peft.release import merge_command
 
 
 def script(monkeypatch, *texts):
@@ -252,7 +252,7 @@ def test_adapters_at_scales_answer_as_their_merge(run, model, tmp_path, capsys):
         save_adapter(file, *adapter_of(variant, base, seed=9 * seed))
     scaled, asked = [f"{files[0]}=0.7", f"{files[1]}=-2"], ("--prompt", "a", "--temperature", 0)
     found = [run(*asked, "--adapter", *given) for given in (scaled, files, [scaled[0], "--adapter", scaled[1]])]
-    assert merge.main(["--base_model", str(model), "--adapter", *scaled, "--output", f"{tmp_path}/m.pth"]) == 0
+    assert merge_command.main(["--base_model", str(model), "--adapter", *scaled, "--output", f"{tmp_path}/m.pth"]) == 0
     capsys.readouterr()
     assert command.main(["--model", f"{tmp_path}/m.pth", *map(str, asked)]) == 0
     assert capsys.readouterr().out == found[0] == found[2] != found[1]

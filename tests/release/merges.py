@@ -9,7 +9,7 @@ from rwkv_peft.checkpoints.adapter_file import AdapterMetadata
 from rwkv_peft.checkpoints.base import fingerprint, open_base
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.release import convert as convert_cli
-from rwkv_peft.release import merge as merge_cli
+from rwkv_peft.release import merge_command as merge_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = tuple(name for name in METHODS if is_saved(name))

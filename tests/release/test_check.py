@@ -17,7 +17,7 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
-from rwkv_peft.release import merge as merge_cli
+from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.release.check import SHOWN, SLACK, adapted_logits, differences, main, package_logits
 from rwkv_peft.release.merge import MergeOptions, merged_tensors
 from rwkv_peft.release.runtimes import reference_logits

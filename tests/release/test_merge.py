@@ -19,7 +19,7 @@ from rwkv_peft.checkpoints.base import base_of, fingerprint, open_base, save_mod
 from rwkv_peft.checkpoints.tensors import TensorSpec
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.inference import command as generate_cli
-from rwkv_peft.release import merge as merge_cli
+from rwkv_peft.release import merge_command as merge_cli
 from rwkv_peft.release.changes import TensorChange, change_table
 from rwkv_peft.release.merge import Merge, merged_tensors, prefetch
 from rwkv_peft.training.run import main as train

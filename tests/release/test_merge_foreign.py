@@ -19,8 +19,8 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.models import family_named
 from rwkv_peft.models.rwkv6.model import RWKV6
 from rwkv_peft.models.rwkv7.keys import new_dimensions, shapes
-from rwkv_peft.release.merge import main as merge
 from rwkv_peft.release.merge import merged_tensors
+from rwkv_peft.release.merge_command import main as merge
 from training.runs import finish, start
 
 ALPHA = 24

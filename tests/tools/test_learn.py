@@ -13,9 +13,8 @@ from rwkv_peft.cli.errors import UserError
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.feedback import Answered, FeedbackFile
 from rwkv_peft.data.sources import build_samples
+from rwkv_peft.evals.frontier import Likelihood, answers_in, likelihood
 from rwkv_peft.tools.learn import command
-from rwkv_peft.tools.learn.command import HALVINGS, KEPT, Point, frontier, likelihood
-from rwkv_peft.tools.study.command import Likelihood
 from training.runs import ROOT
 
 BASE = ROOT / "demo" / "rwkv7-demo.pth"
@@ -98,12 +97,14 @@ def test_the_new_part_is_scaled_back_to_what_may_be_lost(run, capsys):
     rp.add_adapter(model, load=run / "out" / "adapter-learned.safetensors")
     chosen = next(point for point in found["frontier"] if point["scale"] == found["scale"])
     samples = samples_of(run / "rows.jsonl")
-    assert likelihood(model, samples).nats == pytest.approx(chosen["to keep"]["nats"], rel=1e-4)
+    assert likelihood(model.network, None, answers_in(samples)).nats == pytest.approx(
+        chosen["to keep"]["nats"], rel=1e-4
+    )
 
 
 def test_nothing_is_written_if_each_part_loses_too_much(run, monkeypatch, capsys):
     losses = itertools.count()
-    monkeypatch.setattr(command, "likelihood", lambda model, samples: Likelihood(next(losses), 0.0))
+    monkeypatch.setattr(command, "likelihood", lambda model, start, answers: Likelihood(next(losses), 0.0))
     (run / "out" / "adapter-learned.safetensors").unlink(missing_ok=True)
     code, found = learn(run, "--epoch_count", 1)
     assert (code, found["scale"]) == (1, 0) and not (run / "out" / "adapter-learned.safetensors").exists()
@@ -113,13 +114,6 @@ def test_nothing_is_written_if_each_part_loses_too_much(run, monkeypatch, capsys
 def samples_of(path):
     settings = {"data_type": "sft", "tokenizer": "bytes", "ctx_len": 128, "loss_mask": "file", "dataload": "pad"}
     return build_samples(DataConfig(str(path), **settings), 257)
-
-
-@pytest.mark.parametrize("holds", [0.01, 0.3, 0.6875, 0.99, 1.0])
-def test_the_largest_scale_that_holds_is_found(holds):
-    points, best = frontier(lambda scale: Point(scale, {KEPT: Likelihood(scale, 1.0)}), holds)
-    assert best.scale <= holds < best.scale + 0.25 / 2**HALVINGS or best.scale == holds == 1
-    assert [point.scale for point in points] == sorted({point.scale for point in points})
 
 
 def test_what_cannot_be_learned_is_refused_with_its_remedy(run, tmp_path):

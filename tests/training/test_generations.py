@@ -14,7 +14,7 @@ from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli import commands
 from rwkv_peft.cli.errors import UserError
 from rwkv_peft.release.check import main as check
-from rwkv_peft.release.merge import main as merge
+from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.training.flags.request import parse_run
 from training.runs import metrics
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rwkv_peft.checkpoints.base import open_base
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.release.merge import main as merge
+from rwkv_peft.release.merge_command import main as merge
 from rwkv_peft.tools.plan.command import estimate_of, parse_flags
 from rwkv_peft.training.estimate.memory import written
 from rwkv_peft.training.flags.request import parse_flags as parse_train_flags

@@ -25,7 +25,7 @@ from rwkv_peft.data.preprocess import main as preprocess
 from rwkv_peft.data.recorded import chat_beside
 from rwkv_peft.data.token_file_writer import TokenFileWriter
 from rwkv_peft.data.tools import TOOL_FORMS
-from rwkv_peft.release.merge import main as merge
+from rwkv_peft.release.merge_command import main as merge
 from training.held import held
 from training.runs import ROOT, finish, metrics, start
 

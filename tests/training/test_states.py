@@ -15,7 +15,7 @@ from rwkv_peft.models.layout import time_state_shapes
 from rwkv_peft.release.check import main as check
 from rwkv_peft.release.convert import main as convert
 from rwkv_peft.release.inspect import main as inspect
-from rwkv_peft.release.merge import main as merge
+from rwkv_peft.release.merge_command import main as merge
 from training.runs import metrics, rewound
 
 ALONE = ("--peft", "none", "--train_type", "state", "--precision", "fp32", "--lr_init", "1e-1", "--lr_final", "1e-1")

@@ -105,7 +105,7 @@ COMMANDS = (
         "Release",
         "merge",
         "base + adapter -> a .pth that any runtime loads (merge_bone.py)",
-        "release.merge",
+        "release.merge_command",
         flags="release.flags:merge_flags",
     ),
     Command(

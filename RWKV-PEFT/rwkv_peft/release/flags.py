@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from ..checkpoints.source_flags import ScaledFiles, add_source_flags
 from ..cli.names import GGUF_TYPES, QUANTS, called
-from ..cli.parser import Parser, constrained, positive, up_to
+from ..cli.parser import Parser, constrained, not_negative, positive, up_to
 from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config import QUANTIZATIONS
 from .probe import add_endpoint_flags
@@ -38,6 +38,9 @@ ADAPTER_FLAGS = ("--bone_checkpoint", "--adapter", "--lora_checkpoint", "--peft_
 MERGE = "merge_bone.py"
 MERGE_RULES = (
     Rule(MERGE, NEEDS, "--output, --dry_run", "it writes the merged model", "name its .pth, or add --dry_run"),
+    Rule("--forget_at_most", NEEDS, "--keep", "it is the most that those rows may lose", "name the rows"),
+    Rule("--keep", NEEDS, "--forget_at_most", "its rows are measured for that", "add it, in nats a token"),
+    Rule("--tokenizer", NEEDS, "--keep", "it is that of those rows", "leave it out"),
 )
 PROVE_RULES = (
     Rule("--model, --api_key", NEEDS, "--url", "they are an endpoint's", "give its address"),
@@ -108,6 +111,11 @@ def merge_flags(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="do not compare the base with the one that the adapter names: merge into another of the same shape",
     )
+    bound = "the most nats a token that the rows of --keep may lose beside the base; if they lose more, the change is "
+    bound += "scaled back to the largest scale that holds, as FILE=SCALE does"
+    add("--forget_at_most", type=not_negative, metavar="NATS", help=bound)
+    add("--keep", metavar="FILE", help="rows that must not be lost, such as chats of what the base can do")
+    add("--tokenizer", metavar="NAME", help="of --keep: world, bytes or a tokenizer.json (default: the run's)")
     add("--dry_run", action="store_true", help="compute and report everything, write nothing")
     return parser.parse_args(argv)
 

@@ -5,12 +5,12 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,8 +29,8 @@ from ...data.mixture import Mixture
 from ...data.recorded import require_same
 from ...data.samples import Samples
 from ...data.sources import build_samples, split_samples
-from ...evals.questions import RowsExam, last_answer, rows_of
-from ...evals.scoring import score
+from ...evals.frontier import KEPT, MEASURED, SCORED, Point, answers_in, frontier, likelihood, table
+from ...evals.questions import RowsExam, rows_of
 from ...plots import look, new_figure, plain_axes, save_figure
 from ...rewards import Judges
 from ...training.inputs import VALIDATION, Inputs, find_inputs, make_plan
@@ -39,27 +39,17 @@ from ...training.measuring import BeforeAfter, Questions
 from ...training.prepared import TrainingRun
 from ...training.ranks.world import World
 from ...training.rates import automatic_rate
-from ..study.command import SCORED, Likelihood
 from .flags import parse_flags
 
 FIGURES, PICTURE = "learned.json", "learned.png"
 ANSWERED = 4  # rows of a kind that are answered before and after
-MEASURED = 128  # rows of a kind that are measured, at most
 HELD = 0.1  # of the rows to replay, in place of validation rows
-GRID, HALVINGS = (0.0, 0.25, 0.5, 0.75, 1.0), 4  # scales that are measured, and between two of them
 OF_RUN = (  # flags of a run about its data, which count here too
     *("ctx_len", "data_type", "dataload", "loss_mask", "sft_field", "sft_split", "sft_as", "sft_long", "sft_think"),
     *("think_labels", "clean_turns", "tool_form", "turns_in_text", "encoding", "document_end", "skip_bad_rows"),
     *("val_split", "val_seed", "val_data", "data_mix"),
 )
-CORRECTED, NEW, KEPT = "feedback", "held out", "to keep"
-
-
-class Point(NamedTuple):
-    """What a model answers at a scale of the new part: {name of rows: Likelihood}."""
-
-    scale: float
-    rows: Mapping[str, Likelihood]
+CORRECTED, NEW = "feedback", "held out"
 
 
 def main(argv: list[str]) -> int:
@@ -92,6 +82,7 @@ def learn(args: Namespace) -> int:
         asked = [row for name, part in measured.items() for row in rows_of(name, part, ANSWERED)]
         answers = BeforeAfter(RowsExam(asked, model.tokenizer, SCORED), folder / LEARNED_ROWS, False, anew=True)
         answers.before(engine)
+        texts = {name: answers_in(part) for name, part in measured.items()}
         start = {name: tensor.clone() for name, tensor in trained(model).items()}
         steps, seconds = take_steps(model, replace(inputs, samples=samples, measured={}, plan=plan), args.minutes)
     end = {name: tensor.clone() for name, tensor in trained(model).items()}
@@ -100,7 +91,8 @@ def learn(args: Namespace) -> int:
     def at(scale: float) -> Point:
         for name, tensor in trained(model).items():
             tensor.copy_(torch.lerp(start[name].float(), end[name].float(), scale))
-        return Point(scale, {name: likelihood(model, samples) for name, samples in measured.items()})
+        network, begun = model.network.eval(), model.begun()
+        return Point(scale, {name: likelihood(network, begun, pairs) for name, pairs in texts.items()})
 
     points, best = frontier(at, args.forget_at_most)
     print(table(points, best))
@@ -182,48 +174,6 @@ def take_steps(model: Model, inputs: Inputs, minutes: float) -> tuple[int, float
     except Diverged as error:
         raise UserError(f"{error}; lower --lr_init") from error
     return steps, time.monotonic() - began
-
-
-def likelihood(model: Model, samples: Samples) -> Likelihood:
-    """The Likelihood of the last answers in up to MEASURED samples. Raises UserError for rows without answers."""
-    rows = [samples[n] for n in range(min(len(samples), MEASURED))]
-    documents = [document for row in rows for document in (row if isinstance(row, list) else [row])]
-    pairs = list(filter(None, map(last_answer, documents)))
-    if not pairs:
-        raise UserError("rows to measure have no answers: name rows with answers as --feedback, and as --keep")
-    model.eval()
-    scores = list[Any]()
-    for first in range(0, len(pairs), SCORED):
-        prompts, answers = zip(*[(list(prompt), [list(answer)]) for prompt, answer in pairs[first : first + SCORED]])
-        scores += [found for (found,) in score(model.network, prompts, answers, model.begun())]
-    tokens = sum(len(answer) for _, answer in pairs)
-    return Likelihood(-sum(one.logprob for one in scores) / tokens, sum(one.greedy for one in scores) / len(scores))
-
-
-def frontier(at: Callable[[float], Point], most: float) -> tuple[list[Point], Point]:
-    """(the Points at the scales of GRID and, by bisection, beside the largest that holds, in order; that Point).
-
-    A Point holds if the rows to keep lose at most `most` nats a token beside scale 0."""
-    points = [at(scale) for scale in GRID]
-    limit = points[0].rows[KEPT].nats + most
-    place = max(n for n, point in enumerate(points) if point.rows[KEPT].nats <= limit)
-    best, above = points[place], GRID[place + 1 :][:1]
-    for _ in range(HALVINGS if above else 0):
-        points.append(middle := at((best.scale + above[0]) / 2))
-        if middle.rows[KEPT].nats <= limit:
-            best = middle
-        else:
-            above = (middle.scale,)
-    return sorted(points, key=lambda point: point.scale), best
-
-
-def table(points: Sequence[Point], best: Point) -> str:
-    """A line for each Point: nats a token, and the share of answers word for word, of each kind of rows."""
-    lines = ["scale   " + "".join(f"{name:>20}" for name in best.rows)]
-    for point in points:
-        cells = [f"{found.nats:>13.3f} {found.right:>6.0%}" for found in point.rows.values()]
-        lines.append(f"{point.scale:<8.4g}{''.join(cells)}" + "  <" * (point is best))
-    return "\n".join(lines)
 
 
 def draw(points: Sequence[Point], best: Point, most: float, path: Path) -> None:

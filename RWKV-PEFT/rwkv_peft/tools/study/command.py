@@ -8,7 +8,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -22,8 +21,8 @@ from ...cli.parser import counted
 from ...data.chat import TURN_END, stops_of
 from ...data.recorded import find_tokenizer
 from ...data.samples import Samples
+from ...evals.frontier import Likelihood, likelihood
 from ...evals.questions import GREEDY, last_answer, sample
-from ...evals.scoring import score
 from ...gpus import resolve_accelerator
 from ...inference.forward import prefill
 from ...inference.loading import Subject
@@ -37,7 +36,6 @@ from ...training.step.teacher import make_teacher
 from .flags import Study, parse_flags
 
 FIGURES = "study.json"
-SCORED = 16  # questions that are scored at once
 BATCH = 32  # completions that are sampled at once
 SEEDS = 1 << 24  # more than the questions of any document
 MOST = 1 << 24  # bytes of a document
@@ -47,16 +45,6 @@ LEAST = 0.01  # of the gain by the text, that counts as learned
 ALONE, BEHIND = 0, 1  # the documents of a sample: a question with its answer, and the same behind its context
 
 Pairs = list[tuple[list[int], list[int]]]  # of a question's tokens and its answer's
-
-
-class Likelihood(NamedTuple):
-    """A model's mean loss of answers, in nats a token, and the share that it would answer word for word."""
-
-    nats: float
-    right: float
-
-    def __str__(self) -> str:
-        return f"{self.nats:.3f} nats a token, {self.right:.0%} word for word"
 
 
 def main(argv: list[str]) -> int:
@@ -86,7 +74,7 @@ def learn(study: Study) -> int:
         with alone_in(folder, flag="--output"):
             write_questions(study, text, reader)
     held_out = find_samples(request.config)[1][VALIDATION]
-    behind, alone = (likelihood(reader, held_out, document) for document in (BEHIND, ALONE))
+    behind, alone = (measured(reader, held_out, document) for document in (BEHIND, ALONE))
     print(f"{counted(len(held_out), 'question')} held out; the model answers them")
     print(f"  with the text before it    {behind}")
     print(f"  without, before training   {alone}", flush=True)
@@ -94,7 +82,7 @@ def learn(study: Study) -> int:
     code, words = run(request, print)
     if code:
         return code
-    after = likelihood(learner_of(request, base), held_out, ALONE)
+    after = measured(learner_of(request, base), held_out, ALONE)
     print(f"{words}\n  without, after training    {after}\n{verdict(behind, alone, after)}")
     figures = {"with_text": behind._asdict(), "before": alone._asdict(), "after": after._asdict()}
     write_text(folder / FIGURES, json.dumps({"held_out": len(held_out), **figures}, indent=2) + "\n")
@@ -229,18 +217,9 @@ def cut(text: str, most: int, length: Callable[[str], int]) -> list[str]:
     return parts
 
 
-def likelihood(subject: Subject, samples: Samples, document: int) -> Likelihood:
-    """The Likelihood of the answers in one document (ALONE, BEHIND) of samples; each context is read once."""
-    logprob, right, tokens, number = 0.0, 0, 0, 0
-    for context, pairs in answers_by_context(samples, document, subject.tokenizer.end_id).items():
-        start = prefill(subject.model, [list(context)], subject.start)[1] if context else subject.start
-        for first in range(0, len(pairs), SCORED):
-            prompts, answers = zip(*pairs[first : first + SCORED])
-            for [found] in score(subject.model, prompts, [[answer] for answer in answers], start):
-                logprob += found.logprob
-                right += found.greedy
-        tokens, number = tokens + sum(len(answer) for _, answer in pairs), number + len(pairs)
-    return Likelihood(-logprob / tokens, right / number)
+def measured(subject: Subject, samples: Samples, document: int) -> Likelihood:
+    """The Likelihood of the answers in one document (ALONE, BEHIND) of samples."""
+    return likelihood(subject.model, subject.start, answers_by_context(samples, document, subject.tokenizer.end_id))
 
 
 def answers_by_context(samples: Samples, document: int, end_id: int | None) -> dict[tuple[int, ...], Pairs]:

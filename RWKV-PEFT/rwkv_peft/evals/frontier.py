@@ -1,0 +1,116 @@
+"""The largest scale of a change at which rows lose no more than allowed, and what is measured to find it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoints.base import Base, base_of
+from ..cli.errors import UserError
+from ..data.masks import undesirable
+from ..data.samples import Document, Samples
+from ..inference.forward import prefill
+from ..inference.loading import model_of
+from ..models.parts import LanguageModel
+from ..models.state import State
+from ..release.compatibility import Adapters
+from ..release.merge import MergeOptions, merged_tensors
+from .questions import last_answer
+from .scoring import score
+
+SCORED = 16  # answers that are scored at once
+MEASURED = 128  # rows of a kind that are measured, at most
+GRID, HALVINGS = (0.0, 0.25, 0.5, 0.75, 1.0), 4  # scales that are measured, and between two of them
+KEPT = "to keep"
+
+Answers = Mapping[tuple[int, ...], Sequence[tuple[list[int], list[int]]]]  # by context: tokens of prompts and answers
+
+
+class Likelihood(NamedTuple):
+    """A model's mean loss of answers, in nats a token, and the share that it would answer word for word."""
+
+    nats: float
+    right: float
+
+    def __str__(self) -> str:
+        return f"{self.nats:.3f} nats a token, {self.right:.0%} word for word"
+
+
+class Point(NamedTuple):
+    """What a model answers at a scale of a change: {name of rows: Likelihood}."""
+
+    scale: float
+    rows: Mapping[str, Likelihood]
+
+
+def likelihood(model: LanguageModel, start: State | None, answers: Answers) -> Likelihood:
+    """The Likelihood of answers; each context is read once, from start (None: zeros)."""
+    logprob, right, tokens, number = 0.0, 0, 0, 0
+    for context, pairs in answers.items():
+        begun = prefill(model, [list(context)], start)[1] if context else start
+        for first in range(0, len(pairs), SCORED):
+            prompts, texts = zip(*pairs[first : first + SCORED])
+            for [found] in score(model, prompts, [[text] for text in texts], begun):
+                logprob += found.logprob
+                right += found.greedy
+        tokens, number = tokens + sum(len(text) for _, text in pairs), number + len(pairs)
+    return Likelihood(-logprob / tokens, right / number)
+
+
+def answers_in(samples: Samples) -> Answers:
+    """The last answers in up to MEASURED samples; all of a text behind its first token. Raises UserError if there are
+    none."""
+
+    def pair(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[list[int], list[int]] | None:
+        if found := last_answer((tokens, mask)):
+            return list(found[0]), list(found[1])
+        text = mask.all() and not undesirable(mask)
+        return (tokens[:1].tolist(), tokens[1:].tolist()) if text else None
+
+    rows = [samples[n] for n in range(min(len(samples), MEASURED))]
+    documents: list[Document] = [each for row in rows for each in (row if isinstance(row, list) else [row])]
+    if not (pairs := [found for document in documents if (found := pair(*document))]):
+        raise UserError("rows to measure hold no answer that counts in the loss; name rows with answers")
+    return {(): pairs}
+
+
+def frontier(at: Callable[[float], Point], most: float) -> tuple[list[Point], Point]:
+    """(the Points at the scales of GRID and, by bisection, beside the largest that holds, in order; that Point).
+
+    A Point holds if the rows to keep lose at most `most` nats a token beside scale 0."""
+    points = [at(scale) for scale in GRID]
+    limit = points[0].rows[KEPT].nats + most
+    place = max(n for n, point in enumerate(points) if point.rows[KEPT].nats <= limit)
+    best, above = points[place], GRID[place + 1 :][:1]
+    for _ in range(HALVINGS if above else 0):
+        points.append(middle := at((best.scale + above[0]) / 2))
+        if middle.rows[KEPT].nats <= limit:
+            best = middle
+        else:
+            above = (middle.scale,)
+    return sorted(points, key=lambda point: point.scale), best
+
+
+def merged_frontier(
+    base: Base, adapters: Adapters, samples: Samples, most: float, options: MergeOptions
+) -> tuple[list[Point], Point]:
+    """The frontier of adapters on a Base, by merges in float32: a scale multiplies the amount of each. Raises UserError
+    as Merge does."""
+    answers, options = answers_in(samples), replace(options, dtype=torch.float32)
+
+    def at(scale: float) -> Point:
+        scaled = [(name, adapter._replace(amount=adapter.amount * scale)) for name, adapter in adapters]
+        merged = base_of(merged_tensors(base, scaled, options), base.path) if scale else base
+        return Point(scale, {KEPT: likelihood(*model_of(merged, "fp32", options.device), answers)})
+
+    return frontier(at, most)
+
+
+def table(points: Sequence[Point], best: Point) -> str:
+    """A line for each Point: nats a token, and the share of answers word for word, of each kind of rows."""
+    lines = ["scale   " + "".join(f"{name:>20}" for name in best.rows)]
+    for point in points:
+        cells = [f"{found.nats:>13.3f} {found.right:>6.0%}" for found in point.rows.values()]
+        lines.append(f"{point.scale:<8.4g}{''.join(cells)}" + "  <" * (point is best))
+    return "\n".join(lines)
