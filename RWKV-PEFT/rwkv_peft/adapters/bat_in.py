@@ -6,7 +6,7 @@ With u_b = B_b x_b, y = W (x + u) + tile(Σ_b u_b).
 from torch import Tensor
 
 from ..config import AdapterConfig
-from .block_affine import BlockAffine, fit, sizes
+from .block_affine import BlockAffine, misfit, sizes
 from .change import Params
 from .functions.bat_in import bat_in
 from .method import HfForm, Method, Shapes, Tensors, Upstream
@@ -24,7 +24,7 @@ def apply(x: Tensor, base: Frozen, params: Params, scale: float, dropout: float)
 # W'_ab = W_ab + W_ab B_b + B_b: one matrix for each block of inputs, `bone` (in/rank, rank, rank)
 METHOD = Method(
     name="bat-in",
-    tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
+    tensors=Tensors(("bone",), ("rank",), shapes, sizes, misfit),
     change=BlockAffine(index="b"),
     apply=apply,
     upstream=Upstream(),

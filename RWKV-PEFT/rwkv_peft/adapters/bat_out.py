@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..config import AdapterConfig
-from .block_affine import BlockAffine, fit, sizes
+from .block_affine import BlockAffine, misfit, sizes
 from .change import Params
 from .functions.bat_out import bat_out
 from .method import HfForm, Method, Shapes, Tensors
@@ -32,7 +32,7 @@ class ByOutput(BlockAffine):
 # W'_ab = W_ab + W_ab B_a + B_a: one matrix for each block of outputs, `bone` (out/rank, rank, rank)
 METHOD = Method(
     name="bat-out",
-    tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
+    tensors=Tensors(("bone",), ("rank",), shapes, sizes, misfit),
     change=ByOutput(index="a"),
     apply=apply,
     hf=HfForm(("bat", "bat-out"), dims=3),

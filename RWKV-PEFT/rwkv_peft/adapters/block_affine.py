@@ -16,7 +16,7 @@ from .change import Change, Params, cast, wide
 from .method import Misfit, nearest_divisor
 
 
-def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
+def misfit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
     common, rank = math.gcd(out_features, in_features), config.rank
     if not common % rank:
         return None

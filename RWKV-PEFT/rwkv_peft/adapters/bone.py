@@ -11,16 +11,10 @@ from torch import Tensor
 from ..config import AdapterConfig
 from .change import Params, Sum
 from .functions.bone import bone
-from .method import HfForm, Method, Misfit, Shapes, Tensors, Upstream
+from .method import HfForm, Method, Shapes, Tensors, Upstream, rank_up_to
 from .product import Frozen
 
-
-def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
-    rank = config.rank
-    if rank <= in_features:
-        return None
-    problem = f"is more than {in_features}, the most that it can use"
-    return Misfit("rank", rank, problem, in_features, too_large=True)
+misfit = rank_up_to(lambda out_features, in_features: in_features)
 
 
 def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
@@ -54,7 +48,7 @@ def as_lora(params: Params, scale: float, out_features: int, in_features: int) -
 # W'[o, i] = W[o, i] + D[i mod rank, o] with D = `bone` (rank, out)
 METHOD = Method(
     name="bone",
-    tensors=Tensors(("bone",), ("rank",), shapes, sizes, fit),
+    tensors=Tensors(("bone",), ("rank",), shapes, sizes, misfit),
     change=Sum(MappingProxyType({"bone": 1}), update=update, negated=("bone",)),
     apply=apply,
     lora=as_lora,

@@ -9,12 +9,12 @@ from .change import Params, Sum
 from .method import HfForm, Misfit, Shapes, Tensors, Upstream, UpstreamLayer, nearest_divisor
 
 
-def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
+def misfit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
     mini_rank = config.mini_rank
     if mini_rank < 1 or out_features % mini_rank:
         nearest = nearest_divisor(out_features, mini_rank if mini_rank > 0 else config.rank)
         return Misfit("mini_rank", mini_rank, f"does not divide {out_features}", nearest)
-    return bone.fit(config, out_features, in_features)
+    return bone.misfit(config, out_features, in_features)
 
 
 def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:
@@ -53,7 +53,7 @@ def as_bone(layer: UpstreamLayer) -> Params:
 METHOD = replace(
     bone.METHOD,
     name="bone-mini",
-    tensors=Tensors(("bone",), ("rank", "mini_rank"), shapes, sizes, fit),
+    tensors=Tensors(("bone",), ("rank", "mini_rank"), shapes, sizes, misfit),
     change=Repeated(update=bone.update, negated=("bone",)),
     upstream=Upstream(as_bone),
     hf=HfForm(("mini",)),

@@ -53,7 +53,7 @@ def as_lora(params: Params, scale: float, out_features: int, in_features: int) -
 # W'[o, i] = W[o, i] + s_i D[i mod rank, o] with D = `bone` (rank, out) and s = `bone_signs` (in,) of 1 and -1
 METHOD = Method(
     name="bone-signed",
-    tensors=Tensors(("bone",), ("rank",), shapes, bone.sizes, bone.fit, idle=("bone_signs",)),
+    tensors=Tensors(("bone",), ("rank",), shapes, bone.sizes, bone.misfit, idle=("bone_signs",)),
     change=Sum(MappingProxyType({"bone": 1}), update=update, negated=("bone",)),
     apply=apply,
     held=Constants(("bone_signs",), make),

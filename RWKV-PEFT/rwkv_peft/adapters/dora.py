@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import AdapterConfig
 from . import low_rank
 from .change import Change, Params, cast
-from .method import Alpha, Constants, Method, Shapes, Tensors
+from .method import Alpha, Constants, Method, Shapes, Tensors, rank_up_to
 from .product import Frozen
 
 BY_ROW = ("lora_B", "lora_gain", "lora_row_norm")
@@ -62,9 +62,9 @@ def _length(products: Tensor, params: Params, scale: float) -> Tensor:
     """|W_o + U_o| (out,) from W Aᵀ (out, r) and the params, in the dtype of W Aᵀ."""
     params = cast(params, products.dtype)
     lora_A, lora_B = params["lora_A"], params["lora_B"]
-    along = (lora_B * products).sum(1)
-    own = (lora_B * (lora_B @ (lora_A @ lora_A.t()))).sum(1)
-    squared = params["lora_row_norm"].square() + 2 * scale * along + scale**2 * own
+    cross = (lora_B * products).sum(1)
+    squares = (lora_B * (lora_B @ (lora_A @ lora_A.t()))).sum(1)
+    squared = params["lora_row_norm"].square() + 2 * scale * cross + scale**2 * squares
     return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()  # a row of zeros stays one
 
 
@@ -75,7 +75,7 @@ METHOD = Method(
         ("rank",),
         shapes,
         low_rank.sizes,
-        low_rank.fits_up_to(min),
+        rank_up_to(min),
         idle=("lora_A", "lora_row_norm"),
     ),
     change=Turned(MappingProxyType(dict.fromkeys(BY_ROW, 0))),

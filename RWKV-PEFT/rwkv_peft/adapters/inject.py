@@ -204,7 +204,7 @@ def _match_parts(parts: Sequence[str], model: nn.Module, family: Generation | No
 
 def _check_fit(method: Method, config: AdapterConfig, name: str, out_features: int, in_features: int) -> None:
     """Raise UserError if the settings do not fit a layer, in the words of the flags."""
-    misfit = method.tensors.fit(config, out_features, in_features)
+    misfit = method.tensors.misfit(config, out_features, in_features)
     if misfit is None:
         return
     flag = word_of(method).flag_of(misfit.setting)

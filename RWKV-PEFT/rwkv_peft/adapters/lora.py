@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685)."""
 
 from . import low_rank
-from .method import Alpha, Method, Tensors, Upstream
+from .method import Alpha, Method, Tensors, Upstream, rank_up_to
 
 
 def remark(rank: int, scale: float) -> str:
@@ -14,7 +14,7 @@ def remark(rank: int, scale: float) -> str:
 METHOD = Method(
     name="lora",
     tensors=Tensors(
-        ("lora_A", "lora_B"), ("rank",), low_rank.shapes, low_rank.sizes, low_rank.fits_up_to(min), idle=("lora_A",)
+        ("lora_A", "lora_B"), ("rank",), low_rank.shapes, low_rank.sizes, rank_up_to(min), idle=("lora_A",)
     ),
     change=low_rank.LOW_RANK,
     apply=low_rank.apply,

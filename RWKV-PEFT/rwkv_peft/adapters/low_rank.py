@@ -1,7 +1,6 @@
 """Shared by methods of low rank: A = `lora_A` (rank, in), B = `lora_B` (out, rank), and W' = W + scale B A."""
 
 import math
-from collections.abc import Callable
 from types import MappingProxyType
 
 import torch
@@ -13,20 +12,8 @@ from ..ops import products
 from .change import Params, Sum
 from .functions.lora import lora
 from .functions.tokens import linear
-from .method import Layer, Method, Misfit, Shapes
+from .method import Layer, Method, Shapes
 from .product import Frozen
-
-
-def fits_up_to(most: Callable[[int, int], int]) -> Callable[[AdapterConfig, int, int], Misfit | None]:
-    """The `fit` of a method with the largest rank most(out, in) on a layer (out, in)."""
-
-    def fit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
-        rank, limit = config.rank, most(out_features, in_features)
-        if rank <= limit:
-            return None
-        return Misfit("rank", rank, f"is more than {limit}, the most that it can use", limit, too_large=True)
-
-    return fit
 
 
 def shapes(config: AdapterConfig, out_features: int, in_features: int) -> Shapes:

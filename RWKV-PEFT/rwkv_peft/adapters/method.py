@@ -52,14 +52,14 @@ class Misfit(NamedTuple):
 class Tensors:
     """The tensors of one layer. parameters are those that train; size names the fields of AdapterConfig that their
     shapes follow from, the rank in most methods; shapes(config, out, in) -> {name: shape} of parameters and constants;
-    sizes(params) -> {field: value} of `size`, read off the tensors; fit(config, out, in) -> a Misfit, or None. idle
-    names those that change nothing if all others are zero."""
+    sizes(params) -> {field: value} of `size`, read off the tensors; misfit(config, out, in) -> the Misfit, or None.
+    idle names those that change nothing if all others are zero."""
 
     parameters: tuple[str, ...]
     size: tuple[str, ...]
     shapes: Callable[[AdapterConfig, int, int], Shapes]
     sizes: Callable[[Params], dict[str, Any]]
-    fit: Callable[[AdapterConfig, int, int], Misfit | None] = lambda config, out, in_: None  # fits any
+    misfit: Callable[[AdapterConfig, int, int], Misfit | None] = lambda config, out, in_: None  # fits any
     idle: tuple[str, ...] = ()
 
     def config(self, params: Params) -> AdapterConfig:
@@ -218,6 +218,18 @@ class Method:
         weight = self.training_base(weight, params, scale)
         weight = roundtrip(weight, quant) if quant != "none" else weight
         return self.change.added(weight.float(), params, scale)
+
+
+def rank_up_to(most: Callable[[int, int], int]) -> Callable[[AdapterConfig, int, int], Misfit | None]:
+    """The `misfit` of a method that can use ranks up to most(out, in) on a layer (out, in)."""
+
+    def misfit(config: AdapterConfig, out_features: int, in_features: int) -> Misfit | None:
+        rank, limit = config.rank, most(out_features, in_features)
+        if rank <= limit:
+            return None
+        return Misfit("rank", rank, f"is more than {limit}, the most that it can use", limit, too_large=True)
+
+    return misfit
 
 
 def nearest_divisor(number: int, value: int) -> int:

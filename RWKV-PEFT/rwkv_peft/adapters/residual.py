@@ -27,6 +27,7 @@ from .method import (
     Tensors,
     Upstream,
     UpstreamLayer,
+    rank_up_to,
 )
 
 NAMES = ("lora_A", "lora_B")
@@ -92,10 +93,10 @@ def residual(
     name: str, make: Initial, step: FirstStep = step, most: Callable[[int, int], int] = min, from_gradient: bool = False
 ) -> Method:
     """The method that starts from the factors of `make`, at a rank of at most most(out, in)."""
-    fit = low_rank.fits_up_to(most)
+    misfit = rank_up_to(most)
     return Method(
         name=name,
-        tensors=Tensors(NAMES, ("rank",), shapes, low_rank.sizes, fit, idle=("lora_A",)),
+        tensors=Tensors(NAMES, ("rank",), shapes, low_rank.sizes, misfit, idle=("lora_A",)),
         change=Difference(
             MappingProxyType({"lora_B": 0, "init_lora_B": 0}), update=update, negated=("lora_B", "init_lora_B")
         ),

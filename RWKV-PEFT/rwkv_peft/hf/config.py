@@ -127,7 +127,7 @@ class BoneConfig(PeftConfig):
 def block_shape(config: BoneConfig, in_features: int, out_features: int, name: str) -> tuple[int, ...]:
     """The shape of an adapter's parameter. Raises UserError if the rank or mini_r does not fit the layer."""
     method, sizes = config.method, AdapterConfig(rank=config.r, mini_rank=config.mini_r)
-    misfit = method.tensors.fit(sizes, out_features, in_features)
+    misfit = method.tensors.misfit(sizes, out_features, in_features)
     if misfit is None:
         return method.tensors.shapes(sizes, out_features, in_features)[PARAMETER]
     setting = "r" if misfit.setting == "rank" else "mini_r"

@@ -86,7 +86,7 @@ def check_params(name: str, method: Method, params: Params, weight_shape: tuple[
             "damaged, or describes itself wrongly"
         )
     config = method.tensors.config(params)
-    misfit = method.tensors.fit(config, *weight_shape)
+    misfit = method.tensors.misfit(config, *weight_shape)
     if misfit is not None and not misfit.too_large:
         raise UserError(
             f"{name} is a {method.name} adapter whose {misfit.setting} {misfit.value} {misfit.problem}, and the base "

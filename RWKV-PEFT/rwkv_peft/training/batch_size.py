@@ -31,7 +31,7 @@ def with_batch_size(request: Request, config: RunConfig, rows: int, memory: int)
     teacher = None if request.teacher is None else request.teacher.config
     estimate = Estimate(config, GPU, teacher=Estimate.teacher_of(config, teacher))
     passes = 1 if train.epochs_chosen else train.epoch_count - train.epoch_begin
-    given, best, limit = not train.rows_chosen, 1, f"{ROWS} are enough"
+    is_given, best, limit = not train.rows_chosen, 1, f"{ROWS} are enough"
     while best < ROWS:
         more = replace(config, data=replace(data, micro_bsz=2 * best))
         steps = passes * -(-rows // more.step_samples)
@@ -46,7 +46,7 @@ def with_batch_size(request: Request, config: RunConfig, rows: int, memory: int)
             best *= 2
             continue
         break
-    if given:
+    if is_given:
         few = f"note: --micro_bsz {data.micro_bsz} leaves a GPU waiting between kernels; {best} would suit this run"
         return config, [few] * (data.micro_bsz < best)
     rates: dict[str, Any] = {}

@@ -143,7 +143,9 @@ def test_the_same_sizes_fit(name):
     config = adapter_of(name, FAMILIES[0])
     for value, out, in_ in product((1, 3, 16, 24, 64, 96, 200), (64, 96), (64, 96)):
         sized = replace(config, rank=value, mini_rank=value)
-        assert activations.METHODS[name].fits(sized, out, in_) == (METHODS[name].tensors.fit(sized, out, in_) is None)
+        assert activations.METHODS[name].fits(sized, out, in_) == (
+            METHODS[name].tensors.misfit(sized, out, in_) is None
+        )
 
 
 def test_numbers_are_those_of_the_modules_that_import_torch():

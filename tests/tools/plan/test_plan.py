@@ -180,10 +180,12 @@ def test_ranks_share_what_zero_shares(stage):
 
 def test_muon_keeps_one_moment_of_each_matrix():
     told = estimate("--optim", "muon", "--train_parts", "ln", "--bone_r", "16")
-    assert told.counts.matrices == told.counts.own < told.counts.trains  # bat-in's blocks are matrices, norms are none
+    assert (
+        told.counts.matrices == told.counts.of_adapter < told.counts.trains
+    )  # bat-in's blocks are matrices, norms are none
     parts = told.parts(1, 128)
-    assert size(parts, "optimizer") == 12 * told.counts.trains - 4 * told.counts.own
-    assert size(parts, "updates, gathered") == 4 * told.counts.own
+    assert size(parts, "optimizer") == 12 * told.counts.trains - 4 * told.counts.of_adapter
+    assert size(parts, "updates, gathered") == 4 * told.counts.of_adapter
 
 
 def test_offload_moves_the_optimizer_and_quantization_shrinks_the_frozen_layers():
@@ -236,8 +238,8 @@ def test_pages_of_a_file_in_the_dtype_of_the_training_are_the_weights():
     assert (told.file_pages(), replace(told, mapped=False).file_pages()) == (0, 1000)
     rows = 128 * (64 * 2 + 4096)  # a step reads so much of the embedding, and no more than it has
     assert size(told.parts(1, 128), "embedding, rows that are read") == min(rows, 80 * 64 * 2)
-    assert size(told.parts(1, 128), "weights, frozen") == 2 * (told.counts.total - told.counts.own - 80 * 64)
-    for mapped, moved in ((True, 0), (False, 2 * (told.counts.total - told.counts.own))):
+    assert size(told.parts(1, 128), "weights, frozen") == 2 * (told.counts.total - told.counts.of_adapter - 80 * 64)
+    for mapped, moved in ((True, 0), (False, 2 * (told.counts.total - told.counts.of_adapter))):
         parts = replace(told, accelerator=GPU, mapped=mapped).parts(1, 128)
         assert size(parts, "weights, on their way to the GPU") == moved
 
@@ -254,7 +256,9 @@ def test_files_are_counted_with_their_copies():
     told = estimate("--epoch_count", "6", "--epoch_save", "2", "--val_data", "x", "--merge_on_save")
     adapter, merged, checkpoints = written(told)
     assert adapter.copies == merged.copies == 3 + 1  # three epochs, of which the newest is one, and the best
-    assert adapter.size == 2 * told.counts.own and merged.size == 2 * (told.counts.total - told.counts.own)
+    assert adapter.size == 2 * told.counts.of_adapter and merged.size == 2 * (
+        told.counts.total - told.counts.of_adapter
+    )
     assert checkpoints.size == OPTIMIZER["adamw"] * told.counts.trains
     assert written(estimate("--retain_data", "x")) == written(estimate()) != written(estimate("--val_data", "x"))
     told = estimate("--train_parts", "state")

@@ -37,7 +37,7 @@ def none(a: AdapterConfig, out: int, in_: int) -> int:
 
 class MethodFormula(NamedTuple):
     """A method in a layer (out, in): the numbers that train, `vectors` of them no matrices to Muon, and the constants;
-    if its size fits; the settings that give its size. It keeps the layer's input if `input`, `own` elements a token
+    if its size fits; the settings that give its size. It keeps the layer's input if `input`, `extra` elements a token
     and `fixed` ones in all; its backward needs `work` at once, and a copy of the output if it `turns` it."""
 
     trains: Count
@@ -46,7 +46,7 @@ class MethodFormula(NamedTuple):
     fits: Callable[[AdapterConfig, int, int], bool] = lambda a, out, in_: True
     sizes: tuple[str, ...] = ("rank",)
     input: bool = True
-    own: Count = none
+    extra: Count = none
     fixed: Count = none
     work: Count = none
     turns: bool = False
@@ -61,13 +61,13 @@ def inner(a: AdapterConfig, out: int, in_: int) -> int:
     return a.rank
 
 
-BONE = MethodFormula(lambda a, out, in_: a.rank * out, fits=lambda a, out, in_: a.rank <= in_, input=False, own=inner)
+BONE = MethodFormula(lambda a, out, in_: a.rank * out, fits=lambda a, out, in_: a.rank <= in_, input=False, extra=inner)
 BAT_IN = MethodFormula(
     lambda a, out, in_: a.rank * in_,
     fits=lambda a, out, in_: not (out % a.rank or in_ % a.rank),
     work=lambda a, out, in_: 2 * a.rank * (GPU_BLOCKS * a.rank + in_),  # float32 parts of a gradient
 )
-LORA = MethodFormula(factors, fits=lambda a, out, in_: a.rank <= min(out, in_), own=inner)
+LORA = MethodFormula(factors, fits=lambda a, out, in_: a.rank <= min(out, in_), extra=inner)
 METHODS: Mapping[str, MethodFormula] = MappingProxyType(
     {
         "bone": BONE,
@@ -86,7 +86,7 @@ METHODS: Mapping[str, MethodFormula] = MappingProxyType(
             trains=lambda a, out, in_: factors(a, out, in_) + out,
             vectors=lambda a, out, in_: out,
             constants=lambda a, out, in_: out,
-            own=lambda a, out, in_: a.rank + out,
+            extra=lambda a, out, in_: a.rank + out,
             turns=True,
         ),
         "pissa": LORA._replace(constants=factors),
@@ -101,7 +101,7 @@ class LayerFormula(NamedTuple):
     it."""
 
     reads: int = 0
-    own: int = 0
+    extra: int = 0
     fixed: int = 0
     work: int = 0
     turned: int = 0
@@ -111,14 +111,14 @@ class LayerFormula(NamedTuple):
         """The LayerFormula of a weight (out, in) that has an adapter, or trains itself, or is frozen."""
         if method is None:
             return cls(in_, work=out * in_) if trains else cls()
-        own, fixed, work = (number(a, out, in_) for number in (method.own, method.fixed, method.work))
+        extra, fixed, work = (number(a, out, in_) for number in (method.extra, method.fixed, method.work))
         if a.dropout:  # hides inputs: the mask, and what is left
-            return cls(0, own + 2 * in_, fixed, work)
-        return cls(in_ if method.input else 0, own, fixed, work, out if method.turns else 0)
+            return cls(0, extra + 2 * in_, fixed, work)
+        return cls(in_ if method.input else 0, extra, fixed, work, out if method.turns else 0)
 
     @property
     def kept(self) -> int:
-        return self.reads + self.own
+        return self.reads + self.extra
 
 
 class BlockFormula(NamedTuple):
@@ -161,10 +161,10 @@ def rwkv6(facts: Facts) -> BlockFormula:
     m, time, layers = facts.model, facts.time, facts.layers
     C, A, F, low = m.n_embd, m.dim_att, m.dim_ffn, 5 * m.maa_rank + m.decay_rank
     key, value, gate = (layers[f"ffn.{name}"] for name in ("key", "value", "receptance"))
-    ffn = 2 * C + key.kept + gate.kept + F + value.own + 2 * C  # x, its norm; relu_square's result; sigmoid_gate
+    ffn = 2 * C + key.kept + gate.kept + F + value.extra + 2 * C  # x, its norm; relu_square's result; sigmoid_gate
     att = 2 * C + low + 4 * A + 2 * A + facts.sum_of("att")  # x, its norm; after tanh; r k v w; y, g
     att += 2 * C * time  # what w1 and time_decay_w1 multiply
-    peak = max(2 * F + key.turned - gate.kept - value.own, facts.recurring(4, 4) - ffn)
+    peak = max(2 * F + key.turned - gate.kept - value.extra, facts.recurring(4, 4) - ffn)
     first = 0 if facts.before else C if time else 2 * C + low
     return BlockFormula(att + ffn, first, peak, F + C - gate.kept, value.work)
 
@@ -173,10 +173,10 @@ def rwkv7(facts: Facts) -> BlockFormula:
     m, time, layers = facts.model, facts.time, facts.layers
     C, F, low = m.n_embd, m.dim_ffn, m.decay_rank + m.gate_rank
     key, value = layers["ffn.key"], layers["ffn.value"]
-    ffn = 2 * C + key.kept + F + value.own  # x, its norm; relu_square's result
+    ffn = 2 * C + key.kept + F + value.extra  # x, its norm; relu_square's result
     att = 2 * C + low + 4 * C + 6 * C + 2 * C + facts.sum_of("att")  # value_residual, delta_keys; r w k v a b; y, g
     att += (4 * C - layers["att.value"].reads + m.iclr_rank + m.value_rank) * time  # what w1 a1 v1 g1 a2 v2 multiply
-    peak = max(C + 2 * F + key.turned - value.own, facts.recurring(6, 9) - ffn)
+    peak = max(C + 2 * F + key.turned - value.extra, facts.recurring(6, 9) - ffn)
     first = 2 * C + m.value_rank * time + (0 if facts.before else C if time else 2 * C + low)
     return BlockFormula(att + ffn, first, peak, C + F, value.work, 1)
 
@@ -195,7 +195,7 @@ def rwkv7b(facts: Facts) -> BlockFormula:
     plain, m, query = rwkv7a(facts), facts.model, facts.layers["qkv.qq"]
     C, D = m.n_embd, m.attention_size
     of_keys = D + 2 * C + 2 * (D + C)  # products with the tokens' factors; before token shift; before the norms
-    kept = of_keys + 4 * D + C + query.own + D * facts.before
+    kept = of_keys + 4 * D + C + query.extra + D * facts.before
     kept += (m.attention_key_rank + m.attention_value_rank) * facts.time
     first = plain.first - (0 if facts.before or not (facts.time or query.reads) else C)
     first += 0 if facts.before or facts.time else of_keys
@@ -243,8 +243,8 @@ class Activations:
         time, norms, emb, head = (all_trains or part in adapter.train_parts for part in ("time", "ln", "emb", "head"))
         layers = {}
         for name, shape in linears.items():
-            own, trains = method if name in adapter.targets else None, emb if "emb" in name else all_trains
-            layers[name] = LayerFormula.of(adapter, own, trains, *shape)
+            formula, trains = method if name in adapter.targets else None, emb if "emb" in name else all_trains
+            layers[name] = LayerFormula.of(adapter, formula, trains, *shape)
         wide = device == GPU and item == 2 and (precision, model.head_size) != ("bf16", HEAD_SIZE)
         facts = Facts(model, layers, time, norms or emb, emb, wide)
         block = BLOCKS.get(model.version, unknown)(facts)

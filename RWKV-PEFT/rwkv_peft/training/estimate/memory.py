@@ -57,14 +57,14 @@ def method_named(adapter: AdapterConfig) -> MethodFormula | None:
 
 class Counts(NamedTuple):
     """Numbers of elements in a model with its adapters: total: all parameters; trains: those that train; matrices:
-    those that train in matrices of blocks and adapters; own: the adapters' own; quantized: those that are quantized;
-    constants: the adapters' constants; live: parameters that ZeRO-3 keeps gathered; tables: those in the file alone;
-    layers: adapted layers."""
+    those that train in matrices of blocks and adapters; of_adapter: those of the adapters; quantized: those that are
+    quantized; constants: the adapters' constants; live: parameters that ZeRO-3 keeps gathered; layers: adapted
+    layers."""
 
     total: int
     trains: int
     matrices: int
-    own: int
+    of_adapter: int
     quantized: int
     constants: int
     live: int
@@ -78,7 +78,7 @@ def count(model: ModelConfig, adapter: AdapterConfig) -> Counts:
     shapes = dict(keys.shapes(model))
     if STATE in adapter.train_parts:
         shapes |= time_state_shapes(model, adapter.state_parts)
-    trains = matrices = own = adapted = constants = layers = 0
+    trains = matrices = of_adapter = adapted = constants = layers = 0
     blocks: dict[str, int] = {}
     for key, shape in shapes.items():
         size = math.prod(shape)
@@ -90,7 +90,7 @@ def count(model: ModelConfig, adapter: AdapterConfig) -> Counts:
             matrices += size * is_matrix
         if method is not None and key.removesuffix(".weight").endswith(tuple(f".{name}" for name in adapter.targets)):
             added = method.trains(adapter, *shape)
-            own, adapted, layers = own + added, adapted + size, layers + 1
+            of_adapter, adapted, layers = of_adapter + added, adapted + size, layers + 1
             constants += method.constants(adapter, *shape)
             if min(getattr(adapter, name) for name in method.sizes) > 1:
                 matrices += added - method.vectors(adapter, *shape)
@@ -101,7 +101,7 @@ def count(model: ModelConfig, adapter: AdapterConfig) -> Counts:
     quantized = adapted if adapter.quant != "none" else 0
     largest = sorted(size for place, size in blocks.items() if place.isdigit())[-2:]
     live = max(sum(largest), blocks["emb"], blocks["head"])
-    return Counts(total, trains + own, matrices, own, quantized, constants, live, layers)
+    return Counts(total, trains + of_adapter, matrices, of_adapter, quantized, constants, live, layers)
 
 
 class Part(NamedTuple):
@@ -175,9 +175,9 @@ class Estimate:
         count at every moment, because few fit into the gaps that freed ones leave in its heap."""
         data, train, here = self.config.data, self.config.train, self.accelerator
         rows, tokens = rows or data.micro_bsz, tokens or data.ctx_len
-        found = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
+        parts = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]
         if here == GPU:
-            found.append(Part("CUDA's context", GPU, CONTEXT))
+            parts.append(Part("CUDA's context", GPU, CONTEXT))
         prompts, rows, drawn = rows, rows * data.documents, list[Part]()
         if data.of_prompts:
             prompt = max(1, tokens - data.max_completion_length)
@@ -188,15 +188,15 @@ class Estimate:
             drawn.append(Part("gradients, summed over parts", here, sums))
         if train.chunk_ctx:
             tokens = min(tokens, train.chunk_ctx)
-            found.append(Part("gradients, summed over segments", here, SINGLE * self.counts.trains))
+            parts.append(Part("gradients, summed over segments", here, SINGLE * self.counts.trains))
         elif train.context_parallel > 1:
             size = self.counts.trains * self.item
-            found.append(Part("gradients, before they are exchanged", here, size, (BACKWARD,)))
+            parts.append(Part("gradients, before they are exchanged", here, size, (BACKWARD,)))
         tokens = -(-tokens // train.context_parallel)
-        found += [*self.weights(), *self.optimizer(), *self.batch(rows, tokens), *drawn, *self.taught(rows, tokens)]
+        parts += [*self.weights(), *self.optimizer(), *self.batch(rows, tokens), *drawn, *self.taught(rows, tokens)]
         if here == CPU:
-            found = [part._replace(when=ALWAYS) for part in found]
-        return [part for part in found if part.size]
+            parts = [part._replace(when=ALWAYS) for part in parts]
+        return [part for part in parts if part.size]
 
     def weights(self) -> list[Part]:
         """The weights of the model, frozen and trained. ZeRO-3 shards both over the ranks."""
@@ -210,7 +210,7 @@ class Estimate:
             quantized = counts.quantized // (2 if kind == "nf4" else 1)
             quantized += SINGLE * -(-counts.quantized // BLOCK_SIZES[kind])
         dequantized = min(ROW_ELEMENTS[here], counts.quantized) * item
-        moved = (counts.total - counts.own) * item if here == GPU and not self.mapped else 0
+        moved = (counts.total - counts.of_adapter) * item if here == GPU and not self.mapped else 0
         return [
             Part("weights, frozen", place, frozen * item // share - self.unread()),
             Part("tables, frozen", CPU, 0 if self.mapped else tables * item),
@@ -224,11 +224,11 @@ class Estimate:
     def optimizer(self) -> list[Part]:
         """Gradients and optimizer. ZeRO shards the optimizer over the ranks, and from stage 2 on the gradients too."""
         train, item, trains, matrices = self.config.train, self.item, self.counts.trains, self.counts.matrices
-        own = trains // self.ranks
+        share = trains // self.ranks
         place = CPU if train.offload else self.accelerator
         buffers = 2 if self.accelerator == GPU else 1  # a CPU touches the second only if the first is full
         accumulates = train.accumulate_grad_batches > 1
-        apart = accumulates and train.stage == 2 and train.precision == "bf16"  # in float32 (training/step/zero.py)
+        apart = accumulates and train.stage == 2 and train.precision == "bf16"  # in float32 (training/zero.py)
         exchange = self.ranks > 1 or train.stage == 3 or train.offload
         bucket = min(BUCKET, trains) if exchange else 0
         beyond = (trains - bucket) // (self.ranks if train.stage >= 2 else 1)
@@ -237,10 +237,10 @@ class Estimate:
             Part("updates, gathered", place, SINGLE * matrices if train.optim == "muon" else 0, (UPDATE,)),
             Part("gradients, in buckets", self.accelerator, buffers * bucket * item, (BACKWARD,)),
             Part("gradients beyond the buckets", self.accelerator, beyond * item, (BACKWARD,)),
-            Part("gradients of the update, float32", place, SINGLE * own, (UPDATE,)),
+            Part("gradients of the update, float32", place, SINGLE * share, (UPDATE,)),
             # flattened; with buckets, the pieces coexist with the flat copy
-            Part("gradients of the update", self.accelerator, (2 if exchange else 1) * item * own, (UPDATE,)),
-            Part("gradients, accumulated", place, (SINGLE if apart else item) * own if accumulates else 0),
+            Part("gradients of the update", self.accelerator, (2 if exchange else 1) * item * share, (UPDATE,)),
+            Part("gradients, accumulated", place, (SINGLE if apart else item) * share if accumulates else 0),
         ]
 
     def batch(self, rows: int, tokens: int) -> list[Part]:
@@ -330,7 +330,7 @@ class Estimate:
         """Bytes of the base's file that a process reads but does not keep: the system takes them back if it must."""
         if not self.mapped or self.accelerator == GPU:
             return self.file
-        return min(self.file, (self.counts.quantized + self.counts.trains - self.counts.own) * self.item)
+        return min(self.file, (self.counts.quantized + self.counts.trains - self.counts.of_adapter) * self.item)
 
 
 @functools.cache
@@ -358,7 +358,7 @@ def written(estimate: Estimate) -> list[Written]:
     """The files of a run's folder. Sizes count tensors only."""
     config, counts, item = estimate.config, estimate.counts, estimate.item
     train, save = config.train, config.train.save_dtype
-    parameters = counts.total - counts.own
+    parameters = counts.total - counts.of_adapter
     model = estimate.file if estimate.file and save not in ITEM else parameters * ITEM.get(save, item)
     epochs, keep = saved_epochs(train), KEPT if train.keep_checkpoints is None else train.keep_checkpoints
     between = bool(train.save_every or train.save_minutes)

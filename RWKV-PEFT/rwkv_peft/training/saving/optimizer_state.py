@@ -70,7 +70,7 @@ class SavedOptimizer:
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint, self.steps = checkpoint, 0
         self.scale: dict[str, float] = {}
-        self.found: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)
+        self.pieces: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)
         self.codes: dict[tuple[int, str], torch.Tensor] = {}
         for path in sorted((checkpoint / OPTIMIZER).glob("rank-*.safetensors")):
             tensors, metadata = read_safetensors(path, weights=False)
@@ -84,7 +84,7 @@ class SavedOptimizer:
                     if kind == CODES:
                         self.codes[int(start), name] = tensor
                     else:
-                        self.found[kind, name].append((int(start), tensor))
+                        self.pieces[kind, name].append((int(start), tensor))
 
     @torch.no_grad()
     def fill_codes(self, rank: int, codes: Mapping[str, torch.Tensor]) -> None:
@@ -100,7 +100,7 @@ class SavedOptimizer:
         """Copy the values of a piece into its tensors. Raises UserError if some are missing."""
         for kind, into in piece.tensors.items():
             done, end_of_piece = piece.start, piece.start + len(into)
-            for start, tensor in sorted(self.found.get((kind, piece.name), ()), key=lambda part: part[0]):
+            for start, tensor in sorted(self.pieces.get((kind, piece.name), ()), key=lambda part: part[0]):
                 end = min(start + len(tensor), end_of_piece)
                 # Pieces of another number of ranks may begin within this one, end behind it, or be empty.
                 if start <= done < end:
