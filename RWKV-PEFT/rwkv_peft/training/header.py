@@ -38,12 +38,12 @@ def describe(
         f"{counted(model.n_head, 'head')} of {model.head_size}, vocabulary {model.vocab_size}"
         + (f", from {train.load_model}" if train.load_model else ", new")
     )
-    behind = ", which reads each row behind its context" if data.of_contexts else ""
+    reading = ", which reads each row behind its context" if data.of_contexts else ""
     if teacher := inputs.teacher:
         size = f"{counted(teacher.config.n_layer, 'layer')}, {teacher.config.n_embd} channels"
-        say(f"teacher   {teacher.family.name}, {size}, from {teacher.path}{behind}")
+        say(f"teacher   {teacher.family.name}, {size}, from {teacher.path}{reading}")
     elif TEACHER in config.objective.needs:
-        say(f"teacher   the base, without what trains{behind}")
+        say(f"teacher   the base, without what trains{reading}")
     say(f"training  {describe_adapter(adapter)}: {report}")
     may_train = adapter.method != NONE and not config.objective.asks_base  # which needs the base as it is
     if may_train and (note := frozen_parts(adapter, family, family.shapes(model))):

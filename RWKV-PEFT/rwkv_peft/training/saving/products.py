@@ -74,8 +74,8 @@ def data_flags(data: DataConfig) -> str:
     """The flags by which rows became samples, as on a command line."""
     names = "data_type sft_field sft_think think_labels dataload loss_mask mask_id mask_end_id ctx_len".split()
     values = {name: getattr(data, name) for name in names}
-    laid_out = data.of_rows or data.tool_form != DataConfig.tool_form  # or token files record a form
-    values |= {"tool_form": data.tool_form if laid_out else "", "clean_turns": "" if data.clean_turns else "0"}
+    reads_rows = data.of_rows or data.tool_form != DataConfig.tool_form  # or token files record a form
+    values |= {"tool_form": data.tool_form if reads_rows else "", "clean_turns": "" if data.clean_turns else "0"}
     words = {name: map(str, value if isinstance(value, tuple) else (value,)) for name, value in values.items() if value}
     return " ".join(f"--{name} {' '.join(word)}" for name, word in words.items())
 

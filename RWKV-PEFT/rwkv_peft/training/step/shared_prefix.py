@@ -146,8 +146,8 @@ class Contexts:
         lengths, teacher_lengths = batch["cu_seqlens"].diff().tolist(), batch["teacher_cu_seqlens"].tolist()
         places = zip(teacher_lengths, teacher_lengths[1:], lengths)
         contexts = [batch["teacher_tokens"][0, start : stop - size] for start, stop, size in places]
-        behind = {f"{TEACHER}{name}": batch[name] for name in ("tokens", "counted", "cu_seqlens")}
-        return {**behind, f"{TEACHER}contexts": contexts}
+        packed = {f"{TEACHER}{name}": batch[name] for name in ("tokens", "counted", "cu_seqlens")}
+        return {**packed, f"{TEACHER}contexts": contexts}
 
     def forward(self, model: nn.Module, seen: Batch, head: HeadFunction) -> torch.Tensor:
         """Head's result after a teacher's forward over its batch, behind the contexts if there are any."""
