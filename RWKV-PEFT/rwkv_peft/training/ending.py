@@ -52,6 +52,7 @@ def report_end(run: TrainingRun, done: int, stop: StopRequest, say: Callable[...
         plot_loss(run.folder / METRICS, run.folder / PICTURE)
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
+    # A run that was stopped says how to go on. Figures of half a run would mislead.
     if code := exit_code(run, done, stop):
         return code, (
             f"stopped after {done:,} of {counted(run.plan.total_steps, 'step')}, saved in {run.folder}; "
@@ -74,6 +75,7 @@ def report_end(run: TrainingRun, done: int, stop: StopRequest, say: Callable[...
         report += [f"validation  {course}, {best}{early}", *notes]
     elif run.config.data.of_answers and VALIDATION not in run.inputs.measured:
         report.append(f"validation  {UNKNOWN}")
+    # Last: it lists the files that are there by now.
     use = write_run_card(run, figures, say)
     report.append(f"finished  {newest_of(run)}, {run.folder / PICTURE}, {run.folder / METRICS}{use}")
     return 0, "\n".join(report)

@@ -55,6 +55,7 @@ def describe(
         say("          (docs/guides/states.md); an adapter learns all of them")
     if STATE in adapter.train_parts and "shift" in adapter.state_parts:
         say("          shifts train (--state_parts): only rwkv-peft starts from them, and no other runtime")
+    # A kernel that is missing costs most of the speed, so the line says which one runs, and why another does not.
     kernel = "cuda" if accelerator == "gpu" else "cpu"
     reason = family.kernels(kernel).get(kernel, f"{family.name} has none for a {accelerator} yet")
     say(
@@ -116,6 +117,7 @@ def outlook(config: RunConfig, samples: Samples, plan: Plan) -> Iterator[str]:
     """Yield lines on the steps of a run and on how often each row or window is read."""
     train, data, unit = config.train, config.data, samples.counted
     epochs = f"{counted(train.epoch_count, 'epoch')} of {counted(plan.epoch_steps, 'step')}"
+    # Of the run as a whole, also where a part of it is done: a resumed run shows the same numbers.
     steps = plan.total_steps - train.epoch_begin * plan.epoch_steps
     read = samples.seen(steps * plan.step_samples)
     seen = (f"{f'of {name} ' * bool(name)}{n:.3g} {'time' if n == 1 else 'times'}" for name, n in read.items())

@@ -58,10 +58,13 @@ def find_inputs(request: Request, memory: int = 0) -> Inputs:
     """Find the Inputs of a Request, for GPUs of `memory` bytes (0: a CPU). Raises UserError if a run that resumes would
     read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
+    # Before the data is read, because the order of rows follows from it.
     config = replace(config, data=with_kept_order(config.data, config.train))
     samples, measured = find_samples(config)
+    # Before the plan, which counts steps in micro batches.
     if not saved_state(config.train.proj_dir, config.train.resume):  # a run that goes on keeps its rows
         config, notes = with_batch_size(request, config, len(samples), memory)
+        # Rows of like length are brought together only if several share a batch: that is known now.
         for part in samples.parts:
             part.bucket(config.data.buckets)
         samples.notes += notes
@@ -72,6 +75,7 @@ def find_inputs(request: Request, memory: int = 0) -> Inputs:
         samples.repeat(step_samples, config.objective.together)
     of_measured = {name: data_identity(config, held_out) for name, held_out in measured.items()}
     validation = of_measured.get(VALIDATION, {}).get("content", "")
+    # All that a checkpoint is compared with. The names are keys of state.json (saving/resume.py).
     identity: dict[str, Any] = {
         "adapter": asdict(config.adapter),
         "base": "" if base is None else base.fingerprint,
@@ -86,8 +90,10 @@ def find_inputs(request: Request, memory: int = 0) -> Inputs:
     }
     checkpoint, state = find_state(Path(train.proj_dir), train, identity)
     if checkpoint is not None and state is not None and world.rank == 0:
+        # By one rank: it reads every file whole.
         require_files(checkpoint, state["files"], train.fresh_optimizer, contents=True)
     if state:
+        # Before the epochs are chosen: both are the choices of the run as it began.
         train = with_first_rates(train, state)
     train = with_chosen_epochs(train, config.objective, -(-len(samples) // step_samples), state)
     config = replace(config, train=train)
@@ -102,6 +108,7 @@ def find_inputs(request: Request, memory: int = 0) -> Inputs:
             )
         config = replace(config, data=replace(config.data, tokenizer=name, clean_turns=clean, tool_form=form))
     plan = make_plan(train, samples, step_samples, state)
+    # Losses of other validation data are no measure for this one: the lowest counts from here.
     identity["validated_from"] = validated_from(plan, state, validation)
     lowest = Lowest(history(Path(train.proj_dir) / METRICS, plan, since=identity["validated_from"]))
     parts = (samples, measured, of_measured, checkpoint, state, identity, plan, lowest)
@@ -128,10 +135,12 @@ def find_samples(config: RunConfig) -> tuple[Samples, dict[str, Samples]]:
     measured: dict[str, Samples] = {}
     # --sft_split's range of rows is only for the training data; its name also chooses the split of other folders
     whole = replace(data.own, sft_split=parse_split(data.sft_split)[0], more=(), mix=())
+    # The held-out rows leave the training data here, before anything else counts its rows.
     if train.val_split:
         samples, measured[VALIDATION] = split_samples(data, vocab_size, train.val_split, train.val_seed)
     else:
         samples = build_samples(data, vocab_size)
+    # --val_data beside --val_split is refused by the rules: at most one of them fills measured[VALIDATION].
     others = replace(whole, path=train.val_data, more=train.more_val)
     held_out: dict[str, Samples] = {}
     for name, other in parts_of(others, "--val_data").items() if train.more_val else [("", others)]:

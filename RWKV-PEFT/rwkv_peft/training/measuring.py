@@ -57,6 +57,7 @@ class Validator:
 
     def before(self, engine: TrainingEngine) -> dict[str, float]:
         """The losses before a run's first step, {"val_start", "retain_start"}; {} if it is resumed."""
+        # A run that resumes has these in its first record already.
         if not self.anew:
             return {}
         sums = {name: [self.sums(part, engine) for part in samples.parts] for name, samples in self.measured.items()}
@@ -71,6 +72,7 @@ class Validator:
         for name, samples in self.measured.items():
             sums = [self.sums(part, engine) for part in samples.parts]
             loss, *others = means([sum(each) for each in zip(*sums)])
+            # 700: exp overflows float64 a little above it. The loss of a run that diverges is shown, and no error.
             measures = dict(zip(engine.compute.measures, others)) or {"ppl": math.exp(min(loss, 700.0))}
             numbers |= {f"{name}_loss": loss, **{f"{name}_{word}": value for word, value in measures.items()}}
             if isinstance(samples, Several):
@@ -81,6 +83,7 @@ class Validator:
 
     def sums(self, samples: Samples, engine: TrainingEngine) -> list[float]:
         """[the items that count, sums over them of the loss and of the step's other measures], over all ranks."""
+        # Ranks that share rows are one group and read the same ones.
         group = engine.rank // self.train.context_parallel
         batches = EvalBatches(samples, self.micro_bsz, group, self.train.groups)
         with uncompiled(self.train.compile):
@@ -93,6 +96,7 @@ class Validator:
 @torch.no_grad()
 def sums_over(batches: EvalBatches, step: Step, model: nn.Module, device: torch.device) -> torch.Tensor:
     """[the items that count, sums over them of the loss and of the step's other measures] of batches, float64."""
+    # In float64, because float32 would lose digits of a sum over many batches.
     sums: list[torch.Tensor] = []
     model.eval()
     for batch in batches:
@@ -194,6 +198,7 @@ class Examiner:
 
     def __call__(self, engine: TrainingEngine, done: int, ending: bool) -> tuple[dict[str, float], list[str]]:
         """(numbers by name, lines to print) on rank 0 if the exam is due after this step; else ({}, [])."""
+        # By numbers that all ranks share: each answers a part, and they wait for each other.
         if done % self.every and not ending:
             return {}, []
         records = answers_of(self.exam, self.compile, engine)
@@ -218,6 +223,7 @@ class BeforeAfter:
         self.records: list[dict[str, Any]] = []
 
     def before(self, engine: TrainingEngine) -> None:
+        # Rows and prompts are written before the first answer is there: the page shows how far they are.
         answers: Sequence[Record | None] = [None] * len(self.exam) if self.anew else read_before(self.path, self.exam)
         self.records = [
             {
@@ -283,6 +289,7 @@ def read_before(path: Path, exam: RowsExam) -> Sequence[Record | None]:
     if path.exists():
         with open(path, encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
+    # By a digest of the rows: other data, or another number of rows, has other questions.
     if [record.get("rows") for record in records] != [exam.digest] * len(exam):
         return [None] * len(exam)
     return [record["before"] for record in records]

@@ -37,6 +37,7 @@ def make_model(
 ) -> tuple[LanguageModel, InjectReport]:
     """Make the model that a run begins or goes on with, drawn by --random_seed, with adapters at `layers`."""
     config, base, checkpoint = inputs.config, inputs.base, inputs.checkpoint
+    # Before anything is drawn: every rank draws the same new weights and the same adapter.
     torch.manual_seed(config.train.random_seed)
     family = family_named(config.model.version)
     model = build_model(config, family, base)
@@ -44,12 +45,15 @@ def make_model(
     def gradients() -> dict[str, torch.Tensor]:
         if config.train.stage != 3:  # stage 3 is for models that one GPU may not hold
             model.to(device)
+        # Ranks that share a row see a part of it each; no more of a row may fit here.
         part = -(-config.data.ctx_len // config.train.context_parallel) if config.train.context_parallel > 1 else 0
         return estimate_gradients(model, layers, batches.first_counted(), config.train.chunk_ctx or part)
 
     report = adapt(model, config.adapter, layers, family, base, gradients, checkpoint, device)
+    # --fresh_optimizer reads no masters, from which the weights follow else (saver.load_checkpoint).
     if checkpoint is not None and config.train.fresh_optimizer and config.adapter.whole_model:
         load_tensors(model, open_base(checkpoint / MODEL).tensors, checkpoint / MODEL)
+    # Last, because only now it is known which tables train. A frozen one stays in the mapped file.
     model.settle()
     return model, report
 
@@ -63,6 +67,7 @@ def build_model(config: RunConfig, family: Family, base: Base | None) -> Languag
     else:
         model = family.build(config.model, grad_cp)
         family.init_weights(model)
+    # No copy where the file has this dtype: such weights stay mapped, and ranks share their memory.
     model = model.to(dtype)
     if STATE in config.adapter.train_parts:
         start = start_states(config.train.state_load, config.model, family, base)
@@ -84,6 +89,7 @@ def adapt(
     --bone_load and its kin; or fresh, from gradients if the method needs them. device is inject's."""
     method, loaded = method_of(adapter), None
     first_gradients: Mapping[str, torch.Tensor] = {}
+    # The checkpoint wins over --bone_load: a run that resumes has begun from that adapter already.
     if checkpoint is not None and not adapter.whole_model:
         loaded = read_adapter(checkpoint / ADAPTER)
     elif adapter.load:
@@ -91,6 +97,7 @@ def adapt(
         loaded = start_adapter(adapter, base)
     elif method is not None and method.held is not None and method.held.from_gradient:
         first_gradients = gradients()
+    # Constants come from the file, at once: the frozen weight follows from them (PiSSA takes its first factors off).
     initial = loaded.tensors if loaded else {}
     report = inject(model, adapter, layers, family=family, initial=initial, gradients=first_gradients, device=device)
     if loaded:
@@ -160,6 +167,7 @@ def start_adapter(adapter: AdapterConfig, base: Base) -> Adapter:
                 else "merge that adapter, and train on the merged model"
             )
         )
+    # Only our files record it. An adapter also makes up for the rounding of the weights that it was trained on.
     if theirs.source == AdapterMetadata.source and theirs.quant != adapter.quant:
         raise UserError(
             f"{adapter.load} was trained on weights under --quant {theirs.quant}, and this run has --quant "
@@ -228,6 +236,7 @@ def estimate_gradients(
     requires_grad flags are left as found.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # Only the wanted weights: gradients of a whole model may not fit.
     model.requires_grad_(False)
     gradients: dict[str, torch.Tensor] = {}
     hooks = []
@@ -241,6 +250,7 @@ def estimate_gradients(
 
         hooks.append(weight.register_post_accumulate_grad_hook(keep))
     with torch.enable_grad():
+        # A batch may be longer than one pass holds. The segment from which most is learned stands for it.
         segments = segments_of(batch, length or batch["tokens"].shape[1])
         segment = max(segments, key=lambda segment: len(segment.counted)).to(next(model.parameters()).device)
         count = max(1, len(segment.counted))

@@ -92,6 +92,7 @@ class RolloutSettings(NamedTuple):
 
     @classmethod
     def of(cls, config: RunConfig, objective: Draws, tokenizer: Tokenizer) -> "RolloutSettings":
+        # Room for a seed of its own for each completion of the run.
         seed = config.train.random_seed * SEEDS
         sampling = Sampling(temperature=objective.draw_temperature, top_p=objective.top_p, seed=seed, measured=True)
         stop = tuple(map(unescaped, objective.stop))
@@ -167,6 +168,7 @@ def packed(rollouts: Sequence[Rollout]) -> dict[str, torch.Tensor]:
         # (T - 1,): position t predicts token t + 1; the prompt's last position predicts the completion's first token.
         counts = torch.arange(1, len(tokens)) >= len(rollout.prompt)
         if rollout.sampled:
+            # Results of tools stand among the answers, and the model learns nothing from them.
             counts[len(rollout.prompt) - 1 :] = torch.tensor(rollout.sampled)
         documents.append((tokens, counts))
     return collate_packed(documents) | {
@@ -217,14 +219,18 @@ class RolloutStep(Whole):
         """The batches of the step that begins with original sample `first`, by their first ones."""
         numbers = self.plan.numbers(first)
         rollouts, judged, self.seconds = self.judged_rollouts(model, samples, numbers, self.times)
+        # NaN is no reward. A group's advantages leave it out.
         rewards = torch.tensor([math.nan if total is None else total for total in judged.total], dtype=torch.float64)
         advantages = self.objective.advantages(rewards.view(-1, self.times)).flatten() if len(rewards) else rewards
         self.records = self.faults + self.rollout_records(samples, numbers, rollouts, judged, advantages.tolist())
+        # One failure is noted and the run goes on. If all fail, the class is broken and nothing could be learned.
         if all(rollout.fault for rollout in rollouts):
             raise UserError(f"--environment: each conversation of the step failed: {dropped(self.faults)}")
         rollouts, self.faults = stand_ins(rollouts, self.times), []
+        # Over all ranks, so that a token weighs the same whichever rank has it.
         mean = over_ranks(self.counted(rollouts) / len(rollouts), device)
         rows = self.plan.micro_bsz * self.times
+        # The same cuts on every rank: each part is a forward and a backward pass that ZeRO's ranks enter together.
         slices = part_slices(rows, self.times, self.objective.learned or rows)
         batches = {}
         for begin, start in zip(self.plan.firsts(first), range(0, len(rollouts), rows)):
@@ -247,6 +253,7 @@ class RolloutStep(Whole):
             groups = sample_episodes(model, self.settings, self.episodes, rows, times)
         rollouts = [rollout for group in groups for rollout in group]
         sampled, judged = time.perf_counter(), Judged([], {})
+        # The prompt of each rollout, in their order.
         owners = [number for number in numbers for _ in range(times)]
         sound = [place for place, rollout in enumerate(rollouts) if not rollout.fault]
         if self.rewards is not None and sound:
@@ -295,12 +302,14 @@ class RolloutStep(Whole):
             add_gradients(sums, torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
             losses.append(loss.detach())
             measures.append(self.measures)
+        # Each part's loss is divided by the count of the whole step already: sums, and no means.
         self.measures = {name: torch.stack([each[name] for each in measures]).sum() for name in self.measures}
         return with_gradients(torch.stack(losses).sum(), sums, parameters)
 
     def part_loss(self, model: nn.Module, part: Batch, count: float) -> torch.Tensor:
         loss = super().loss(model, part, count)
         measures = dict(self.measures)
+        # A maximum cannot be added up over micro batches and ranks as StepSums does, so RolloutLog takes it by itself.
         largest = {name: measures.pop(name) for name in LARGEST if name in measures}
         self.most = {name: value.maximum(self.most.get(name, value)) for name, value in largest.items()}
         self.measures = measures
@@ -324,6 +333,7 @@ class RolloutStep(Whole):
             self.measures = {figure.name: zero for figure in self.objective.figures}
             return zero
         most, mean = self.most, self.counted(rollouts) / len(rollouts)
+        # part_loss notes the maxima of training; those of held-out prompts are not to be among them.
         loss = self.part_loss(model, self.batch_of(rollouts, 1, torch.zeros(0), mean, device), 1)
         self.most = most  # a step's
         return loss
@@ -367,6 +377,7 @@ class RolloutStep(Whole):
 def stand_ins(rollouts: Sequence[Rollout], times: int) -> list[Rollout]:
     """Rollouts, `times` of a prompt, with another of their prompt, if there is one, in place of those with a fault,
     or one of another prompt. Its tokens then weigh nothing: each group keeps its size. At least one has no fault."""
+    # Shapes stay the same: advantages and parts are cut by `times` rollouts a prompt.
     anywhere = next(rollout for rollout in rollouts if not rollout.fault)
     result = list[Rollout]()
     for first in range(0, len(rollouts), times):
@@ -421,6 +432,7 @@ class RolloutLog:
         if engine.ranks > 1:
             of_ranks = [None] * engine.ranks
             dist.all_gather_object(of_ranks, mine)
+        # On every rank, and at once: these must not be logged again by the next step.
         step.records, step.most = [], {}
         if engine.rank != 0:
             return {}, []

@@ -66,6 +66,7 @@ from .step.compiling import compiled
 def main(argv: list[str]) -> int:
     """Run train.py. Returns the exit code, 128 + the number of the signal after an interrupt."""
     request = parse_run(argv)
+    # One voice for all ranks.
     say = print if request.world.rank == 0 else silent
     try:
         if request.checks:
@@ -76,9 +77,11 @@ def main(argv: list[str]) -> int:
             return show(request, say)
         if request.makes_model:
             return write_new_model(request.config, say) if request.world.rank == 0 else 0
+        # This process trains only if it is alone. Else it starts one process for each device and waits for them.
         if request.world.launches and request.world.size > 1:
             return launch(request.world, request.argv, request.config.train)
         code, words = run(request, say)
+        # From here on Ctrl-C has nothing left to stop, and must not turn a run that is done into one that failed.
         past_ctrl_c()
         if words:
             say(words)
@@ -131,6 +134,7 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
     world, train = request.world, request.config.train
     device = own_device(resolve_accelerator(train), world.local_rank)
     with Ranks(world, train, device) as ranks:
+        # Entered in this order and left in the reverse: the lock of the folder is held until all else is closed.
         with ExitStack() as held:
             if world.rank == 0:
                 held.enter_context(alone_in(Path(train.proj_dir), say))
@@ -145,16 +149,21 @@ def run(request: Request, say: Callable[..., object] = print) -> tuple[int, str]
 def run_on(ranks: Ranks, request: Request, device: torch.device, say: Callable[..., object]) -> tuple[int, str]:
     """Do the work of `run` as one of its Ranks, on a device."""
     leads, accelerator = request.world.rank == 0, "cpu" if device.type == "cpu" else "gpu"
+    # The least memory of any rank's GPU, so that all choose the same batch.
     inputs = find_inputs(request, ranks.least(gpu_memory(device)))
     config, samples = inputs.config, (inputs.samples, *inputs.measured.values())
+    # Before the base is read through and the model is made: a run that is complete ends within a second.
     if words := require_more_to_train(inputs, leads):
         return 0, words
+    # A NaN in a downloaded file would show as a loss that diverges at the first step.
     for base in filter(None, (inputs.base, inputs.teacher)):
         base.require_finite()
     asked = find_questions(inputs)
+    # How CPUs multiply, alike on all ranks: else a step would mix gradients of different roundings.
     row, notes = ranks.row(inputs.state)
     with judging(config, samples) as judges, computing(row):
         if request.world.size > 1:
+            # Ranks that read other files or flags would wait for each other forever, or learn nonsense.
             ranks.agree(shared_values(inputs, asked), inputs.folder)
         train, accumulate = config.train, config.train.accumulate_grad_batches
         batches = TrainBatches(samples[0], config.data.micro_bsz, groups=train.groups, accumulate=accumulate)
@@ -172,6 +181,7 @@ def train_to_the_end(run: TrainingRun, say: Callable[..., object]) -> tuple[int,
     """Train a Run until it is over, a signal stops it, or it diverges -> (the exit code, how it ended in words)."""
     if run.accelerator == "cpu":
         keep_freed_memory()
+    # Signals only set this. The loop reads it after each step, when all ranks can stop at the same one.
     stop = StopRequest()
     try:
         with (

@@ -109,20 +109,24 @@ def converse(
     """Hold conversations that have begun up to their ends. Raises UserError for logits that are not finite."""
     model, start, tokenizer = subject
     weight, vocab_size = model.emb.weight, model.config.vocab_size
+    # Bytes of a cached State with the logits after it. On meta, no memory is taken to count them.
     cached = State.zeros(model.config, 1, "meta", weight.dtype).nbytes + 4 * vocab_size
     longest = max((len(each.prompt) for each in conversations), default=0) + settings.longest
     cache = PrefixCache(CACHED * len(conversations) * (cached + 4 * longest))
     engine = Engine(min(tokenizer.vocab_size, vocab_size), settings.batch, cache, overlap=weight.is_cuda)
     speaker = Speaker("", model, start)
+    # All conversations take their nth turn together, in one batch. The slowest decides how long a turn takes.
     going = list(conversations)
     while going:
         turns = [turn_of(each, tokenizer, settings) for each in going]
+        # One request for those that are equal so far, such as the first turns of a group: it is read once.
         for tokens, several in grouped_by_tokens(turns):
             engine.add(GenerationRequest(speaker, tokens, [completion_of(turn, settings.sampling) for turn in several]))
         while engine.busy:
             engine.step()
         if damaged := [turn for turn in turns if turn.damaged]:
             raise damaged_error(model, damaged[0].conversation.number, len(damaged[0].text.tokens), len(damaged) - 1)
+        # Tools run between the turns, outside of the model's batch: they may be slow, or processes of their own.
         calling = [(turn.conversation, calls) for turn in turns if (calls := answered(turn, tokenizer, settings))]
         for conversation, results in zip([each for each, _ in calling], results_of(environments, calling)):
             hand_back(conversation, results, tokenizer, settings)
@@ -135,6 +139,7 @@ class EpisodeSampler:
 
     def __init__(self, environments: Environments, settings: TurnSettings, encode: EncodeSettings, room: int) -> None:
         self.environments, self.encode, self.room = environments, encode, room
+        # Results of tools are laid out as the rows that were learned from have them.
         self.settings = settings._replace(chat=encoder(encode).layout)
 
     def sample(self, subject: Subject, rows: Mapping[int, Mapping[str, Any]], times: int) -> list[list[Episode]]:
@@ -152,6 +157,7 @@ class EpisodeSampler:
                     prompt = self.prompt(row, place, opening)
                 except UserError as error:  # its text may leave no room
                     fault = f"reset: {error}"
+            # One generator for a conversation, which goes on over its turns.
             draws = random.Random(self.settings.sampling.seed + key)
             episodes.append(Episode(key, prompt, place, draws, fault=fault))
         begun = [episode for episode in episodes if not episode.fault]
@@ -228,6 +234,7 @@ def answered(turn: Turn, tokenizer: Tokenizer, settings: TurnSettings) -> list[T
     opens = text.end == "stop" and tokenizer.decode(text.tokens).startswith(text.text + settings.result)
     hands_over = opens and settings.chat.tool_form.speaker == "Tool"
     tokens = text.tokens if opens or not calls or text.end == "length" else text.shown_tokens()
+    # The text may encode to other tokens than were sampled. Then all of these stay: their probabilities are known.
     length = len(tokens) if tokens == text.tokens[: len(tokens)] else len(text.tokens)
     conversation.add(text.tokens[:length], sampled=True)
     logprobs, entropies = zip(*turn.measures[:length]) if length else ((), ())
@@ -247,6 +254,7 @@ def results_of(environments: Environments, calling: Sequence[tuple[Episode, Sequ
     """Run the calls of each conversation, one after the other, side by side with those of the others -> results."""
     results: list[list[str]] = [[] for _ in calling]
     for number in range(max((len(calls) for _, calls in calling), default=0)):
+        # Calls of one answer may build on each other, so they run in turn; conversations do not.
         open_places = [place for place, (_, calls) in enumerate(calling) if number < len(calls)]
         called = [at for at in open_places if calling[at][1][number] is not UNCALLED]
         places, calls_made = [calling[at][0].place for at in called], [calling[at][1][number] for at in called]
@@ -261,6 +269,7 @@ def hand_back(conversation: Episode, results: Sequence[str], tokenizer: Tokenize
     out. A conversation ends if they leave it no room, or if its environment is lost."""
     turns = [{"role": "tool", "content": settings.chat.cleaned(result)} for result in results]
     conversation.turns += turns
+    # The model may have written the opening of the result by itself. The last tokens are enough to tell.
     opened = tokenizer.decode(conversation.tokens[-16:]).endswith(settings.result)
     speaker, *texts = settings.chat.prompt(turns)
     texts = texts if opened else [TURN_END, speaker, *texts]

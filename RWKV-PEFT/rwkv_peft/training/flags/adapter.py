@@ -73,6 +73,7 @@ def adapter_config(args: argparse.Namespace) -> AdapterConfig:
     for flag, _, keys in json_flags(args.peft):
         if (text := getattr(args, flag)) is None:
             continue
+        # The same setting may stand in a single flag and in the JSON of RWKV-PEFT's scripts: equal, or refused.
         for key, value in parse_json_flag(flag, text, keys).items():
             if value == "" and values.get(key):
                 continue  # scripts write "bone_load":"" if they name none
@@ -123,6 +124,7 @@ def json_setting(flag: str, key: str, field: str, item: Any) -> Any:
     readers = {f.name: f.metadata["read"] for word in WORDS.values() for f in fields(word.settings) if f.metadata}
     wanted = types[field] if types[field] in (int, float) else str
     kinds: Any = (int, float) if wanted is float else wanted
+    # In Python a bool is an int, and true is no rank.
     if isinstance(item, bool) or not isinstance(item, kinds):
         raise UserError(f"--{flag}: {key} {item!r} has the wrong type")
     if wanted is float and not is_finite(item):

@@ -37,6 +37,7 @@ def check_tokens(data: DataConfig) -> Iterator[str]:
             f"--data_mix {' '.join(f'{share:g}' for share in data.mix)}: {counted(len(data.mix), 'share')} of "
             f"{counted(1 + len(data.more), 'file')} of --data_file; give one for each"
         )
+    # A preference row has two documents, so that a micro batch holds twice the tokens.
     tokens = data.micro_bsz * data.ctx_len * data.documents
     if tokens > MOST_TOKENS:
         yield (
@@ -96,6 +97,7 @@ def check_overwriting(
     models = (train.load_model, train.state_load, adapter.load, adapter.init)
     teacher = (objective.teacher,)
     rows = (*data.files, train.val_data, *train.more_val, train.retain_data, train.eval_data)
+    # By real paths: a link or another spelling names the same file.
     sources = {os.path.realpath(path): path for path in (*models, *teacher, *rows) if path}
     for name in os.listdir(folder) if folder.is_dir() else ():
         written = TRAINED.fullmatch(name) or name in (METRICS, ANSWERS)

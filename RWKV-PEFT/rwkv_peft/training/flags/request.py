@@ -199,6 +199,7 @@ def validate(line: CommandLine, here: bool = True) -> Flags:
     with refusals.collecting():  # the rates and epochs of a TrainConfig depend on the data
         data = data_config(args)
         train = train_config(args, data, rows_chosen="micro_bsz" not in entries)
+    # Without --objective, the first that takes rows of this kind.
     objective: Objective = settings_of(args, objectives.OBJECTIVES[args.objective or takers_of(args.data_type)[0]])
     draft = Draft(adapter, data, train, objective)
     refusals.add(*check_stage(args), *check_adapter_flags(args), *check_objective(args, objective))
@@ -220,6 +221,7 @@ def validate(line: CommandLine, here: bool = True) -> Flags:
     if refusals.messages and (args.load_model or args.data_file):
         with suppress(ModuleNotFoundError):  # no torch: these mistakes come first
             look_up(args, draft, refusals, here)
+    # One error with all refusals: nobody mends flags one by one.
     refusals.raise_all()
     assert adapter is not None and data is not None and train is not None
     return Flags(args, adapter, data, train, objective, world, argv, entries, notes)
@@ -276,6 +278,7 @@ def open_request(flags: Flags, here: bool = False) -> Request:
 
     args, adapter, data, train, objective, world, argv, entries, notes = flags
     refusals = Refusals()
+    # Opens files: the headers are read here, and weights stay on the disk, mapped.
     base, model, fitted, layers, teacher = look_up(args, Draft(adapter, data, train, objective), refusals, here)
     refusals.raise_all()
     assert model is not None and fitted is not None and layers is not None
@@ -325,6 +328,7 @@ def look_up(args: Namespace, draft: Draft, refusals: Refusals, here: bool) -> Op
         else:
             family = family_named(args.model_version or args.my_testing or next(iter(GENERATIONS)))
             model = new_model(args, family)
+        # The names of layers are the generation's, so that "att" means other layers in RWKV-6 than in RWKV-7.
         if adapter is not None:
             adapter = replace(adapter, targets=targets_of(adapter.targets, family))
             layers = check_adapter(adapter, linear_shapes(family.shapes(model)), (*family.parts, STATE))

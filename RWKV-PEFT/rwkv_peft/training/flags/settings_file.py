@@ -35,6 +35,7 @@ def expanded(words: Sequence[str], parser: Parser) -> list[str]:
     name = entries.get(READ[2:])
     if not isinstance(name, str):
         return list(words)
+    # The last one counts, as with any flag. Its own flags go to the front, so that words of the line win.
     place = max(position for position, word in enumerate(words) if word.partition("=")[0] == READ)
     words = [*words[:place], *words[place + 1 + (words[place] == READ) :]]
     overruled = {actions[f"--{flag}"].dest for flag in entries}
@@ -63,6 +64,7 @@ def settings_in(path: Path) -> dict[str, Any]:
     with reading(path):
         text = path.read_text("utf-8")
         try:
+            # Twice: as texts, which argparse parses like words (YAML takes 1e-4 for a text), and typed for JSON values.
             plain, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)

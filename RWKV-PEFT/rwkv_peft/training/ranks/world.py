@@ -61,6 +61,7 @@ class World:
 def find_world(nodes: int, devices: int, environment: Mapping[str, str] = os.environ) -> World:
     """The World of this process, by --num_nodes, --devices and its launcher's variables. Raises UserError if these
     contradict each other, or give no address at which nodes meet."""
+    # torch's variables first: torchrun within a Slurm job sets them, and Slurm's are there too.
     if any(name in environment for name in TORCH):
         return by_torch(nodes, devices, environment)
     if number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -93,6 +94,7 @@ def by_torch(asked_nodes: int, asked_devices: int, environment: Mapping[str, str
             f"{asked_devices} and --num_nodes {asked_nodes}; "
             + ("start as many on each node" if rest else f"give --devices {devices} --num_nodes {nodes}")
         )
+    # The agent keeps the store, so that it outlives a restart of the ranks.
     hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     return World(nodes, devices, rank, *meeting_place(size, environment), False, hosted, elastic)
 
@@ -110,6 +112,7 @@ def by_slurm(asked_nodes: int, devices: int, environment: Mapping[str, str]) -> 
     base, many = SLURM_PORTS
     port = base + number(environment, "SLURM_JOB_ID", 0) % many
     address = first_host(environment.get("SLURM_STEP_NODELIST", LOOPBACK))
+    # Variables that somebody set by hand win over what follows from the job.
     place = {"MASTER_ADDR": address, "MASTER_PORT": str(port), **environment}
     alone = tasks == nodes
     rank = node * devices + (0 if alone else number(environment, "SLURM_LOCALID", 0))
@@ -174,6 +177,7 @@ def match_world(args: Namespace, world: World, state: Mapping[str, Any], keeps_r
     if world.elastic:
         source = f"by --num_nodes {args.num_nodes} x --devices {args.devices} x --accumulate_grad_batches {asked}"
         args.devices, args.num_nodes = world.devices, world.nodes
+    # A step of another size has another mean gradient: Adam's moments would not fit it.
     before = {} if args.fresh_optimizer else state
     if "step_samples" in before:  # 0.2.0 did not record it
         samples, source = before["step_samples"], f"in the run in {args.proj_dir}"

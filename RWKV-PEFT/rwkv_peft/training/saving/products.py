@@ -96,6 +96,7 @@ class RunProducts:
         """Write {name: trained tensor} for each label: adapter or model, states, and the merged model."""
         train = self.config.train
         paths = [labelled(self.newest, label) for label in labels]
+        # The first path is written; the other labels are further names of the same file.
         if self.config.adapter.whole_model:
             write_model(paths[0], tensors, model_dtypes(self.config, self.base))
         else:
@@ -136,9 +137,11 @@ class RunProducts:
     def write_merged(self, tensors: dict[str, torch.Tensor], paths: Sequence[Path]) -> None:
         """Merge once for all paths. A UserError is only printed: merge_bone.py can merge the adapter later."""
         assert self.base is not None  # an adapter has one
+        # By the code of merge_bone.py, so that both write the same bytes.
         options = MergeOptions(dtype=DTYPES.get(self.config.train.save_dtype))
         try:
             merge = Merge(self.base, [(self.newest, Adapter(tensors, self.metadata()))], options)
+            # Band by band from the mapped base: the merged model is never whole in memory.
             with atomic_write(paths[0]) as temporary:
                 write_pth(temporary, merge.specs, merge.bands(stream_tensors(self.base.path)))
             add_names(paths)
@@ -149,6 +152,7 @@ class RunProducts:
 def write_model(path: Path, tensors: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
     """Write {key: tensor} as a .pth in the order and dtypes of `dtypes`. If a value is too large for its dtype, all
     tensors keep the training's dtype, with a message."""
+    # float16 ends at 65,504. Infinite weights in a released file would be found only when it answers nonsense.
     too_large = next((key for key, dtype in dtypes.items() if not all_finite(tensors[key].to(dtype))), None)
     if too_large is not None:
         name = dtype_name(dtypes[too_large])

@@ -72,6 +72,7 @@ class Saver:
 
     def save_tensors(self, engine: TrainingEngine, labels: Sequence[str]) -> None:
         """Write the trained tensors, named by each label: adapter-LABEL.safetensors or rwkv-LABEL.pth."""
+        # Every rank takes part in gathering; one writes.
         tensors = self.trained(engine)
         if engine.rank == 0:
             self.products.write(tensors, labels)
@@ -91,9 +92,11 @@ class Saver:
             with self.writing(hidden):
                 clear_hidden(self.folder)
                 (hidden / OPTIMIZER).mkdir(parents=True)
+        # Not before the folder is there: the ranks of other nodes see it on a shared disk.
         engine.barrier()
         with self.writing(hidden):
             write_pieces(hidden, engine.rank, engine.pieces(), engine.steps_taken, engine.codes(), engine.counters())
+        # Not before the pieces of all ranks are on the disk: state.json lists them.
         engine.barrier()
         # a file in the base's dtype may hold less than what trains; --fresh_optimizer goes on from the exact weights
         exact_file = not self.config.adapter.whole_model or keeps_all(self.config, self.base)
@@ -137,6 +140,7 @@ class Saver:
             final = final.with_name(f"{final.name}-{state['samples_seen']}")
         if final.exists():
             remove(final)
+        # The one moment at which the checkpoint appears, whole. A killed run leaves a hidden folder, which is cleared.
         hidden.rename(final)
         fsync(final.parent)
         (self.folder / UNSAVED).unlink(missing_ok=True)
@@ -163,6 +167,7 @@ def gather(pairs: Iterable[tuple[str, torch.Tensor]], engine: TrainingEngine) ->
     than 0. Raises Diverged, on all ranks, for a tensor that is not finite, before anything is written."""
     tensors = {}
     for name, tensor in pairs:
+        # One at a time: ZeRO-3 gathers it for this block alone. The check is on every rank, so that all end together.
         with engine.whole(tensor):
             if not all_finite(tensor):
                 raise Diverged(f"{name} is no longer finite")
@@ -198,6 +203,7 @@ def load_checkpoint(engine: TrainingEngine, checkpoint: Path) -> None:
             "give the first run's flags, or add --fresh_optimizer: weights and place in the data go on"
         )
     saved = SavedOptimizer(checkpoint)
+    # In place: pieces are views of the masters and of the moments.
     for piece in engine.pieces():
         saved.fill(piece)
     saved.fill_codes(engine.rank, engine.codes())
