@@ -30,10 +30,10 @@ NOT_SETTINGS = ("method", "load", "init")  # fields of AdapterConfig that add_ad
 
 
 def add_adapter(model: Model, method: str = "bone", *, load: Source | None = None, **settings: Any) -> InjectReport:
-    """Put an adapter into a model's linear layers, which trains while all else is frozen -> how much trains.
+    """Put an adapter into a model's linear layers -> how much trains. All else is frozen.
 
-    method is a word of --peft, and settings are its fields: rank, mode ("bat-in" by default), alpha, …; targets such as
-    ["att.key"] choose the layers, train_parts=["state"] or ["ln", "time"] train along, quant="nf4" keeps the frozen
+    method is a word of --peft. settings are its fields: rank, mode ("bat-in" by default), alpha, … targets such as
+    ["att.key"] choose the layers. train_parts=["state"] or ["ln", "time"] train along. quant="nf4" keeps the frozen
     matrices quantized. With method="none" only train_parts train. load goes on from an adapter file, with that file's
     method and settings. torch.manual_seed makes random starts repeatable. Raises UserError.
     """

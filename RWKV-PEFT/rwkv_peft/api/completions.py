@@ -18,8 +18,9 @@ MESSAGES = "messages"  # the field of a prompt with tools beside it
 
 
 class EncodedPrompt(NamedTuple):
-    """The tokens of a prompt, the texts that end its completion, and the tokens that close the turn of a chat behind
-    it, [] of other prompts. think is a key of LEADS; `opening` is the end of the prompt that is shown with the text."""
+    """The tokens of a prompt; stops: the texts that end its completion; closing: the tokens that close the turn of a
+    chat after it ([] of other prompts). think is a key of LEADS. `opening` is the end of the prompt that is shown with
+    the text."""
 
     tokens: list[int]
     stops: tuple[str, ...]
@@ -123,7 +124,7 @@ def prompts_in(argument: Any) -> tuple[list[Any], bool]:
 
 
 def encode_prompt(prompt: Any, number: int, tokenizer: Tokenizer, vocab_size: int, layout: ChatLayout) -> EncodedPrompt:
-    """The EncodedPrompt of the prompt of this number; messages are laid out, and their parts tokenized by themselves,
+    """The EncodedPrompt of the prompt of this number. Messages are laid out. Their parts are tokenized by themselves,
     as in training and by serve. Raises UserError for anything that is no prompt."""
     if isinstance(prompt, str):
         return EncodedPrompt(encode(tokenizer, prompt, number), stops_of(prompt))

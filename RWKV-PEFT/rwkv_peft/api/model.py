@@ -173,8 +173,8 @@ class Model(nn.Module):
         An answer ends before a text of `stop`, at the end of the document, or after max_tokens. stop=None stops where a
         known chat layout begins its next question, () nowhere. state, of one sequence, precedes each prompt (default:
         the model's own). think is the mode in which answers to messages open; {"messages": …, "tools": …} has tools
-        beside messages. sampling are fields of rp.Sampling, such as temperature=0; the same arguments give the same
-        answers, and another seed others. The tokens equal `rwkv-peft generate`'s. Raises UserError.
+        beside messages. sampling are fields of rp.Sampling, such as temperature=0. The same arguments give the same
+        answers; another seed gives others. The tokens equal `rwkv-peft generate`'s. Raises UserError.
         """
         if unknown := sorted(set(sampling) - {field.name for field in fields(Sampling)}):
             raise UserError(*no_setting("generate", unknown[0], sampling[unknown[0]], SETTINGS, NAMES))
@@ -297,9 +297,9 @@ def load(
 
     base and adapters may be folders of runs; {adapter: scale} multiplies the change of each. state is a file of time
     states or a saved session that every sequence starts from. precision is "fp32", "bf16" or "fp16" (default: bf16 on a
-    GPU, else fp32); weights "int8" or "int4" rounds the matrices to blocks of such integers, for speed and memory, and
-    no adapter trains on them. device is "cpu" or "cuda" (default, or "auto": the GPU if there is one). any_base takes
-    an adapter or state of another base of the same shape. Raises UserError for files that cannot be read or do not fit
+    GPU, else fp32). weights "int8" or "int4" rounds the matrices to blocks of such integers, for speed and memory. No
+    adapter trains on these. device is "cpu" or "cuda" (default, or "auto": the GPU if there is one). any_base takes an
+    adapter or state of another base of the same shape. Raises UserError for files that cannot be read or do not fit
     together.
     """
     if device == "auto":

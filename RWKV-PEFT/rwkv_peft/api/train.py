@@ -57,8 +57,8 @@ def train(
     micro_bsz, val_split, …
 
     proj_dir: the folder for checkpoints, adapter and metrics.jsonl; resume="auto" goes on there. Without it nothing is
-    written. callback(metrics) is called after each step, and ends the training by returning True. The losses equal
-    train.py's on the same rows; random numbers and signal handlers of the caller stay. Raises UserError.
+    written. callback(metrics) is called after each step. It ends the training by returning True. The losses equal
+    train.py's on the same rows. Random numbers and signal handlers of the caller stay. Raises UserError.
     """
     if model.adapter is None:
         raise UserError("the model has no adapter to train; rp.add_adapter puts one in")

@@ -145,7 +145,7 @@ class Zero(TrainingEngine):
 
     @property
     def skipped(self) -> bool:
-        """True if the last step was skipped because gradients overflowed while the scale can be lowered further."""
+        """True if the last step was skipped: gradients overflowed, and the scale can be lowered further."""
         return self.scaler is not None and self.zero.overflow and self.scaler.cur_scale > self.scaler.min_scale
 
     def scale_metrics(self) -> dict[str, float]:

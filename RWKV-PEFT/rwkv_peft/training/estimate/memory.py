@@ -172,7 +172,7 @@ class Estimate:
     def parts(self, rows: int = 0, tokens: int = 0) -> list[Part]:
         """The parts of one process at micro batches of `rows` samples of `tokens` tokens (0: the run's); a sample of
         two documents is two rows, and each answer to a prompt is one, with its share of the prompt. On a CPU all parts
-        count at every moment, because few fit into the gaps that freed ones leave in its heap."""
+        count at every moment: few fit into the gaps that freed ones leave in its heap."""
         data, train, here = self.config.data, self.config.train, self.accelerator
         rows, tokens = rows or data.micro_bsz, tokens or data.ctx_len
         parts = [Part("Python, torch, DeepSpeed", CPU, PROCESS)]

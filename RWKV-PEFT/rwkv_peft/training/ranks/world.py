@@ -23,9 +23,9 @@ SLURM_PORTS = (15000, 10000)  # the first, and how many: a job's number chooses 
 class World:
     """This process, `rank` of nodes x devices, numbered node by node, and the address:port of the run's store.
 
-    launches: it starts the ranks of its node, and is none of several (ranks/group.py). hosted: torchrun's agent keeps
-    the store, else rank 0. elastic: an agent started it, which sets the number of ranks, and may start them anew, on
-    other nodes too, if one ends with an error."""
+    launches: it starts the ranks of its node. It is none of several then (ranks/group.py). hosted: torchrun's agent
+    keeps the store, else rank 0. elastic: an agent started it. The agent sets the number of ranks, and may start them
+    anew, on other nodes too, if one ends with an error."""
 
     nodes: int = 1
     devices: int = 1

@@ -168,7 +168,7 @@ def state_before(segments: Sequence[Segment], position: int, after: State, none:
 
 
 def copied(state: State) -> State:
-    """A detached copy of a State: its shifts are views of all inputs, which they would keep in memory."""
+    """A detached copy of a State. Its shifts are views of all inputs and would keep these in memory."""
     return state.each(lambda name, tensor: tensor.detach().clone())
 
 
