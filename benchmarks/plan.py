@@ -140,7 +140,7 @@ def table():
         for _, flags in METHODS:
             estimate = estimate_of(parse_flags([*map(str, shape), *flags]), GPU)
             cells.append((peak(estimate.parts(1, 1024), GPU), estimate))
-        total = cells[0][1].counts.total - cells[0][1].counts.own
+        total = cells[0][1].counts.total - cells[0][1].counts.of_adapter
         least = next((card for card in CARDS if cells[0][0] <= usable(GPU, card << 30)), None)
         tokens = 1024 * largest_rows(cells[0][1], usable(GPU, 24 << 30))
         sizes = (f"{size / 2**30:.1f}" for size, _ in cells)

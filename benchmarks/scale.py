@@ -82,7 +82,7 @@ class Run:
         shapes = family_named(model.version).shapes(model)
         matrices = sum(math.prod(shape) for key, shape in shapes.items() if len(shape) == 2 and key != "emb.weight")
         recurrence = UPDATES * model.n_layer * model.dim_att * model.head_size
-        return 2 * (3 + whole) * matrices + 2 * 4 * counts.own + 4 * recurrence
+        return 2 * (3 + whole) * matrices + 2 * 4 * counts.of_adapter + 4 * recurrence
 
     @property
     def computing(self):
@@ -128,7 +128,7 @@ def models():
             run = Run(size, trains, 1)
             counts = run.estimate.counts
             lines.append(
-                (size, trains, f"{(counts.total - counts.own) / 1e9:.2f} G", f"{counts.trains / 1e6:,.0f} M")
+                (size, trains, f"{(counts.total - counts.of_adapter) / 1e9:.2f} G", f"{counts.trains / 1e6:,.0f} M")
                 + (f"{run.token_flops / 1e9:.1f} G", f"{FLOPS / run.token_flops:,.0f}")
             )
     return table(

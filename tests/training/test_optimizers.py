@@ -200,7 +200,7 @@ def test_a_resumed_run_has_the_settings_of_its_flags(files, train, stage):
     after = read_pth(files / name / "state.pth")
     assert after and all(tensor.any() and torch.equal(tensor, before[key]) for key, tensor in after.items())
     train(f"{name}-decayed", *flags, "--resume", *"--beta1 0 --beta2 0 --weight_decay 0.1 --state_lr 1e-2".split())
-    found = SavedOptimizer(find_checkpoint(files / f"{name}-decayed")).found  # other groups than before, too
+    found = SavedOptimizer(find_checkpoint(files / f"{name}-decayed")).pieces  # other groups than before, too
     moments = [
         (parts, found["exp_avg_sq", parameter]) for (kind, parameter), parts in found.items() if kind == "exp_avg"
     ]

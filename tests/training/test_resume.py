@@ -240,7 +240,7 @@ def flags(precision, ranks, stage):
 
 def state_of(folder):
     """{(kind, name): values} of the optimizer in a run's newest checkpoint."""
-    found = SavedOptimizer(find_checkpoint(folder)).found
+    found = SavedOptimizer(find_checkpoint(folder)).pieces
     return {place: torch.cat([part for _, part in sorted(parts, key=lambda p: p[0])]) for place, parts in found.items()}
 
 
