@@ -392,7 +392,7 @@ def test_a_damaged_file_of_an_export_gets_a_message(preprocess, name):
 def test_a_file_that_is_one_dialogue_is_parsed_once(preprocess, monkeypatch, export, file):
     (form,) = [each for each in EXPORTS if each.name.startswith(export)]
     calls = []
-    monkeypatch.setattr(exports, "EXPORTS", [replace(form, chats=lambda row: calls.append(1) or form.chats(row))])
+    monkeypatch.setattr(exports, "EXPORTS", [replace(form, turns=lambda row: calls.append(1) or form.turns(row))])
     assert texts(preprocess(CASES[export][0], *MAX, name=file)) and len(calls) == 1
 
 

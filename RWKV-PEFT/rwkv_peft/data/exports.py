@@ -10,8 +10,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
@@ -21,6 +19,7 @@ from ..checkpoints.readable import reading
 from ..cli.errors import UserError, some
 from .chat import THINKING
 from .fields import Row, UnknownForm
+from .forms import Form
 
 LINES, WHATSAPP = "lines", "whatsapp"  # fields of rows that stand for a whole file
 PAUSE = 6 * 3600  # seconds without a message behind which a dialogue of people is another document
@@ -61,26 +60,6 @@ class Said(NamedTuple):
 
 
 Message = dict[str, Any] | Said | LeftOut  # a turn {role, content} if its speaker has no name
-
-
-@dataclass(frozen=True)
-class Export:
-    """An export, recognized by its fields, all of them, if it `fits`.
-
-    chats yields a document's lists of messages; people is True if they may be Said."""
-
-    name: str
-    fields: tuple[str, ...]
-    chats: Callable[[Row], Iterable[list[Message]]]
-    fits: Callable[[Row], Any] = lambda row: True
-    people: bool = False
-
-    def recognizes(self, row: Any) -> bool:
-        return isinstance(row, dict) and all(name in row for name in self.fields) and bool(self.fits(row))
-
-    def reading(self, place: str) -> AbstractContextManager[None]:
-        """Within, whatever a damaged document raises becomes a UserError."""
-        return reading(place, f"is no whole export of {self.name}", "export it again")
 
 
 def branch(nodes: Mapping[str, Any], last: str | None, parent: str) -> list[Any]:
@@ -344,28 +323,40 @@ def are_dated(row: Row) -> bool:
 
 
 EXPORTS = (
-    Export("SillyTavern's chats (.jsonl)", (LINES,), silly_tavern, opens_log, people=True),
-    Export("character cards (.json or .png)", ("spec", "data"), card, lambda row: "chara_card" in str(row["spec"])),
-    Export("character cards (version 1)", ("name", "first_mes", "mes_example"), card),
-    Export("Open WebUI", ("chat",), open_webui, lambda row: isinstance(row["chat"], dict)),
-    Export("ChatGPT (conversations.json)", ("mapping", "current_node"), chat_gpt),
-    Export("Claude (conversations.json)", ("chat_messages",), claude),
-    Export("WhatsApp (.txt)", (WHATSAPP,), whatsapp, people=True),
-    Export("Discord (DiscordChatExporter's .json)", ("guild", "channel", "messages"), discord, people=True),
-    Export("Telegram (result.json)", ("name", "type", "messages"), telegram, are_dated, people=True),
-    Export("PIPPA", ("bot_name", "conversation"), pippa),
-    Export("Open Assistant's trees", ("message_tree_id", "prompt"), tree, lambda row: isinstance(row["prompt"], dict)),
+    Form("SillyTavern's chats (.jsonl)", (LINES,), silly_tavern, "export", opens_log, people=True),
+    Form(
+        "character cards (.json or .png)",
+        ("spec", "data"),
+        card,
+        "export",
+        lambda row: "chara_card" in str(row["spec"]),
+    ),
+    Form("character cards (version 1)", ("name", "first_mes", "mes_example"), card, "export"),
+    Form("Open WebUI", ("chat",), open_webui, "export", lambda row: isinstance(row["chat"], dict)),
+    Form("ChatGPT (conversations.json)", ("mapping", "current_node"), chat_gpt, "export"),
+    Form("Claude (conversations.json)", ("chat_messages",), claude, "export"),
+    Form("WhatsApp (.txt)", (WHATSAPP,), whatsapp, "export", people=True),
+    Form("Discord (DiscordChatExporter's .json)", ("guild", "channel", "messages"), discord, "export", people=True),
+    Form("Telegram (result.json)", ("name", "type", "messages"), telegram, "export", are_dated, people=True),
+    Form("PIPPA", ("bot_name", "conversation"), pippa, "export"),
+    Form(
+        "Open Assistant's trees",
+        ("message_tree_id", "prompt"),
+        tree,
+        "export",
+        lambda row: isinstance(row["prompt"], dict),
+    ),
 )
 
 
-def export_of(rows: Iterable[Any]) -> Export | None:
+def export_of(rows: Iterable[Any]) -> Form | None:
     """The export whose fields one of a file's first rows has."""
     rows = list(rows)
     return next((export for export in EXPORTS if any(map(export.recognizes, rows))), None)
 
 
 def chats_in(
-    items: Iterable[tuple[str, object]], export: Export, parse: Callable[[object], Any], speaker: str = ""
+    items: Iterable[tuple[str, object]], export: Form, parse: Callable[[object], Any], speaker: str = ""
 ) -> Iterator[tuple[str, Any]]:
     """Yield the items of an export's file, with a list of chats in place of each document, each its messages and its
     turns; a row of another form, and the UserError of a damaged one, stay. `speaker` is the name of the one whose words
@@ -373,9 +364,9 @@ def chats_in(
     for place, item in items:
         try:
             row = parse(item)
-            with export.reading(place):
-                found = export.chats(row) if export.recognizes(row) else None
-                chats: Any = row if found is None else [(chat, turns_of(chat, speaker)) for chat in found]
+            with reading(place, f"is no whole export of {export.name}", "export it again"):
+                read = export.recognizes(row)
+                chats: Any = [(chat, turns_of(chat, speaker)) for chat in export.turns(row)] if read else row
         except UserError as error:
             chats = error
         yield place, chats
@@ -388,7 +379,7 @@ def speakers_in(items: Iterable[tuple[str, Any]]) -> Counter[tuple[str, str]]:
 
 
 def rows_of(
-    items: Iterable[tuple[str, Any]], export: Export, speaker: str, counts: Counter[str]
+    items: Iterable[tuple[str, Any]], export: Form, speaker: str, counts: Counter[str]
 ) -> Iterator[tuple[str, object]]:
     """Yield items of chats_in as rows of messages; what is left out is counted."""
     for place, item in items:
@@ -428,7 +419,7 @@ def role_of(said: Said, speaker: str) -> str:
     return ("assistant" if said.name == speaker else "user") if speaker else said.role
 
 
-def require_speaker(speakers: Counter[tuple[str, str]], export: Export, speaker: str, flag: str) -> None:
+def require_speaker(speakers: Counter[tuple[str, str]], export: Form, speaker: str, flag: str) -> None:
     """Raise UserError if a dialogue of people needs a `speaker`, or does not have this one, with all names."""
     numbers = Counter[str]()
     for (name, _), number in speakers.items():

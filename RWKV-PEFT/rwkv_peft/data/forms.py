@@ -1,4 +1,5 @@
-"""The forms of rows, in one table: the fields that recognize a form, and a function of a row to its turns.
+"""The forms of rows: the fields that recognize a form, and a function of a row to its turns. FORMS has those of single
+rows; EXPORTS (exports.py) those of whole files of a program.
 
 The reader of rows, the messages and the guide are made of it. layouts.py lays turns out as text, and columns.py finds a
 question and an answer in the rows of files that have no form of this table.
@@ -36,21 +37,26 @@ class Form:
     """A form of rows, recognized by its fields, all of them, if it `fits`.
 
     turns gives a row's turns {role, content}, for the layout "chat", and for "question", which has the text of a chat
-    in two segments. For "instruction" it gives the three texts, and for "plain" the segments themselves. `beside` are
-    fields that the form reads if a row has them.
+    in two segments. For "instruction" it gives the three texts, for "plain" the segments themselves, and for "export"
+    the lists of messages of a document; `people` is True if these may be Said. `beside` are fields that the form reads
+    if a row has them.
     """
 
     name: str
     fields: tuple[str, ...]
     turns: Callable[[Row], Any]
-    layout: Literal["chat", "question", "instruction", "plain"] = "chat"
-    fits: Callable[[Row], bool] = lambda row: True
+    layout: Literal["chat", "question", "instruction", "plain", "export"] = "chat"
+    fits: Callable[[Row], Any] = lambda row: True
     beside: tuple[str, ...] = ()
+    people: bool = False
 
     @property
     def thinks(self) -> bool:
         """True if its answers may open with a thinking."""
         return self.layout in ("chat", "question")
+
+    def recognizes(self, row: Any) -> bool:
+        return isinstance(row, dict) and all(name in row for name in self.fields) and bool(self.fits(row))
 
 
 def turns_in(name: str) -> Callable[[Row], Any]:
