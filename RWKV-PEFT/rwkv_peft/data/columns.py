@@ -17,31 +17,40 @@ from ..cli.errors import UserError, quoted, some
 from ..cli.names import SYSTEM_FIELDS
 from .chat import THINKING
 from .fields import NOTHING, Row, UnknownForm, shown, without
-from .forms import ANSWERS, CONTEXT, FORMS, SIDES, TURNS, form_of, unrolled
+from .forms import ANSWERS, CONTEXT, FORMS, LABELLED, SIDES, TURNS, form_of, unrolled
 
 PEEKED = 100  # rows of a file by which its fields are decided
-QUESTIONS = frozenset(
-    "prompt instruction query question problem user human q ask request userinput userprompt usermessage questiontext "
-    "problemstatement 问题 問題 指令 提问 提問 问 質問 질문".split()
-)
-ANSWERING = frozenset(
-    "response output answer completion solution target assistant bot a reply model gpt answertext correctanswer "
-    "finalanswer 答案 回答 回复 回覆 答 解答 输出 輸出 응답 답변".split()
-)
-THOUGHTS = frozenset("reasoningcontent reasoning thinking cot complexcot chainofthought thought thoughts 思考".split())
-SYSTEMS = frozenset(("system", "systemprompt", "systemmessage", "系统", "系統"))
-CONTEXTS = frozenset(("context", "passage", "背景"))
-JUDGED = frozenset("label score rating iscorrect correct rejected ktotag".split())
-CHOICES = ("choices", "options")
-OPTIONAL = (*SYSTEM_FIELDS, *THINKING, "input", CONTEXT)
-LETTERS = "ABCDEFGHIJ"
-LETTERED = re.compile(r"(?:op(?:tion)?|choice|answer)?_?([a-j])", re.IGNORECASE)  # A, opa, option_a
-RIGHT = tuple("answerkey answeridx answerindex cop answer correct correctanswer response output solution label".split())
 
 
 def folded(name: str) -> str:
     """A field's name without case, spaces and underscores."""
     return re.sub(r"[\s_-]", "", name).casefold()
+
+
+def folded_words(known: Iterable[str], more: str) -> frozenset[str]:
+    """The folded names of fields of known forms, and more words for them."""
+    return frozenset((*map(folded, known), *more.split()))
+
+
+QUESTIONS = folded_words(
+    ANSWERS,
+    "problem user human q ask request userinput userprompt usermessage questiontext problemstatement 问题 問題 指令 "
+    "提问 提問 问 質問 질문",
+)
+ANSWERING = folded_words(
+    ANSWERS.values(),
+    "solution target assistant bot a reply model gpt answertext correctanswer finalanswer 答案 回答 回复 回覆 答 解答 "
+    "输出 輸出 응답 답변",
+)
+THOUGHTS = folded_words(THINKING, "cot complexcot chainofthought thought thoughts 思考")
+SYSTEMS = folded_words(SYSTEM_FIELDS, "systemmessage 系统 系統")
+CONTEXTS = folded_words((CONTEXT,), "passage 背景")
+JUDGED = folded_words(LABELLED, "score rating iscorrect correct rejected")
+CHOICES = ("choices", "options")
+OPTIONAL = (*SYSTEM_FIELDS, *THINKING, "input", CONTEXT)
+LETTERS = "ABCDEFGHIJ"
+LETTERED = re.compile(r"(?:op(?:tion)?|choice|answer)?_?([a-j])", re.IGNORECASE)  # A, opa, option_a
+RIGHT = tuple("answerkey answeridx answerindex cop answer correct correctanswer response output solution label".split())
 
 
 @dataclass(frozen=True)
