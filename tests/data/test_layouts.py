@@ -396,6 +396,11 @@ def test_marks_of_other_models_that_are_learned_as_text_are_named(preprocess, ca
         assert "learned as text" not in capsys.readouterr().out
 
 
+def test_the_marks_of_a_row_are_named_in_one_order(preprocess, capsys):
+    preprocess([{"text": "<|f|> <|e|> <|d|> <|c|> <|b|> <|a|>"}])
+    assert ", ".join(f"'<|{letter}|>' (1 row)" for letter in "abcdef") in capsys.readouterr().out
+
+
 LABELLED = (
     {"prompt": "Q", "completion": "A"},
     {"query": "Q", "response": "A"},

@@ -321,7 +321,7 @@ class Encoder:
         totals.counts["counted"] += len(result.mask) - result.mask.count(0)
         if columns and columns.note not in totals.readings:
             totals.readings[columns.note] = whole
-        totals.counts.update(MARK + mark for mark in self._marks(whole))
+        totals.counts.update(MARK + mark for mark in sorted(self._marks(whole)))
         if not is_text:
             self._count(self.answering(documents), totals.counts)
             form, tag = self.layout.tool_form, TOOL_MARKS[-1]
