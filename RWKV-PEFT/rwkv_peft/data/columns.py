@@ -17,7 +17,7 @@ from ..cli.errors import UserError, quoted, some
 from ..cli.names import SYSTEM_FIELDS
 from .chat import THINKING
 from .fields import NOTHING, Row, UnknownForm, shown, without
-from .forms import ANSWERS, CONTEXT, FORMS, LABELLED, SIDES, TURNS, form_of, unrolled
+from .forms import ANSWERS, CONTEXT, FORMS, LABELLED, SIDES, TURNS, form_of, question_of, unrolled
 
 PEEKED = 100  # rows of a file by which its fields are decided
 
@@ -86,7 +86,7 @@ class Columns:
             parts = (result.get(self.before), result["question"], result.get(self.more))
             result["question"] = "\n".join(str(part).strip() for part in parts if part not in NOTHING)
         if self.choices and result.get(self.choices[0]) not in NOTHING:
-            question = next((name for name in ANSWERS if name in result), "")
+            question = question_of(result)
             if not question:
                 raise UnknownForm(f"a row has the fields {shown(row)}; its choices are to stand beside a question")
             lines, answer = chosen(result, self)

@@ -81,14 +81,23 @@ def holds_texts(name: str) -> Callable[[Row], bool]:
     return fits
 
 
+def question_of(row: Row) -> str:
+    """The field of a row's question, a key of ANSWERS, "" if it has none."""
+    return next((name for name in ANSWERS if name in row), "")
+
+
+def thinking_of(row: Row) -> dict[str, Any]:
+    """The fields of a row that hold a thinking."""
+    return {name: row[name] for name in THINKING if name in row}
+
+
 def asked(question: str) -> Callable[[Row], list[dict[str, Any]]]:
     """The function of a row to the turns of a question and its answer."""
     answer = ANSWERS[question]
 
     def turns(row: Row) -> list[dict[str, Any]]:
-        thinking = {name: row[name] for name in THINKING if name in row}
-        turn = {"role": "assistant", "content": field(row, answer)}
-        return [{"role": "user", "content": field(row, question)}, turn | thinking]
+        turn = {"role": "assistant", "content": field(row, answer)} | thinking_of(row)
+        return [{"role": "user", "content": field(row, question)}, turn]
 
     return turns
 
@@ -221,7 +230,7 @@ def unrolled(row: dict[str, Any]) -> dict[str, Any]:
     turns: list[dict[str, Any]] = []
     for question_words, answer_words in (*exchanges, last):
         turns += [{"role": "user", "content": question_words}, {"role": "assistant", "content": answer_words}]
-    turns[-1] |= {name: row[name] for name in THINKING if name in row}
+    turns[-1] |= thinking_of(row)
     return without(row, HISTORY, question, answer) | {"messages": turns if answer in row else turns[:-1]}
 
 
@@ -284,8 +293,7 @@ def with_turns(row: Row, *names: str) -> Row:
         turns[-1]["content"] += f"\n{field(row, 'input')}"
         row = without(row, "input")
     if answer in row:
-        thinking = {name: row[name] for name in THINKING if name in row}
-        turns.append({"role": "assistant", "content": row[answer]} | thinking)
+        turns.append({"role": "assistant", "content": row[answer]} | thinking_of(row))
     return without(row, question, answer) | {"messages": turns}
 
 
@@ -348,7 +356,7 @@ def refuse_compared(row: Row, named: bool = False) -> None:
     if sides and holds(row, *sides) and not named:
         what = f"a row has two answers, {' and '.join(sides)}, which train.py --data_type pairs learns from"
         better = row[sides[0]]
-        question = next((name for name in ANSWERS if name in row), "")
+        question = question_of(row)
         alone = [question, sides[0]] if isinstance(better, str) and question else [sides[0]]
         if len(alone) == 2 or (isinstance(better, list) and len(better) > 1):
             raise UnknownForm(f"{what}; or learn from one of them alone", [alone], [("data_type", "pairs")])

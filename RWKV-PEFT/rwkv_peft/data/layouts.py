@@ -43,6 +43,7 @@ from .forms import (
     form_of,
     is_answer,
     label_field,
+    question_of,
     sides_of,
     system_of,
     turns_before,
@@ -187,7 +188,7 @@ class RowLayout(ChatLayout):
         before = turns_before(row)
         if before is not None or not all(isinstance(answer, str) for answer in answers):
             better, worse = (conversation(row, before, answer) for answer in answers)
-        elif prompt := next((name for name in ANSWERS if name in row), ""):
+        elif prompt := question_of(row):
             rest = without(row, *sides, "text")
             return [self.segments(rest | {ANSWERS[prompt]: answer}) for answer in answers]
         else:
@@ -224,7 +225,7 @@ class RowLayout(ChatLayout):
         with a thinking. Raises UserError for an empty prompt."""
         row, words = self.with_history(require_object(row, PROMPTS)), STAND_IN[self.think]
         turns = None if self.fields else turns_before(row)
-        question = next((name for name in ANSWERS if name in row), "")
+        question = question_of(row)
         if self.fields:
             name = self.fields[0]
             parts = self.named(require_field(row, name) | {"": words}, name, "")
@@ -247,7 +248,7 @@ class RowLayout(ChatLayout):
         name = self.fields[0] if self.fields else CONTEXT
         row = self.with_history(require_field(require_object(row, CONTEXTS), name))
         rest = without(row, name, "text")
-        question = next((key for key in ANSWERS if key in rest), "")
+        question = question_of(rest)
         answer = ANSWERS.get(question, "")
         if question and ANSWER in rest and answer != ANSWER:  # an answer by that name goes with any question
             rest = without(rest, ANSWER) | ({} if answer in rest else {answer: row[ANSWER]})
