@@ -31,7 +31,7 @@ PARTS = (
     ("inference", ("inference",), ("merge", "data", "environments")),
     ("web", ("inference/serve/web",), ("base",)),  # of any server
     ("inference/serve", ("inference/serve",), ("inference", "web")),
-    ("evals", ("evals",), ("inference",)),
+    ("evals", ("evals",), ("inference", "plots")),
     ("prove", ("release/prove", "release/merge_command"), ("evals",)),
     ("rewards", ("rewards",), ("evals", "environments")),
     ("hf", ("hf",), ("inference", "convert")),
@@ -52,7 +52,7 @@ PARTS = (
     ("estimate", ("training/estimate",), ("objectives", "models")),
     (
         "measuring",
-        ("training/measuring", "training/learned", "training/inputs", "training/batch_size"),
+        ("training/measuring", "training/learned", "training/inputs", "training/batch_size", "training/bounding"),
         ("train flags", "estimate", "evals"),
     ),
     ("rollouts", ("training/rollout", "training/turns"), ("engine", "inference", "rewards")),

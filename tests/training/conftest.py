@@ -22,6 +22,15 @@ def files(tmp_path_factory, tiny_state):
 
 
 @pytest.fixture(scope="module")
+def kept(files):
+    """Text in which other tokens follow each other than in the data."""
+    with TokenFileWriter(files / "kept", vocab_size=80) as writer:
+        for start in range(5):
+            writer.add([1 + (start + 11 * i) % 79 for i in range(40)] + [0])
+    return str(files / "kept")
+
+
+@pytest.fixture(scope="module")
 def command(files, accelerator):
     """(name of the run's folder, flags) -> the command that trains there; skips the test if there are too few GPUs."""
 

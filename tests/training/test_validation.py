@@ -18,15 +18,6 @@ DROPOUT = ("--peft", "lora", "--lora_config", '{"lora_r":4,"lora_dropout":0.2}',
 DROPOUT += ("--lr_schedule", "constant")
 
 
-@pytest.fixture(scope="module")
-def kept(files):
-    """Text in which other tokens follow each other than in the data."""
-    with TokenFileWriter(files / "kept", vocab_size=80) as writer:
-        for start in range(5):
-            writer.add([1 + (start + 11 * i) % 79 for i in range(40)] + [0])
-    return str(files / "kept")
-
-
 def losses(lines, name):
     return {line["step"]: line[name] for line in lines if name in line}
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from ..cli.names import ADAPTER, METRICS, MODEL, RUN, is_finite, is_whole
+from ..cli.names import ADAPTER, FORGETTING, METRICS, MODEL, RUN, is_finite, is_whole
 from .readable import object_in, object_of
 
 BEST = "best"  # the label of the tensors with the lowest validation loss
@@ -65,13 +65,14 @@ def labelled(path: Path, label: str) -> Path:
 
 
 def take(folder: Path, name: str = "") -> RunFile:
-    """Choose between the newest file `name` in the folder of a run (the model's or else the adapter's) and its best."""
+    """Choose between the newest file `name` in the folder of a run (the model's or else the adapter's) and its best.
+    The newest is what --forget_at_most bounds."""
     newest = folder / (name or (MODEL if (folder / MODEL).is_file() else ADAPTER))
     best = labelled(newest, BEST)
     if not (newest.is_file() and best.is_file()):
         return RunFile(newest)
     held_out = HeldOut.of(validations(folder / METRICS), since_of(folder))
-    if not held_out.losses or not held_out.rose:
+    if not held_out.losses or not held_out.rose or (folder / FORGETTING).is_file():
         return RunFile(newest, best)
     (step, lowest), (end, last) = held_out.lowest, held_out.losses[-1]
     note = (

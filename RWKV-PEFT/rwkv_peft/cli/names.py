@@ -11,6 +11,7 @@ ADAPTER, MODEL = "adapter.safetensors", "rwkv.pth"  # the newest trained tensors
 MERGED, TUNED = "merged.pth", "state.pth"  # the newest merged model and tuned states, likewise
 LEARNED, LEARNED_ROWS = "learned", "learned.jsonl"  # the label of what feedback has taught; answers before and after
 PICTURE, CARD = "loss.png", "README.md"
+FORGETTING, FORGETTING_PICTURE = "forgetting.json", "forgetting.png"  # what a run bounded by --forget_at_most loses
 METRICS = "metrics.jsonl"  # a line for each step of a run
 RUN = "config.json"  # the settings of a run, and the meaning of its tokens
 STATE = "state"  # a part of --train_parts, but no parameter of a model: the states before the first token

@@ -96,6 +96,8 @@ RULES = (
     Rule("--val_data", EXCLUDES, "--val_split", "both name the validation samples"),
     Rule("--val_seed", NEEDS, "--val_split", "it draws what that keeps"),
     Rule("--val_every", NEEDS, "--val_data, --val_split, --retain_data", "it needs samples to validate on"),
+    Rule("--forget_at_most", NEEDS, "--retain_data", "it bounds what those rows lose", "name them"),
+    Rule("--forget_at_most", EXCLUDES, "--fresh_optimizer", "the start of the run's line is not known then", OUT),
     Rule("--early_stop", NEEDS, "--val_data, --val_split", "it needs samples to validate on"),
     Rule("--eval_every, --eval_limit, --eval_batch", NEEDS, "--eval_data", "it is about its questions"),
     Rule(OF_TASK, NEEDS, "--eval_data", "it is about the questions of that file"),

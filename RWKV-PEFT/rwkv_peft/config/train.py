@@ -220,6 +220,13 @@ class ValidationConfig:
         "with each validation (even without --val_data); the run does not depend on it",
         metavar="PREFIX",
     )
+    forget_at_most: float | None = setting(
+        None,
+        "the most nats a token that --retain_data may lose; if it loses more, what was trained is scaled back after "
+        "the last step, along the line from the run's start, to the largest scale that holds (default: any)",
+        type=not_negative,
+        metavar="NATS",
+    )
     answer_rows: int = setting(
         4,
         "answer so many rows of the data, and as many held-out ones, before the first step and after the last, and "

@@ -1,11 +1,14 @@
 """The largest scale of a change at which rows lose no more than allowed, and what is measured to find it."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from ..checkpoints.atomic import write_text
 from ..checkpoints.base import Base, base_of
 from ..cli.errors import UserError
 from ..data.masks import undesirable
@@ -14,6 +17,7 @@ from ..inference.forward import prefill
 from ..inference.loading import model_of
 from ..models.parts import LanguageModel
 from ..models.state import State
+from ..plots import look, new_figure, plain_axes, save_figure
 from ..release.compatibility import Adapters
 from ..release.merge import MergeOptions, merged_tensors
 from .questions import last_answer
@@ -28,13 +32,14 @@ Answers = Mapping[tuple[int, ...], Sequence[tuple[list[int], list[int]]]]  # by 
 
 
 class Likelihood(NamedTuple):
-    """A model's mean loss of answers, in nats a token, and the share that it would answer word for word."""
+    """A model's mean loss of rows, in nats a token, and the share of answers that are its own word for word, None if
+    they were not compared."""
 
     nats: float
-    right: float
+    right: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.nats:.3f} nats a token, {self.right:.0%} word for word"
+        return f"{self.nats:.3f} nats a token" + ("" if self.right is None else f", {self.right:.0%} word for word")
 
 
 class Point(NamedTuple):
@@ -111,6 +116,34 @@ def table(points: Sequence[Point], best: Point) -> str:
     """A line for each Point: nats a token, and the share of answers word for word, of each kind of rows."""
     lines = ["scale   " + "".join(f"{name:>20}" for name in best.rows)]
     for point in points:
-        cells = [f"{found.nats:>13.3f} {found.right:>6.0%}" for found in point.rows.values()]
+        cells = [
+            f"{found.nats:>20.3f}" if found.right is None else f"{found.nats:>13.3f} {found.right:>6.0%}"
+            for found in point.rows.values()
+        ]
         lines.append(f"{point.scale:<8.4g}{''.join(cells)}" + "  <" * (point is best))
     return "\n".join(lines)
+
+
+def write_figures(points: Sequence[Point], most: float, path: Path, facts: Mapping[str, Any]) -> None:
+    """Write Points as JSON, beside other facts on them."""
+    lines = [{"scale": point.scale} | {name: found._asdict() for name, found in point.rows.items()} for point in points]
+    write_text(path, json.dumps({**facts, "forget_at_most": most, "frontier": lines}, indent=2) + "\n")
+
+
+def draw(points: Sequence[Point], best: Point, most: float, path: Path) -> None:
+    """Draw what is learned of each kind of rows over what those to keep lose, in nats a token."""
+    figure = new_figure(6.5, 4)
+    axes, kept = figure.add_subplot(), [point.rows[KEPT].nats - points[0].rows[KEPT].nats for point in points]
+    for number, name in enumerate(name for name in best.rows if name != KEPT):
+        axes.plot(
+            kept, [point.rows[name].nats for point in points], marker="o", markersize=3.5, label=name, **look(number)
+        )
+        axes.plot(kept[points.index(best)], best.rows[name].nats, marker="o", markersize=9, **look(number))
+    if most < 2 * max(kept):  # a bound far away would leave no room for the curves
+        axes.axvline(most, color="gray", linewidth=0.8, linestyle=":", label="--forget_at_most")
+    axes.set(
+        xlabel="lost on the rows to keep, nats a token", ylabel="loss, nats a token", title=f"scale {best.scale:.3g}"
+    )
+    axes.legend(frameon=False, fontsize="small")
+    plain_axes(axes)
+    save_figure(figure, path)

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..cli.parser import not_negative
-from ..cli.rules import EXCLUDES, Rule
+from ..cli.rules import EXCLUDES, NEEDS, Rule
 from ..config.objective import LOADED, Batch, Figure, Head, Losses, Objective, Passes, number_of_tokens
 from ..config.rules import WHOLE
 from ..config.setting import setting
@@ -41,6 +41,7 @@ class NextToken(Objective):
             "it compares with the base, which has to stay as it is",
             "train an adapter, from its beginning and without --train_parts; or leave it out, and take --replay",
         ),
+        Rule("--forget_at_most", NEEDS, "--objective next_token", "others measure no nats a token", "leave it out"),
         Rule("--kl_to_base", EXCLUDES, "--train_type infctx", "the reference pass reads whole rows", "leave it out"),
     )
     kl_to_base: float = setting(

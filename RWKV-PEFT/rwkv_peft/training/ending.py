@@ -35,11 +35,13 @@ def write_run_config(run: TrainingRun) -> None:
 
 
 def exit_code(run: TrainingRun, done: int, stop: StopRequest) -> int:
-    """128 + the signal's number for a run that a signal ended after `done` steps, before its last, else 0.
+    """128 + the signal's number for a run that a signal ended after `done` steps, before its last; 1 if it is over and
+    each part of it loses more than --forget_at_most; else 0.
 
     The signal may have come to another rank alone."""
-    early = done < run.plan.total_steps and not run.exhausted
-    return 128 + (stop.signal or signal.SIGTERM) if early else 0
+    if done < run.plan.total_steps and not run.exhausted:
+        return 128 + (stop.signal or signal.SIGTERM)
+    return int(run.bound is not None and run.bound.fails)
 
 
 def report_end(run: TrainingRun, done: int, stop: StopRequest, say: Callable[..., object]) -> tuple[int, str]:
@@ -53,7 +55,7 @@ def report_end(run: TrainingRun, done: int, stop: StopRequest, say: Callable[...
     except UserError as error:  # the trained tensors are saved, so go on
         say(f"note: {error}; --resume auto draws it again", file=sys.stderr)
     # A run that was stopped says how to go on. Figures of half a run would mislead.
-    if code := exit_code(run, done, stop):
+    if (code := exit_code(run, done, stop)) > 128:
         return code, (
             f"stopped after {done:,} of {counted(run.plan.total_steps, 'step')}, saved in {run.folder}; "
             "the same command with --resume goes on"
@@ -68,17 +70,21 @@ def report_end(run: TrainingRun, done: int, stop: StopRequest, say: Callable[...
     figures += [("answers", line) for line in answers if not line.startswith(" ")]
     if held_out.losses:
         best = labelled(newest_of(run), BEST)
-        course, *notes = on_held_out(held_out, name, sign, best)
+        course, *notes = on_held_out(held_out, name, sign, best if run.bound is None else None)
         patience = counted(run.config.train.early_stop, "validation")
         early = f"; stopped after {patience} without a lower one" if run.exhausted else ""
         figures.append(("validation", course))
         report += [f"validation  {course}, {best}{early}", *notes]
     elif run.config.data.of_answers and VALIDATION not in run.inputs.measured:
         report.append(f"validation  {UNKNOWN}")
+    if run.bound is not None:
+        *_, lost = lines = list(run.bound.lines())
+        figures.append(("forgetting", lost))
+        report += under("forgets", lines)
     # Last: it lists the files that are there by now.
     use = write_run_card(run, figures, say)
     report.append(f"finished  {newest_of(run)}, {run.folder / PICTURE}, {run.folder / METRICS}{use}")
-    return 0, "\n".join(report)
+    return code, "\n".join(report)
 
 
 def newest_of(run: TrainingRun) -> Path:

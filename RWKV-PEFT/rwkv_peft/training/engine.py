@@ -20,7 +20,7 @@ from ..models.parts import LanguageModel
 from .optimizers import begin_state, make_optimizer
 from .ranks.world import World
 from .rates import group_rates
-from .saving.optimizer_state import MASTER, Fragment
+from .saving.optimizer_state import FIRST, MASTER, Fragment
 from .step.shared_prefix import tokens_read
 from .step.steps import Step
 
@@ -62,9 +62,11 @@ class TrainingEngine(ABC):
 
     compute gives a batch's loss; device is the model's; rank and ranks: this process's number, and how many there are.
     optimizer: torch's, over the flat tensors of float32. group_names: the names of each group's parameters, in order.
+    firsts: copies of the masters at the run's start, in main memory, if they are kept.
     """
 
     optimizer: Any
+    firsts: Sequence[Tensor] = ()
 
     def __init__(
         self, model: LanguageModel, compute: Step, config: RunConfig, world: World, device: torch.device
@@ -103,6 +105,10 @@ class TrainingEngine(ABC):
         return {}
 
     # What checkpoints and measurements use
+
+    def copies(self) -> list[Tensor]:
+        """Copies of the masters in main memory."""
+        return [flat.detach().to("cpu", copy=True) for flat in self.flats]
 
     @property
     @abstractmethod
@@ -149,7 +155,7 @@ class TrainingEngine(ABC):
             size, start, number, offset, length = self.place(parameter)
             if length <= 0:
                 continue
-            tensors = {MASTER: flats[number].data}
+            tensors = {MASTER: flats[number].data} | ({FIRST: self.firsts[number]} if self.firsts else {})
             if self.is_by_parameter:
                 tensors |= moments_in(begin_state(self.optimizer, flats[number]))
             yield Fragment(

@@ -50,12 +50,14 @@ def notes_on(config: RunConfig, records: Records, rows: BeforeAfter | None) -> I
         yield "note: the chosen answers became less likely; a lower --lr_init, --dpo_nll 1 or --objective orpo helps"
 
 
-def on_held_out(held_out: HeldOut, name: str, sign: int, best: Path) -> Iterator[str]:
-    """Yield the course of a run's measure on held-out rows; then a note if its last value is not near its best."""
+def on_held_out(held_out: HeldOut, name: str, sign: int, best: Path | None) -> Iterator[str]:
+    """Yield the course of a run's measure on held-out rows; then a note if its last value is not near its best.
+    best: the file that commands take then, or None."""
     (step, lowest), last = held_out.lowest, held_out.losses[-1][1]
     first, lowest_shown, last_shown = (f"{sign * loss + 0.0:.4f}" for loss in (held_out.first, lowest, last))  # no -0
     yield f"{name} {first} at first, {last_shown} at the end; after step {step:,} the best {name} {lowest_shown}"
     if lowest >= held_out.first and sign > 0:
         yield "note: the held-out rows were known better before training: nothing was learned that holds for other rows"
     elif held_out.rose and sign > 0:
-        yield f"note: the held-out loss rose after step {step:,}: commands take {best}; --early_stop 2 ends sooner"
+        takes = f"commands take {best}; " if best else ""
+        yield f"note: the held-out loss rose after step {step:,}: {takes}--early_stop 2 ends sooner"

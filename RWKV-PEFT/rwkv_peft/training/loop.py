@@ -9,6 +9,8 @@ One optimizer step, on every rank alike:
     examine              ask the questions and log the rollouts that are due
     record, show         write a line of metrics.jsonl, feed the trackers, move the progress bar
     save                 save, if it is time
+
+After the last one, run.bound scales back what was trained (--forget_at_most), and run.rows are answered.
 """
 
 import json
@@ -99,6 +101,8 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
     report, done, peak, stopping = Report(run), plan.first_step, 0, False
     run.model.train()
     try:
+        if run.bound is not None:
+            engine.firsts = engine.copies()  # of a run that goes on the checkpoint fills them
         if run.checkpoint is not None:
             # It fills the engine's masters and moments; the model's weights follow from these.
             load_checkpoint(engine, run.checkpoint)
@@ -152,8 +156,11 @@ def train(run: TrainingRun, stop: StopRequest, callback: Callable[[Metrics], obj
                     stop.stage = "after"
                     break
             compute.figures = sums.measures  # which the next step's loss may read
-        if run.ends(done) and run.rows is not None:  # the last step is saved by now
-            run.rows.after(engine)
+        if run.ends(done):  # the last step is saved by now
+            if run.bound is not None:
+                run.bound.apply(engine, report.say)
+            if run.rows is not None:
+                run.rows.after(engine)
     except RuntimeError as error:
         if is_gpu_memory(error):
             add_memory_note(error, done, plan.total_steps, peak)

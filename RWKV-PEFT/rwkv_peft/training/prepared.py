@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..cli.names import FORGETTING, FORGETTING_PICTURE
 from ..config import RunConfig
 from ..data.recorded import find_tokenizer
 from ..data.row_settings import settings_of
@@ -16,6 +17,7 @@ from ..objectives.draws import Draws
 from ..objectives.grpo import GRPO
 from ..objectives.next_token import NextToken
 from ..rewards import Judges
+from .bounding import Bound
 from .engine import Plain, TrainingEngine
 from .inputs import Inputs
 from .measuring import BeforeAfter, Examiner, Questions, Validator
@@ -41,6 +43,7 @@ class TrainingRun:
     - the teacher's model, if it learns from one
     - compute: the Step that gives a batch's loss, and engine: it moves the weights
     - validator (None without data to measure), examiners, and rows to be answered before and after training, or None
+    - bound: of --forget_at_most, or None
     - saver: None unless the run `saves`
 
     trackers get the numbers of each step. shows_progress: the first rank prints a bar. `leads` is true in rank 0, which
@@ -72,6 +75,11 @@ class TrainingRun:
         self.saver = Saver(inputs.folder, config, plan, inputs.identity, inputs.base) if saves else None
         train, anew = config.train, inputs.state is None
         self.validator = Validator(inputs, self.saver) if inputs.measured else None
+        self.bound = None
+        if train.forget_at_most is not None:
+            assert self.validator is not None  # because there is --retain_data
+            files = self.folder / FORGETTING, self.folder / FORGETTING_PICTURE
+            self.bound = Bound(self.validator, self.saver, train.forget_at_most, *files)
         self.examiners: list[Any] = []
         if questions.exam is not None:
             self.examiners.append(Examiner(questions.exam, self.folder / ANSWERS, train, plan))

@@ -20,7 +20,7 @@ import torch
 from ..checkpoints.atomic import check_output
 from ..checkpoints.lock import alone_in
 from ..cli.errors import HANGUP, Diverged, UserError, hangup_signals, keeping_handlers, past_ctrl_c
-from ..cli.names import METRICS, PICTURE
+from ..cli.names import FORGETTING, FORGETTING_PICTURE, METRICS, PICTURE
 from ..config import RunConfig
 from ..config.objective import REWARDS
 from ..data.answer_samples import PromptSamples
@@ -245,6 +245,10 @@ def require_more_to_train(inputs: Inputs, leads: bool) -> str:
     complete, remedy = completed(train, inputs.plan, inputs.lowest) if inputs.state else ("", "")
     if complete and train.resume != AUTO:
         raise UserError(f"--resume: {complete}; {remedy} to go on")
+    if complete and train.forget_at_most is not None and not (folder / FORGETTING).exists():
+        raise UserError(
+            f"--forget_at_most: {complete}, and it ended before that was measured; merge_bone.py has that flag, too"
+        )
     if complete and leads:  # a run may have died after its last save, before these
         plot_loss(folder / METRICS, folder / PICTURE)
         discard_old(folder, train.keep_checkpoints)
@@ -279,6 +283,8 @@ def judging(config: RunConfig, data: Sequence[Samples]) -> Iterator[Judges]:
 def prepare_folder(inputs: Inputs, trains: int, say: Callable[..., object]) -> None:
     """Clear a run's folder of a killed run's leftovers and check its disk. Mark a run that begins anew as UNSAVED."""
     folder, anew = inputs.folder, inputs.state is None
+    for name in (FORGETTING, FORGETTING_PICTURE):  # of an earlier end
+        (folder / name).unlink(missing_ok=True)
     clear_hidden(folder)
     if anew:
         if (folder / METRICS).exists():

@@ -1,7 +1,6 @@
 """`rwkv-peft learn`: go on from a run's adapter with corrected answers and with the run's own rows between them, and
 scale the new part back until no more is lost than allowed; flags.py has the usage."""
 
-import json
 import sys
 import time
 from argparse import Namespace
@@ -18,7 +17,6 @@ from ...api.adapters import add_adapter, save_adapter
 from ...api.model import Model, load
 from ...api.train import request_for
 from ...checkpoints.adapters import adapter_of_run
-from ...checkpoints.atomic import write_text
 from ...checkpoints.best import labelled
 from ...checkpoints.lock import alone_in
 from ...cli.errors import Diverged, UserError
@@ -29,9 +27,19 @@ from ...data.mixture import Mixture
 from ...data.recorded import require_same
 from ...data.samples import Samples
 from ...data.sources import build_samples, split_samples
-from ...evals.frontier import KEPT, MEASURED, SCORED, Point, answers_in, frontier, likelihood, table
+from ...evals.frontier import (
+    KEPT,
+    MEASURED,
+    SCORED,
+    Point,
+    answers_in,
+    draw,
+    frontier,
+    likelihood,
+    table,
+    write_figures,
+)
 from ...evals.questions import RowsExam, rows_of
-from ...plots import look, new_figure, plain_axes, save_figure
 from ...rewards import Judges
 from ...training.inputs import VALIDATION, Inputs, find_inputs, make_plan
 from ...training.loop import StopRequest, train
@@ -96,9 +104,8 @@ def learn(args: Namespace) -> int:
 
     points, best = frontier(at, args.forget_at_most)
     print(table(points, best))
-    figures = {"scale": best.scale, "forget_at_most": args.forget_at_most, "steps": steps, "seconds": round(seconds, 1)}
-    lines = [{"scale": point.scale} | {name: found._asdict() for name, found in point.rows.items()} for point in points]
-    write_text(folder / FIGURES, json.dumps(figures | {"frontier": lines}, indent=2) + "\n")
+    facts = {"scale": best.scale, "steps": steps, "seconds": round(seconds, 1)}
+    write_figures(points, args.forget_at_most, folder / FIGURES, facts)
     draw(points, best, args.forget_at_most, folder / PICTURE)
     if not best.scale:
         print(f"nothing is written: each part of it loses more than --forget_at_most {args.forget_at_most:g}")
@@ -174,22 +181,3 @@ def take_steps(model: Model, inputs: Inputs, minutes: float) -> tuple[int, float
     except Diverged as error:
         raise UserError(f"{error}; lower --lr_init") from error
     return steps, time.monotonic() - began
-
-
-def draw(points: Sequence[Point], best: Point, most: float, path: Path) -> None:
-    """Draw what is learned of each kind of rows over what those to keep lose, in nats a token."""
-    figure = new_figure(6.5, 4)
-    axes, kept = figure.add_subplot(), [point.rows[KEPT].nats - points[0].rows[KEPT].nats for point in points]
-    for number, name in enumerate(name for name in best.rows if name != KEPT):
-        axes.plot(
-            kept, [point.rows[name].nats for point in points], marker="o", markersize=3.5, label=name, **look(number)
-        )
-        axes.plot(kept[points.index(best)], best.rows[name].nats, marker="o", markersize=9, **look(number))
-    if most < 2 * max(kept):  # a bound far away would leave no room for the curves
-        axes.axvline(most, color="gray", linewidth=0.8, linestyle=":", label="--forget_at_most")
-    axes.set(
-        xlabel="lost on the rows to keep, nats a token", ylabel="loss, nats a token", title=f"scale {best.scale:.3g}"
-    )
-    axes.legend(frameon=False, fontsize="small")
-    plain_axes(axes)
-    save_figure(figure, path)

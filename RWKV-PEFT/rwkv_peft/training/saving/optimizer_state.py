@@ -5,8 +5,9 @@ them together in stages 1 and 2, a part of each parameter in stage 3. A state th
 these and any number of ranks.
 
 optimizer/rank-NNNNN.safetensors holds the pieces of one rank, float32 (n,), each called KIND:START:PARAMETER: KIND is
-master or the name of a moment, as exp_avg, and START the piece's first element in the flattened parameter. The header
-counts the optimizer's steps. No rank waits for another. A rank that reads takes its own pieces from the files of all.
+master, first (what the master began as) or the name of a moment, as exp_avg, and START the piece's first element in the
+flattened parameter. The header counts the optimizer's steps. No rank waits for another. A rank that reads takes its own
+pieces from the files of all.
 
 An optimizer with other state than by parameter adds codes:RANK:NUMBER:NAME, of the NUMBERth flat tensor, for that rank.
 """
@@ -26,7 +27,7 @@ from ...checkpoints.tensors import TensorSpec, read_safetensors, write_safetenso
 from ...cli.errors import UserError
 from .checkpoints import OPTIMIZER, remedy_of
 
-MASTER = "master"  # the float32 weight
+MASTER, FIRST = "master", "first"  # the float32 weight, and what it was at the run's start if that is kept
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")  # and Adam's two moments of it
 METADATA_KEY, FORMAT_VERSION = "rwkv_peft_optimizer", 1
 STEPS, SCALE = "steps", "loss_scale"  # entries in the metadata

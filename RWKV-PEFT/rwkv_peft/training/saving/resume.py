@@ -53,7 +53,13 @@ def find_state(
     """
     checkpoint = find_checkpoint(folder)
     if checkpoint is not None and train.resume:
-        return checkpoint, read_run_state(checkpoint, identity, train.fresh_optimizer)
+        state = read_run_state(checkpoint, identity, train.fresh_optimizer)
+        if train.forget_at_most is not None and state["config"]["train"].get("forget_at_most") is None:
+            raise UserError(
+                f"--forget_at_most: the run in {folder} began without it, and has not kept where it began; leave it "
+                "out, and give it to merge_bone.py"
+            )
+        return checkpoint, state
     if checkpoint is not None:
         raise UserError(f"--proj_dir {folder} already holds a run; add --resume to continue it, or name another folder")
     leftover = find_trained(folder, newest_name(AdapterConfig(**identity["adapter"])))
