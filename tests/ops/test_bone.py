@@ -96,7 +96,7 @@ def amx_shim():
     if blocks.FAMILY.unavailable("avx512") or not compiler_knows(blocks.level_flags()["amx"]):
         return None
     header = Path(__file__).parents[1] / "amx_shim" / "amx_shim.h"
-    library = blocks.FAMILY.build("amx", "_shim", ("-include", str(header)), [header])
+    library = blocks.FAMILY.build_level("amx", "_shim", ("-include", str(header)), [header])
     return library if library.amx_shim_runs() else None
 
 

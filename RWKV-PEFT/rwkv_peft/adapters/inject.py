@@ -112,7 +112,8 @@ def inject(
         away = device is not None and is_work
         if away:
             base.to(device)
-        layer = _make_layer(base, name, config, initial or {}, gradients or {})
+        assert method is not None  # NONE has no layers
+        layer = _make_layer(base, name, method, config, initial or {}, gradients or {})
         if config.quant != "none":
             layer.quantize(config.quant)
         if away:
@@ -134,10 +135,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def _make_layer(
-    base: nn.Linear, name: str, config: AdapterConfig, initial: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
+    base: nn.Linear,
+    name: str,
+    method: Method,
+    config: AdapterConfig,
+    initial: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
 ) -> AdapterLinear:
-    method = method_of(config)
-    assert method is not None  # NONE has no layers
     constants: Params = {}
     if method.held is not None:
         keys = {constant: f"{name}.{constant}" for constant in method.held.names}

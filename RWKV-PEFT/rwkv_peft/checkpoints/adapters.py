@@ -86,7 +86,7 @@ def adapter_of_run(path: str | Path, tell: bool = False) -> Path:
     if not path.is_dir() or is_adapter_folder(path) or is_lightning(path):
         return path
     if (path / ADAPTER).exists():
-        return taken(path, ADAPTER, tell)
+        return chosen_file(path, ADAPTER, tell)
     if (path / MODEL).exists():
         raise UserError(f"{path} is the folder of a run with --peft none; {path / MODEL} is its model, nothing merges")
     if (path / METRICS).exists():
@@ -101,10 +101,11 @@ def product_of_run(path: str | Path, tell: bool = False) -> Path:
     """The path of the model or the adapter to take in the folder of a train.py run; any other path unchanged.
     Prints and raises UserError as adapter_of_run does."""
     path = Path(path)
-    return taken(path, MODEL, tell) if (path / MODEL).is_file() else adapter_of_run(path, tell)
+    return chosen_file(path, MODEL, tell) if (path / MODEL).is_file() else adapter_of_run(path, tell)
 
 
-def taken(folder: Path, name: str, tell: bool) -> Path:
+def chosen_file(folder: Path, name: str, tell: bool) -> Path:
+    """The file `name` of a run, or its best; with `tell` print a note on the choice."""
     run_file = take(folder, name)
     if tell and run_file.note:
         print(run_file.note, file=sys.stderr)

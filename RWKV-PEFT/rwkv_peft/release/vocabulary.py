@@ -267,9 +267,9 @@ def longest(words: Iterable[str]) -> str:
 
 def _expression(tree: Tree) -> str:
     """The expression of a tree's continuations; large branches come first, since they are the likely ones."""
-    behind = {character: _expression(below) for character, below in tree.items() if character}
-    last = "".join(_literal(character) for character, more in behind.items() if not more)
-    branches = sorted((_literal(character) + more for character, more in behind.items() if more), key=len, reverse=True)
+    rest = {character: _expression(below) for character, below in tree.items() if character}
+    last = "".join(_literal(character) for character, more in rest.items() if not more)
+    branches = sorted((_literal(character) + more for character, more in rest.items() if more), key=len, reverse=True)
     leaves = ["[" + last.replace("-", r"\-") + "]"] if last else []
     either = "|".join(leaves + branches)
     return f"(?:{either})" + "?" * ("" in tree) if either else ""

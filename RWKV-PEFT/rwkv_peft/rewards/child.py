@@ -91,12 +91,12 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     when_parent_ends(end_all)
     pipe = taken_over(int(argv[0]))
-    bench = RewardServer(pipe)
+    server = RewardServer(pipe)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
-        bench.serve(bench.open, argv[1:])
+        server.serve(server.open, argv[1:])
         while True:
             kind, work = pipe.recv()
-            bench.serve(bench.check if kind == "check" else bench.score, work)
+            server.serve(server.check if kind == "check" else server.score, work)
     end_all()
 
 

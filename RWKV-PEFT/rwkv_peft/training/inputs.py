@@ -58,11 +58,12 @@ def find_inputs(request: Request, memory: int = 0) -> Inputs:
     """Find the Inputs of a Request, for GPUs of `memory` bytes (0: a CPU). Raises UserError if a run that resumes would
     read something else than before."""
     config, base, world, teacher = request.config, request.base, request.world, request.teacher
-    # Before the data is read, because the order of rows follows from it.
-    config = replace(config, data=with_kept_order(config.data, config.train))
+    # Before the data is read, because the order of rows follows from it. find_state checks it, once the data is known.
+    saved = saved_state(config.train.proj_dir, config.train.resume)
+    config = replace(config, data=with_kept_order(config.data, saved))
     samples, measured = find_samples(config)
     # Before the plan, which counts steps in micro batches.
-    if not saved_state(config.train.proj_dir, config.train.resume):  # a run that goes on keeps its rows
+    if not saved:  # a run that goes on keeps its rows
         config, notes = with_batch_size(request, config, len(samples), memory)
         # Rows of like length are brought together only if several share a batch: that is known now.
         for part in samples.parts:

@@ -378,14 +378,14 @@ ANSWERS = {  # (words, cities)
 
 def whole_of(text, end="stop", forced=False):
     response = ChatResponse("m", BytesTokenizer(), False, True, forced)
-    return response.choice(response.split(CompletionPart(0, text, (), end)))
+    return response.choice(response.split_part(CompletionPart(0, text, (), end)))
 
 
 def parts_of(text, width):
     response = ChatResponse("m", BytesTokenizer(), False, True)
     cuts = [text[begin : begin + width] for begin in range(0, len(text), width)]
     pieces = [CompletionPart(0, cut, ()) for cut in cuts] + [CompletionPart(0, "", (), "stop")]
-    found = [response.delta(response.split(piece), place == 0) for place, piece in enumerate(pieces)]
+    found = [response.delta(response.split_part(piece), place == 0) for place, piece in enumerate(pieces)]
     return [part for part in found if part is not None]
 
 
@@ -420,7 +420,7 @@ def test_a_forced_call_that_a_limit_cuts_leaves_no_text(call):
     for end in range(len(call)):
         message = whole_of(call[:end], "length", True)["message"]
         response = ChatResponse("m", BytesTokenizer(), False, True, True)
-        delta = response.delta(response.split(CompletionPart(0, call[:end], (), "length")), True)["delta"]
+        delta = response.delta(response.split_part(CompletionPart(0, call[:end], (), "length")), True)["delta"]
         assert message["content"] == delta["content"] == "" and "tool_calls" not in message | delta
 
 

@@ -162,12 +162,12 @@ def test_tools_are_called_behind_a_thinking():
     call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     text = f"<think>\nI might {call}\n</think>\nWell.\n{call}"
     response = ChatResponse("m", BytesTokenizer(), False, True, splits=True)
-    message = response.choice(response.split(CompletionPart(0, text, (), "stop")))
+    message = response.choice(response.split_part(CompletionPart(0, text, (), "stop")))
     assert message["finish_reason"] == "tool_calls" and len(message["message"]["tool_calls"]) == 1
     assert (message["message"]["reasoning_content"], message["message"]["content"]) == (f"I might {call}", "Well.")
     response = ChatResponse("m", BytesTokenizer(), False, True, splits=True)
     pieces = [*(CompletionPart(0, letter, ()) for letter in text), CompletionPart(0, "", (), "stop")]
-    parts = [response.delta(response.split(piece), False) for piece in pieces]
+    parts = [response.delta(response.split_part(piece), False) for piece in pieces]
     parts = [part["delta"] for part in parts if part]
     assert "".join(part.get("reasoning_content", "") for part in parts) == f"I might {call}"
     assert "".join(part.get("content", "") for part in parts) == "Well."

@@ -72,7 +72,7 @@ class Conversation:
             if part.tokens and waits:
                 waits = False
                 self.on_first(time.monotonic() - self.began)
-            part = self.response.split(part)
+            part = self.response.split_part(part)
             self.on_part(part)
             yield part
         if self.save is not None:

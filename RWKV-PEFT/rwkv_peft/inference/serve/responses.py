@@ -80,7 +80,7 @@ class Response:
         self.begun: set[int] = set()  # completions of which a part was sent
         self.includes_usage = False
 
-    def split(self, part: CompletionPart) -> CompletionPart:
+    def split_part(self, part: CompletionPart) -> CompletionPart:
         """A part with its thinking and calls apart from its text, and without text that is not certain yet."""
         return part
 
@@ -158,7 +158,7 @@ class ChatResponse(Response):
         self.thinking: dict[int, ThinkingStream] = defaultdict(ThinkingStream)
         self.tokens: Counter[int] = Counter()  # of each completion
 
-    def split(self, part: CompletionPart) -> CompletionPart:
+    def split_part(self, part: CompletionPart) -> CompletionPart:
         whole, stream, calls = bool(part.end), self.thinking[part.number], list[ToolCall]()
         thought, text = bool(stream.thinks), part.text
         if self.splits:

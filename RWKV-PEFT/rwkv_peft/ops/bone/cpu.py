@@ -72,7 +72,9 @@ class BoneFamily(CpuFamily):
             return str(error)
         return None if has_unit else f"this processor has no matrix unit; its best is {cpu.best_level()}"
 
-    def build(self, level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[Path] = ()) -> ctypes.CDLL:
+    def build_level(
+        self, level: str, name: str = "", flags: Sequence[str] = (), headers: Sequence[Path] = ()
+    ) -> ctypes.CDLL:
         """Build and load a level's functions, with `name` and `flags` added to its own; built anew if one of `headers`
         changes, too."""
         functions = FUNCTIONS + (AMX_FUNCTIONS if level == "amx" else ())

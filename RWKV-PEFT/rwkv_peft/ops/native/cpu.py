@@ -74,9 +74,9 @@ class CpuFamily:
     @functools.cache  # noqa: B019 - families live as long as their modules
     def library(self, level: str = "") -> ctypes.CDLL:
         """The loaded library; BuildError, uncached, if it cannot be built or loaded."""
-        return self.build(level or self.best_level())
+        return self.build_level(level or self.best_level())
 
-    def build(self, level: str) -> ctypes.CDLL:
+    def build_level(self, level: str) -> ctypes.CDLL:
         flags = level_flags()[level]
         return cpu_library(f"{self.op}_cpu_{level}", f"{self.op}/{self.op}.cpp", flags, self.functions)
 

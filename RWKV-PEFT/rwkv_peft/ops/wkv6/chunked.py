@@ -30,7 +30,7 @@ def _before(x: Tensor) -> Tensor:
     return F.pad(x[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
 
 
-def _behind(x: Tensor) -> Tensor:
+def _after(x: Tensor) -> Tensor:
     """For each step, the sum of x (..., C, N) over all steps after it."""
     return _before(x.flip(-2)).flip(-2)
 
@@ -60,8 +60,8 @@ class Products(NamedTuple):
 
 def _split(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """x (..., C, N) before and after each middle, (..., C / 2 half, half, N)."""
-    before, behind = x.unflatten(-2, (-1, 2, half)).unbind(-3)
-    return before, behind
+    before, after = x.unflatten(-2, (-1, 2, half)).unbind(-3)
+    return before, after
 
 
 def _pairs(x: Tensor, half: int) -> Tensor:
@@ -71,7 +71,7 @@ def _pairs(x: Tensor, half: int) -> Tensor:
 
 
 def _sides(r: Tensor, k: Tensor, r_logs: Tensor, k_logs: Tensor) -> Sides:
-    since, until = _before(r_logs).exp(), _behind(k_logs).exp()
+    since, until = _before(r_logs).exp(), _after(k_logs).exp()
     return Sides(since, r * since, until, k * until)
 
 
@@ -139,7 +139,7 @@ def _add_sides(sides: Sides, d_r: Tensor, d_k: Tensor, into: tuple[Tensor, Tenso
     dr, dk, since, until = into
     dr.addcmul_(d_r, sides.since)
     dk.addcmul_(d_k, sides.until)
-    since += _behind(d_r * sides.r)
+    since += _after(d_r * sides.r)
     until += _before(d_k * sides.k)
 
 

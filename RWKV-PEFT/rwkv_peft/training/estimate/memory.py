@@ -1,8 +1,8 @@
 """A run's memory, part by part, and the files that it writes: formulas over its settings.
 
-Optimizer and gradients are DeepSpeed's (ZeRO; Rajbhandari et al. 2020, arXiv 1910.02054, section 3): each trained
-parameter has a float32 copy and two moments, 12 bytes in any precision; other optimizers than AdamW keep less. The
-numbers named after others' constants are theirs, which import torch (tests/tools/plan/test_activations.py compares
+Optimizer and gradients are the engines', as in ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3): each
+trained parameter has a float32 copy and two moments, 12 bytes in any precision; other optimizers than AdamW keep less.
+The numbers named after others' constants are theirs, which import torch (tests/tools/plan/test_activations.py compares
 them).
 """
 
@@ -25,8 +25,8 @@ from .activations import CPU, GPU, ITEM, METHODS, SINGLE, Activations, MethodFor
 DRAW, LOSS, BACKWARD, UPDATE = "draw", "loss", "backward", "update"  # the moments of a step; one of them is the peak
 ALWAYS = (DRAW, LOSS, BACKWARD, UPDATE)
 PAGE = 4096  # bytes of a page of a mapped file
-# Bytes of a process without a model: Python, torch, Lightning and DeepSpeed in main memory; on a GPU CUDA's context
-# and the workspaces of its libraries, which no run here has measured.
+# Bytes of a process without a model: Python, torch and, on several ranks, Lightning and DeepSpeed in main memory; on a
+# GPU CUDA's context and the workspaces of its libraries, which no run here has measured.
 PROCESS, CONTEXT = 640 << 20, 600 << 20
 CHUNK_ELEMENTS = MappingProxyType({CPU: 1 << 25, GPU: 1 << 27})  # logits at once (objectives/cross_entropy.py)
 ROW_ELEMENTS = MappingProxyType({CPU: 1 << 22, GPU: 1 << 26})  # dequantized at once (adapters/quant.py)

@@ -70,7 +70,7 @@ def build_parser() -> Parser:
         synonyms=SYNONYMS,
         values=VALUES,
         several=SEVERAL,
-        description=f"Train an {names} model, or a Bone adapter on one, on CPU or GPU under DeepSpeed ZeRO.",
+        description=f"Train an {names} model, or a Bone adapter on one, on CPUs or GPUs.",
     )
     model = parser.add_argument_group("model")
     add_settings(model, fields(ModelSettings))

@@ -30,7 +30,6 @@ from .checkpoints import (
     read_state,
     remedy_of,
     require_files,
-    saved_state,
 )
 from .products import newest_name
 
@@ -188,9 +187,10 @@ def difference(key: str, then: Any, now: Any) -> str:
     return f"{key} {then}, this command {now}"
 
 
-def with_kept_order(data: DataConfig, train: TrainConfig) -> DataConfig:
-    """The DataConfig with the order of rows that a run which goes on began with, whatever batches it has now."""
-    before = saved_state(train.proj_dir, train.resume).get("data", {})
+def with_kept_order(data: DataConfig, state: Mapping[str, Any]) -> DataConfig:
+    """The DataConfig with the order of rows that a run began with, whatever batches it has now. state: the state.json
+    that it goes on from, {} if it begins."""
+    before = state.get("data", {})
     return replace(data, bucketed=before["rows_share_batches"]) if "rows_share_batches" in before else data
 
 
