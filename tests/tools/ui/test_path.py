@@ -130,7 +130,7 @@ def test_from_an_empty_folder_to_a_merged_model_that_answers(open_page, server, 
     expect(card).to_contain_text("after training")
     assert learned.exists() and earlier.read_bytes() == before
     assert page.locator("html").evaluate("page => page.scrollWidth") <= 390
-    page.get_by_role("link", name="Keep: talk to it").click()
+    page.get_by_role("link", name="Talk to it").click()
     expect(page.locator("#which option", has_text="What feedback has taught")).to_have_count(1)
     go(page, "Runs")
     press(page, "Take back")

@@ -18,7 +18,7 @@ export function showRun(place, folder, signal, { compared = () => [], changed = 
   const log = el("input", { id: "log", type: "checkbox", checked: recall("log", false), onchange: () => { remember("log", log.checked); turn(); } });
   const all = el("div", { hidden: true }, losses, el("p", { className: "note" }, t("runs.losses")), el("div", { className: "row" }, log, el("label", { htmlFor: "log" }, t("runs.log"))));
   const seen = el("div", { hidden: true }, answers, files), back = el("button", { type: "button", onclick: takeBack }, t("learned.back")), further = el("div", { hidden: true }, folded(t("runs.rates"), rates));
-  learned.append(lessons, el("div", { className: "row" }, el("a", { className: "button main", href: address("chat", folder) }, t("learned.keep")), back));
+  learned.append(lessons, el("div", { className: "row" }, el("a", { className: "button main", href: address("chat", folder) }, t("learned.talk")), back));
   place.append(el("section", { className: "run", "aria-label": folder }, el("h2", {}, folder, " ", state), now, bar, figures, buttons, error, learning, learned, job, all, seen, further));
   let own = { lines: [], next: 0 }, drawn = "", read = new Map(), stopping = false, shown = "";
 
