@@ -37,4 +37,4 @@ def test_a_signal_in_the_step_that_ends_a_run_changes_nothing():
         (3, signal.SIGINT, True, 0),
         (10, signal.SIGTERM, False, 0),
     ):
-        assert exit_code(SimpleNamespace(exhausted=exhausted, plan=plan), done, StopRequest(number)) == code
+        assert exit_code(SimpleNamespace(exhausted=exhausted, plan=plan, bound=None), done, StopRequest(number)) == code
