@@ -136,12 +136,16 @@ def test_a_tracker_without_its_package_is_refused_before_the_run(monkeypatch):
         parse_train_flags(["--data_file", "x", "--load_model", "y", "--wandb", "mine"])
 
 
-@pytest.mark.parametrize("flags", ["--devices 2", "--strategy deepspeed_stage_3", ""])
-def test_deepspeed_is_needed_by_what_shares_work_alone(monkeypatch, flags):
+@pytest.mark.parametrize("system, remedy", [("linux", "install it|activate"), ("darwin", "run it on Linux")])
+@pytest.mark.parametrize(
+    "flags", ["--devices 2", "--strategy deepspeed_stage_3", "--devices 2 --strategy deepspeed_stage_3"]
+)
+def test_ranks_and_stage_3_need_deepspeed(monkeypatch, flags, system, remedy):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    words = ["--data_file", "x", "--load_model", "y", *flags.split()]
-    if not flags:
-        parse_train_flags(words)
-        return
-    with pytest.raises(UserError, match=f"{flags} needs DeepSpeed, .*, or train on one device"):
-        parse_train_flags(words)
+    monkeypatch.setattr("sys.platform", system)
+    words = ["--data_file", "x", "--load_model", "y"]
+    parse_train_flags(words)
+    with pytest.raises(
+        UserError, match=f"{flags} needs DeepSpeed; ({remedy}).*, or train on one device without {flags}\n"
+    ):
+        parse_train_flags([*words, *flags.split()])

@@ -230,7 +230,7 @@ def check_tools() -> Iterator[Finding]:
         yield Finding("compiler", NOTE, missing, COMPILER)
     if ninja := shutil.which("ninja"):
         yield Finding("ninja program", OK, ninja)
-    else:
+    elif version_of("deepspeed"):
         missing = "not in PATH: the offload strategies will not run, because DeepSpeed compiles their Adam with it"
         yield Finding("ninja program", NOTE, missing, "activate the environment, or pip install ninja")
 

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -64,8 +65,13 @@ def check_train(train: TrainConfig) -> Iterator[str]:
     if package and importlib.util.find_spec(package) is None:
         yield f"--optim {train.optim} needs the package {package}; {how_to_install('optim')}"
     if train.uses_zero and importlib.util.find_spec("deepspeed") is None:
-        shares = f"--devices {train.devices}" if train.ranks > 1 else f"--strategy {train.strategy}"
-        yield f"{shares} needs DeepSpeed, which is made for Linux; {how_to_install()}, or train on one device"
+        counts = {"--devices": train.devices, "--num_nodes": train.num_nodes}
+        sharing = [f"{flag} {count}" for flag, count in counts.items() if count > 1]
+        if train.stage == 3 or train.offload:
+            sharing.append(f"--strategy {train.strategy}")
+        asked = " ".join(sharing)
+        remedy = how_to_install() if sys.platform == "linux" else "run it on Linux, the only system that has it"
+        yield f"{asked} needs DeepSpeed; {remedy}, or train on one device without {asked}"
     for tracker in TRACKERS:
         if (project := getattr(train, tracker)) and importlib.util.find_spec(tracker) is None:
             yield f"--{tracker} {project} needs the {tracker} package: pip install {tracker}"
