@@ -3,12 +3,15 @@
 import copy
 import json
 import pickle
+import random
 import re
 import shutil
+import signal
 import string
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -364,6 +367,42 @@ def test_rewards_are_learned_from(base, tmp_path):
     settings |= {"num_generations": 2, "max_completion_length": 4, "epoch_steps": 2, "epoch_count": 1, "ctx_len": 64}
     history = rp.train(model, [{"prompt": "Say one:"}], progress=False, **settings)
     assert len(history) == 2 and all("reward" in metrics for metrics in history)
+
+
+def test_conversations_with_tools_are_learned_from(base, tmp_path):
+    (tmp_path / "shop.py").write_text(
+        "class Shop:\n"
+        "    def reset(self, goods):\n        self.goods = goods\n\n"
+        "    def price(self, name: str) -> int:\n        'Look a price up.'\n        return self.goods[name]\n\n"
+        "    def get_reward(self) -> float:\n        return float(len(self.goods))\n"
+    )
+    model = rp.load(base, precision="fp32", device="cpu")
+    rp.add_adapter(model, rank=8)
+    settings = {"data_type": "prompts", "objective": "grpo", "environment": f"{tmp_path / 'shop.py'}:Shop"}
+    settings |= {"num_generations": 2, "max_completion_length": 4, "epoch_steps": 2, "epoch_count": 1, "ctx_len": 400}
+    rows = [{"query": "What is tea?", "goods": {"tea": 3}}, {"query": "And rice?", "goods": {"tea": 3, "rice": 2}}]
+    history = rp.train(model, rows, progress=False, **settings)
+    assert [metrics["reward/environment"] for metrics in history] in ([1, 2], [2, 1])
+
+
+def test_training_leaves_the_process_as_it_was(model):
+    """Random numbers and signal handlers stay the caller's. Each weight has memory of its own, for any optimizer."""
+    rp.add_adapter(model, rank=8, train_parts=["ln"])
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def process():
+        handlers = [signal.getsignal(number) for number in numbers]
+        return handlers, random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+    before = process()
+    train(model)
+    assert process() == before
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    assert all(weight.untyped_storage().nbytes() == weight.nbytes for weight in trained)
+    assert len({weight.untyped_storage().data_ptr() for weight in trained}) == len(trained) > 2
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    model(torch.arange(1, 9)[None])[0].float().square().mean().backward()
+    optimizer.step()
 
 
 def test_what_was_learned_from_rows_is_answered_and_merged(base, model, tmp_path, capsys):
