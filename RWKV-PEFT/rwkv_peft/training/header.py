@@ -59,7 +59,9 @@ def describe(
     kernel = "cuda" if accelerator == "gpu" else "cpu"
     reason = family.kernels(kernel).get(kernel, f"{family.name} has none for a {accelerator} yet")
     say(
-        f"machine   {train.num_nodes} x {train.devices} {accelerator}, {train.strategy}, {train.precision}, "
+        f"machine   {train.num_nodes} x {train.devices} {accelerator}, "
+        + f"{train.strategy}, " * train.uses_zero
+        + f"{train.precision}, "
         f"{family.kernel} kernel: {kernel if reason is None else f'plain torch, which is slow ({reason})'}"
     )
     if accelerator == "cpu":
