@@ -1,1 +1,1 @@
-"""From flags to a trained adapter: loss, schedule, engine, callbacks, the run itself."""
+"""From flags to a trained adapter: the loop, its engines, the loss of a step, the run itself."""

@@ -1,4 +1,4 @@
-"""The engines that move a model's weights. loop.py calls five methods of them; checkpoints use the rest.
+"""The engines that move a model's weights. loop.py calls four methods of them; checkpoints use the rest.
 
 Plain is one device, without DeepSpeed. torch's optimizer moves a float32 copy of the weights that train (the master).
 zero.py has Zero: several ranks, ZeRO-3, offload. Both keep the master as flat tensors, one a parameter group.
