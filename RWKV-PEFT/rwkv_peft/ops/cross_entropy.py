@@ -53,13 +53,13 @@ def cross_entropy_(
     true_logit = logits.gather(1, picked)
     log_sum = logits.exp().sum(dim=1, keepdim=True).log()
     losses = (log_sum - true_logit)[:, 0]
-    found = losses if each else losses.sum() * scale
+    loss = losses if each else losses.sum() * scale
     if not gradient:
-        return found, None
+        return loss, None
     grad = logits.sub_(log_sum).exp_()  # the softmax, in the logits' own memory
     grad.scatter_add_(1, picked, torch.full_like(largest, -1.0))
     grad.scatter_add_(1, where, largest * pull)
-    return found, grad.mul_(scale).to(dtype)
+    return loss, grad.mul_(scale).to(dtype)
 
 
 def backend(logits: Tensor) -> Losses | None:

@@ -218,8 +218,8 @@ def _suits_onednn(a: Tensor, b: Tensor) -> bool:
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b + bias in float32: a (..., m, n), b (..., n, k), bias (k,) or None."""
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (a, b, bias))
-    found: Tensor = _Product.apply(a, b, bias) if trained else _forward(a, b, bias)
-    return found
+    product: Tensor = _Product.apply(a, b, bias) if trained else _forward(a, b, bias)
+    return product
 
 
 class _Product(Function):
@@ -263,10 +263,10 @@ def _converted_(total: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) 
     if parts > 1 and inner < max(rows, columns):
         if columns > rows:
             wide, pieces = a.float(), zip(total.chunk(parts, 1), b.chunk(parts, 1))
-            each = ((some, wide, own) for some, own in pieces)
+            each = ((some, wide, chunk) for some, chunk in pieces)
         else:
             wide, pieces = b.float(), zip(total.chunk(parts), a.chunk(parts))
-            each = ((some, own, wide) for some, own in pieces)
+            each = ((some, chunk, wide) for some, chunk in pieces)
         for some, left, right in each:
             _converted_(some, left, right, beta, alpha)
         return total

@@ -82,8 +82,8 @@ def short(name: str) -> str:
 
 def largest(shares: Iterable[float]) -> str:
     """The largest of some shares in percent, NaN before any number; "" of none."""
-    found = list(shares)
-    return percent(max(found, key=lambda share: (math.isnan(share), share))) if found else ""
+    values = list(shares)
+    return percent(max(values, key=lambda share: (math.isnan(share), share))) if values else ""
 
 
 def percent(share: float) -> str:

@@ -105,12 +105,12 @@ def logits_agree(merged: Base, base: Base, adapters: Adapters, where: str, lengt
         print(f"time states: the merged model starts from those of {where}{neither}")
     tokens, agree = random_tokens(base.config.vocab_size, length), True
     ours = reference_logits(merged, tokens, torch.float32)
-    for text, found, expected, limit in (
+    for text, actual, expected, limit in (
         ("merged file, rwkv package and ours", package_logits(merged, tokens), ours, SAME_FILE),
         ("merged file and base with adapter on", ours, adapted_logits(base, adapters, tokens, states), ROUNDED),
     ):
-        relative = float((found - expected).norm() / expected.norm())
-        top = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+        relative = float((actual - expected).norm() / expected.norm())
+        top = float((actual.argmax(-1) == expected.argmax(-1)).float().mean())
         agree = agree and relative <= limit  # False for NaN
         more = "" if relative <= limit else f", MORE THAN {limit:.0e}"
         print(f"{text}: relative difference {relative:.1e}, same top token in {top:.0%}{more}")
@@ -166,8 +166,8 @@ def layers_of(base: Base, adapter: str | Path, loaded: Adapter) -> Adapt:
         model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({name: part})})  # with its name in the whole one
         inject(model, config, names, initial=loaded.tensors)
         part.float()
-        own = {f"{module}.{name}": tensor for module in names for name, tensor in modules[module].items()}
-        load_tensors(model, own, adapter)
+        tensors = {f"{module}.{name}": tensor for module in names for name, tensor in modules[module].items()}
+        load_tensors(model, tensors, adapter)
         for module in names if loaded.amount != 1 else ():
             weight, layer = base.tensors[f"{module}.weight"].float(), part.get_submodule(module.removeprefix(prefix))
             layer.register_forward_hook(partial(scaled_output, weight=weight, amount=loaded.amount))
@@ -215,14 +215,14 @@ def package_logits(base: Base, tokens: torch.Tensor) -> torch.Tensor:
 
 def tensors_agree(merged: Base, base: Base, adapters: Adapters) -> bool:
     """Print how a merged model's tensors differ from base and adapters; True if they do not."""
-    found = differences(merged, base, adapters)
-    for line in found[:SHOWN]:
+    lines = differences(merged, base, adapters)
+    for line in lines[:SHOWN]:
         print(f"DIFFERS  {line}")
-    if len(found) > SHOWN:
-        print(f"and {len(found) - SHOWN} more differences")
-    if not found:
+    if len(lines) > SHOWN:
+        print(f"and {len(lines) - SHOWN} more differences")
+    if not lines:
         print(f"{counted(len(base.tensors), 'tensor')}: each as base and adapter make it")
-    return not found
+    return not lines
 
 
 def differences(merged: Base, base: Base, adapters: Adapters) -> list[str]:
@@ -239,8 +239,8 @@ def differences(merged: Base, base: Base, adapters: Adapters) -> list[str]:
 
 def odd_order(merged: Base, base: Base) -> Iterator[str]:
     """Yield a line about the first key that is not at the base's place, if any; time states may lie anywhere."""
-    own, due = ([key for key in model.tensors if not is_time_state(key)] for model in (merged, base))
-    if place := next((pair for pair in zip(own, due) if pair[0] != pair[1]), None):
+    keys, base_keys = ([key for key in model.tensors if not is_time_state(key)] for model in (merged, base))
+    if place := next((pair for pair in zip(keys, base_keys) if pair[0] != pair[1]), None):
         yield f"the order of the keys: {place[0]} is in the place of the base's {place[1]}"
 
 
@@ -284,15 +284,15 @@ def compared(tensor: torch.Tensor, source: torch.Tensor, expect: Expect, unit: i
     first: list[int] = []
     step = max(BAND // (math.prod(tensor.shape[1:]) * unit), 1) * unit
     for start in range(0, len(tensor), step):
-        found, rows = tensor[start : start + step], source[start : start + step]
+        actual, rows = tensor[start : start + step], source[start : start + step]
         low, high = expect(rows, start, tensor.dtype)
-        odd = ~((found >= low) & (found <= high))  # True for NaN
+        odd = ~((actual >= low) & (actual <= high))  # True for NaN
         if odd.any():
             row, *place = odd.nonzero()[0].tolist()
             first = first or [start + row, *place]
-            low, high, found = (values[odd].double() for values in (low, high, found))
-            count += len(found)
-            largest = max(largest, float(torch.maximum(low - found, found - high).max()), key=lambda x: (x != x, x))
+            low, high, actual = (values[odd].double() for values in (low, high, actual))
+            count += len(actual)
+            largest = max(largest, float(torch.maximum(low - actual, actual - high).max()), key=lambda x: (x != x, x))
     return f"{count:,} of {tensor.numel():,} values, by up to {largest:.2g}, the first at {first}" if count else ""
 
 
@@ -315,11 +315,11 @@ def adapted(change: LayerChange) -> Expect:
     is_residual = change.method.residual is not None
 
     def expect(source: torch.Tensor, start: int, dtype: torch.dtype) -> Range:
-        own = change.rows(start, start + len(source))
-        bases = [base.float() for base in trained_on(source, own)]
+        part = change.rows(start, start + len(source))
+        bases = [base.float() for base in trained_on(source, part)]
         # a residual base lacks a part of `delta` already
         ends = [
-            form.added(base, own.params, scale) if is_residual else base + form.delta(base, own.params, scale)
+            form.added(base, part.params, scale) if is_residual else base + form.delta(base, part.params, scale)
             for base in bases
         ]
         loss = lost(source.float(), *ends)

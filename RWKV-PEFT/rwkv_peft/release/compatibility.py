@@ -92,11 +92,11 @@ def check_params(name: str, method: Method, params: Params, weight_shape: tuple[
             f"{name} is a {method.name} adapter whose {misfit.setting} {misfit.value} {misfit.problem}, and the base "
             f"weight has shape {weight_shape}; it was trained on another model"
         )
-    due = method.tensors.shapes(config, *weight_shape)
-    if any(shape != due[key] for key, shape in shapes.items()):
-        given, needed = (", ".join(str(group[key]) for key in shapes) for group in (shapes, due))
+    expected = method.tensors.shapes(config, *weight_shape)
+    if any(shape != expected[key] for key, shape in shapes.items()):
+        actual, needed = (", ".join(str(group[key]) for key in shapes) for group in (shapes, expected))
         raise UserError(
-            f"{name} is a {method.name} adapter of shape {given}, and a base weight of shape {weight_shape} needs "
+            f"{name} is a {method.name} adapter of shape {actual}, and a base weight of shape {weight_shape} needs "
             f"{needed}; it was trained on another model, or is damaged"
         )
 

@@ -80,9 +80,9 @@ def ending_of(args: argparse.Namespace) -> str:
     return ""
 
 
-def refuse_strangers(folder: Path, due: Collection[str]) -> None:
-    """Raise UserError if a folder holds anything but the files of an earlier conversion, due."""
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in due and path.name[0] != ".")
+def refuse_strangers(folder: Path, expected: Collection[str]) -> None:
+    """Raise UserError if a folder holds anything but the files of an earlier conversion, `expected`."""
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in expected and path.name[0] != ".")
     if strangers:
         raise UserError(
             f"the output {folder} is a folder that holds {some(strangers)}, and no earlier conversion wrote that; name "
@@ -93,9 +93,9 @@ def refuse_strangers(folder: Path, due: Collection[str]) -> None:
 def refuse_unread(args: argparse.Namespace, target: Path, adapted: bool) -> None:
     """Raise UserError for a flag that has no effect on this output; adapted is True if the input is an adapter."""
     form, gguf = format_of(args.ending), args.ending == ".gguf"
-    kept = "an adapter's tensors keep their dtypes" if adapted else "the type of a GGUF is --gguf_type's"
+    reason = "an adapter's tensors keep their dtypes" if adapted else "the type of a GGUF is --gguf_type's"
     for name, is_read, why in (
-        ("dtype", not adapted and not gguf or args.dtype == "keep", kept),
+        ("dtype", not adapted and not gguf or args.dtype == "keep", reason),
         ("gguf_type", not adapted and gguf, "that is for a model's .gguf"),
         ("tokenizer", not adapted and form is not None and form.vocabulary, "that goes into a model's .gguf or folder"),
         ("bone_parameter", adapted and not args.to and args.ending == ".pth", "that is for an adapter's .pth"),
@@ -137,8 +137,8 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
         adapter, errors = lora_form(adapter, tensors, args.lora_rank)
         assert metadata.method is not None  # lora_form needed it
         what = f"LoRA of rank {adapter.metadata.rank} of {counted(len(adapter.modules()), 'layer')}"
-        kept = "" if metadata.quant == "none" else f", for the base as --quant {metadata.quant} keeps it"
-        remark = f": {what}, {describe_errors(metadata.method, errors)}{kept}"
+        quantized = "" if metadata.quant == "none" else f", for the base as --quant {metadata.quant} keeps it"
+        remark = f": {what}, {describe_errors(metadata.method, errors)}{quantized}"
     if ending == "" and args.to:
         write_lora_folder(target, adapter, "" if base is None else str(base.path))
         return [f"{target}{remark}; Hugging Face peft loads it (PeftModel.from_pretrained)"]
@@ -163,17 +163,17 @@ def convert_adapter(source: Path, target: Path, args: argparse.Namespace) -> Seq
 
 def remark_on_export(metadata: AdapterMetadata, paths: Sequence[Path]) -> str:
     """Lines on the flags and files that merging needs besides those of write_rwkv_peft; "" if there are none."""
-    kept = ""
+    note = ""
     if metadata.quant != "none":
-        kept = f"it was trained on a base quantized to {metadata.quant}, which the file does not record: merge it with "
-        kept += f"merge_bone.py --quant {metadata.quant}\n"
+        note = f"it was trained on a base quantized to {metadata.quant}, which the file does not record: merge it with "
+        note += f"merge_bone.py --quant {metadata.quant}\n"
     if len(paths) > 1:
         return (
             f"as PiSSA it is merged into the original base with {paths[1].name} as the init file "
-            f"(merge_bone.py --lora_init)\n{kept}"
+            f"(merge_bone.py --lora_init)\n{note}"
         )
     method = metadata.method
-    return kept + ("" if method is None else upstream_form(method).remark(metadata.rank, metadata.scale))
+    return note + ("" if method is None else upstream_form(method).remark(metadata.rank, metadata.scale))
 
 
 def read_model(path: Path) -> dict[str, torch.Tensor]:

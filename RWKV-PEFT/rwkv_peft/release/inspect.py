@@ -79,8 +79,8 @@ def foreign_adapter_contents(source: AdapterSource, tensors: Mapping[str, torch.
         return adapter_contents(source)
     except UserError as error:
         names = Counter(split[1] for key in tensors if (split := adapter_parameter(key)))
-        found = ", ".join(f"{count} {name}" for name, count in names.items())
-        return Contents([("kind", f"adapter of RWKV-PEFT: {found}"), *numbers(tensors), ("not read", str(error))])
+        parameters = ", ".join(f"{count} {name}" for name, count in names.items())
+        return Contents([("kind", f"adapter of RWKV-PEFT: {parameters}"), *numbers(tensors), ("not read", str(error))])
 
 
 def adapter_contents(source: AdapterSource) -> Contents:

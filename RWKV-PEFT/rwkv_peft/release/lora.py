@@ -55,15 +55,15 @@ def lora_form(
         factors = None if method.lora is None else method.lora(params, metadata.scale, *shape)
         if factors is None:
             assert base is not None  # layer_shape needed it
-            kept = rank or 2 * metadata.rank
-            if kept > min(shape):
+            factor_rank = rank or 2 * metadata.rank
+            if factor_rank > min(shape):
                 raise UserError(
-                    f"a LoRA of rank {kept} is more than the weight {shape} of {module} allows; give --lora_rank, at "
-                    f"most {min(shape)}"
+                    f"a LoRA of rank {factor_rank} is more than the weight {shape} of {module} allows; give "
+                    f"--lora_rank, at most {min(shape)}"
                 )
             change = change_of(metadata, method, base[f"{module}.weight"], params)
             require_finite(module, change.norm())  # because the SVD needs finite values
-            factors, errors[module] = truncated(change, kept)
+            factors, errors[module] = truncated(change, factor_rank)
         require_finite(module, *factors.values())
         tensors |= {f"{module}.{name}": tensor for name, tensor in factors.items()}
         width = len(factors["lora_A"])

@@ -174,8 +174,8 @@ class Merge:
         """{key: tensor} of those that adapters only put in the Base's places, its states among them: float32, not
         rounded."""
         kept = {key: changes for key, changes in self.changes.items() if not any(map(is_layer_change, changes))}
-        found = {key: base.tensors.get(key, torch.zeros(self.specs[key].shape)).float() for key in kept}
-        return {key: changed(found[key], kept[key]) for key in kept}
+        weights = {key: base.tensors.get(key, torch.zeros(self.specs[key].shape)).float() for key in kept}
+        return {key: changed(weights[key], kept[key]) for key in kept}
 
     def tensors(self, pairs: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the output's (key, tensor), as `bands` does but whole; an unchanged one is the base's own, no copy."""

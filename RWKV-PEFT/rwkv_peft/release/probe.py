@@ -182,8 +182,8 @@ class Asked(NamedTuple):
     def mismatches(self, by: str, tie: float, again: bool = False) -> list[Mismatch | None]:
         """The Mismatch of each reply from the model's answer, or the base's if `by` is "base"; None for ties."""
         pairs, stops = zip(self.prompts, self.again if again else self.replies), self.form == "messages"
-        found = [mismatch(each["prompt"], each[by], reply, stops) for each, reply in pairs]
-        return [one if one and one.margin >= tie else None for one in found]
+        results = [mismatch(each["prompt"], each[by], reply, stops) for each, reply in pairs]
+        return [one if one and one.margin >= tie else None for one in results]
 
     def excess(self) -> list[int]:
         """By how many tokens each prompt was longer than it should be, if they are counted."""

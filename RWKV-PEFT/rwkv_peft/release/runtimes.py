@@ -174,9 +174,9 @@ def llama_cpp(path: Path, tokens: torch.Tensor, config: ModelConfig) -> torch.Te
             "cache_prompt": False,
         }
     )
-    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     row = torch.full((config.vocab_size,), float("nan"))
-    for entry in found:
+    for entry in entries:
         row[entry["id"]] = entry["logprob"]
     return row[None]
 

@@ -65,13 +65,13 @@ def product(x: Tensor, weight: Tensor | Blocks) -> Tensor:
     gradient."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if isinstance(weight, Blocks):
-        found = product_with_blocks(rows, weight)
+        y = product_with_blocks(rows, weight)
     elif 0 < len(rows) <= MOST_ROWS and not trains(x, weight) and CPU.takes(rows, weight):
-        found = rows.new_empty(len(rows), len(weight))
-        product_into(rows, weight, found)
+        y = rows.new_empty(len(rows), len(weight))
+        product_into(rows, weight, y)
     else:
         return linear(x, weight)
-    return found.view(*x.shape[:-1], found.shape[-1])
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
@@ -82,10 +82,10 @@ def product_with_blocks(x: Tensor, weight: Blocks) -> Tensor:
     if x.dtype == torch.float16 and few and x.is_cpu:  # whose kernels take float32
         return product_with_blocks(x.float(), weight).half()
     if CPU.takes(x):
-        found = x.new_empty(len(x), weight.out_features)
-        for few, own in zip(x.split(MOST_ROWS), found.split(MOST_ROWS)):
-            product_into(few, weight, own)
-        return found
+        y = x.new_empty(len(x), weight.out_features)
+        for few, part in zip(x.split(MOST_ROWS), y.split(MOST_ROWS)):
+            product_into(few, weight, part)
+        return y
     if not CUDA.takes(x):
         return linear(x, weight.dequantized(x.dtype))
     if few:

@@ -80,16 +80,16 @@ def quantize(weight: Tensor, bits: int) -> Blocks:
     out, width = weight.shape
     if bits not in BITS or width % BLOCK:
         raise ValueError(f"{bits} bits, {width} columns: blocks have 8 or 4 bits, and rows are whole blocks of {BLOCK}")
-    found, done = Blocks.zeros(bits, out, width, weight.device), 0
-    for band in found.bands(BAND):
+    blocks, done = Blocks.zeros(bits, out, width, weight.device), 0
+    for band in blocks.bands(BAND):
         rows = weight[done : done + band.out_features].float()
         done += len(rows)
         missing = -len(rows) % PANEL
         rows = torch.cat([rows, rows.new_zeros(missing, width)]) if missing else rows
-        integers, own = _rounded(rows.view(-1, width // BLOCK, BLOCK), bits)
+        integers, scales = _rounded(rows.view(-1, width // BLOCK, BLOCK), bits)
         _pack(integers.view(-1, PANEL, width // BLOCK, BLOCK), bits, band.integers)
-        band.scales.copy_(own.view(-1, PANEL, width // BLOCK).transpose(1, 2))
-    return found
+        band.scales.copy_(scales.view(-1, PANEL, width // BLOCK).transpose(1, 2))
+    return blocks
 
 
 def _rounded(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -101,11 +101,11 @@ def _rounded(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))[..., 0]
     scales = (largest / lowest).bfloat16()  # the lowest integer is one farther from 0 than the highest
-    found = integers(scales)
+    rounded = integers(scales)
     if bits == 4:
-        scales = ((rows * found).sum(-1) / found.square().sum(-1).clamp_min(1)).bfloat16()
-        found = integers(scales)
-    return found, scales
+        scales = ((rows * rounded).sum(-1) / rounded.square().sum(-1).clamp_min(1)).bfloat16()
+        rounded = integers(scales)
+    return rounded, scales
 
 
 def _pack(integers: Tensor, bits: int, words: Tensor) -> None:

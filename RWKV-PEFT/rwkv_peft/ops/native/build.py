@@ -57,7 +57,7 @@ def included_files(source: str | Path, root: str | Path) -> list[Path]:
 
     Includes in branches that a compiler would skip count too. Raises BuildError if a file is missing.
     """
-    found: set[Path] = set()
+    included: set[Path] = set()
     waiting = [Path(source)]
     while waiting:
         path = waiting.pop()
@@ -67,10 +67,10 @@ def included_files(source: str | Path, root: str | Path) -> list[Path]:
             raise BuildError(
                 f"the kernels' source {path} is missing: {error}; reinstall, or clone the repository"
             ) from error
-        new = {Path(root) / name for name in INCLUDE.findall(text)} - found
-        found |= new
+        new = {Path(root) / name for name in INCLUDE.findall(text)} - included
+        included |= new
         waiting += new
-    return sorted(found)
+    return sorted(included)
 
 
 def content_hash(words: Iterable[str], files: Iterable[Path]) -> str:

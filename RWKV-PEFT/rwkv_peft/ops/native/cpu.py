@@ -21,11 +21,11 @@ AVX512BF16_FLAGS = (*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni")  # products o
 @functools.cache
 def best_level() -> str:
     """The fastest of LEVELS that this processor has; avx512bf16 only if the compiler knows it."""
-    found = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
-    if found not in level_flags():
+    level = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+    if level not in level_flags():
         return "portable"
-    has_bfloat16 = found == "avx512" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return "avx512bf16" if has_bfloat16 and compiler_knows(AVX512BF16_FLAGS) else found
+    has_bfloat16 = level == "avx512" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "avx512bf16" if has_bfloat16 and compiler_knows(AVX512BF16_FLAGS) else level
 
 
 def is_here(level: str) -> bool:

@@ -94,13 +94,13 @@ class Nvrtc:
         major, minor = capability
         own = f"{major}{minor}"
         older = [f"{major}{n}" for n in reversed(range(minor)) if f"{major}{n}" not in JETSON and own not in JETSON]
-        found = next((architecture for architecture in (own, *older) if architecture in self.architectures), None)
-        if found is None:
+        chosen = next((architecture for architecture in (own, *older) if architecture in self.architectures), None)
+        if chosen is None:
             raise BuildError(
                 f"it does not compile for compute capability {major}.{minor}; install a newer CUDA, with the build of "
                 "torch that belongs to it"
             )
-        return found
+        return chosen
 
 
 def compilers() -> Iterator[Nvrtc]:
@@ -137,8 +137,8 @@ def installed_libraries() -> list[Path]:
     places = [(Path(folder), "*/lib/libnvrtc.so.*") for folder in wheels]
     places += [(Path(torch.__file__).parent, "lib/libnvrtc*.so*")]
     places += [(Path(sys.prefix), pattern) for pattern in ("lib/libnvrtc.so.*", "targets/*/lib/libnvrtc.so.*")]
-    found = [path for folder, pattern in places for path in sorted(folder.glob(pattern))]
-    return [path for path in found if "builtins" not in path.name]
+    libraries = [path for folder, pattern in places for path in sorted(folder.glob(pattern))]
+    return [path for path in libraries if "builtins" not in path.name]
 
 
 def cubin(name: str, source: str, architecture: str, compiler: Nvrtc) -> bytes:

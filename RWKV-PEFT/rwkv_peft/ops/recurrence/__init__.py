@@ -59,8 +59,8 @@ class Recurrence:
     def backends(self, *names: str) -> dict[str, str | None]:
         """Each of some names, of all by default -> None if it can be used here, else the reason and the remedy. May
         compile these, which takes a GPU's kernels a minute."""
-        found = {name: self.table[name].unavailable("") for name in names or self.table if name in self.table}
-        return {"reference": None, **found}
+        reasons = {name: self.table[name].unavailable("") for name in names or self.table if name in self.table}
+        return {"reference": None, **reasons}
 
     def backend(self, chosen: str) -> tuple[Backend, str]:
         """The Backend that `choose` has chosen, and its level."""
@@ -180,9 +180,9 @@ class Differentiable(Function):
         saved = ctx.saved_tensors  # read once: a second reading is an error if blocks are recomputed
         if gy is None and gfinal is None:
             return (None,) * (1 + len(saved))
-        *found, gstate = ctx.backend.backward(*saved, gy, gfinal, level=ctx.level)
+        *gradients, gstate = ctx.backend.backward(*saved, gy, gfinal, level=ctx.level)
         state = saved[-3]
-        return None, None, *found, None if state is None else gstate, None
+        return None, None, *gradients, None if state is None else gstate, None
 
 
 NAMESPACE = "rwkv_peft"

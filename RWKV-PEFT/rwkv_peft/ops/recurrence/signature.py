@@ -71,9 +71,9 @@ def check(signature: Signature, inputs: Sequence[Tensor], state: Tensor | None, 
             "set head_size to one such as 64"
         )
     sequences = B if cu_seqlens is None else _check_cu_seqlens(op, cu_seqlens, B, T)
-    due: dict[str, tuple[int, ...] | None] = {**dict.fromkeys(signature.rows, v.shape)}
-    due |= {**dict.fromkeys(signature.shared, (H, N)), "state": (sequences, H, N, N), "cu_seqlens": None}
-    for (name, shape), x in zip(due.items(), (*inputs, state, cu_seqlens)):
+    expected: dict[str, tuple[int, ...] | None] = {**dict.fromkeys(signature.rows, v.shape)}
+    expected |= {**dict.fromkeys(signature.shared, (H, N)), "state": (sequences, H, N, N), "cu_seqlens": None}
+    for (name, shape), x in zip(expected.items(), (*inputs, state, cu_seqlens)):
         if x is None:
             continue
         if shape is not None and x.shape != shape:
