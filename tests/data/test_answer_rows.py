@@ -147,11 +147,7 @@ def test_thinking_opens_every_answer(kind, answers):
         ("contexts", {"context": "It.", "question": "Hi?", "answer": " "}, "the answer is empty; write one"),
         ("contexts", {"context": "It.", "prompt": "", "completion": "A"}, "the question is empty; write one"),
         ("contexts", {"context": [3], "question": "Hi?", "answer": "A"}, "field 'context' holds a list, not text"),
-        (
-            "contexts",
-            {"context": "It.", "question": "Hi?", "answer": True},
-            "field 'answer' holds true or false, not text",
-        ),
+        ("contexts", {"context": "It.", "question": "Hi?", "answer": ["A"]}, "field 'answer' holds a list, not text"),
     ],
 )
 def test_rows_that_cannot_be_learned_from_are_refused_or_left_out(answers, kind, row, words):

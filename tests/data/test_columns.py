@@ -20,6 +20,7 @@ QA = "User: Q\n\nAssistant: A"
         *({"q": "Q", "a": "A"}, {"user": "Q", "assistant": "A"}, {"Question": "Q", "Answer": "A"}),
         *({"problem": "Q", "solution": "A"}, {"Prompt ": "Q", "Com_pletion": "A"}, {"human": "Q", "bot": "A"}),
         *({"问题": "Q", "答案": "A"}, {"指令": "Q", "回答": "A"}, {"prompt": "Q", "target": "A", "id": 7}),
+        *({"inputs": "Q", "targets": "A"}, {"User Question": "Q", "Bot Answer": "A"}, {"post": "Q", "reply": "A"}),
     ],
 )
 def test_a_question_and_an_answer_are_found_by_their_words(preprocess, capsys, row):

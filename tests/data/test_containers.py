@@ -302,6 +302,8 @@ COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
         {"train": ROWS, "test": [{"query": "t"}]},
         COLUMNS,
         {name: {str(n): cell for n, cell in enumerate(cells)} for name, cells in COLUMNS.items()},
+        {"columns": [*COLUMNS], "index": [*range(len(ROWS))], "data": [[*row.values()] for row in ROWS]},
+        {"features": [], "rows": [{"row_idx": n, "row": row, "truncated_cells": []} for n, row in enumerate(ROWS)]},
         ROWS,
     ],
 )

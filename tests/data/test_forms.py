@@ -8,7 +8,7 @@ import pytest
 
 from data.documents import texts
 from rwkv_peft.cli.errors import UserError
-from rwkv_peft.data.forms import FORMS, form_of
+from rwkv_peft.data.forms import FORMS, TURN_LISTS, form_of
 from rwkv_peft.data.layouts import RowLayout
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -28,6 +28,11 @@ ROWS = {
     "segments": {"segments": [{"text": "T", "train": True}]},
     "instruction, input and output": ALPACA,
     "prompt (turns) and completion": {"prompt": TURNS[:1], "completion": "A"},
+    "input (turns) and output": {"input": TURNS[:1], "output": "A"},
+    "contents (turns, as Gemini's tuning has them)": {
+        "contents": [{"role": "user", "parts": [{"text": "Q"}]}, {"role": "model", "parts": [{"text": "A"}]}]
+    },
+    **{f"{name} (turns)": {name: TURNS} for name in TURN_LISTS},
     "prompt and actions (KoboldAI's stories)": {"prompt": "Once.", "actions": [" Twice.", "\n> Go."]},
     "prompt and completion": {"prompt": "Q", "completion": "A"},
 }
@@ -56,15 +61,38 @@ def test_a_row_is_of_one_form_and_two_forms_are_refused_with_both_names(form):
         {"dialog": ["Q", "A"], "act": [1, 2]},
         {"conversation": [{"input": "Q", "output": "A"}]},
         {"messages": [{"role": "User", "content": "Q"}, {"role": "Chatbot", "content": "A"}]},
+        {"messages": [{"author": "user", "content": "Q"}, {"author": "bot", "content": "A"}]},
+        {"conversation": [{"sender": "human", "text": "Q"}, {"sender": "AI", "text": "A"}]},
+        {"turns": [{"speaker": "user", "value": "Q"}, {"speaker": "assistant", "value": "A"}]},
+        {"items": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"input": TURNS[:1], "output": "A"},
+        {"contents": [{"role": "user", "parts": [{"text": "Q"}]}, {"role": "model", "parts": [{"text": "A"}]}]},
         ["Q", "A"],
         TURNS,
     ],
-    ids=["LIMA", "UltraChat", "LCCC", "Capybara", "Cohere", "texts", "turns"],
+    ids=lambda row: ", ".join(row) if isinstance(row, dict) else "list",
 )
 @pytest.mark.parametrize("name", ["in.jsonl", "in.json"])
-def test_turns_in_other_words_are_a_chat(preprocess, row, name):
+def test_turns_in_other_words_are_a_chat(preprocess, capsys, row, name):
     content = [row, row] if name == "in.jsonl" else json.dumps([row, row])
-    assert texts(preprocess(content, name=name)) == texts(preprocess([{"messages": TURNS}] * 2))
+    chats = texts(preprocess(content, name=name))
+    unread = re.findall(r"(\w+) \(2 rows\)", capsys.readouterr().out)
+    assert chats == texts(preprocess([{"messages": TURNS}] * 2)) and {*unread} <= {"id", "act"}
+
+
+def test_a_list_of_turns_is_one_chat(preprocess):
+    assert texts(preprocess(json.dumps(TURNS), name="in.json")) == texts(preprocess([{"messages": TURNS}]))
+
+
+def test_an_instruction_of_gemini_is_the_system_text(preprocess):
+    row = ROWS["contents (turns, as Gemini's tuning has them)"] | {"systemInstruction": {"parts": [{"text": "S"}]}}
+    system = {"role": "system", "content": "S"}
+    assert texts(preprocess([row])) == texts(preprocess([{"messages": [system, *TURNS]}]))
+
+
+@pytest.mark.parametrize("beside", [{"messages": TURNS}, {"text": "T"}])
+def test_turns_under_another_name_give_way_to_a_known_field(preprocess, beside):
+    assert texts(preprocess([beside | {"turns": [*TURNS, *TURNS]}])) == texts(preprocess([beside]))
 
 
 def test_texts_in_turn_give_way_to_a_question(preprocess):

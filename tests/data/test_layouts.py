@@ -477,7 +477,7 @@ def test_a_file_of_which_nothing_counts_is_refused(preprocess, answers, rows, wh
             "category": "closed_qa",
             "Frage": "Wie?" * 20,
             "it's": "a \"b\" 'c'",
-            "turns": TURNS,
+            "talk": TURNS,
             "meta": {"a": 1},
             "n": None,
         },
@@ -507,7 +507,13 @@ def test_a_number_is_its_digits(preprocess, number, digits):
     assert texts(preprocess([{"prompt": number, "completion": number}])) == [(digits * 2, digits)]
 
 
-@pytest.mark.parametrize("value", [True, None, float("nan"), float("inf"), 10**309, ["4"]])
+@pytest.mark.parametrize("row", [{"question": "Q", "answer": False}, {"q": "Q", "a": False}])
+def test_an_answer_may_be_true_or_false(preprocess, capsys, row):
+    assert texts(preprocess([row])) == [("User: Q\n\nAssistant: false", " false")]
+    assert "not read" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), 10**309, ["4"]])
 def test_what_is_neither_text_nor_a_number_is_refused(preprocess, value):
     with pytest.raises(UserError, match=f"field 'answer' holds {json_kind(value)}, not text"):
         preprocess([{"question": "Q", "answer": value}])

@@ -73,6 +73,7 @@ SPEAKERS = MappingProxyType(  # the role of a turn -> the speaker's name in RWKV
         "model": "Assistant",
         "bot": "Assistant",
         "chatbot": "Assistant",
+        "ai": "Assistant",
         "system": "System",
         "developer": "System",
         "tool": "Tool",

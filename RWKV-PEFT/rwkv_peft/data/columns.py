@@ -4,7 +4,6 @@ Fields become those of the form "question and answer". Known forms win: this rul
 beside a question become lettered lines under it, and the answer its letter and text.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,13 +33,14 @@ def folded_words(known: Iterable[str], more: str) -> frozenset[str]:
 
 QUESTIONS = folded_words(
     ANSWERS,
-    "problem user human q ask request userinput userprompt usermessage questiontext problemstatement 问题 問題 指令 "
-    "提问 提問 问 質問 질문",
+    "problem user human q ask request post inputs inputtext userinput userprompt userquestion usermessage "
+    "questiontext problemstatement 问题 問題 指令 提问 提問 问 質問 질문",
 )
 ANSWERING = folded_words(
     ANSWERS.values(),
-    "solution target assistant bot a reply model gpt answertext correctanswer finalanswer 答案 回答 回复 回覆 答 解答 "
-    "输出 輸出 응답 답변",
+    "solution target targets assistant bot a reply model gpt answertext outputtext correctanswer finalanswer "
+    "bestanswer referenceanswer assistantresponse modelresponse botresponse botanswer "
+    "答案 回答 回复 回覆 答 解答 输出 輸出 응답 답변",
 )
 THOUGHTS = folded_words(THINKING, "cot complexcot chainofthought thought thoughts 思考")
 SYSTEMS = folded_words(SYSTEM_FIELDS, "systemmessage 系统 系統")
@@ -80,8 +80,6 @@ class Columns:
             if isinstance(row.get(old), list | dict) and new in ("question", "answer"):
                 raise UserError(f"field {old!r} holds {quoted(row[old])}, and its {new} is a text")
         result = {self.names.get(name, name): value for name, value in row.items()}
-        if isinstance(result.get("answer"), bool):
-            result["answer"] = json.dumps(result["answer"])
         if self.before or self.more:
             parts = (result.get(self.before), result["question"], result.get(self.more))
             result["question"] = "\n".join(str(part).strip() for part in parts if part not in NOTHING)

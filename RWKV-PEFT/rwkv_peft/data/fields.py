@@ -1,5 +1,6 @@
 """The fields of a row: their values as text, and those in no document, so that no text is lost in silence."""
 
+import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ CALLS = ("tool_calls", "function_call")  # fields of a turn that hold its calls
 PLACED = (*LISTS, *CALLS, "history")  # fields of a row that a layout has to read
 MEDIA = frozenset(("image", "images", "video", "videos", "audio", "audios"))  # fields of a row, or of a turn
 NOTHING: tuple[object, ...] = (None, "", [], {}, "[]", "{}", "null")
-ROLES = ("role", "from")
+ROLES = ("role", "from", "speaker", "sender", "author")  # names of the field of a turn's speaker
 BEGINNING = 30  # characters of a value in a message
 
 
@@ -130,4 +131,4 @@ def texts_in(value: object) -> Iterator[str]:
         elif isinstance(one, list):
             left += one
         elif one is not None:
-            yield one if isinstance(one, str) else str(one)
+            yield one if isinstance(one, str) else json.dumps(one)

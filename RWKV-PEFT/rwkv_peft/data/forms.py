@@ -5,7 +5,7 @@ The reader of rows, the messages and the guide are made of it. layouts.py lays t
 question and an answer in the rows of files that have no form of this table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -15,11 +15,16 @@ from ..cli.errors import UserError, quoted
 from ..cli.names import SYSTEM_FIELDS
 from .chat import LOSS_WEIGHT, THINKING, TRAIN, Segment, speaker_of
 from .dialogues import written_turns
-from .fields import LISTS, NOTHING, Row, UnknownForm, field, holds, refuse_unplaced, without
+from .fields import LISTS, NOTHING, ROLES, Row, UnknownForm, field, holds, refuse_unplaced, without
 from .tools import as_list, parsed
 
 CHATS = ("messages", "conversations")
 TURNS = (*CHATS, "conversation", "prompt")  # fields that may hold turns
+# further names of such a field, in rows that have none of CHATS and no text
+TURN_LISTS = ("dialogue", "dialog", "turns", "chat", "items")
+INSTRUCTION = "systemInstruction"  # beside Gemini's contents
+# names of the field of a turn's words, the common ones first
+WORDS_NAMES = ("content", "value", "text", "parts")
 CONTEXT, COMPLETION, ANSWER, HISTORY = "context", "completion", "answer", "history"
 LABELLED = ("label", "kto_tag")  # fields of a label; the second is LLaMA-Factory's
 # the field of a question -> the field of its answer
@@ -81,6 +86,30 @@ def holds_texts(name: str) -> Callable[[Row], bool]:
     return fits
 
 
+def holds_turns(name: str) -> Callable[[Row], bool]:
+    """True for a row with turns in a field, and with none in a field of another form."""
+
+    def fits(row: Row) -> bool:
+        turns = row[name]
+        return (
+            isinstance(turns, list)
+            and bool(turns)
+            and all(isinstance(turn, dict) and all(turn_names(turn)) for turn in turns)
+            and not any(map(row.get, (*CHATS, "text")))
+        )
+
+    return fits
+
+
+def turn_names(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """The fields of a turn's speaker and of its words, "" for one that it lacks."""
+    speaker, words = (
+        next((name for name in names if isinstance(turn.get(name), kinds)), "")
+        for names, kinds in ((ROLES, str), (WORDS_NAMES, (str, list)))
+    )
+    return speaker, words
+
+
 def question_of(row: Row) -> str:
     """The field of a row's question, a key of ANSWERS, "" if it has none."""
     return next((name for name in ANSWERS if name in row), "")
@@ -107,11 +136,21 @@ def called(row: Row) -> list[dict[str, Any]]:
     return [{"role": "user", "content": row["query"]}, {"role": "assistant", "tool_calls": row["answers"]}]
 
 
-def completed(row: Row) -> list[Any]:
-    """The turns of a prompt that is a list, of which none counts, and of its completion."""
-    before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row["prompt"]]
-    answer = row[COMPLETION]
-    return [*before, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+def completed(prompt: str, completion: str) -> Callable[[Row], list[Any]]:
+    """The function of a row to the turns of a prompt that is a list, of which none counts, and of its completion."""
+
+    def turns(row: Row) -> list[Any]:
+        before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row[prompt]]
+        answer = row[completion]
+        return [*before, *(answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])]
+
+    return turns
+
+
+def instructed(row: Row) -> list[Any]:
+    """The turns of Gemini's contents, behind the parts of its instruction."""
+    system = row.get(INSTRUCTION)
+    return turns_of({CHATS[0]: [*([{**system, "role": "system"}] if system else []), *row["contents"]]}, CHATS[0])
 
 
 def joined(row: Row) -> list[Segment]:
@@ -167,7 +206,18 @@ FORMS = (
     *(Form(f"{name} (texts in turn)", (name,), turns_in(name), fits=holds_texts(name)) for name in ("data", "dialog")),
     Form("segments", ("segments",), segments, "plain"),
     Form("instruction, input and output", ("instruction", "output"), instruction, "instruction", beside=("input",)),
-    Form("prompt (turns) and completion", ("prompt", COMPLETION), completed, fits=holds_list("prompt")),
+    *(
+        Form(f"{prompt} (turns) and {answer}", (prompt, answer), completed(prompt, answer), fits=holds_list(prompt))
+        for prompt, answer in (("prompt", COMPLETION), ("input", "output"))
+    ),
+    Form(
+        "contents (turns, as Gemini's tuning has them)",
+        ("contents",),
+        instructed,
+        fits=holds_turns("contents"),
+        beside=(INSTRUCTION,),
+    ),
+    *(Form(f"{name} (turns)", (name,), turns_in(name), fits=holds_turns(name)) for name in TURN_LISTS),
     Form(
         "prompt and actions (KoboldAI's stories)",
         ("prompt", "actions"),
@@ -234,9 +284,10 @@ def unrolled(row: dict[str, Any]) -> dict[str, Any]:
     return without(row, HISTORY, question, answer) | {"messages": turns if answer in row else turns[:-1]}
 
 
-def turns_of(row: Row, name: str) -> object:
+def turns_of(row: Row, name: str) -> Any:
     """The turns in a row's field, a list or its JSON as text. An object with the fields of one of EXCHANGES is two
-    turns, and a list of texts is a user's and an assistant's in turn."""
+    turns, and a list of texts is a user's and an assistant's in turn. A turn's speaker and words may have other names,
+    of ROLES and WORDS_NAMES."""
     turns = row[name] if isinstance(row.get(name), list) else parsed(row[name], f"field {name!r}")
     if not isinstance(turns, list):
         return turns
@@ -246,6 +297,10 @@ def turns_of(row: Row, name: str) -> object:
         pairs = [(role, turn[name]) for role, name in zip(IN_TURN, pair)]
         if isinstance(turn, str):
             pairs = [(IN_TURN[place % 2], turn)]
+        elif not pairs and isinstance(turn, dict) and not ("role" in turn and "content" in turn):
+            speaker, words = turn_names(turn)
+            if speaker and words and (speaker, words) != ("from", "value"):
+                turn = without(turn, speaker, words) | {"role": turn[speaker], "content": turn[words]}
         found += [{"role": role, "content": words} for role, words in pairs] if pairs else [turn]
     return found
 

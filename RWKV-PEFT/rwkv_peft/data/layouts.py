@@ -4,6 +4,7 @@ forms.py says which turns a row has. Here they become documents: texts, chats, p
 prompts, and questions with a context. A Template lays out any other fields.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,8 +151,9 @@ class RowLayout(ChatLayout):
         return self.placed(row, self.chat(turns_of(row, name)))
 
     def answered(self, row: Row, question: str, answer: str) -> list[Segment]:
-        """The segments of a question and an answer, in two fields, as in a chat."""
-        opening, rest = self.answer(field(row, answer), row)
+        """The segments of a question and an answer, in two fields, as in a chat. An answer may be true or false."""
+        said = json.dumps(row[answer]) if isinstance(row[answer], bool) else field(row, answer)
+        opening, rest = self.answer(said, row)
         words = self.cleaned(field(row, question).strip())
         return self.placed(row, [(f"User: {words}\n\nAssistant:{opening}", False), (rest, True)])
 

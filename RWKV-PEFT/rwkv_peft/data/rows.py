@@ -230,7 +230,11 @@ def json_rows(file: io.BufferedReader, path: Path, may_be_one: bool, split: str)
             f"{path} begins with {begins}, and is not JSON ({summarize(error)}); mend it there (rows stand a line "
             "each, or in one list, with no comma behind the last), or copy it again if its end is missing"
         ) from error
-    yield from numbered(path, rows_within(rows, path, split) if isinstance(rows, dict) else rows)
+    if isinstance(rows, dict):
+        rows = rows_within(rows, path, split)
+    elif rows and all(isinstance(row, dict) and {"role", "content"} <= row.keys() for row in rows):
+        rows = [{"messages": rows}]  # the turns of one chat
+    yield from numbered(path, rows)
 
 
 def log_rows(path: Path, lines: Iterator[bytes]) -> Items:
@@ -248,13 +252,18 @@ def log_rows(path: Path, lines: Iterator[bytes]) -> Items:
 
 
 def rows_within(value: dict[str, Any], path: Path, split: str) -> list[Any]:
-    """The rows that an object holds: those of a split, in a field of LISTS, or a column in each field, a list or, as
-    pandas writes it, an object of numbered cells; else the object is a row itself."""
+    """The rows that an object holds: those of a split, in a field of LISTS, as in the hub's viewer each in a field row,
+    or a column in each field, a list or, as pandas writes it, an object of numbered cells, or the rows behind the names
+    of the columns; else the object is a row itself."""
     lists = {name: part for name, part in value.items() if isinstance(part, list) and dict in set(map(type, part))}
     if splits := [name for name in lists if name.lower() in WORDS]:
         return lists[choose(splits, split, path)]
     if held := next((name for name in LISTS if name in lists), None):
-        return lists[held]
+        rows = lists[held]
+        return [row["row"] for row in rows] if all("row_idx" in row and "row" in row for row in rows) else rows
+    names, cells_of = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(cells_of, list):
+        return [dict(zip(names, cells)) for cells in cells_of]
     columns = [list(part.values()) if isinstance(part, dict) and "0" in part else part for part in value.values()]
     cells = (str, int, float, type(None))
     are_columns = all(isinstance(part, list) and all(isinstance(cell, cells) for cell in part) for part in columns)
