@@ -1,7 +1,7 @@
 """Batches from one global sample cursor, so that a run resumes exactly; a thread prefetches them."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -103,7 +103,7 @@ class TrainBatches:
                 yield self.batch(cursor, micro_batch) | of_step
             cursor += self.step_samples
 
-    def __iter__(self) -> Iterator[TrainBatch]:
+    def __iter__(self) -> Generator[TrainBatch, None, None]:
         return read_ahead(self._batches(), self.read_ahead)
 
 
@@ -142,7 +142,7 @@ def row_of(counted: torch.Tensor, rows: Sequence[Sample], length: int) -> torch.
     return torch.bucketize(counted, torch.tensor(lengths).cumsum(0), right=True)
 
 
-def read_ahead(iterable: Iterable[Item], depth: int) -> Iterator[Item]:
+def read_ahead(iterable: Iterable[Item], depth: int) -> Generator[Item, None, None]:
     """Yield from `iterable`, `depth` items of which a thread prefetches (0: no thread). Its exceptions are raised here.
 
     The thread ends when the generator is closed or the main thread ends; it is no daemon, because a daemon would be cut
