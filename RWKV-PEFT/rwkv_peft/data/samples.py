@@ -10,8 +10,10 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from math import isqrt
 
 import numpy as np
 import torch
@@ -114,20 +116,8 @@ class Permutation:
 
 
 def is_prime(n: int) -> bool:
-    """True for a prime, by Miller-Rabin with bases for every n below 3.3e24 (Sorenson and Webster 2015)."""
-    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
-    if n < 2 or any(n % p == 0 for p in bases):
-        return n in bases
-    odd, twos = n - 1, 0
-    while odd % 2 == 0:
-        odd, twos = odd // 2, twos + 1
-    for base in bases:
-        x = pow(base, odd, n)
-        if x in (1, n - 1):
-            continue
-        if not any((x := x * x % n) == n - 1 for _ in range(twos - 1)):
-            return False
-    return True
+    """True for a prime: a million divisions tell of a number of samples as large as 1e12."""
+    return n > 1 and all(n % divisor for divisor in range(2, isqrt(n) + 1))
 
 
 class Samples(ABC):
@@ -420,8 +410,8 @@ class PackedSamples(DocumentSamples):
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
     """Pack by best fit, longest first: lengths (n,) up to `room` -> lists of positions that add up to at most that."""
     rows: list[list[int]] = []
-    by_free: dict[int, list[int]] = {}  # {free: rows with so much room left}
-    free_sizes: list[int] = []  # its keys, sorted
+    by_free: defaultdict[int, list[int]] = defaultdict(list)  # {free: rows with so much room left}
+    free_sizes: list[int] = []  # those with rows, sorted
     for position in np.argsort(-lengths, kind="stable"):
         length = int(lengths[position])
         at = bisect_left(free_sizes, length)
@@ -429,15 +419,14 @@ def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
             free = free_sizes[at]
             row = by_free[free].pop()
             if not by_free[free]:
-                del by_free[free], free_sizes[at]
+                del free_sizes[at]
         else:
             free, row = room, len(rows)
             rows.append([])
         rows[row].append(int(position))
         free -= length
         if free:
-            if free not in by_free:
-                by_free[free] = []
+            if not by_free[free]:
                 insort(free_sizes, free)
             by_free[free].append(row)
     return rows
