@@ -61,8 +61,7 @@ def main(argv: list[str]) -> int:
         check_output("--output", output + end, [("an input", path) for path in options.input])
     record = record_of(encode.tokenizer, options.input, encode.layout)
     check_record(output, options.input, record, options.overwrite)
-    writer = TokenFileWriter(output, encode.tokenizer.vocab_size, record)
-    totals = write(options.input, writer, settings, options.split, sys.stderr, options.drop_duplicates)
+    totals = write(options.input, output, settings, options.split, sys.stderr, options.drop_duplicates, record=record)
     written = BinidxDataset(output)
     print(describe(written, totals))
     if options.show:
@@ -72,14 +71,15 @@ def main(argv: list[str]) -> int:
 
 def write(
     inputs: Sequence[str | Path],
-    output: str | Path | TokenFileWriter,
+    output: str | Path,
     settings: EncodeSettings,
     split: str = "",
     progress: TextIO | None = None,
     drop: bool = False,
     sample: bool = False,
+    record: str | None = None,
 ) -> Totals:
-    """Encode the inputs into a PREFIX, or by a TokenFileWriter -> the Totals of all rows.
+    """Encode the inputs into the PREFIX `output`, with its `record` -> the Totals of all rows.
 
     progress is a stream for a progress bar, or None; drop leaves out rows that are the same as an earlier one; of a
     sample only the beginning is read. Raises UserError if inputs cannot be read, if no document is left, and if think
@@ -100,12 +100,7 @@ def write(
         file=progress,
         disable=progress is None,
     )
-    with (
-        bar,
-        output
-        if isinstance(output, TokenFileWriter)
-        else TokenFileWriter(output, encode.tokenizer.vocab_size) as writer,
-    ):
+    with bar, TokenFileWriter(output, encode.tokenizer.vocab_size, record) as writer:
         files = (encode.columns(path, read_rows(path, split, how), totals.counts) for path in inputs)
         for columns, place, item in ((columns, *item) for columns, items in files for item in items):
             part = encode.encode(place, item, totals, columns)

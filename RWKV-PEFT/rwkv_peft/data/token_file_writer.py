@@ -6,9 +6,8 @@ disk leaves an older set as it was.
 
 import os
 from array import array
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,7 +35,7 @@ class TokenFileWriter:
         with ExitStack() as stack:
             self.folder = stack.enter_context(temporary_beside(Path(f"{self.prefix}.bin"), folder=True))
             self.paths = {end: self.folder / f"set{end}" for end in ENDINGS}
-            self.tokens, self.mask = open(self.paths[".bin"], "wb"), open(self.paths[".mask"], "wb")
+            self.tokens, self.mask = (stack.enter_context(open(self.paths[end], "wb")) for end in (".bin", ".mask"))
             self._stack = stack.pop_all()
         return self
 
@@ -69,18 +68,12 @@ class TokenFileWriter:
             self.weights.append(weight)
             begin = end
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if kind is not None:
-            for file in (self.tokens, self.mask):
-                with suppress(OSError):  # a full disk has raised already
-                    file.close()
-            return self._stack.__exit__(kind, error, trace)
-        with self._stack:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with self._stack:  # which turns a failure to write into a CannotWrite
+            if error is not None:
+                raise error
             self.complete()
             self._name()
-        return False
 
     def complete(self) -> None:
         """Write the index and the weights, and make all files durable."""
