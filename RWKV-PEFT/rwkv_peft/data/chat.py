@@ -65,23 +65,11 @@ EMPTY = re.compile(r" ?<think(>\s*</think)?>?\s*$")
 THINKING = ("reasoning_content", "reasoning", "thinking")  # fields of the thinking, if the answer's words have none
 ONLY_CALLS = ("function_call", "tool_call")  # roles of turns that only call tools, in ShareGPT's form
 SPEAKERS = MappingProxyType(  # the role of a turn -> the speaker's name in RWKV World chats
-    {
-        "user": "User",
-        "human": "User",
-        "assistant": "Assistant",
-        "gpt": "Assistant",
-        "model": "Assistant",
-        "bot": "Assistant",
-        "chatbot": "Assistant",
-        "ai": "Assistant",
-        "system": "System",
-        "developer": "System",
-        "tool": "Tool",
-        "function": "Tool",
-        "observation": "Tool",
-        "tool_response": "Tool",
-        **dict.fromkeys(ONLY_CALLS, "Assistant"),
-    }
+    dict.fromkeys(("user", "human"), "User")
+    | dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "ai"), "Assistant")
+    | dict.fromkeys(("system", "developer"), "System")
+    | dict.fromkeys(("tool", "function", "observation", "tool_response"), "Tool")
+    | dict.fromkeys(ONLY_CALLS, "Assistant")
 )
 TEXT_PARTS = ("text", "input_text", "output_text")  # the types of the parts of a content that are texts
 REASONING, CALL = "reasoning", "tool_call"  # types of further parts in rows of LLaMA-Factory v1

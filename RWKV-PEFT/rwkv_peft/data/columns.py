@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..cli.errors import UserError, quoted, some
-from ..cli.names import SYSTEM_FIELDS
+from ..cli.names import SYSTEM_FIELDS, is_whole
 from .chat import THINKING
 from .fields import NOTHING, Row, UnknownForm, shown, without
 from .forms import ANSWERS, CONTEXT, FORMS, LABELLED, SIDES, TURNS, form_of, question_of, unrolled
@@ -188,20 +188,20 @@ def columns_of(rows: list[dict[str, Any]], kind: str, think: str) -> Columns:
     if not rows or any(known(row, kind) for row in rows):
         refuse_code(rows, kind)
         return multiple_choice(rows, kind) or thoughts(rows, think)
-    row = rows[0]
-    names = list(dict.fromkeys(name for each in rows for name in each))
     keys: dict[str, list[str]] = {}
-    for name in names:
+    for name in names_of(rows):
         keys.setdefault(folded(name), []).append(name)
     renamed = {name: FIELDS[key] for key, (name, *_) in keys.items() if key in FIELDS and FIELDS[key] != name}
-    if renamed and known({renamed.get(name, name): value for name, value in row.items()}, kind):
+    like_known = [{renamed.get(name, name): value for name, value in row.items()} for row in rows] if renamed else []
+    if like_known and known(like_known[0], kind):
         refuse_twins(keys, renamed)
-        columns = Columns(MappingProxyType(renamed))
-        choices = multiple_choice(
-            [{renamed.get(name, name): value for name, value in each.items()} for each in rows], kind
-        )
-        return replace(choices, names=columns.names) if choices else columns
-    return by_words(rows, names, keys, kind)
+        return replace(multiple_choice(like_known, kind) or KNOWN, names=MappingProxyType(renamed))
+    return by_words(rows, keys, kind)
+
+
+def names_of(rows: Iterable[Row]) -> list[str]:
+    """The names of all fields of rows, each once."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def known(row: Row, kind: str) -> bool:
@@ -231,8 +231,9 @@ def refuse_twins(keys: Mapping[str, list[str]], names: Iterable[str]) -> None:
             raise UnknownForm(f"a row has the fields {' and '.join(same)}, which are one name but for case and spaces")
 
 
-def by_words(rows: list[dict[str, Any]], names: list[str], keys: Mapping[str, list[str]], kind: str) -> Columns:
+def by_words(rows: list[dict[str, Any]], keys: Mapping[str, list[str]], kind: str) -> Columns:
     """The Columns by the words for questions and answers."""
+    names = names_of(rows)
     asking = [name for key, same in keys.items() for name in same if key in QUESTIONS]
     answering = [name for key, same in keys.items() for name in same if key in ANSWERING]
     if set(keys) & {"b", "c"} or not ("q" in keys and "a" in keys):
@@ -284,12 +285,9 @@ def refuse_judged(
             "may be a bad one",
             choices,
         )
-    numbers = any(isinstance(row.get(answer), int) and not isinstance(row.get(answer), bool) for row in rows)
-    lists = [
-        name for row in rows[:1] for name, value in row.items() if isinstance(value, list) or LETTERED.fullmatch(name)
-    ]
-    lists = [name for name in lists if name not in (question, answer)]
-    if numbers and lists:
+    others = without(rows[0], question, answer).items()
+    lists = [name for name, value in others if isinstance(value, list) or LETTERED.fullmatch(name)]
+    if lists and any(is_whole(row.get(answer)) for row in rows):
         raise UnknownForm(
             f"a row has the answer {answer}, a number, beside {' and '.join(lists)}, in which it may count", choices
         )
@@ -313,7 +311,7 @@ def multiple_choice(rows: list[dict[str, Any]], kind: str) -> Columns | None:
     """The Columns of rows of a known form with choices beside their question, None if they have none."""
     if kind not in ("preprocess", "train", "prompts"):
         return None
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = names_of(rows)
     question = next((name for name in ("query", "question") if name in names), "")
     choices = choice_fields(rows, names) if question else ()
     return with_choices(rows, choices) if choices else None
@@ -322,7 +320,7 @@ def multiple_choice(rows: list[dict[str, Any]], kind: str) -> Columns | None:
 def with_choices(rows: list[dict[str, Any]], choices: tuple[str, ...]) -> Columns:
     """The Columns of a question with choices. Raises UserError if no field names the right one, or if its numbers count
     from 1."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = names_of(rows)
     by_key = {folded(name): name for name in names if name not in choices}
     right = next((by_key[key] for key in RIGHT if key in by_key and names_one(rows, by_key[key], choices)), "")
     if not right:
@@ -331,10 +329,7 @@ def with_choices(rows: list[dict[str, Any]], choices: tuple[str, ...]) -> Column
             "its letter, its text or its number; write its letter into a field answer"
             + (", or lay the rows out by a template, as --template FILE" if len(choices) > 1 else "")
         )
-    numbers = [row[right] for row in rows if isinstance(row.get(right), int) and not isinstance(row[right], bool)]
-    if numbers and any(
-        number == len(choice_texts(row, choices)) for row in rows for number in [row.get(right)] if number in numbers
-    ):
+    if any(is_whole(row.get(right)) and row[right] == len(choice_texts(row, choices)) for row in rows):
         raise UserError(f"field {right!r} counts the choices from 1, and it is to count from 0; write letters instead")
     return Columns(choices=choices, right=right)
 
@@ -354,7 +349,7 @@ def names_one(rows: list[dict[str, Any]], right: str, choices: tuple[str, ...]) 
 
 def thoughts(rows: list[dict[str, Any]], think: str) -> Columns:
     """The Columns of rows of a known form with a thinking of another name, which `think` asks for."""
-    names = list(dict.fromkeys(name for row in rows for name in row)) if think == "on" else []
+    names = names_of(rows) if think == "on" else []
     same = [name for name in names if folded(name) in THOUGHTS and name not in THINKING]
     if len(same) != 1 or any(name in THINKING for name in names):
         return KNOWN

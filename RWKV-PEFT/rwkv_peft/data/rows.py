@@ -51,19 +51,10 @@ STARTS = (  # the first bytes of a file that is named as a text, its kind and th
 DELIMITERS = ",;\t"
 MOST_CHARACTERS = 1 << 24  # of a cell: without a bound an unclosed quote would take in all that follows
 TRAIN = "train"
-WORDS = MappingProxyType(  # a word in the name of a file -> its split
-    {
-        "train": TRAIN,
-        "training": TRAIN,
-        "validation": "validation",
-        "valid": "validation",
-        "val": "validation",
-        "dev": "validation",
-        "test": "test",
-        "testing": "test",
-    }
-)
 HELD_OUT = ("validation", "valid", "val", "dev", "test")  # splits to validate on, the first that exists
+WORDS = MappingProxyType(  # a word in the name of a file -> its split
+    {TRAIN: TRAIN, "training": TRAIN} | dict.fromkeys(HELD_OUT, "validation") | {"test": "test", "testing": "test"}
+)
 SAVED, SPLITS = "state.json", "dataset_dict.json"  # one of them lies in a folder of datasets.save_to_disk
 
 
@@ -177,10 +168,9 @@ def note_rest(folder: Path, splits: dict[str, list[Path]], name: str, how: Readi
     if others and name:
         how.note(f"{folder}: the split {name} is read; {', '.join(others)} may validate (--val_data {folder})")
     read = {*chain(*splits.values())}
-    rest = [str(file.relative_to(folder)) for file in files_below(folder) if file not in read]
-    rest = [each for each in rest if not re.search(r"(^|[\\/])\.[^\\/]*[\\/]", each)]
-    if rest:
-        how.note(f"{folder}: left out {some(rest, 10)}")
+    rest = [file.relative_to(folder) for file in files_below(folder) if file not in read]
+    if shown := [str(file) for file in rest if not any(part.startswith(".") for part in file.parts[:-1])]:
+        how.note(f"{folder}: left out {some(shown, 10)}")
 
 
 def parse_split(split: str) -> tuple[str, Bounds | None]:
