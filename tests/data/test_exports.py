@@ -219,6 +219,149 @@ PIPPA["conversation"] = [
     {"message": "Hi?", "is_human": True},
     {"message": "Yes.", "is_human": False},
 ]
+
+
+def activity(title, *answers, **more):
+    return {
+        "header": "Gemini Apps",
+        "title": title,
+        "time": "2025-01-01T12:00:00.000Z",
+        "products": ["Gemini Apps"],
+        "activityControls": ["Gemini Apps Activity"],
+        "safeHtmlItem": [{"html": answer} for answer in answers],
+    } | more
+
+
+GEMINI = [
+    activity("Gave feedback: Good response"),
+    activity(
+        "Prompted Hi?\nAre you there?",
+        "<p>No.</p>",
+        '<p>Yes, <strong>I &amp; you</strong>:</p>\n<ol start="2">\n<li><p>One</p>\n<ul><li>in</li></ul></li><li>Two'
+        '</li></ol>\n<pre><code class="language-python">f()\n\n\ng()\n</code></pre><table><thead><tr><th>a</th>'
+        "<th>b</th></tr></thead><tbody><tr><td>1</td><td>2</td></tr>"
+        '</tbody></table><h3>See</h3><p><a href="u">it</a><br>there'
+        ""
+        "</p>",
+        imageFile="a.png",
+    ),
+    activity("Eingegebener Prompt: Hi?", "<p>Yes.</p>"),
+]
+ANSWER = """Yes, **I & you**:
+
+2. One
+    - in
+3. Two
+
+```python
+f()
+
+
+g()
+```
+
+| a | b |
+| --- | --- |
+| 1 | 2 |
+
+### See
+
+[it](u)
+there"""
+STUDIO = {
+    "runSettings": {"temperature": 1.0, "model": "models/gemini-2.5-pro"},
+    "systemInstruction": {"parts": [{"text": "Be brief."}]},
+    "chunkedPrompt": {
+        "chunks": [
+            {"driveImage": {"id": "1"}, "role": "user", "tokenCount": 258},
+            {"text": "Hi?", "role": "user", "tokenCount": 2},
+            {"text": "Hm.", "role": "model", "isThought": True, "parts": [{"text": "Hm.", "thought": True}]},
+            {"role": "model", "parts": [{"executableCode": {"language": "PYTHON", "code": "1"}}]},
+            {"text": "Yes.", "role": "model", "finishReason": "STOP", "parts": [{"text": "Y"}, {"text": "es."}]},
+        ],
+        "pendingInputs": [{"text": "", "role": "user"}],
+    },
+}
+
+
+def step(*parts, **more):
+    return {"type": "contentBlock", "content": list(parts)} | more
+
+
+def words(text):
+    return {"type": "text", "text": text, "fromDraftModel": False, "tokensCount": 1, "isStructural": False}
+
+
+STUDIO_LM = {
+    "name": "T",
+    "pinned": False,
+    "systemPrompt": "",
+    "perChatPredictionConfig": {"fields": [{"key": "llm.prediction.systemPrompt", "value": "Be brief."}]},
+    "messages": [
+        {
+            "versions": [
+                {"type": "singleStep", "role": "user", "content": [words("Ho?")]},
+                {
+                    "type": "singleStep",
+                    "role": "user",
+                    "content": [words("Hi?"), {"type": "file", "fileIdentifier": "a.png", "fileType": "image"}],
+                },
+            ],
+            "currentlySelected": 1,
+        },
+        {
+            "versions": [
+                {
+                    "type": "multiStep",
+                    "role": "assistant",
+                    "senderInfo": {"senderName": "m"},
+                    "steps": [
+                        step(words("Hm."), style={"type": "thinking", "ended": True}, prefix="<think>"),
+                        step({"type": "toolCallRequest", "callId": 1, "name": "f", "parameters": {}}),
+                        {"type": "toolStatus", "statusState": {}},
+                        step({"type": "toolCallResult", "callId": 1, "content": "3"}, roleOverride="tool"),
+                        step(words("Yes.")),
+                        {"type": "debugInfoBlock", "debugInfo": "D"},
+                    ],
+                }
+            ],
+            "currentlySelected": 0,
+        },
+    ],
+}
+PRICE = {"name": "price", "parameters": {"type": "dict", "properties": {"name": {"type": "string"}}}}
+TOOLS = f"Tools:\n[{json.dumps(PRICE, separators=(',', ':'))}]\nTo use a tool, return only a JSON function call.\n\n"
+CALL = '```json\n{"name":"price","arguments":{"name":"it\'s"}}\n```\n\nUser: Function output:\n3\n\nAssistant: 3.'
+ASKED = f"User: Hi?\n\nAssistant: {CALL}"
+GLAIVE = {
+    "system": "SYSTEM: You have functions. Use them if required -\n" + json.dumps(PRICE, indent=4) + "\n\n",
+    "chat": 'USER: Hi?\n\n\nASSISTANT: Well. <functioncall> {"name": "price", "arguments": \'{"name": "it\\\'s"}\'} '
+    "<|endoftext|>\n\n\nFUNCTION RESPONSE: 3\n\n\nASSISTANT: 3. <|endoftext|>\n\n\n",
+}
+PLAIN_GLAIVE = {"system": "SYSTEM: Be brief.\n\n", "chat": "USER: Hi?\n\n\nASSISTANT: Yes. <|endoftext|>\n\n\n"}
+TOOLACE = {
+    "system": "You compose functions. Here is a list of functions in JSON format that you can invoke:\n"
+    + json.dumps([PRICE | {"name": "Price (now) API"}])
+    + ". \nShould you decide to return the function call(s). \nPut it in the format of [func1(params_name=params_value"
+    ", params_name2=params_value2...), func2(params)]\n\nNO other text MUST be included.",
+    "conversations": [
+        {"from": "user", "value": "Hi?"},
+        {
+            "from": "assistant",
+            "value": '[Price (now) API(from="a, b)", n=[1, true, null], $x=-2.5), Price (now) API()]',
+        },
+        {"from": "tool", "value": "[3]"},
+        {"from": "assistant", "value": "3."},
+    ],
+}
+TOOLACE_TEXT = (
+    "System: You compose functions.\n"
+    + TOOLS.replace('"price"', '"Price (now) API"')
+    + "User: Hi?\n\nAssistant: ```json\n"
+    '[{"name":"Price (now) API","arguments":{"from":"a, b)","n":[1,true,null],"$x":-2.5}'
+    '},{"name":"Price (now) API","arguments":{}}]\n```\n\nUser: Function output:\n[3]\n\nAssistant: 3.'
+)
+BRIEF = "System: Be brief.\n"
 MAX = ("--as", "Max")
 CASES = {
     "SillyTavern": (
@@ -294,7 +437,40 @@ CASES = {
         ["System: You are Ada.\nAda counts.\n\nAssistant: Hello, User.\n\nUser: Hi?\n\nAssistant: Yes."],
         "1 chat",
     ),
-    "Open Assistant": (lines(OASST), "oasst.jsonl", (), [f"{HI}\n\nUser: So?"], "1 replies of a lower rank"),
+    "Open Assistant": (lines(OASST), "oasst.jsonl", (), [f"{HI}\n\nUser: So?"], "1 other replies"),
+    "Gemini": (
+        json.dumps(GEMINI, indent=2),
+        "MyActivity.json",
+        (),
+        [f"User: Hi?\nAre you there?\n\nAssistant: {ANSWER}", HI],
+        "(2 chats); left out: 1 activities other than prompts, 1 pictures, files and sounds, 1 other replies",
+    ),
+    "AI Studio": (
+        json.dumps(STUDIO, indent=2),
+        "Notes on v1.5",
+        ("--think", "on"),
+        [f"{BRIEF}\nUser: Hi?\n\nAssistant: <think>\nHm.\n</think>\nYes."],
+        "1 pictures, files and sounds, 1 calls of tools",
+    ),
+    "LM Studio": (
+        json.dumps(STUDIO_LM, indent=2),
+        "1.conversation.json",
+        ("--think", "on"),
+        [f"{BRIEF}\nUser: Hi?\n\nAssistant: <think>\nHm.\n</think>\nYes."],
+        "2 calls of tools and their results, 1 pictures, files and sounds",
+    ),
+    "Glaive": (
+        json.dumps([GLAIVE, PLAIN_GLAIVE]),
+        "glaive.json",
+        (),
+        [
+            f"System: You have functions. Use them if required\n{TOOLS}"
+            + ASKED.replace("```json", "Well.\n```json", 1),
+            f"{BRIEF}\n{HI}",
+        ],
+        "2 chats",
+    ),
+    "ToolACE": (json.dumps([TOOLACE], indent=1), "data.json", (), [TOOLACE_TEXT], "1 chat"),
     "WhatsApp, iPhone, three people": (
         IPHONE,
         "_chat.txt",
@@ -363,12 +539,14 @@ def variants(value):
 
 
 @pytest.mark.parametrize(
-    "export", [V2, CARD, WEBUI[0], GPT[0], CLAUDE[0], OASST, PIPPA], ids=lambda row: next(iter(row))
+    "export",
+    [V2, CARD, WEBUI[0], GPT[0], CLAUDE[0], OASST, PIPPA, GEMINI[1], STUDIO, STUDIO_LM, GLAIVE, TOOLACE],
+    ids=lambda row: next(iter(row)),
 )
 def test_a_damaged_export_gets_a_message(preprocess, export):
     """In one file for each, whose bad rows are reported together."""
     rows = [row for row in variants(export) if isinstance(row, dict)]
-    assert len(rows) > 50
+    assert len(rows) > 15
     preprocess([export, *rows], "--skip_bad_rows")
 
 

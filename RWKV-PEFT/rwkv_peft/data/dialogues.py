@@ -4,13 +4,14 @@ tools with their calls and results, in the tags of Hermes."""
 import ast
 import json
 import re
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..cli.errors import UserError
+from ..cli.errors import UserError, short
 from .chat import role_in, speaker_of
 from .fields import CALLS, LISTS
-from .tools import functions_of
+from .tools import functions_of, parsed
 
 ROLES = MappingProxyType(  # the name or mark that opens a turn, in lower case -> the role
     dict.fromkeys(("system", "<<sys>>"), "system")
@@ -43,6 +44,18 @@ TOOLS = "<tools>"
 LISTING = re.compile(r"<tools>\s*([\[{].*?)\s*</tools>(?:.*</tool_call>[^.\n]*\.?)?", re.DOTALL)
 CALL = re.compile(r"\s*<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 RESULT = re.compile(r"\s*</?tool_response>\s*")
+DECODE = json.JSONDecoder().raw_decode
+GLAIVE = re.compile(r"(?:\A|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+GLAIVES = MappingProxyType({"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"})
+QUOTED = re.compile(r"(?<=\"arguments\":)\s*'(.*)'(?=\s*\})", re.DOTALL)
+BRACKETS = "(params_name"  # in texts that ask for calls in brackets, which ASKS matches
+ASKS = re.compile(
+    r"[^.\n]*\[func\w*\(.*?\)\]\.?|Should you decide to return the function call[^.\n]*\.?"
+    r"|NO other text MUST be included\.?"
+)
+# a field of a call in brackets, where its value may end, and the end of the call
+FIELD = re.compile(r"\s*,?\s*([^\s=(),\[\]]+)\s*=\s*(?!=)")
+ENDS, CLOSING = re.compile(r"[,)]"), re.compile(r"\s*,?\s*\)\s*[,\]]")
 
 
 def written_turns(text: str) -> list[dict[str, str]]:
@@ -64,6 +77,65 @@ def written_turns(text: str) -> list[dict[str, str]]:
                 turns.append({"role": role, "content": said})
         return turns
     return []
+
+
+def glaive(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a row of Glaive's: its system text lists functions, one JSON behind the other, and its chat is of
+    USER:, ASSISTANT: and FUNCTION RESPONSE:, with calls behind <functioncall>."""
+    words, _, text = row["system"].removeprefix("SYSTEM:").partition("{")
+    text, tools = "{" * bool(text) + text, list[Any]()
+    while text.startswith("{"):
+        tool, end = DECODE(text)
+        tools.append(tool)
+        text = text[end:].lstrip()
+    system = {"role": "system", "content": f"{words.strip().removesuffix('-').strip()}\n{text}".strip()}
+    turns: list[dict[str, Any]] = [system | ({LISTS[0]: tools} if tools else {})]
+    first, *rest = GLAIVE.split(row["chat"])
+    if first.strip():
+        raise UserError(f"a chat begins {short(first.strip())!r}, and is to begin with USER:")
+    for name, said in zip(rest[::2], rest[1::2]):
+        words, *calls = CLOSES.sub("", said).split("<functioncall>")
+        # their arguments are JSON in quotes of Python's
+        calls = [QUOTED.sub(lambda match: match[1].replace("\\'", "'"), call).strip() for call in calls]
+        found = {CALLS[0]: [parsed(call, "a call of a tool") for call in calls]} if calls else {}
+        turns.append({"role": GLAIVES[name], "content": words.strip()} | found)
+    return turns
+
+
+def bracket_calls(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a row of ToolACE's: its system text lists functions in JSON, and asks for calls in the form
+    [name(field=value)], in which its answers have them."""
+    words = row["system"]
+    begin = re.search(r"\[\s*\{|\Z", words).start()  # type: ignore[union-attr]
+    tools, end = DECODE(words, begin)
+    asks = ASKS.sub("", re.sub(r"[^.:\n]*:\s*\Z", "", words[:begin]) + words[end:].lstrip("."))
+    names = sorted((re.escape(tool["name"]) for tool in functions_of(tools)), key=len, reverse=True)
+    opens = re.compile(rf"\s*({'|'.join(names)})\s*\(")
+    turns: list[dict[str, Any]] = [{"role": "system", "content": asks.strip(), LISTS[0]: tools}]
+    for turn in row["conversations"]:
+        role, said = role_in(turn), words_in(turn)
+        calls = calls_in(said.strip(), opens) if speaker_of(role) == "Assistant" else []
+        turns.append({"role": role} | ({CALLS[0]: calls} if calls else {"content": said}))
+    return turns
+
+
+def calls_in(text: str, opens: re.Pattern[str]) -> list[dict[str, Any]]:
+    """The calls in a text of the form [name(field=value, …), …] with names that `opens` matches; [] for a text that
+    begins otherwise. Raises UserError for calls that cannot be read."""
+    calls, place = list[dict[str, Any]](), 1
+    while text.startswith("[") and (call := opens.match(text, place)):
+        fields, place = dict[str, Any](), call.end()
+        while field := FIELD.match(text, place):
+            ends = (end.start() for end in ENDS.finditer(text, field.end()))
+            read = ((end, value_of(f"[{text[field.end() : end].strip()}]")) for end in ends)
+            place, value = next((pair for pair in read if pair[1]), (len(text), [None]))
+            fields[field[1]] = value[0]
+        closing = CLOSING.match(text, place)
+        if not closing:
+            raise UserError(f"an answer's calls are {short(text)!r}; they are to be [name(field=value, …), …]")
+        calls.append({"name": call[1], "arguments": fields})
+        place = closing.end()
+    return calls
 
 
 def untagged(turns: Any) -> Any:

@@ -4,12 +4,11 @@ A file's first rows decide for the whole file. Its chats become rows of messages
 """
 
 import base64
-import html
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from itertools import chain
 from pathlib import Path
@@ -17,19 +16,18 @@ from typing import Any, NamedTuple
 
 from ..checkpoints.readable import reading
 from ..cli.errors import UserError, some
-from .chat import THINKING
-from .fields import Row, UnknownForm
+from . import assistants
+from .assistants import MEDIA, OTHER_REPLIES, SYSTEM, LeftOut, thought
+from .dialogues import BRACKETS, bracket_calls, glaive
+from .fields import CALLS, LISTS, Row, UnknownForm
 from .forms import Form
+from .tools import as_list
 
 LINES, WHATSAPP = "lines", "whatsapp"  # fields of rows that stand for a whole file
 PAUSE = 6 * 3600  # seconds without a message behind which a dialogue of people is another document
 LEFT_OUT, CHATS_OF = "left out: ", "chats of "  # before the words of a count in Totals.counts
-MEDIA, SYSTEM, CALLS = "pictures, files and sounds", "system lines", "calls of tools and their results"
-HIDDEN, OTHER_REPLIES = "hidden messages", "replies of a lower rank"
 OTHERS_ALONE = "chats without the one whose words are learned"
 PNG, CARDS = b"\x89PNG\r\n\x1a\n", (b"ccv3", b"chara")  # the keywords of a card's text, the newer first
-REASONING = re.compile(r'<details type="reasoning".*?</summary>(.*?)</details>\s*', re.DOTALL)
-TOOL_DETAILS = re.compile(r'<details type="(?:tool_calls|code_interpreter)".*?</details>\s*', re.DOTALL)
 # the beginning of a message in WhatsApp's texts: [date, time] as on iPhones, or date, time -
 STAMP = re.compile(
     r"\u200e?\[?(\d{1,4})[./-](\d{1,2})[./-](\d{1,4})\.?,?\s(上午|下午|[ap]\.?\s?m\.?\s)?\s?"
@@ -40,12 +38,6 @@ SAID = re.compile(r"([^:]{1,60}):(?:\s(.*)|)", re.DOTALL)
 # a message in WhatsApp's texts that stands for a file, in any language: <Media omitted>, photo.jpg (file attached)
 OMITTED = re.compile(r"\u200e.*|<[^<>\n]{3,60}>|\S+\.\w{2,4} \([^()\n]{3,40}\)(?:\n.*)?|null", re.DOTALL)
 EDITED = re.compile(r"\s*\u200e?<This message was edited>$")
-
-
-class LeftOut(NamedTuple):
-    """A message that is not read, by its kind."""
-
-    what: str
 
 
 class Said(NamedTuple):
@@ -60,15 +52,6 @@ class Said(NamedTuple):
 
 
 Message = dict[str, Any] | Said | LeftOut  # a turn {role, content} if its speaker has no name
-
-
-def branch(nodes: Mapping[str, Any], last: str | None, parent: str) -> list[Any]:
-    """The nodes of a tree from its root to the one named `last`, each of which names its parent."""
-    path = dict[str, Any]()
-    while last and last in nodes and last not in path:
-        path[last] = nodes[last]
-        last = nodes[last].get(parent)
-    return list(path.values())[::-1]
 
 
 def silly_tavern(row: Row) -> Iterator[list[Message]]:
@@ -130,79 +113,6 @@ def card(row: Row) -> Iterator[list[Message]]:
         ]
         if turns:
             yield [system, *turns]
-
-
-def open_webui(row: Row) -> Iterator[list[Message]]:
-    chat = row["chat"]
-    history = chat.get("history") or {}
-    turns = branch(history.get("messages") or {}, history.get("currentId"), "parentId") or chat["messages"]
-    system = (chat.get("params") or {}).get("system") or chat.get("system")
-    messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    for turn in turns:
-        words = turn["content"]
-        thinking = [
-            html.unescape(re.sub(r"^\s*> ?", "", text, flags=re.MULTILINE)) for text in REASONING.findall(words)
-        ]
-        words, calls = TOOL_DETAILS.subn("", REASONING.sub("", words))
-        messages += [LeftOut(CALLS)] * calls + [LeftOut(MEDIA)] * len(turn.get("files") or ())
-        messages.append({"role": turn["role"], "content": words} | thought("\n".join(thinking)))
-    yield messages
-
-
-def thought(words: str) -> dict[str, str]:
-    return {THINKING[0]: words.strip()} if words.strip() else {}
-
-
-def chat_gpt(row: Row) -> Iterator[list[Message]]:
-    messages, thoughts = list[Message](), list[str]()
-    for node in branch(row["mapping"], row["current_node"], "parent"):
-        message = node.get("message")
-        if not message:
-            continue
-        role, content, about = message["author"]["role"], message["content"], message.get("metadata") or {}
-        kind, parts = content["content_type"], content.get("parts") or []
-        if kind == "thoughts":
-            thoughts += [part["content"] for part in content["thoughts"]]
-            continue
-        if kind == "reasoning_recap":
-            continue
-        if role == "tool" or message.get("recipient", "all") != "all" or kind in ("code", "execution_output"):
-            messages.append(LeftOut(CALLS))
-            continue
-        texts = [part if isinstance(part, str) else part.get("text") or "" for part in parts]
-        words = "\n".join(filter(None, texts)).strip()
-        if (
-            role == "system"
-            or about.get("is_visually_hidden_from_conversation")
-            or kind not in ("text", "multimodal_text")
-        ):
-            messages += [LeftOut(HIDDEN)] * bool(words or content.keys() - {"content_type", "parts"})
-            continue
-        messages += [LeftOut(MEDIA)] * sum(isinstance(part, dict) and not part.get("text") for part in parts)
-        if words:
-            messages.append(
-                {"role": role, "content": words} | thought("\n".join(thoughts) if role == "assistant" else "")
-            )
-            thoughts = []
-    yield messages
-
-
-def claude(row: Row) -> Iterator[list[Message]]:
-    messages = row["chat_messages"]
-    nodes = {message.get("uuid"): message for message in messages}
-    threaded = any(message.get("parent_message_uuid") in nodes for message in messages)
-    last = row.get("current_leaf_message_uuid") or messages[-1].get("uuid") if threaded else None
-    read = list[Message]()
-    for message in branch(nodes, last, "parent_message_uuid") or messages:
-        parts = message.get("content") or []
-        words = "\n\n".join(part["text"] for part in parts if part.get("type") == "text") or message.get("text") or ""
-        thinking = "\n".join(part["thinking"] for part in parts if part.get("type") == "thinking")
-        read += [LeftOut(CALLS) for part in parts if part.get("type") in ("tool_use", "tool_result")]
-        read += [LeftOut(MEDIA) for _ in message.get("files") or ()]
-        attached = [each["extracted_content"] for each in message.get("attachments") or () if each["extracted_content"]]
-        words = "\n".join([*attached, words]).strip()
-        read.append({"role": message["sender"], "content": words} | thought(thinking))
-    yield read
 
 
 def whatsapp(row: Row) -> Iterator[list[Message]]:
@@ -316,10 +226,9 @@ def opens_log(first: object) -> bool:
     return isinstance(first, dict) and "user_name" in first and "character_name" in first
 
 
-def are_dated(row: Row) -> bool:
-    """True for a row of messages with dates, as programs for people write them."""
-    messages = row["messages"]
-    return isinstance(messages, list) and any(isinstance(each, dict) and "date" in each for each in messages)
+def holds_messages(field: str) -> Callable[[Row], bool]:
+    """True for a row of messages with a field."""
+    return lambda row: any(isinstance(each, dict) and field in each for each in as_list(row["messages"]))
 
 
 EXPORTS = (
@@ -335,15 +244,40 @@ EXPORTS = (
     Form(
         "Open WebUI",
         ("chat",),
-        open_webui,
+        assistants.open_webui,
         "export",
         lambda row: isinstance(row["chat"], dict) and bool(row["chat"].keys() & {"history", "messages"}),
     ),
-    Form("ChatGPT (conversations.json)", ("mapping", "current_node"), chat_gpt, "export"),
-    Form("Claude (conversations.json)", ("chat_messages",), claude, "export"),
+    Form("ChatGPT (conversations.json)", ("mapping", "current_node"), assistants.chat_gpt, "export"),
+    Form("Claude (conversations.json)", ("chat_messages",), assistants.claude, "export"),
+    Form(
+        "Gemini (MyActivity.json)",
+        ("header", "title", "time"),
+        assistants.gemini,
+        "export",
+        lambda row: "Gemini" in str(row["header"]),
+    ),
+    Form("AI Studio (saved prompts)", ("chunkedPrompt",), assistants.ai_studio, "export"),
+    Form("LM Studio (conversation.json)", ("messages",), assistants.lm_studio, "export", holds_messages("versions")),
+    Form(
+        "Glaive's function calls",
+        ("system", "chat"),
+        lambda row: [glaive(row)],
+        "export",
+        lambda row: "USER:" in str(row["chat"]),
+    ),
+    Form(
+        "ToolACE",
+        ("system", "conversations"),
+        lambda row: [bracket_calls(row)],
+        "export",
+        lambda row: BRACKETS in str(row["system"]),
+    ),
     Form("WhatsApp (.txt)", (WHATSAPP,), whatsapp, "export", people=True),
     Form("Discord (DiscordChatExporter's .json)", ("guild", "channel", "messages"), discord, "export", people=True),
-    Form("Telegram (result.json)", ("name", "type", "messages"), telegram, "export", are_dated, people=True),
+    Form(
+        "Telegram (result.json)", ("name", "type", "messages"), telegram, "export", holds_messages("date"), people=True
+    ),
     Form("PIPPA", ("bot_name", "conversation"), pippa, "export"),
     Form(
         "Open Assistant's trees",
@@ -412,9 +346,13 @@ def turns_of(messages: list[Message], speaker: str) -> list[dict[str, Any]]:
             role = role_of(each, speaker)
             words = f"{each.name}: {each.words}" if role == "user" and len(others) > 1 else each.words
             each = {"role": role, "content": words} | thought(each.thinking if role == "assistant" else "")
-        if isinstance(each, LeftOut) or not each["content"].strip():
+        if isinstance(each, LeftOut):
             continue
-        if turns and turns[-1]["role"] == each["role"] and len(each) == 2:
+        words = each.get("content") or ""
+        if isinstance(words, str) and not words.strip() and not any(map(each.get, (*CALLS, *LISTS))):
+            continue
+        alike = turns and turns[-1]["role"] == each["role"] and len(each) == 2
+        if alike and isinstance(words, str) and isinstance(turns[-1]["content"], str):
             turns[-1] = turns[-1] | {"content": f"{turns[-1]['content']}\n{each['content']}"}
         else:
             turns.append(each)

@@ -74,8 +74,17 @@ def read_rows(path: str | Path, split: str = "", how: Reading | None = None) -> 
     yield from islice(rows, ROWS) if how.sample else rows
 
 
+def kind_within(path: Path) -> str:
+    """The kind of a file by its name, or .json for one of no kind that begins so, as AI Studio's have no ending."""
+    kind = kind_of(path)
+    if kind in ENDINGS or packing_of(path) or not path.is_file():
+        return kind
+    with open(path, "rb") as file:
+        return ".json" if file.read(1) in (b"{", b"[") else kind
+
+
 def file_rows(path: Path, split: str, how: Reading) -> Items:
-    kind, packing = kind_of(path), packing_of(path)
+    kind, packing = kind_within(path), packing_of(path)
     again = packing or kind in (*ARCHIVES, *CSV_ENDINGS, *SHEETS, *DOCUMENTS, ".parquet")
     require_readable(path, f"{path}: no such file; inputs are {KINDS}", bool(again))
     if path.is_file():
@@ -424,7 +433,7 @@ def row_files(folder: Path) -> dict[str, list[Path]]:
         words = re.split("[^a-z]+", str(path.relative_to(place)).lower())
         splits.setdefault(next((WORDS[word] for word in words if word in WORDS), TRAIN), []).append(path)
     for about, endings in product((False, True), ((*TEXTS, *DOCUMENTS), (".json", ".png"))):
-        files = (path for path in every_file(folder) if not splits and kind_of(path) in endings)
+        files = (path for path in every_file(folder) if not splits and kind_within(path) in endings)
         files = (path for path in files if about or not ABOUT.match(path.name.lower()))
         if texts := [path for path in files if kind_of(path) != ".png" or card_in(path)]:
             splits[TRAIN] = texts
