@@ -241,7 +241,6 @@ GEMINI = [
         '</li></ol>\n<pre><code class="language-python">f()\n\n\ng()\n</code></pre><table><thead><tr><th>a</th>'
         "<th>b</th></tr></thead><tbody><tr><td>1</td><td>2</td></tr>"
         '</tbody></table><h3>See</h3><p><a href="u">it</a><br>there'
-        ""
         "</p>",
         imageFile="a.png",
     ),
