@@ -369,7 +369,8 @@ def test_rewards_are_learned_from(base, tmp_path):
     assert len(history) == 2 and all("reward" in metrics for metrics in history)
 
 
-def test_conversations_with_tools_are_learned_from(base, tmp_path):
+@pytest.mark.parametrize("question", ["query", "prompt"])
+def test_conversations_with_tools_are_learned_from(base, tmp_path, question):
     (tmp_path / "shop.py").write_text(
         "class Shop:\n"
         "    def reset(self, goods):\n        self.goods = goods\n\n"
@@ -380,7 +381,7 @@ def test_conversations_with_tools_are_learned_from(base, tmp_path):
     rp.add_adapter(model, rank=8)
     settings = {"data_type": "prompts", "objective": "grpo", "environment": f"{tmp_path / 'shop.py'}:Shop"}
     settings |= {"num_generations": 2, "max_completion_length": 4, "epoch_steps": 2, "epoch_count": 1, "ctx_len": 400}
-    rows = [{"query": "What is tea?", "goods": {"tea": 3}}, {"query": "And rice?", "goods": {"tea": 3, "rice": 2}}]
+    rows = [{question: "What is tea?", "goods": {"tea": 3}}, {question: "And rice?", "goods": {"tea": 3, "rice": 2}}]
     history = rp.train(model, rows, progress=False, **settings)
     assert [metrics["reward/environment"] for metrics in history] in ([1, 2], [2, 1])
 

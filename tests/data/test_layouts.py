@@ -89,11 +89,19 @@ def test_a_system_text_beside_a_question_stands_before_it(row):
         RowLayout().segments(row | {"system": ["Be."]})
 
 
-def test_a_prompt_as_it_stands_has_no_place_for_a_system_text(preprocess):
-    row = {"prompt": "Hi?", "completion": " Yo", "system": "Be."}
-    with pytest.raises(UserError, match="a system text beside its prompt.*; name yours, as --fields"):
+@pytest.mark.parametrize(
+    "beside, what, begins",
+    [
+        ({"system": "Be."}, "a system text", "System: Be.\n\nUser: Hi?"),
+        ({"tools": [{"name": "weather"}]}, "tools", "System: Tools:\n"),
+        ({"functions": [{"name": "weather"}]}, "tools", "System: Tools:\n"),
+    ],
+)
+def test_a_prompt_as_it_stands_has_no_place_for_a_system_turn(preprocess, beside, what, begins):
+    row = {"prompt": "Hi?", "completion": " Yo", **beside}
+    with pytest.raises(UserError, match=f"{what} beside its prompt.*; name yours, as --fields"):
         preprocess([row])
-    assert "System: Be.\n\nUser: Hi?" in texts(preprocess([row], "--fields", "prompt", "completion"))[0][0]
+    assert texts(preprocess([row], "--fields", "prompt", "completion"))[0][0].startswith(begins)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +109,6 @@ def test_a_prompt_as_it_stands_has_no_place_for_a_system_text(preprocess):
     [
         ({"prompt": "Hi?", "completion": "Yo", "history": [["A", "B"]]}, "history"),
         (chat("Hi?", "Yo") | {"history": [["A", "B"]]}, "history"),
-        ({"prompt": "Hi?", "completion": "Yo", "tools": [{"name": "weather"}]}, "tools"),
-        ({"prompt": "Hi?", "completion": "Yo", "functions": "[1]"}, "functions"),
         ({"query": "Hi?", "response": "Yo", "tool_calls": "[1]"}, "tool_calls"),
         ({"prompt": "Hi?", "chosen": "Yo", "rejected": "No", "history": [["A", "B"]]}, "history"),
     ],

@@ -155,10 +155,11 @@ def instructed(row: Row) -> list[Any]:
 
 def joined(row: Row) -> list[Segment]:
     """The segments of a prompt that is used as it is, and of its completion."""
-    if system_of(row):
+    beside = "a system text" if system_of(row) else "tools" * any(map(row.get, LISTS))
+    if beside:
         raise UnknownForm(
-            "a row has a system text beside its prompt, and a prompt is used as it is, without one; if you "
-            "name the fields, they are laid out as a chat, which begins with the system text"
+            f"a row has {beside} beside its prompt, and a prompt is used as it is, alone; if you name the fields, they "
+            f"are laid out as a chat, which begins with {beside.replace('a system', 'the system')}"
         )
     refuse_unplaced(row)
     return [(field(row, "prompt"), False), (field(row, COMPLETION), True)]

@@ -14,7 +14,7 @@ from ..cli.errors import UserError
 from ..data.chat import CHAT, SPEAKERS, TURN_END, ChatLayout, role_in, stops_of, words_of
 from ..data.encoding import EncodeSettings, encoder
 from ..data.fields import field as text_field
-from ..data.forms import ANSWERS, TURNS, turns_of
+from ..data.forms import ANSWERS, TURNS, question_of, turns_of
 from ..data.tokenizer import Tokenizer
 from ..data.tools import ToolCall, parse_calls
 from ..environments.environments import Environments, FailedRequest, Place
@@ -176,7 +176,10 @@ class EpisodeSampler:
         turn."""
         tools = self.environments.known[place.name].tools
         row_encoder = encoder(self.encode)
-        (segments,) = row_encoder.documents(with_observation(row, text, self.encode.fields) | {"tools": tools})
+        asked = with_observation(row, text, self.encode.fields) | {"tools": tools}
+        if question_of(asked) == "prompt" and not self.encode.fields and isinstance(asked["prompt"], str):
+            asked["query"] = asked.pop("prompt")  # tools need a chat, and a text prompt is used as it is
+        (segments,) = row_encoder.documents(asked)
         tokens = [token for words, _ in segments for token in row_encoder.tokenizer.encode(words)]
         if len(tokens) + self.settings.longest > self.room:
             raise UserError(
