@@ -131,4 +131,4 @@ def texts_in(value: object) -> Iterator[str]:
         elif isinstance(one, list):
             left += one
         elif one is not None:
-            yield one if isinstance(one, str) else json.dumps(one)
+            yield json.dumps(one) if isinstance(one, bool) else str(one)  # a table's may also be a date
