@@ -13,7 +13,6 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from math import isqrt
 
 import numpy as np
 import torch
@@ -116,8 +115,20 @@ class Permutation:
 
 
 def is_prime(n: int) -> bool:
-    """True for a prime: a million divisions tell of a number of samples as large as 1e12."""
-    return n > 1 and all(n % divisor for divisor in range(2, isqrt(n) + 1))
+    """True for a prime, by Miller-Rabin with bases for every n below 3.3e24 (Sorenson and Webster 2015)."""
+    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+    if n < 2 or any(n % p == 0 for p in bases):
+        return n in bases
+    odd, twos = n - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in bases:
+        x = pow(base, odd, n)
+        if x in (1, n - 1):
+            continue
+        if not any((x := x * x % n) == n - 1 for _ in range(twos - 1)):
+            return False
+    return True
 
 
 class Samples(ABC):
