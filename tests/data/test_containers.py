@@ -311,6 +311,17 @@ def test_a_json_file_may_hold_all_rows_in_a_field_or_as_columns(preprocess, valu
     assert texts(preprocess(json.dumps(value, indent=indent), "--no-append_eod", name="in.json")) == DUE
 
 
+def test_fields_named_columns_and_data_may_be_columns_themselves(preprocess):
+    value = {"columns": ["Q", "R"], "data": ["A", "B"]}
+    found = texts(preprocess(json.dumps(value), "--fields", "columns", "data", "--no-append_eod", name="in.json"))
+    assert [text for text, _ in found] == ["User: Q\n\nAssistant: A", "User: R\n\nAssistant: B"]
+
+
+def test_a_row_of_the_viewer_that_is_no_object_gets_a_message(preprocess):
+    with pytest.raises(UserError, match="a row is a number, not an object"):
+        preprocess(json.dumps({"rows": [{"row_idx": 0, "row": ROWS[0]}, 5]}), name="in.json")
+
+
 @pytest.mark.parametrize(
     "row", [ROWS[0], {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "A"}]}]
 )

@@ -84,8 +84,9 @@ def test_a_list_of_turns_is_one_chat(preprocess):
     assert texts(preprocess(json.dumps(TURNS), name="in.json")) == texts(preprocess([{"messages": TURNS}]))
 
 
-def test_an_instruction_of_gemini_is_the_system_text(preprocess):
-    row = ROWS["contents (turns, as Gemini's tuning has them)"] | {"systemInstruction": {"parts": [{"text": "S"}]}}
+@pytest.mark.parametrize("instruction", [{"parts": [{"text": "S"}]}, "S"])
+def test_an_instruction_of_gemini_is_the_system_text(preprocess, instruction):
+    row = ROWS["contents (turns, as Gemini's tuning has them)"] | {"systemInstruction": instruction}
     system = {"role": "system", "content": "S"}
     assert texts(preprocess([row])) == texts(preprocess([{"messages": [system, *TURNS]}]))
 

@@ -348,11 +348,10 @@ def turns_of(messages: list[Message], speaker: str) -> list[dict[str, Any]]:
             each = {"role": role, "content": words} | thought(each.thinking if role == "assistant" else "")
         if isinstance(each, LeftOut):
             continue
-        words = each.get("content") or ""
-        if isinstance(words, str) and not words.strip() and not any(map(each.get, (*CALLS, *LISTS))):
+        if not any(map(each.get, (*CALLS, *LISTS))) and not each["content"].strip():
             continue
-        alike = turns and turns[-1]["role"] == each["role"] and len(each) == 2
-        if alike and isinstance(words, str) and isinstance(turns[-1]["content"], str):
+        before = turns[-1] if turns else {}
+        if before.get("role") == each["role"] and len(each) == 2 and not any(map(before.get, CALLS)):
             turns[-1] = turns[-1] | {"content": f"{turns[-1]['content']}\n{each['content']}"}
         else:
             turns.append(each)

@@ -137,7 +137,7 @@ def called(row: Row) -> list[dict[str, Any]]:
 
 
 def completed(prompt: str, completion: str) -> Callable[[Row], list[Any]]:
-    """The function of a row to the turns of a prompt that is a list, of which none counts, and of its completion."""
+    """Make the function of a row to the turns of its prompt, a list, which do not count, and of its completion."""
 
     def turns(row: Row) -> list[Any]:
         before = [{**turn, TRAIN: False} if isinstance(turn, dict) else turn for turn in row[prompt]]
@@ -150,7 +150,9 @@ def completed(prompt: str, completion: str) -> Callable[[Row], list[Any]]:
 def instructed(row: Row) -> list[Any]:
     """The turns of Gemini's contents, behind the parts of its instruction."""
     system = row.get(INSTRUCTION)
-    return turns_of({CHATS[0]: [*([{**system, "role": "system"}] if system else []), *row["contents"]]}, CHATS[0])
+    words = system.get("parts") if isinstance(system, dict) else system
+    first = [{"role": "system", "content": words}] if system else []
+    return [*first, *turns_of(row, "contents")]
 
 
 def joined(row: Row) -> list[Segment]:
@@ -158,8 +160,8 @@ def joined(row: Row) -> list[Segment]:
     beside = "a system text" if system_of(row) else "tools" * any(map(row.get, LISTS))
     if beside:
         raise UnknownForm(
-            f"a row has {beside} beside its prompt, and a prompt is used as it is, alone; if you name the fields, they "
-            f"are laid out as a chat, which begins with {beside.replace('a system', 'the system')}"
+            f"a row has {beside} beside its prompt, and a prompt is used as it is, alone; if you name the fields, all "
+            "is laid out as a chat"
         )
     refuse_unplaced(row)
     return [(field(row, "prompt"), False), (field(row, COMPLETION), True)]

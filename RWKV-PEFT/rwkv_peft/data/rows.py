@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import chain, count, islice, product
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..checkpoints.readable import choice_in, files_below, object_in, read_settings, reading, require_readable
 from ..cli.errors import UserError, short, some, summarize
@@ -77,7 +77,7 @@ def read_rows(path: str | Path, split: str = "", how: Reading | None = None) -> 
 def kind_within(path: Path) -> str:
     """The kind of a file by its name, or .json for one of no kind that begins so, as AI Studio's have no ending."""
     kind = kind_of(path)
-    if kind in ENDINGS or packing_of(path) or not path.is_file():
+    if kind in ENDINGS or packing_of(path) or not (path.is_file() and os.access(path, os.R_OK)):
         return kind
     with open(path, "rb") as file:
         return ".json" if file.read(1) in (b"{", b"[") else kind
@@ -259,16 +259,21 @@ def rows_within(value: dict[str, Any], path: Path, split: str) -> list[Any]:
         return lists[choose(splits, split, path)]
     if held := next((name for name in LISTS if name in lists), None):
         rows = lists[held]
-        return [row["row"] for row in rows] if all("row_idx" in row and "row" in row for row in rows) else rows
-    names, cells_of = value.get("columns"), value.get("data")
-    if isinstance(names, list) and isinstance(cells_of, list):
-        return [dict(zip(names, cells)) for cells in cells_of]
+        in_viewer = all(isinstance(row, dict) and "row_idx" in row and "row" in row for row in rows)
+        return [row["row"] for row in rows] if in_viewer else rows
+    names, table = value.get("columns"), value.get("data")
+    if are_all(names, str) and are_all(table, list) and {*map(len, table)} == {len(names)}:
+        return [dict(zip(names, row)) for row in table]
     columns = [list(part.values()) if isinstance(part, dict) and "0" in part else part for part in value.values()]
     cells = (str, int, float, type(None))
-    are_columns = all(isinstance(part, list) and all(isinstance(cell, cells) for cell in part) for part in columns)
-    if len(columns) > 1 and are_columns and len({*map(len, columns)}) == 1:
+    if len(columns) > 1 and all(are_all(part, cells) for part in columns) and len({*map(len, columns)}) == 1:
         return [dict(zip(value, row)) for row in zip(*columns)]
     return [value]
+
+
+def are_all(value: object, kinds: type | tuple[type, ...]) -> TypeGuard[list[Any]]:
+    """True for a list of values of these kinds."""
+    return isinstance(value, list) and all(isinstance(each, kinds) for each in value)
 
 
 def sheet_rows(path: Path, how: Reading) -> Iterator[dict[str, str] | UserError]:
@@ -432,11 +437,13 @@ def row_files(folder: Path) -> dict[str, list[Path]]:
     for path in found:
         words = re.split("[^a-z]+", str(path.relative_to(place)).lower())
         splits.setdefault(next((WORDS[word] for word in words if word in WORDS), TRAIN), []).append(path)
+    others = {} if splits else {path: kind_within(path) for path in every_file(folder)}
     for about, endings in product((False, True), ((*TEXTS, *DOCUMENTS), (".json", ".png"))):
-        files = (path for path in every_file(folder) if not splits and kind_within(path) in endings)
-        files = (path for path in files if about or not ABOUT.match(path.name.lower()))
-        if texts := [path for path in files if kind_of(path) != ".png" or card_in(path)]:
+        files = [path for path, kind in others.items() if kind in endings]
+        files = [path for path in files if about or not ABOUT.match(path.name.lower())]
+        if texts := [path for path in files if others[path] != ".png" or card_in(path)]:
             splits[TRAIN] = texts
+            break
     for path in sum(splits.values(), []):
         require_within(folder, path)
     return splits
